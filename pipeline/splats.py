@@ -1,0 +1,86 @@
+"""Splats: a batch of 2D Gaussians per image, and the pure conversions between their parametrisations.
+
+    I(p) = sum_i c_i exp(-1/2 (p - mu_i)^T Sigma_i^-1 (p - mu_i)),   Sigma = L L^T,   |L^-1 (p - mu)| <= cutoff
+
+Pixel units, x right, y down, pixel centres at +0.5. Colours are signed and unclamped; a sum needs no
+opacity. The Cholesky factor follows GaussianImage (arXiv 2403.08551); sums and cutoff are ours to fix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Splats:
+    """B images of up to N Gaussians each.
+
+    means     [B, N, 2]  x, y in px
+    cholesky  [B, N, 3]  l11 > 0, l21, l22 > 0 in px: L = [[l11, 0], [l21, l22]]
+    colors    [B, N, 3]  RGB on the scale where white is 1; signed
+    mask      [B, N]     bool; False entries are padding and render nothing
+    """
+
+    means: Tensor
+    cholesky: Tensor
+    colors: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.means.shape[0]
+
+    @property
+    def num_gaussians(self) -> Tensor:
+        """Gaussians per image, int64 [B]."""
+        return self.mask.sum(1)
+
+    def __getitem__(self, index: slice | Tensor) -> Splats:
+        """Images of the batch; a slice or an index tensor, so that the batch dimension stays."""
+        return Splats(*(x[index] for x in (self.means, self.cholesky, self.colors, self.mask)))
+
+
+def covariances(cholesky: Tensor) -> Tensor:
+    """[..., 3] factors in px to covariances [..., 3] = (xx, xy, yy) in px^2."""
+    l11, l21, l22 = cholesky.unbind(-1)
+    return torch.stack((l11 * l11, l11 * l21, l21 * l21 + l22 * l22), -1)
+
+
+def conics(cholesky: Tensor) -> Tensor:
+    """[..., 3] factors in px to inverse covariances [..., 3] = (xx, xy, yy) in 1/px^2."""
+    l11, l21, l22 = cholesky.unbind(-1)
+    a, c = 1 / l11, 1 / l22
+    b = -l21 * a * c
+    return torch.stack((a * a + b * b, b * c, c * c), -1)
+
+
+def cholesky_from_covariances(covariance: Tensor) -> Tensor:
+    """Covariances [..., 3] = (xx, xy, yy) in px^2, positive definite, to factors [..., 3] in px."""
+    xx, xy, yy = covariance.unbind(-1)
+    l11 = xx.sqrt()
+    l21 = xy / l11
+    return torch.stack((l11, l21, (yy - l21 * l21).sqrt()), -1)
+
+
+def scales_and_angles(cholesky: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviations [..., 2] in px, larger first, and the larger axis' angle [...] in (-pi/2, pi/2]."""
+    xx, xy, yy = covariances(cholesky).unbind(-1)
+    mean, half = (xx + yy) / 2, (xx - yy) / 2
+    radius = torch.hypot(half, xy)
+    major = mean + radius
+    determinant = (cholesky[..., 0] * cholesky[..., 2]).square()
+    scales = torch.stack((major, determinant / major), -1).sqrt()  # det/major: no cancellation
+    return scales, torch.atan2(xy, half) / 2
+
+
+def cholesky_from_scales_and_angles(scales: Tensor, angles: Tensor) -> Tensor:
+    """Inverse of `scales_and_angles`: [..., 2] px and [...] radians to factors [..., 3] in px."""
+    s1, s2 = scales.square().unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    xx = s1 * cos * cos + s2 * sin * sin
+    l11 = xx.sqrt()
+    l21 = (s1 - s2) * cos * sin / l11
+    l22 = scales[..., 0] * scales[..., 1] / l11
+    return torch.stack((l11, l21, l22), -1)

@@ -1,0 +1,1 @@
+"""What crosses a boundary: the wire format, shard markers, configuration and errors. No torch, no ray."""

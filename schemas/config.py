@@ -1,0 +1,233 @@
+"""Configuration: frozen keyword-only dataclasses, checked at construction; the CLI is derived from them.
+
+`recipe(config)` is the part that changes output bytes; `fingerprint` hashes it together with a source's identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from schemas.errors import UsageError
+from schemas.shard import ShardRef
+from schemas.splats import CODECS, FORMAT_VERSION
+
+STAGES_VERSION = 1
+"""Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same input."""
+
+MAX_GAUSSIANS = 65536
+
+
+def _check(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UsageError(f"--{name.replace('_', '-')} {value}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Image bytes to a square RGB crop."""
+
+    image_size: int = 224
+    """Side of the square crop in px; the short side is resized to it (antialiased bicubic), then centre-cropped."""
+    max_image_pixels: int = 128_000_000
+    """Images whose header promises more pixels are skipped as too_large before any pixel is decoded."""
+
+    def __post_init__(self) -> None:
+        _check(8 <= self.image_size <= 4096, "image_size", self.image_size, "choose 8 to 4096 px")
+        _check(
+            self.max_image_pixels >= 1,
+            "max_image_pixels",
+            self.max_image_pixels,
+            "must be positive",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Start and optimisation of the Gaussians. The defaults are the project's recipe; see pipeline/fit.py."""
+
+    num_gaussians: int = 400
+    """Gaussians per image."""
+    steps: int = 100
+    """Optimisation steps per image."""
+    init: Literal["adaptive", "grid", "random"] = "adaptive"
+    """Where Gaussians start: adaptive (density from image gradients), grid (the published one), random."""
+    target_psnr: float | None = None
+    """Stop an image early once it reaches this PSNR in dB (checked every 10 steps)."""
+    cutoff: float = 3.0
+    """Standard deviations beyond which a Gaussian is exactly zero; part of the shard format."""
+    lr_means: float = 0.1
+    """Step size of the positions; in standard deviations when whitened, in px otherwise."""
+    lr_shape: float = 0.1
+    """Step size of the Cholesky factors; relative when whitened, in px otherwise."""
+    lr_colors: float = 0.02
+    """Step size of the colours (image range 0 to 1)."""
+    beta1: float | None = None
+    """Adam's first decay; None is 0.8 up to 100 steps and 0.9 above."""
+    beta2: float = 0.9
+    """Adam's second decay."""
+    whitened: bool = True
+    """Optimise position and shape in each Gaussian's own frame (mu += L d, L <- L (I + T))."""
+    relocate: bool = True
+    """Move the least useful Gaussians to where the error is, during the first half (from 100 steps on)."""
+    l1_colors: float = 0.0
+    """Weight of the L1 penalty on colours (published: 1e-6); makes luminosity pruning effective."""
+    seed: int = 0
+    """Seeds the random start; the other starts do not use chance."""
+
+    def __post_init__(self) -> None:
+        _check(
+            1 <= self.num_gaussians <= MAX_GAUSSIANS,
+            "num_gaussians",
+            self.num_gaussians,
+            f"choose 1 to {MAX_GAUSSIANS}",
+        )
+        _check(0 <= self.steps <= 1_000_000, "steps", self.steps, "choose 0 to 1000000")
+        _check(
+            self.init in ("adaptive", "grid", "random"),
+            "init",
+            self.init,
+            "choose adaptive, grid or random",
+        )
+        _check(
+            self.target_psnr is None or 0 < self.target_psnr < 100,
+            "target_psnr",
+            self.target_psnr,
+            "choose a value between 0 and 100 dB",
+        )
+        _check(1 <= self.cutoff <= 6, "cutoff", self.cutoff, "choose 1 to 6 standard deviations")
+        for name in ("lr_means", "lr_shape", "lr_colors"):
+            _check(
+                0 < getattr(self, name) <= 10,
+                name,
+                getattr(self, name),
+                "choose a value above 0, up to 10",
+            )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value < 1, name, value, "choose 0 <= beta < 1")
+        _check(self.l1_colors >= 0, "l1_colors", self.l1_colors, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Which Gaussians to drop after the fit."""
+
+    prune: Literal["none", "luminosity", "energy"] = "none"
+    """none; luminosity (published: drop |0.2126 R| + |0.7152 G| + |0.0722 B| below --prune-threshold); energy
+    (drop the --prune-share with the least sum(w^2) |c|^2, then refit)."""
+    prune_threshold: float = 0.05
+    """Luminosity below which a Gaussian is dropped (published tau)."""
+    prune_share: float = 0.25
+    """Share of Gaussians the energy rule drops."""
+    refit_steps: int = 20
+    """Steps of refit after the energy rule."""
+
+    def __post_init__(self) -> None:
+        rules = ("none", "luminosity", "energy")
+        _check(self.prune in rules, "prune", self.prune, "choose none, luminosity or energy")
+        _check(
+            self.prune_threshold >= 0,
+            "prune_threshold",
+            self.prune_threshold,
+            "must not be negative",
+        )
+        _check(0 <= self.prune_share < 1, "prune_share", self.prune_share, "choose 0 <= share < 1")
+        _check(self.refit_steps >= 0, "refit_steps", self.refit_steps, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """The bytes of a shard."""
+
+    format: Literal["parquet", "webdataset"] = "parquet"
+    """parquet (fastest to read) or webdataset (tar)."""
+    codec: Literal["fp16", "q11"] = "fp16"
+    """fp16: 16 bytes per Gaussian. q11: quantised, 11 bytes per Gaussian."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.format in ("parquet", "webdataset"),
+            "format",
+            self.format,
+            "choose parquet or webdataset",
+        )
+        _check(self.codec in CODECS, "codec", self.codec, f"choose one of {', '.join(CODECS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Everything that decides what a conversion writes, and how it runs."""
+
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    pack: PackConfig = field(default_factory=PackConfig)
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    """Kernel backend; auto is triton on CUDA and cpu elsewhere. A named one never falls back."""
+    batch_size: int = 16
+    """Images fitted together; does not change the result beyond rounding."""
+
+    def __post_init__(self) -> None:
+        backends = ("auto", "cpu", "triton", "reference")
+        _check(
+            self.backend in backends,
+            "backend",
+            self.backend,
+            f"choose one of {', '.join(backends)}",
+        )
+        _check(1 <= self.batch_size <= 65536, "batch_size", self.batch_size, "choose 1 to 65536")
+
+
+PRESETS: dict[str, ConvertConfig] = {
+    "default": ConvertConfig(),
+    "paper": ConvertConfig(
+        fit=FitConfig(
+            init="grid",
+            steps=3000,
+            beta1=0.9,
+            beta2=0.999,
+            whitened=False,
+            relocate=False,
+            l1_colors=1e-6,
+        ),
+        prune=PruneConfig(prune="luminosity"),
+    ),
+}
+"""Starting points of the command line. `paper`: the published recipe (arXiv 2509.22615), as far as it is published."""
+
+
+def recipe(config: ConvertConfig) -> dict[str, Any]:
+    """What changes the output bytes: the stage configurations and the versions of format and stages."""
+    stages = {
+        name: dataclasses.asdict(getattr(config, name))
+        for name in ("decode", "fit", "prune", "pack")
+    }
+    return {**stages, "format_version": FORMAT_VERSION, "stages_version": STAGES_VERSION}
+
+
+def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
+    """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample limit."""
+    source = {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit}
+    return {"recipe": recipe(config), "source": source}
+
+
+def fingerprint(shard_inputs: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the canonical JSON of `inputs(...)`."""
+    text = json.dumps(shard_inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line per differing leaf, such as `recipe.fit.steps: 100 -> 300`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += describe_difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
