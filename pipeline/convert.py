@@ -43,9 +43,9 @@ def convert_shard(
 ) -> ShardManifest:
     """Convert the source shard `ref` into `dst` and commit it.
 
-    `on_batch` is called with the rows of each finished batch (progress). Raises SourceError for a source
-    that cannot be read to its end, StorageError when `dst` cannot be written, CorruptShardError when what
-    was written does not read back; nothing is committed then.
+    `on_batch` is called with the rows of each finished batch (progress). Raises SourceError for a
+    source that cannot be read to its end, StorageError when `dst` cannot be written,
+    CorruptShardError when what was written does not read back; nothing is committed then.
     """
     metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
     digest = hashlib.sha256()
@@ -87,9 +87,11 @@ def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Back
 def fit_and_pack(
     images: list[DecodedImage], config: ConvertConfig, backend: Backend
 ) -> Iterator[Row]:
-    """The Gaussian half of a row for each image; PSNR is that of the packed bytes, as a reader gets them."""
+    """The Gaussian half of a row for each image; PSNR is that of the packed bytes, as a reader
+    gets them."""
     target = torch.stack([torch.from_numpy(d.pixels) for d in images]).to(backend.device)
-    height, width = target.shape[1:3]
+    target = target.permute(0, 3, 1, 2).float().div(255).contiguous()  # [B, 3, H, W]
+    height, width = target.shape[2:]
     splats, steps = fit(target, config.fit, backend)
     splats = prune(splats, target, config, backend)
     payloads = pack(splats, height, width, config.pack.codec)

@@ -1,9 +1,12 @@
-"""Splats: a batch of 2D Gaussians per image, and the pure conversions between their parametrisations.
+"""Splats: a batch of 2D Gaussians per image, and the pure conversions between their
+parametrisations.
 
-    I(p) = sum_i c_i exp(-1/2 (p - mu_i)^T Sigma_i^-1 (p - mu_i)),   Sigma = L L^T,   |L^-1 (p - mu)| <= cutoff
+    I(p) = sum_i c_i exp(-1/2 (p - mu_i)^T Sigma_i^-1 (p - mu_i)),   Sigma = L L^T,   |L^-1 (p -
+    mu)| <= cutoff
 
-Pixel units, x right, y down, pixel centres at +0.5. Colours are signed and unclamped; a sum needs no
-opacity. The Cholesky factor follows GaussianImage (arXiv 2403.08551); sums and cutoff are ours to fix.
+Pixel units, x right, y down, pixel centres at +0.5. Colours are signed and unclamped; a sum needs
+no opacity. The Cholesky factor follows GaussianImage (arXiv 2403.08551); sums and cutoff are ours
+to fix.
 """
 
 from __future__ import annotations
@@ -65,7 +68,8 @@ def cholesky_from_covariances(covariance: Tensor) -> Tensor:
 
 
 def scales_and_angles(cholesky: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviations [..., 2] in px, larger first, and the larger axis' angle [...] in (-pi/2, pi/2]."""
+    """Standard deviations [..., 2] in px, larger first, and the larger axis' angle [...] in
+    (-pi/2, pi/2]."""
     xx, xy, yy = covariances(cholesky).unbind(-1)
     mean, half = (xx + yy) / 2, (xx - yy) / 2
     radius = torch.hypot(half, xy)

@@ -1,1 +1,2 @@
-"""What crosses a boundary: the wire format, shard markers, configuration and errors. No torch, no ray."""
+"""What crosses a boundary: the wire format, shard markers, configuration and errors. No torch, no
+ray."""

@@ -1,6 +1,8 @@
-"""Configuration: frozen keyword-only dataclasses, checked at construction; the CLI is derived from them.
+"""Configuration: frozen keyword-only dataclasses, checked at construction; the CLI is derived from
+them.
 
-`recipe(config)` is the part that changes output bytes; `fingerprint` hashes it together with a source's identity.
+`recipe(config)` is the part that changes output bytes; `fingerprint` hashes it together with a
+source's identity.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from schemas.shard import ShardRef
 from schemas.splats import CODECS, FORMAT_VERSION
 
 STAGES_VERSION = 1
-"""Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same input."""
+"""Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same
+input."""
 
 MAX_GAUSSIANS = 65536
 
@@ -31,9 +34,11 @@ class DecodeConfig:
     """Image bytes to a square RGB crop."""
 
     image_size: int = 224
-    """Side of the square crop in px; the short side is resized to it (antialiased bicubic), then centre-cropped."""
+    """Side of the square crop in px; the short side is resized to it (antialiased bicubic), then
+    centre-cropped."""
     max_image_pixels: int = 128_000_000
-    """Images whose header promises more pixels are skipped as too_large before any pixel is decoded."""
+    """Images whose header promises more pixels are skipped as too_large before any pixel is
+    decoded."""
 
     def __post_init__(self) -> None:
         _check(8 <= self.image_size <= 4096, "image_size", self.image_size, "choose 8 to 4096 px")
@@ -47,32 +52,38 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """Start and optimisation of the Gaussians. The defaults are the project's recipe; see pipeline/fit.py."""
+    """Start and optimisation of the Gaussians. The defaults are the project's recipe; see
+    pipeline/fit.py."""
 
     num_gaussians: int = 400
     """Gaussians per image."""
     steps: int = 100
     """Optimisation steps per image."""
     init: Literal["adaptive", "grid", "random"] = "adaptive"
-    """Where Gaussians start: adaptive (density from image gradients), grid (the published one), random."""
+    """Where Gaussians start: adaptive (density from image gradients), grid (the published one),
+    random."""
     target_psnr: float | None = None
     """Stop an image early once it reaches this PSNR in dB (checked every 10 steps)."""
     cutoff: float = 3.0
     """Standard deviations beyond which a Gaussian is exactly zero; part of the shard format."""
-    lr_means: float = 0.1
+    lr_means: float = 0.18
     """Step size of the positions; in standard deviations when whitened, in px otherwise."""
-    lr_shape: float = 0.1
+    lr_shape: float = 0.13
     """Step size of the Cholesky factors; relative when whitened, in px otherwise."""
-    lr_colors: float = 0.02
+    lr_colors: float = 0.05
     """Step size of the colours (image range 0 to 1)."""
     beta1: float | None = None
-    """Adam's first decay; None is 0.8 up to 100 steps and 0.9 above."""
-    beta2: float = 0.9
+    """Adam's first decay; None is 0.83 up to 100 steps and 0.9 above."""
+    beta2: float = 0.85
     """Adam's second decay."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the step size falls to 1 %: linear holds it for the first third, cosine is the published
+    one."""
     whitened: bool = True
     """Optimise position and shape in each Gaussian's own frame (mu += L d, L <- L (I + T))."""
     relocate: bool = True
-    """Move the least useful Gaussians to where the error is, during the first half (from 100 steps on)."""
+    """Move the least useful Gaussians to where the error is, during the first half (from 100 steps
+    on)."""
     l1_colors: float = 0.0
     """Weight of the L1 penalty on colours (published: 1e-6); makes luminosity pruning effective."""
     seed: int = 0
@@ -117,8 +128,9 @@ class PruneConfig:
     """Which Gaussians to drop after the fit."""
 
     prune: Literal["none", "luminosity", "energy"] = "none"
-    """none; luminosity (published: drop |0.2126 R| + |0.7152 G| + |0.0722 B| below --prune-threshold); energy
-    (drop the --prune-share with the least sum(w^2) |c|^2, then refit)."""
+    """none; luminosity (published: drop |0.2126 R| + |0.7152 G| + |0.0722 B| below
+    --prune-threshold); energy (drop the --prune-share with the least sum(w^2) |c|^2, then
+    refit)."""
     prune_threshold: float = 0.05
     """Luminosity below which a Gaussian is dropped (published tau)."""
     prune_share: float = 0.25
@@ -190,6 +202,7 @@ PRESETS: dict[str, ConvertConfig] = {
             steps=3000,
             beta1=0.9,
             beta2=0.999,
+            schedule="cosine",
             whitened=False,
             relocate=False,
             l1_colors=1e-6,
@@ -197,11 +210,13 @@ PRESETS: dict[str, ConvertConfig] = {
         prune=PruneConfig(prune="luminosity"),
     ),
 }
-"""Starting points of the command line. `paper`: the published recipe (arXiv 2509.22615), as far as it is published."""
+"""Starting points of the command line. `paper`: the published recipe (arXiv 2509.22615), as far as
+it is published."""
 
 
 def recipe(config: ConvertConfig) -> dict[str, Any]:
-    """What changes the output bytes: the stage configurations and the versions of format and stages."""
+    """What changes the output bytes: the stage configurations and the versions of format and
+    stages."""
     stages = {
         name: dataclasses.asdict(getattr(config, name))
         for name in ("decode", "fit", "prune", "pack")
@@ -210,7 +225,8 @@ def recipe(config: ConvertConfig) -> dict[str, Any]:
 
 
 def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
-    """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample limit."""
+    """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample
+    limit."""
     source = {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit}
     return {"recipe": recipe(config), "source": source}
 

@@ -1,0 +1,63 @@
+"""The oracle: every Gaussian at every pixel, in plain torch, with autograd, in any float dtype.
+
+The obvious twin of every fast kernel. It is dense, so its cost is N * H * W; `loss_and_grad` goes
+through the picture in strips of rows to keep memory bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.backend import LossAndGrad
+from pipeline.splats import Splats
+
+STRIP_ELEMENTS = 1 << 24
+"""Gaussian-pixel pairs evaluated at once; about ten temporaries of this many floats are alive."""
+
+
+def render(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Tensor:
+    """Sum of the Gaussians at the pixel centres: [B, 3, H, W] in the splats' dtype.
+
+    A Gaussian is exactly zero beyond `cutoff` standard deviations. Differentiable with respect to
+    means, cholesky and colors (the cut itself has no gradient).
+    """
+    return render_rows(splats, 0, height, width, cutoff)
+
+
+def render_rows(splats: Splats, start: int, stop: int, width: int, cutoff: float) -> Tensor:
+    """Rows `start` to `stop` of `render`: [B, 3, stop - start, W]."""
+    kind = {"dtype": splats.means.dtype, "device": splats.means.device}
+    x = torch.arange(width, **kind) + 0.5
+    y = torch.arange(start, stop, **kind) + 0.5
+    l11, l21, l22 = splats.cholesky.unbind(-1)
+    dx = x - splats.means[..., 0, None]  # [B, N, W]
+    dy = y - splats.means[..., 1, None]  # [B, N, rows]
+    z1 = (dx / l11[..., None])[:, :, None, :]
+    z2 = (dy[:, :, :, None] - l21[..., None, None] * z1) / l22[..., None, None]
+    q = z1 * z1 + z2 * z2  # [B, N, rows, W], squared Mahalanobis distance
+    inside = (q <= cutoff * cutoff) & splats.mask[:, :, None, None]
+    weights = torch.where(inside, torch.exp(-0.5 * q), 0)
+    return torch.einsum("bnyx,bnc->bcyx", weights, splats.colors)
+
+
+def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAndGrad:
+    """See `LossAndGrad`; by autograd, strip by strip."""
+    batch, _, height, width = target.shape
+    names = ("means", "cholesky", "colors")
+    leaves = {n: getattr(splats, n).detach().requires_grad_() for n in names}
+    splats = replace(splats, **leaves)
+    rows = max(1, STRIP_ELEMENTS // max(1, splats.mask.numel() * width))
+    loss = target.new_zeros(batch)
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        with torch.enable_grad():
+            strip = render_rows(splats, start, stop, width, cutoff) - target[:, :, start:stop]
+            error = strip.square().sum((1, 2, 3)) / (3 * height * width)
+            if error.requires_grad:
+                error.sum().backward()
+        loss += error.detach()
+    gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
+    return LossAndGrad(loss=loss, **gradients)

@@ -1,0 +1,56 @@
+"""Which Gaussians to drop after the fit.
+
+luminosity  the published rule (arXiv 2509.22615): an L1 penalty on the colours during the fit,
+then drop
+            |0.2126 R| + |0.7152 G| + |0.0722 B| < tau. It ignores how large a Gaussian is, and
+            loses decibels; offered so that the claim has its base beside it.
+energy      drop the share with the least sum w^2 |c|^2, the squared error that removing one alone
+would
+            add, then a short refit of the rest.
+
+Both leave a different number of Gaussians per image: `mask` says which are left, and the shard
+stores only those. An image always keeps at least one Gaussian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.fit import energy, optimize
+from pipeline.kernels.backend import Backend
+from pipeline.splats import Splats
+from schemas.config import ConvertConfig
+
+LUMINOSITY = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709 luma coefficients
+
+
+def prune(splats: Splats, target: Tensor, config: ConvertConfig, backend: Backend) -> Splats:
+    """`splats` with a smaller mask, by `config.prune`; energy also refits against `target`."""
+    rule = config.prune
+    if rule.prune == "none":
+        return splats
+    with torch.no_grad():
+        if rule.prune == "luminosity":
+            return replace(splats, mask=luminosity_mask(splats, rule.prune_threshold))
+        pruned = replace(splats, mask=energy_mask(splats, rule.prune_share))
+        refit = replace(config.fit, relocate=False, target_psnr=None)
+        return optimize(pruned, target, rule.refit_steps, refit, backend)[0]
+
+
+def luminosity_mask(splats: Splats, threshold: float) -> Tensor:
+    """[B, N] bool: Gaussians whose weighted absolute colour reaches `threshold`; at least the
+    brightest."""
+    weights = splats.colors.new_tensor(LUMINOSITY)
+    luminosity = torch.where(splats.mask, splats.colors.abs() @ weights, -1)
+    brightest = luminosity == luminosity.max(1, keepdim=True).values
+    return splats.mask & ((luminosity >= threshold) | brightest)
+
+
+def energy_mask(splats: Splats, share: float) -> Tensor:
+    """[B, N] bool without the floor(share * num_gaussians) Gaussians of least energy."""
+    rank = energy(splats).argsort(dim=1, stable=True).argsort(dim=1)
+    drop = (splats.num_gaussians * share).long().clamp(max=splats.num_gaussians - 1)
+    return splats.mask & (rank >= drop[:, None])
