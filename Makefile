@@ -1,0 +1,51 @@
+# Every target makes and uses .venv; `make install` alone sets it up.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+install: .venv/installed  ## set up .venv with the pinned versions
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+fmt: install  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: install  ## lint, format and types, without changing anything
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: install  ## all tests that need neither a GPU nor many minutes
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-unit: install  ## the fast tests only
+	$(BIN)/pytest -m "not integration and not slow and not gpu"
+
+test-integration: install  ## the tests that start Ray
+	$(BIN)/pytest -m "integration and not slow and not gpu"
+
+test-slow: install  ## everything, also what takes minutes
+	$(BIN)/pytest -m "not gpu"
+
+test-gpu: install  ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+bench: install  ## all benchmarks; results under benchmarks/results (about 30 minutes)
+	$(BIN)/python -m benchmarks.cpu_kernel
+	$(BIN)/python -m benchmarks.fit_quality
+	$(BIN)/python -m benchmarks.convert_job
+
+demo: install  ## convert real photographs end to end and write a report
+	$(BIN)/python -m jobs.demo demo
+
+clean:  ## remove what demo and tests leave (not .venv)
+	rm -rf demo .pytest_cache .ruff_cache .hypothesis build *.egg-info
