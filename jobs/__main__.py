@@ -1,0 +1,55 @@
+"""`splatshard JOB ...`: picks the job by name, imports it only then; so `--help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import version
+
+JOBS = {
+    "convert": "image dataset SRC to shards of 2D Gaussians in DST",
+    "status": "what is done, failed, missing and stale in DST; reads the markers alone",
+    "verify": "re-read everything in DST: checksums, counts, payloads",
+    "report": "one self-contained HTML page about DST, with pictures",
+}
+
+HELP = """\
+usage: splatshard JOB [OPTIONS] ...
+
+Turns image datasets into shards of 2D Gaussians.
+
+jobs:
+{jobs}
+
+  splatshard JOB --help     the options of one job
+  splatshard --version      the version
+
+examples:
+  splatshard convert 'data/{{00000000..00000003}}.tar' splats/ --num-gaussians 400
+  splatshard verify splats/
+  splatshard report splats/ --open
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of the job named by the first argument."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        table = "\n".join(f"  {name:10}{what}" for name, what in JOBS.items())
+        print(HELP.format(jobs=table), end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 1
+    if args[0] in ("-V", "--version"):
+        print(f"splatshard {version('splatshard')}")
+        return 0
+    if args[0] not in JOBS:
+        print(
+            f"splatshard: error: no job {args[0]!r}; choose {', '.join(JOBS)} "
+            "(see splatshard --help)",
+            file=sys.stderr,
+        )
+        return 1
+    return importlib.import_module(f"jobs.{args[0]}").main(args[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What every job's `main` shares: flags from a dataclass, one-line errors, exit codes.
+
+    0 all done    1 usage, configuration or storage    3 finished with failed shards
+    130 interrupted (Ctrl-C)    143 terminated
+
+tyro derives the flags; its framed multi-line errors are folded into one line, since job logs are
+read line by line, and its exit code 2 becomes 1. Standard output belongs to `--json`; all else is
+stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+
+from schemas.errors import SplatshardError, UsageError
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_FAILED_SHARDS = 3
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+Options = TypeVar("Options")
+
+
+class Interrupted(BaseException):
+    """The job was asked to stop; carries the exit code. No Exception: nothing may swallow it."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def parse(
+    options: type[Options], job: str, argv: list[str] | None, default: Options | None = None
+) -> Options:
+    """The options in `argv` (None: the process's). Raises UsageError with one readable line."""
+    args = sys.argv[1:] if argv is None else argv
+    complaint = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                options,
+                args=args,
+                prog=f"splatshard {job}",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                **extra,
+            )
+    except SystemExit as e:
+        if e.code == 0:
+            raise
+        text = one_line(complaint.getvalue()) or "the options cannot be parsed"
+        raise UsageError(f"{text} (see splatshard {job} --help)") from None
+
+
+def one_line(framed: str) -> str:
+    """tyro's framed message as one line, without its help footers."""
+    words: list[str] = []
+    for raw in framed.splitlines():
+        line = raw.strip("│ \t")
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        if line and not set(line) <= set("─╭╮╰╯│ ") and not line.startswith("╭"):
+            words.append(line)
+    text = " ".join(words)
+    if text.startswith(("Error parsing config", "Error parsing : ")):
+        text = text.split(": ", 1)[1]
+    return text
+
+
+def run(body: Callable[[], int]) -> int:
+    """The exit code of `body`; errors become one line on stderr, with `--debug` a traceback too."""
+    try:
+        return body()
+    except SplatshardError as e:
+        complain(str(e))
+        return EXIT_ERROR
+    except Interrupted as e:
+        print(f"splatshard: {e}", file=sys.stderr)
+        return e.code
+    except KeyboardInterrupt:
+        print("splatshard: interrupted; run the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_ERROR
+    except Exception as e:
+        complain(f"internal error, {type(e).__name__}: {e} (SPLATSHARD_DEBUG=1 shows where)")
+        return EXIT_ERROR
+
+
+def complain(message: str) -> None:
+    """`splatshard: error: message` on stderr, below the traceback when debugging."""
+    if debugging():
+        traceback.print_exc()
+    print(f"splatshard: error: {message}", file=sys.stderr)
+
+
+def debugging() -> bool:
+    """True with `--debug` (which sets the variable) or SPLATSHARD_DEBUG=1."""
+    return os.environ.get("SPLATSHARD_DEBUG", "") not in ("", "0")
+
+
+def say(message: str = "") -> None:
+    """One line for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object as the last line of standard output."""
+    print(json.dumps(value, sort_keys=True), flush=True)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 shard`, `1,288 shards`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """`8.3 s`, `4 min 10 s`, `3 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """`6,400 B`, `12.3 MB`, decimal units."""
+    if num_bytes < 100_000:
+        return f"{num_bytes:,.0f} B"
+    for unit, scale in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)):
+        if num_bytes < 1000 * scale or unit == "TB":
+            return f"{num_bytes / scale:,.1f} {unit}"
+    raise AssertionError

@@ -1,0 +1,65 @@
+"""The job's own small files beside the shards: `_plan.json`, `_run.json`, `report.html`.
+
+Written beside their final name and renamed, so that a reader or a crash never meets half a file.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_to_json
+from pipeline.storage import exists, open_read
+from schemas.errors import StorageError, UsageError
+
+RUN_FILE = "_run.json"
+REPORT_FILE = "report.html"
+
+
+def read_text(dst: str, name: str) -> str | None:
+    """The text of `dst/name`, None when there is none."""
+    url = f"{dst}/{name}"
+    if not exists(url):
+        return None
+    with open_read(url) as stream:
+        return stream.read().decode()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a local file atomically. Raises StorageError."""
+    path = Path(path)
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
+        ) as stream:
+            temporary = stream.name
+            os.fchmod(stream.fileno(), 0o644)
+            stream.write(text)
+        os.replace(temporary, path)
+    except OSError as e:
+        Path(temporary).unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {e}") from e
+
+
+def read_plan(dst: str) -> dict[str, PlannedShard]:
+    """All shards ever planned for `dst`; empty when nothing was. Raises CorruptShardError."""
+    text = read_text(dst, PLAN_FILE)
+    return plan_from_json(text, f"{dst}/{PLAN_FILE}") if text is not None else {}
+
+
+def write_plan(dst: str, shards: dict[str, PlannedShard]) -> None:
+    """Merge `shards` into the plan of `dst`; leaves an unchanged file alone."""
+    text = plan_to_json(read_plan(dst) | shards)
+    if text != read_text(dst, PLAN_FILE):
+        write_text(f"{dst}/{PLAN_FILE}", text)
+
+
+def require_dataset(dst: str) -> str:
+    """`dst` without a closing slash. Raises UsageError when nothing is there."""
+    dst = dst.rstrip("/") or "/"
+    if not exists(dst):
+        raise UsageError(f"{dst}: no such folder; give the DST of a splatshard convert")
+    return dst

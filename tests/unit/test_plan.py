@@ -1,0 +1,200 @@
+"""The planner: every shard in exactly one class, and stale shards never silently redone or kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.plan import (
+    Marker,
+    make_plan,
+    plan_from_json,
+    plan_to_json,
+    planned,
+    refuse_stale,
+    status,
+)
+from schemas.config import ConvertConfig, FitConfig, fingerprint, inputs
+from schemas.errors import CorruptShardError, StaleShardError, UsageError
+from schemas.shard import FailedShard, ShardManifest, ShardRef
+
+CONFIG = ConvertConfig()
+OTHER = ConvertConfig(fit=FitConfig(steps=300))
+
+
+def make_ref(name: str, etag: str = "1", size_bytes: int = 100, limit: int | None = None):
+    return ShardRef(
+        name=name,
+        kind="tar",
+        urls=(f"in/{name}.tar",),
+        size_bytes=size_bytes,
+        etag=etag,
+        limit=limit,
+    )
+
+
+def make_manifest(ref: ShardRef, config: ConvertConfig = CONFIG) -> ShardManifest:
+    shard_inputs = inputs(config, ref)
+    return ShardManifest(
+        name=ref.name,
+        data_file=f"{ref.name}.parquet",
+        size_bytes=10,
+        sha256="0" * 64,
+        format="parquet",
+        samples=3,
+        counts={"ok": 2, "no_image": 1},
+        statistics={"psnr_mean": 30.0, "payload_bytes": 12.0},
+        fingerprint=fingerprint(shard_inputs),
+        inputs=shard_inputs,
+        source_url=ref.urls[0],
+        source_sha256=f"content of {ref.name}",
+    )
+
+
+def make_failed(ref: ShardRef) -> FailedShard:
+    return FailedShard(
+        name=ref.name,
+        source_url=ref.urls[0],
+        error="SourceError",
+        message="cut off",
+        fingerprint=fingerprint(inputs(CONFIG, ref)),
+    )
+
+
+def same_content(ref: ShardRef) -> str:
+    return f"content of {ref.name}"
+
+
+def never(ref: ShardRef) -> str:
+    raise AssertionError("no checksum is needed here")
+
+
+MARKERS = {
+    "none": lambda ref: None,
+    "done": make_manifest,
+    "failed": make_failed,
+    "stale": lambda ref: make_manifest(ref, OTHER),
+    "resized": lambda ref: make_manifest(dataclasses.replace(ref, size_bytes=99)),
+    "touched": lambda ref: make_manifest(dataclasses.replace(ref, etag="0")),
+    "corrupt": lambda ref: CorruptShardError("not JSON"),
+}
+
+
+def markers_for(kinds: list[str]) -> tuple[list[ShardRef], dict[str, Marker]]:
+    refs = [make_ref(f"{i:08d}") for i in range(len(kinds))]
+    found = {ref.name: MARKERS[kind](ref) for ref, kind in zip(refs, kinds, strict=True)}
+    return refs, {name: marker for name, marker in found.items() if marker is not None}
+
+
+@given(st.lists(st.sampled_from(sorted(MARKERS)), max_size=12))
+def test_every_shard_is_in_exactly_one_class(kinds: list[str]) -> None:
+    refs, markers = markers_for(kinds)
+    plan = make_plan(refs, markers, CONFIG, same_content)
+    classes = [
+        {ref.name for ref in plan.todo},
+        {manifest.name for manifest in plan.done},
+        {failed.name for failed in plan.failed},
+        {stale.name for stale in plan.stale},
+        set(plan.corrupt),
+    ]
+    names = {ref.name for ref in refs}
+    assert sum(map(len, classes)) == len(names)
+    assert set().union(*classes) == names
+    assert [ref.name for ref in plan.work] == sorted(names - classes[1])
+    expected = {"done", "touched"}
+    done = {ref.name for ref, kind in zip(refs, kinds, strict=True) if kind in expected}
+    assert classes[1] == done
+
+
+@given(st.lists(st.sampled_from(sorted(MARKERS)), max_size=8))
+def test_the_plan_file_survives_the_round_trip_and_agrees_with_status(kinds: list[str]) -> None:
+    refs, markers = markers_for(kinds)
+    plan = make_plan(refs, markers, CONFIG, same_content)
+    shards = planned(refs, plan, CONFIG)
+    text = plan_to_json(shards)
+    assert plan_from_json(text, "_plan.json") == shards
+    assert plan_to_json(dict(reversed(shards.items()))) == text
+    state = status(shards, markers)
+    assert {m.name for m in state.done} == {m.name for m in plan.done}
+    assert set(state.missing) == {ref.name for ref in plan.todo}
+    assert {s.name for s in state.stale} == {s.name for s in plan.stale}
+    assert {name for name, _ in state.corrupt} == set(plan.corrupt)
+    assert not state.unplanned
+
+
+def test_no_checksum_unless_only_the_etag_changed() -> None:
+    refs, markers = markers_for(["none", "done", "failed", "stale", "resized", "corrupt"])
+    make_plan(refs, markers, CONFIG, never)
+
+
+def test_a_touched_source_with_other_content_is_stale() -> None:
+    refs, markers = markers_for(["touched"])
+    plan = make_plan(refs, markers, CONFIG, lambda ref: "something else")
+    assert plan.stale[0].differences == ("source content of in/00000000.tar changed (same size)",)
+
+
+def test_a_touched_source_and_another_recipe_is_stale() -> None:
+    refs, markers = markers_for(["touched"])
+    plan = make_plan(refs, markers, OTHER, never)
+    assert plan.stale[0].differences == (
+        "recipe.fit.steps: 100 -> 300",
+        "source.etag: 0 -> 1",
+    )
+
+
+def test_stale_shards_are_refused_with_one_diff_per_difference() -> None:
+    refs, markers = markers_for(["stale", "stale", "stale", "stale", "resized", "done"])
+    plan = make_plan(refs, markers, CONFIG, never)
+    with pytest.raises(StaleShardError) as error:
+        refuse_stale(plan, markers, "out")
+    text = str(error.value)
+    assert "out holds 5 shards of another configuration" in text
+    assert text.count("recipe.fit.steps: 300 -> 100") == 1
+    assert "4 shards (00000000, 00000001, 00000002, ...)" in text
+    assert text.count("source.size_bytes: 99 -> 100") == 1
+    assert "--overwrite-stale" in text
+
+
+def test_broken_markers_are_refused_too() -> None:
+    refs, markers = markers_for(["corrupt", "done"])
+    plan = make_plan(refs, markers, CONFIG, never)
+    with pytest.raises(StaleShardError, match=r"1 shard with a broken marker.*not JSON"):
+        refuse_stale(plan, markers, "out")
+
+
+def test_nothing_stale_is_not_refused() -> None:
+    refs, markers = markers_for(["none", "done", "failed", "touched"])
+    refuse_stale(make_plan(refs, markers, CONFIG, same_content), markers, "out")
+
+
+def test_two_sources_of_one_name_are_refused() -> None:
+    refs = [make_ref("a"), dataclasses.replace(make_ref("a"), urls=("elsewhere/a.tar",))]
+    with pytest.raises(UsageError, match=r"named a \(in/a.tar and elsewhere/a.tar\)"):
+        make_plan(refs, {}, CONFIG, never)
+
+
+def test_another_limit_is_another_shard() -> None:
+    ref = make_ref("a")
+    plan = make_plan([make_ref("a", limit=2)], {"a": make_manifest(ref)}, CONFIG, never)
+    assert plan.stale[0].differences == ("source.limit: None -> 2",)
+
+
+def test_status_knows_markers_without_a_plan() -> None:
+    _, markers = markers_for(["done", "failed"])
+    state = status({}, markers)
+    assert len(state.done) == 1
+    assert state.unplanned == ("00000000", "00000001")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"plan_version": 1}', '{"plan_version": "x"}'])
+def test_a_broken_plan_file_says_what_to_do(text: str) -> None:
+    with pytest.raises(CorruptShardError, match=r"out/_plan.json cannot be read.*delete it"):
+        plan_from_json(text, "out/_plan.json")
+
+
+def test_a_newer_plan_file_is_refused() -> None:
+    with pytest.raises(UsageError, match="plan version 2"):
+        plan_from_json('{"plan_version": 2}', "out/_plan.json")
