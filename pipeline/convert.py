@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -22,14 +23,14 @@ from pipeline.decode import DecodedImage, decode
 from pipeline.fit import fit
 from pipeline.kernels.backend import Backend
 from pipeline.metrics import psnr
-from pipeline.pack import pack, unpack
+from pipeline.pack import finite_images, pack, unpack
 from pipeline.prune import prune
 from pipeline.read import RawSample, read
 from pipeline.write import open_writer
 from schemas.config import ConvertConfig, recipe
 from schemas.errors import SampleError
 from schemas.shard import OK, ShardManifest, ShardRef
-from schemas.splats import shard_metadata
+from schemas.splats import MAX_PSNR, shard_metadata
 
 Row = dict[str, Any]
 
@@ -49,14 +50,16 @@ def convert_shard(
     """
     metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
     digest = hashlib.sha256()
+    samples_in = 0
     with staged_file(dst, ref.name) as path:
         with open_writer(path, config.pack.format, metadata) as writer:
             for samples in batches(read(ref, digest), config.batch_size):
+                samples_in += len(samples)
                 rows = convert_batch(samples, config, backend)
                 writer.write(rows)
                 if on_batch:
                     on_batch(rows)
-        return publish(dst, path, ref, config, source_sha256=digest.hexdigest())
+        return publish(dst, path, ref, config, digest.hexdigest(), samples_in)
 
 
 def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Backend) -> list[Row]:
@@ -94,9 +97,12 @@ def fit_and_pack(
     height, width = target.shape[2:]
     splats, steps = fit(target, config.fit, backend)
     splats = prune(splats, target, config, backend)
+    finite = finite_images(splats)  # a diverged fit keeps no Gaussian and its row says so
+    splats = replace(splats, mask=splats.mask & finite[:, None])
     payloads = pack(splats, height, width, config.pack.codec)
     stored = unpack(payloads, height, width, config.pack.codec).to(backend.device)
     quality = psnr(backend.render(stored, height, width, config.fit.cutoff), target)
+    quality = quality.clamp(max=MAX_PSNR)
     for i, image in enumerate(images):
         row: Row = {
             "width": width,
@@ -104,7 +110,7 @@ def fit_and_pack(
             "original_width": image.original_width,
             "original_height": image.original_height,
         }
-        if torch.isfinite(quality[i]):
+        if finite[i]:
             row |= {
                 "num_gaussians": int(stored.num_gaussians[i]),
                 "psnr": float(quality[i]),

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from schemas.errors import UsageError
 from schemas.shard import ShardRef
-from schemas.splats import CODECS, FORMAT_VERSION
+from schemas.splats import CODECS, FORMAT_VERSION, canonical_json
 
 STAGES_VERSION = 1
 """Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same
@@ -215,7 +214,7 @@ it is published."""
 
 
 def recipe(config: ConvertConfig) -> dict[str, Any]:
-    """What changes the output bytes: the stage configurations and the versions of format and
+    """What changes the output bytes: the stages' configurations, and the versions of format and
     stages."""
     stages = {
         name: dataclasses.asdict(getattr(config, name))
@@ -225,25 +224,31 @@ def recipe(config: ConvertConfig) -> dict[str, Any]:
 
 
 def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
-    """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample
-    limit."""
+    """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample limit.
+
+    A folder's label numbers depend on all of its class directories, also those of other shards, so
+    a digest of their names is part of the source.
+    """
     source = {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit}
+    if ref.labels:
+        source["labels"] = hashlib.sha256(canonical_json(ref.labels).encode()).hexdigest()
     return {"recipe": recipe(config), "source": source}
 
 
 def fingerprint(shard_inputs: dict[str, Any]) -> str:
     """SHA-256 (hex) of the canonical JSON of `inputs(...)`."""
-    text = json.dumps(shard_inputs, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical_json(shard_inputs).encode()).hexdigest()
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """One line per differing leaf, such as `recipe.fit.steps: 100 -> 300`."""
-    lines = []
+    lines: list[str] = []
     for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
+        a, b = old.get(key, "absent"), new.get(key, "absent")
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += describe_difference(a, b, f"{prefix}{key}.")
+            lines += describe_difference(
+                cast("dict[str, Any]", a), cast("dict[str, Any]", b), f"{prefix}{key}."
+            )
         elif a != b:
             lines.append(f"{prefix}{key}: {a} -> {b}")
     return lines

@@ -1,19 +1,26 @@
 """Shards as plain data: where one comes from (`ShardRef`), and the done or failed marker beside it.
 
-A marker is the only thing readers trust. `{shard}.json` says a shard is done and names its data file;
-`{shard}.failed.json` says the last attempt failed and why. Both are deterministic: no clock, no host,
-so that two runs over the same input leave byte-identical folders.
+A marker is the only thing readers trust. `{shard}.json` says a shard is done and names its data
+file; `{shard}.failed.json` says the last attempt failed and why. Both are deterministic: no clock,
+no host, so that two runs over the same input leave byte-identical folders.
+
+Markers are parsed by hand: every field, also inside the dictionaries, is checked for type and
+range, and whatever is wrong is a CorruptShardError. A schema library would say the same in more
+words and one more dependency.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
-from typing import Any
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeGuard, cast
 
 from schemas.errors import CorruptShardError, FormatVersionError
-from schemas.splats import FORMAT_VERSION
+from schemas.splats import EXTENSIONS, FORMAT_VERSION
 
 OK = "ok"
 SKIP_STATUSES = (
@@ -28,14 +35,15 @@ SKIP_STATUSES = (
     "bad_metadata",  # .cls or .json that cannot be parsed
     "fit_diverged",  # non-finite splats
 )
+STATUSES = frozenset((OK, *SKIP_STATUSES))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRef:
     """One unit of work: a source shard and how much of it to take.
 
-    `name` is the output name (the source's base name without extension). `kind` is "tar", "parquet" or
-    "folder". `urls` has one entry, except for a folder's shard: its files, sorted. `etag` is the
+    `name` is the output name (the source's base name without extension). `kind` is "tar", "parquet"
+    or "folder". `urls` has one entry, except for a folder's shard: its files, sorted. `etag` is the
     store's, or the modification time on a local disk, or a digest of both over a folder's files.
     `labels` maps a folder's class directories to label numbers.
     """
@@ -54,9 +62,10 @@ class ShardRef:
 class ShardManifest:
     """The done marker of one shard: what was committed, and everything needed to check it.
 
-    `inputs` is what the fingerprint covers: recipe, format version and source identity. `counts` maps
-    every status to a number of rows and sums to `samples`. `statistics` holds psnr_mean/min/max (dB),
-    num_gaussians_mean, payload_bytes.
+    `data_file` is a name in the marker's folder. `inputs` is what the fingerprint covers: recipe
+    and source identity. `counts` maps the statuses that occur to numbers of rows and sums to
+    `samples`. `statistics` holds payload_bytes and, where there are ok rows, their
+    num_gaussians_mean and psnr_mean, psnr_min and psnr_max in dB.
     """
 
     name: str
@@ -74,10 +83,11 @@ class ShardManifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        """The accounting identity: samples in = ok + each skip reason."""
         if sum(self.counts.values()) != self.samples:
             raise CorruptShardError(
-                f"shard {self.name}: {self.samples} samples came in but the rows add up to "
-                f"{sum(self.counts.values())} ({self.counts}); nothing was committed"
+                f"shard {self.name}: {self.samples} samples, but the rows add up to "
+                f"{sum(self.counts.values())} ({reprlib.repr(self.counts)})"
             )
 
 
@@ -90,59 +100,117 @@ class FailedShard:
     error: str
     message: str
     fingerprint: str
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: int = FORMAT_VERSION
 
 
 def to_json(marker: ShardManifest | FailedShard) -> str:
     """Canonical JSON: sorted keys, two-space indent, closing newline."""
-    return json.dumps(dataclasses.asdict(marker), sort_keys=True, indent=2) + "\n"
+    values = dataclasses.asdict(marker)
+    return json.dumps(values, sort_keys=True, indent=2, allow_nan=False) + "\n"
 
 
-def manifest_from_json(text: str, name: str) -> ShardManifest:
+def manifest_from_json(text: str | bytes, name: str) -> ShardManifest:
     """Parse a done marker. `name` (a path or URL) goes into error messages.
 
     Raises `FormatVersionError` for a newer version and `CorruptShardError` for anything malformed.
     """
-    return _from_json(ShardManifest, text, name)
+    return ShardManifest(**_fields(ShardManifest, text, name))
 
 
-def failed_from_json(text: str, name: str) -> FailedShard:
+def failed_from_json(text: str | bytes, name: str) -> FailedShard:
     """Parse a failed marker; raises as `manifest_from_json`."""
-    return _from_json(FailedShard, text, name)
+    return FailedShard(**_fields(FailedShard, text, name))
 
 
-def _from_json(cls: type, text: str, name: str) -> Any:
+def _fields(cls: type[ShardManifest | FailedShard], text: str | bytes, name: str) -> dict[str, Any]:
+    """The checked fields of `cls`; raises as `manifest_from_json`."""
     try:
-        values = json.loads(text)
-    except ValueError as e:
-        raise CorruptShardError(
-            f"marker {name} is not JSON ({e}); delete it to redo the shard"
-        ) from e
-    if not isinstance(values, dict):
-        raise CorruptShardError(f"marker {name} is not a JSON object; delete it to redo the shard")
+        document: object = json.loads(text)
+        json.dumps(document, allow_nan=False)  # Python would read NaN and 1e999, which are not JSON
+    except (ValueError, RecursionError) as e:
+        raise CorruptShardError(f"marker {name} is not JSON ({e}); {_REMEDY}") from e
+    if not isinstance(document, dict):
+        raise CorruptShardError(f"marker {name} is not a JSON object; {_REMEDY}")
+    values = cast("dict[str, Any]", document)
     version = values.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if _is_count(version) and version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"marker {name} has format version {version}; this build reads up to {FORMAT_VERSION}: "
-            "upgrade splatshard or choose another DST"
+            f"marker {name} has format version {reprlib.repr(version)}, this build reads up to "
+            f"{FORMAT_VERSION}: upgrade splatshard or choose another DST"
         )
-    expected = {f.name: f for f in dataclasses.fields(cls)}
-    missing = sorted(expected.keys() - values.keys())
-    unknown = sorted(values.keys() - expected.keys())
+    expected = {f.name for f in dataclasses.fields(cls)}
+    missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
     if missing or unknown:
         raise CorruptShardError(
-            f"marker {name}: missing fields {missing}, unknown fields {unknown}; delete it to redo the shard"
+            f"marker {name}: missing fields {missing}, unknown fields {reprlib.repr(unknown)}; "
+            + _REMEDY
         )
-    kinds = {
-        "str": str,
-        "int": int,
-        "dict[str, int]": dict,
-        "dict[str, float]": dict,
-        "dict[str, Any]": dict,
-    }
-    for key, f in expected.items():
-        if not isinstance(values[key], kinds[str(f.type)]):
+    for key in sorted(expected):
+        check, wanted = _CHECKS.get(key, _TEXT)
+        if not check(values[key]):
             raise CorruptShardError(
-                f"marker {name}: field {key} is {values[key]!r}, expected {f.type}"
+                f"marker {name}: {key} is {reprlib.repr(values[key])}, not {wanted}; {_REMEDY}"
             )
-    return cls(**values)
+    return values
+
+
+_REMEDY = "delete it and run convert again"
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_counts(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    counts = cast("dict[str, object]", value)
+    return all(status in STATUSES and _is_count(count) for status, count in counts.items())
+
+
+def _is_statistics(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        map(_is_number, cast("dict[str, object]", value).values())
+    )
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[^/\\\0]+\.(parquet|tar)", value) is not None
+
+
+def _is_inputs(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    parts = cast("dict[str, object]", value)
+    return all(isinstance(parts.get(key), dict) for key in ("recipe", "source"))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_TEXT = (_is_text, "a string")
+_COUNT = (_is_count, "a whole number")
+_DIGEST = (_is_digest, "64 hex digits")
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data_file": (_is_file_name, "the name of a .parquet or .tar file"),
+    "size_bytes": _COUNT,
+    "sha256": _DIGEST,
+    "format": (lambda value: value in tuple(EXTENSIONS), f"one of {', '.join(EXTENSIONS)}"),
+    "samples": _COUNT,
+    "counts": (_is_counts, "numbers of rows by known status"),
+    "statistics": (_is_statistics, "numbers"),
+    "fingerprint": _DIGEST,
+    "inputs": (_is_inputs, "a recipe and a source"),
+    "source_sha256": (lambda value: value == "" or _is_digest(value), "64 hex digits"),
+    "format_version": (lambda value: _is_count(value) and value > 0, "a positive whole number"),
+}
+"""What a field must be, and how to say so; fields not listed are strings."""
