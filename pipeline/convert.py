@@ -103,6 +103,7 @@ def fit_and_pack(
     stored = unpack(payloads, height, width, config.pack.codec).to(backend.device)
     quality = psnr(backend.render(stored, height, width, config.fit.cutoff), target)
     quality = quality.clamp(max=MAX_PSNR)
+    finite &= quality.isfinite()
     for i, image in enumerate(images):
         row: Row = {
             "width": width,

@@ -1,0 +1,291 @@
+"""Committed shards, read back: rows of both formats, and the check of a shard against its marker.
+
+Front to back, one row at a time; for `verify`, `report` and the commit itself. Left out: order,
+batches, prefetching and columns by choice, which are the training reader's. Nothing is unpickled,
+and whatever is wrong with a file raises CorruptShardError (or is listed by `verify_shard`).
+
+A tar that was cut between two members reads like a shorter one: trust the marker's count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.pack import finite_images, unpack
+from schemas.config import fingerprint
+from schemas.errors import CorruptShardError, FormatVersionError, SourceError
+from schemas.shard import OK, STATUSES, ShardManifest
+from schemas.splats import (
+    COLUMNS,
+    EXTENSIONS,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    METADATA_MEMBER,
+    NAMES,
+    SCALARS,
+)
+
+Row = dict[str, Any]
+
+BATCH_ROWS = 64
+MAX_PROBLEMS = 10
+
+
+def read_rows(url: str, format: str | None = None) -> Iterator[Row]:
+    """The rows of the shard at `url` (path or URL), one dict with all of COLUMNS' names each.
+
+    `format` is that of the file's extension if None. Raises CorruptShardError for a missing,
+    damaged or foreign file and FormatVersionError for a newer one.
+    """
+    with _reading(url) as stream:
+        rows = _parquet_rows if _format_of(url, format) == "parquet" else _tar_rows
+        yield from rows(stream, url)
+
+
+def shard_metadata_of(url: str, format: str | None = None) -> dict[str, Any]:
+    """The constants of the shard at `url`, see `schemas.splats.shard_metadata`; raises as
+    `read_rows`."""
+    with _reading(url) as stream:
+        if _format_of(url, format) == "parquet":
+            return _parquet_metadata(pq.ParquetFile(stream), url)
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            return _tar_metadata(_tar_members(tar), url)
+
+
+def _format_of(url: str, format: str | None) -> str:
+    by_extension = {extension: name for name, extension in EXTENSIONS.items()}
+    format = format or by_extension.get(url.rpartition(".")[2], "")
+    if format not in EXTENSIONS:
+        raise CorruptShardError(f"{url} is neither a .parquet nor a .tar file")
+    return format
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[BinaryIO]:
+    """A stream over `url`; whatever the libraries raise on bad bytes becomes CorruptShardError."""
+    try:
+        with storage.open_read(url) as stream:
+            yield stream
+    except SourceError as e:
+        raise CorruptShardError(str(e)) from e
+    except FormatVersionError:
+        raise
+    except (pa.ArrowException, tarfile.TarError, OSError, ValueError, RecursionError) as e:
+        raise CorruptShardError(f"{url} cannot be read: {type(e).__name__}: {e}") from e
+
+
+def _parquet_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
+    file = pq.ParquetFile(stream, page_checksum_verification=True)
+    _parquet_metadata(file, url)
+    for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+        for row in batch.to_pylist():
+            yield row | {"members": row["members"] or []}
+
+
+def _parquet_metadata(file: pq.ParquetFile, url: str) -> dict[str, Any]:
+    schema = file.schema_arrow
+    metadata = _checked_metadata((schema.metadata or {}).get(METADATA_KEY), url)
+    if not schema.equals(COLUMNS):
+        raise CorruptShardError(f"{url} has the columns {schema.names}, not {list(NAMES)}")
+    return metadata
+
+
+def _checked_metadata(text: bytes | None, url: str) -> dict[str, Any]:
+    if text is None:
+        raise CorruptShardError(f"{url} is not a splat shard: it has no splatshard metadata")
+    metadata = json.loads(text)
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{url} has format version {version}, this build reads up to {FORMAT_VERSION}: "
+            "upgrade splatshard"
+        )
+    if type(version) is not int or version < 1 or not isinstance(metadata.get("codec"), str):
+        raise CorruptShardError(f"{url} is not a splat shard: its metadata are {str(text)[:200]}")
+    return metadata
+
+
+def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
+    for member in tar:
+        if not member.isreg():
+            raise ValueError(f"member {member.name} is not a regular file")
+        yield member.name, cast("BinaryIO", tar.extractfile(member)).read()
+        tar.members.clear()  # tarfile would keep every header until the end
+
+
+def _tar_metadata(members: Iterator[tuple[str, bytes]], url: str) -> dict[str, Any]:
+    name, data = next(members, ("", b""))
+    return _checked_metadata(data if name == METADATA_MEMBER else None, url)
+
+
+def _tar_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        members = _tar_members(tar)
+        _tar_metadata(members, url)
+        base, group = "", list[tuple[str, bytes]]()
+        for name, data in members:
+            folder, slash, last = name.rpartition("/")
+            stem, _, suffix = last.partition(".")
+            if suffix == "splat.json":
+                if group:
+                    yield _tar_row(base, group)
+                base, group = folder + slash + stem, []
+            if folder + slash + stem != base or (not group and suffix != "splat.json"):
+                raise ValueError(f"member {name} belongs to no sample")
+            group.append((suffix, data))
+        if group:
+            yield _tar_row(base, group)
+
+
+def _tar_row(base: str, group: list[tuple[str, bytes]]) -> Row:
+    """A row from the members of one sample, in file order. Raises ValueError."""
+    document = json.loads(group[0][1])
+    names = document.pop("members", None) if isinstance(document, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{base}.splat.json has no list of members")
+    own, further = group[1 : len(group) - len(names)], group[len(group) - len(names) :]
+    if len(names) > len(group) - 1 or document.keys() - set(SCALARS):
+        raise ValueError(f"{base}.splat.json does not fit its sample")
+    columns = dict(own)
+    row: Row = dict.fromkeys(NAMES) | document
+    for name in SCALARS:
+        if not _is_of(row[name], COLUMNS.field(name)):
+            raise ValueError(f"{base}.splat.json: {name} is {row[name]!r}")
+    row["metadata"] = columns["json"].decode() if "json" in columns else None
+    row["splats"] = columns.get("splat")
+    row["members"] = [
+        {"name": name, "data": data} for name, (_, data) in zip(names, further, strict=True)
+    ]
+    return row
+
+
+def _is_of(value: object, column: pa.Field) -> bool:
+    if value is None:
+        return column.nullable
+    if pa.types.is_string(column.type):
+        return isinstance(value, str)
+    if pa.types.is_floating(column.type):
+        return type(value) in (int, float)
+    limit = 1 << (column.type.bit_width - 1)
+    return type(value) is int and -limit <= value < limit
+
+
+@dataclass
+class Survey:
+    """What a shard file holds, from the file alone; see ShardManifest for the fields' meaning."""
+
+    samples: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    statistics: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def survey(url: str, format: str | None = None) -> Survey:
+    """Read every row and unpack every payload; raises as `read_rows`. `problems` says which rows
+    are not what FORMAT.md promises, the first MAX_PROBLEMS of them."""
+    metadata = shard_metadata_of(url, format)
+    result = Survey()
+    psnr: list[float] = []
+    num_gaussians = payload_bytes = wrong = 0
+    for row in read_rows(url, format):
+        result.samples += 1
+        result.counts[row["status"]] += 1
+        if problem := row_problem(row, metadata["codec"]):
+            wrong += 1
+            if wrong <= MAX_PROBLEMS:
+                result.problems.append(f"row {result.samples - 1} ({row['key']}): {problem}")
+        elif row["status"] == OK:
+            psnr.append(row["psnr"])
+            num_gaussians += row["num_gaussians"]
+            payload_bytes += len(row["splats"])
+    if wrong > MAX_PROBLEMS:
+        result.problems.append(f"and {wrong - MAX_PROBLEMS} more rows")
+    result.statistics = {"payload_bytes": payload_bytes}
+    if psnr:
+        result.statistics |= {
+            "psnr_mean": math.fsum(psnr) / len(psnr),
+            "psnr_min": min(psnr),
+            "psnr_max": max(psnr),
+            "num_gaussians_mean": num_gaussians / len(psnr),
+        }
+    return result
+
+
+def row_problem(row: Row, codec: str) -> str:
+    """What is wrong with a row; empty when nothing is."""
+    if row["status"] not in STATUSES:
+        return f"unknown status {row['status']!r}"
+    if row["status"] != OK:
+        kept = row["splats"] is not None or row["num_gaussians"]
+        return f"status {row['status']}, yet it has splats" if kept else ""
+    if row["splats"] is None or not row["width"] or not row["height"]:
+        return "status ok, but no splats, width or height"
+    if row["psnr"] is None or not math.isfinite(row["psnr"]):
+        return f"PSNR is {row['psnr']}"
+    try:
+        splats = unpack([row["splats"]], row["height"], row["width"], codec)
+    except CorruptShardError as e:
+        return str(e)
+    found = int(splats.num_gaussians[0])
+    if found != row["num_gaussians"]:
+        return f"{found} Gaussians in the payload, num_gaussians is {row['num_gaussians']}"
+    if not finite_images(splats).all():
+        return "Gaussians that are not finite"
+    return (
+        "" if (splats.cholesky[..., ::2] > 0).all() else "Cholesky diagonals that are not positive"
+    )
+
+
+def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
+    """Everything about the shard in `dst` that is not as its marker says; empty when all is well.
+
+    Checks size, SHA-256, format version, recipe, row count, statuses, every payload and the
+    statistics. Each message names the file and what to do.
+    """
+    url = f"{dst.rstrip('/')}/{manifest.data_file}"
+    marker = f"{dst.rstrip('/')}/{manifest.name}.json"
+    try:
+        problems = _problems(url, manifest)
+    except FormatVersionError as e:
+        return [str(e)]
+    except (CorruptShardError, SourceError) as e:
+        problems = [str(e)]
+    if not problems and manifest.fingerprint != fingerprint(manifest.inputs):
+        return [
+            f"{marker}: its fingerprint is not that of its inputs: delete it and run convert again"
+        ]
+    return [
+        f"{p if url in p else f'{url}: {p}'}: delete {marker} and run convert again"
+        for p in problems
+    ]
+
+
+def _problems(url: str, manifest: ShardManifest) -> list[str]:
+    size = storage.stat(url).size_bytes
+    if size != manifest.size_bytes:
+        return [f"{size} bytes, its marker says {manifest.size_bytes}"]
+    if storage.sha256(url) != manifest.sha256:
+        return ["SHA-256 is not the one in its marker (damaged or replaced)"]
+    problems: list[str] = []
+    recipe = shard_metadata_of(url, manifest.format).get("recipe")
+    if recipe != manifest.inputs["recipe"]:
+        problems.append("it was made by another recipe than its marker says")
+    found = survey(url, manifest.format)
+    problems += found.problems
+    for name in ("samples", "counts", "statistics"):
+        if getattr(found, name) != getattr(manifest, name):
+            problems.append(
+                f"{name} are {getattr(found, name)}, its marker says {getattr(manifest, name)}"
+            )
+    return problems
