@@ -3,8 +3,8 @@
     python -m benchmarks.fit_quality [--images 16] [--shard 0]
 
 Mean PSNR in dB of the fitted splats (float32, before packing) over the first images of one
-datacomp-sample shard at 224 x 224. `paper` is the published loop without its pruning, `paper pruned`
-with it (how many Gaussians that leaves stands beside). Seconds are per image and thread.
+datacomp-sample shard at 224 x 224. `paper` is the published loop without its pruning, `paper
+pruned` with it (how many Gaussians that leaves stands beside). Seconds are per image and thread.
 """
 
 from __future__ import annotations

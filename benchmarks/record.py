@@ -1,7 +1,8 @@
-"""What every benchmark shares: the machine and versions beside the numbers, sample images, the JSON file."""
+"""What every benchmark shares: machine and versions beside the numbers, images, the JSON file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pipeline.read import read
+from pipeline.sources import list_shards
+
+from pipeline.decode import decode
+from schemas.config import DecodeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SPLATSHARD_DATA", ROOT.parent / "shared" / "data"))
@@ -55,14 +61,10 @@ def save(name: str, results: Any) -> Path:
 
 
 def sample_images(count: int, shard: int = 0, size: int = 224) -> torch.Tensor:
-    """The first `count` photographs of a datacomp-sample shard, decoded as a conversion does: [B, 3, S, S]."""
-    import hashlib
+    """The first `count` photographs of a datacomp-sample shard, decoded as a conversion does.
 
-    from pipeline.decode import decode
-    from pipeline.read import read
-    from pipeline.sources import list_shards
-    from schemas.config import DecodeConfig
-
+    float32 [count, 3, size, size], 0 to 1.
+    """
     (ref,) = list_shards(str(DATA / f"datacomp-sample/shards/{shard:08d}.tar"), limit=count)
     config = DecodeConfig(image_size=size)
     pixels = [decode(s.image, s.image_name, config).pixels for s in read(ref, hashlib.sha256())]

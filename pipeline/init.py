@@ -4,8 +4,8 @@ Adaptive. Gaussians should be dense where the picture changes, and every step th
 saves is saved for every image ever converted. (1) The structure tensor of the image, blurred,
 gives an edge energy; a power of it plus a floor is the density rho. (2) N centres at equal steps
 of the cumulated density along a Hilbert curve: a deterministic, low-discrepancy sample of rho. (3)
-One Lloyd step (move to the weighted centroid of the Voronoi cell) evens them out. (4) Scale 1 / (2
-sqrt(rho)), stretched along edges by the tensor's coherence. (5) Colours are linear given the
+One Lloyd step (move to the weighted centroid of the Voronoi cell) evens them out. (4) Scale 0.42 /
+sqrt(rho), stretched along edges by the tensor's coherence. (5) Colours are linear given the
 geometry: a few conjugate-gradient steps on the normal equations.
 
 The published structured start (arXiv 2509.22615) is `grid`: uniform cells, isotropic covariance of
@@ -32,12 +32,12 @@ from pipeline.kernels.voronoi import centroids
 from pipeline.splats import Splats, cholesky_from_scales_and_angles
 from schemas.config import FitConfig
 
-BLUR_PX = 1.4  # of the structure tensor
-POWER = 0.75  # density ~ edge energy ** POWER
-FLOOR = 0.12  # share of Gaussians that are spread evenly
-SCALE = 0.5  # standard deviation in units of the local spacing 1 / sqrt(rho)
-STRETCH, MAX_STRETCH = 3.0, 4.0  # axis ratio 1 + STRETCH * coherence, at most MAX_STRETCH
-COLOR_STEPS = 2  # conjugate-gradient steps
+BLUR_PX = 1.3  # of the structure tensor
+POWER = 0.83  # density ~ edge energy ** POWER
+FLOOR = 0.08  # share of Gaussians that are spread evenly
+SCALE = 0.42  # standard deviation in units of the local spacing 1 / sqrt(rho)
+STRETCH, MAX_STRETCH = 4.0, 4.0  # axis ratio 1 + STRETCH * coherence, at most MAX_STRETCH
+COLOR_STEPS = 3  # conjugate-gradient steps
 
 
 def initial_splats(target: Tensor, config: FitConfig, backend: Backend) -> Splats:

@@ -26,6 +26,9 @@ from schemas.config import ConvertConfig
 
 LUMINOSITY = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709 luma coefficients
 
+RATES = ("lr_means", "lr_shape", "lr_colors")
+REFIT_RATE = 0.3  # of the fit's step sizes: full steps from a fitted start first undo the fit
+
 
 def prune(splats: Splats, target: Tensor, config: ConvertConfig, backend: Backend) -> Splats:
     """`splats` with a smaller mask, by `config.prune`; energy also refits against `target`."""
@@ -36,7 +39,8 @@ def prune(splats: Splats, target: Tensor, config: ConvertConfig, backend: Backen
         if rule.prune == "luminosity":
             return replace(splats, mask=luminosity_mask(splats, rule.prune_threshold))
         pruned = replace(splats, mask=energy_mask(splats, rule.prune_share))
-        refit = replace(config.fit, relocate=False, target_psnr=None)
+        rates = {n: REFIT_RATE * getattr(config.fit, n) for n in RATES}
+        refit = replace(config.fit, relocate=False, target_psnr=None, **rates)
         return optimize(pruned, target, rule.refit_steps, refit, backend)[0]
 
 

@@ -51,7 +51,8 @@ class BackendError(SplatshardError):
 class SampleError(SplatshardError):
     """One sample cannot be converted.
 
-    `status` is one of `schemas.shard.SKIP_STATUSES`; the message goes into the row's `error` column.
+    `status` is one of `schemas.shard.SKIP_STATUSES`; the message goes into the row's `error`
+    column.
     """
 
     def __init__(self, status: str, message: str) -> None:

