@@ -40,6 +40,10 @@ class Splats:
         """Gaussians per image, int64 [B]."""
         return self.mask.sum(1)
 
+    def to(self, device: torch.device) -> Splats:
+        """The same splats on `device`."""
+        return Splats(*(x.to(device) for x in (self.means, self.cholesky, self.colors, self.mask)))
+
     def __getitem__(self, index: slice | Tensor) -> Splats:
         """Images of the batch; a slice or an index tensor, so that the batch dimension stays."""
         return Splats(*(x[index] for x in (self.means, self.cholesky, self.colors, self.mask)))
