@@ -1,6 +1,6 @@
 """The convert job: image dataset SRC to splat shards in DST, resumable, locally or on a cluster.
 
-    parse -> check DST -> list SRC -> plan -> (dry run) -> Ray -> drive -> summary
+    parse -> list SRC -> check DST -> plan -> (dry run) -> Ray -> drive -> summary
 
 Also runs as `ray job submit -- python -m jobs.convert SRC DST ...`. The recovery for everything is
 to run the same command again: done shards are recognised by their markers and never redone.
@@ -8,6 +8,7 @@ to run the same command again: done shards are recognised by their markers and n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -16,13 +17,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
-from pipeline.commit import check_destination, clean_staging, read_markers
-from pipeline.sources import list_shards
 
 from jobs.cli import (
     EXIT_FAILED_SHARDS,
     EXIT_OK,
     Interrupted,
+    Switch,
     count,
     duration,
     parse,
@@ -35,9 +35,9 @@ from jobs.files import RUN_FILE, write_plan, write_text
 from jobs.plan import Plan, make_plan, planned, refuse_stale
 from jobs.progress import Progress, run_summary
 from jobs.signals import StopSignals
-from pipeline.storage import absolute, sha256
+from pipeline.storage import absolute
 from schemas.config import PRESETS, ConvertConfig
-from schemas.errors import UsageError
+from schemas.errors import SourceError, UsageError
 from schemas.shard import ShardRef
 
 Preset = Literal["default", "paper"]
@@ -66,13 +66,13 @@ class ConvertOptions:
     """Convert only the first N samples."""
     samples_per_shard: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
     """Samples per shard when SRC is a folder; other sources keep their shards."""
-    overwrite_stale: bool = False
+    overwrite_stale: Switch = False
     """Redo shards in DST that were made by another configuration or from another source."""
-    dry_run: bool = False
+    dry_run: Switch = False
     """Fit a few images and estimate time, size and PSNR of the whole job; writes nothing."""
-    json: bool = False
+    json: Switch = False
     """End standard output with one JSON line."""
-    debug: bool = False
+    debug: Switch = False
     """Show tracebacks and Ray's log."""
     config: Annotated[ConvertConfig, tyro.conf.arg(name="")]
 
@@ -115,12 +115,16 @@ def preset_in(args: list[str]) -> Any:
 
 def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
+    from pipeline.commit import check_destination, clean_staging, read_markers
+    from pipeline.sources import list_shards
+
     if options.debug:
         os.environ["SPLATSHARD_DEBUG"] = "1"
     config = options.config
     dst = absolute(options.dst).rstrip("/")
-    check_destination(dst)
     refs = list_shards(options.src, options.limit, options.samples_per_shard)
+    if not options.dry_run:
+        check_destination(dst)
     markers = read_markers(dst)
     plan = make_plan(refs, markers, config, source_sha256)
     if not options.overwrite_stale:
@@ -133,10 +137,13 @@ def convert(options: ConvertOptions, started: float) -> int:
     write_plan(dst, planned(refs, plan, config))
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started)
-    workers = drive_all(plan, config, dst, options.workers, progress) if plan.work else 0
+    try:
+        workers = drive_all(plan, config, dst, options.workers, progress) if plan.work else 0
+    finally:
+        clean_staging(dst)  # of workers that died
     summary = run_summary(progress, plan.done, started, workers)
     if plan.work:
-        write_text(f"{dst}/{RUN_FILE}", json.dumps(summary, sort_keys=True, indent=2) + "\n")
+        write_text(dst, RUN_FILE, json.dumps(summary, sort_keys=True, indent=2) + "\n")
     tell_summary(summary, progress, options.dst)
     if options.json:
         print_json(summary)
@@ -144,8 +151,16 @@ def convert(options: ConvertOptions, started: float) -> int:
 
 
 def source_sha256(ref: ShardRef) -> str:
-    """The checksum that the shard's marker would hold."""
-    return sha256(ref.urls[0])
+    """The checksum that the shard's marker would hold; "" for a source that is damaged by now."""
+    from pipeline.read import read
+
+    digest = hashlib.sha256()
+    try:
+        for _ in read(ref, digest):
+            pass
+    except SourceError:
+        return ""
+    return digest.hexdigest()
 
 
 def drive_all(

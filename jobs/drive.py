@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from pipeline.commit import mark_failed
 from ray.exceptions import RayError, RayTaskError
 
 from jobs.actors import THREADS, FitActor, Outcome
 from jobs.cli import Interrupted, debugging, say
 from jobs.progress import Progress
 from jobs.signals import StopSignals
+from pipeline.commit import mark_failed
 from schemas.config import ConvertConfig
 from schemas.errors import BackendError, SplatshardError, StorageError
 from schemas.shard import ShardRef
@@ -57,7 +57,8 @@ class Worker:
 
 @contextmanager
 def ray_session(workers: int | None, backend: str) -> Iterator[tuple[int, dict[str, float]]]:
-    """An embedded Ray, or the one RAY_ADDRESS names (set by `ray job submit`).
+    """An embedded Ray, or the one this process is in, or that RAY_ADDRESS names (set by
+    `ray job submit`).
 
     Gives the number of workers and what each one reserves. Raises BackendError when a GPU backend
     was asked for and Ray sees no GPU.
@@ -68,7 +69,10 @@ def ray_session(workers: int | None, backend: str) -> Iterator[tuple[int, dict[s
         "log_to_driver": debugging(),
         "logging_level": "INFO" if debugging() else "ERROR",
     }
-    if os.environ.get("RAY_ADDRESS"):
+    joined = ray.is_initialized()
+    if joined:
+        pass
+    elif os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
     else:
         ray.init(
@@ -88,7 +92,8 @@ def ray_session(workers: int | None, backend: str) -> Iterator[tuple[int, dict[s
         else:
             yield workers or max(1, int(total.get("CPU", 1))), {"num_cpus": 1}
     finally:
-        ray.shutdown()
+        if not joined:
+            ray.shutdown()
 
 
 def drive(
@@ -121,7 +126,7 @@ def drive(
                         worker, pending, deaths, config, dst, resources, progress
                     )
             poll(team)
-            progress.update([worker.counters for worker in team if worker.counters])
+            progress.update([worker.counters for worker in team if counting(worker)])
     except (Interrupted, SplatshardError):
         stop(team, progress)
         raise
@@ -132,9 +137,10 @@ def drive(
 
 def hire(backend: str, resources: dict[str, float]) -> Worker:
     """A new worker; its loading starts at once."""
-    remote = ray.remote(FitActor)
-    options = {"concurrency_groups": {"control": 1}, "max_restarts": 0, "max_task_retries": 0}
-    actor = remote.options(**options, **resources).remote(THREADS)
+    remote = ray.remote(
+        concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0, **resources
+    )
+    actor = remote(FitActor).remote(THREADS)
     return Worker(actor=actor, started=actor.start.remote(backend))
 
 
@@ -236,6 +242,12 @@ def poll(team: list[Worker]) -> None:
             except RayError:
                 worker.counters = None  # dead: `collect` meets the same news
             worker.polled = None
+
+
+def counting(worker: Worker) -> bool:
+    """Whether its counters are of a shard whose result has not been collected."""
+    names = [shard.name for shard in worker.in_flight.values()]
+    return worker.counters is not None and worker.counters.shard in names
 
 
 def stop(team: list[Worker], progress: Progress) -> None:

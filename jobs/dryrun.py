@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from jobs.actors import THREADS
@@ -21,6 +22,7 @@ from schemas.shard import OK, ShardRef
 
 SAMPLES = 8
 SHARDS = 2
+MAX_COUNTED = 1_000_000
 
 
 def dry_run(
@@ -73,18 +75,13 @@ def estimate_job(work: Sequence[ShardRef], config: ConvertConfig, workers: int) 
 
 def look(work: Sequence[ShardRef]) -> tuple[int, list[Any]]:
     """Estimated number of samples of all shards, and a few samples spread over some of them."""
-    from pipeline.read import read
+    from pipeline.read import count_samples, read
 
     chosen = [work[0]] if len(work) < SHARDS else [work[0], work[len(work) // 2]]
     picked: list[Any] = []
-    counted = 0
     for ref in chosen:
-        number = 0
-        for sample in read(ref, hashlib.sha256()):
-            number += 1
-            if number <= SAMPLES // len(chosen):
-                picked.append(sample)
-        counted += number
+        picked += islice(read(ref, hashlib.sha256()), SAMPLES // len(chosen))
+    counted = sum(count_samples(ref, MAX_COUNTED) for ref in chosen)
     counted_bytes = sum(ref.size_bytes for ref in chosen)
     total_bytes = sum(ref.size_bytes for ref in work)
     samples = round(counted * total_bytes / counted_bytes) if counted_bytes else counted

@@ -1,17 +1,16 @@
 """The job's own small files beside the shards: `_plan.json`, `_run.json`, `report.html`.
 
-Written beside their final name and renamed, so that a reader or a crash never meets half a file.
+Staged and renamed like shards, so that neither a reader nor a crash leaves half a file.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_to_json
 from pipeline.storage import exists, open_read
-from schemas.errors import StorageError, UsageError
+from schemas.errors import UsageError
 
 RUN_FILE = "_run.json"
 REPORT_FILE = "report.html"
@@ -26,22 +25,13 @@ def read_text(dst: str, name: str) -> str | None:
         return stream.read().decode()
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a local file atomically. Raises StorageError."""
-    path = Path(path)
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-        ) as stream:
-            temporary = stream.name
-            os.fchmod(stream.fileno(), 0o644)
-            stream.write(text)
-        os.replace(temporary, path)
-    except OSError as e:
-        Path(temporary).unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {e}") from e
+def write_text(dst: str, name: str, text: str) -> None:
+    """Write `dst/name` atomically, through the staging folder. Raises StorageError."""
+    from pipeline.commit import staged_file, storage_errors
+
+    with staged_file(dst, name.strip("_")) as path, storage_errors(f"{dst}/{name}"):
+        path.write_text(text, encoding="utf-8")
+        os.replace(path, Path(dst) / name)
 
 
 def read_plan(dst: str) -> dict[str, PlannedShard]:
@@ -54,7 +44,7 @@ def write_plan(dst: str, shards: dict[str, PlannedShard]) -> None:
     """Merge `shards` into the plan of `dst`; leaves an unchanged file alone."""
     text = plan_to_json(read_plan(dst) | shards)
     if text != read_text(dst, PLAN_FILE):
-        write_text(f"{dst}/{PLAN_FILE}", text)
+        write_text(dst, PLAN_FILE, text)
 
 
 def require_dataset(dst: str) -> str:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
-from pipeline.commit import read_markers
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.cli import EXIT_OK, parse, print_json, run, size
+from jobs.cli import EXIT_OK, Switch, parse, print_json, run, size
 from jobs.files import read_plan, require_dataset
 from jobs.plan import Status, status
 from jobs.progress import dataset_figures
@@ -30,7 +29,7 @@ class StatusOptions:
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """Folder given to splatshard convert."""
-    json: bool = False
+    json: Switch = False
     """End standard output with one JSON line."""
 
 
@@ -41,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(options: StatusOptions) -> int:
     """Print the state of DST."""
+    from pipeline.commit import read_markers
+
     dst = require_dataset(options.dst)
     state = status(read_plan(dst), read_markers(dst))
     figures = dataset_figures(state.done)

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
-from pipeline.commit import read_markers
-from pipeline.shards import verify_shard
 from rich.console import Console
 from rich.progress import track
 
-from jobs.cli import EXIT_ERROR, EXIT_OK, count, parse, print_json, run, say
+from jobs.cli import EXIT_ERROR, EXIT_OK, Switch, count, parse, print_json, run, say
 from jobs.files import read_plan, require_dataset
 from jobs.plan import Status, status
 from pipeline.storage import find
@@ -32,7 +30,7 @@ class VerifyOptions:
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """Folder given to splatshard convert."""
-    json: bool = False
+    json: Switch = False
     """End standard output with one JSON line."""
 
 
@@ -53,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(options: VerifyOptions) -> int:
     """Verify DST and print the findings; returns the exit code."""
+    from pipeline.commit import read_markers
+
     dst = require_dataset(options.dst)
     state = status(read_plan(dst), read_markers(dst))
     findings = check(dst, state)
@@ -82,6 +82,8 @@ def verify(options: VerifyOptions) -> int:
 
 def check(dst: str, state: Status) -> Findings:
     """Re-read all done shards; list everything else that keeps the dataset from being whole."""
+    from pipeline.shards import verify_shard
+
     findings = Findings()
     console = Console(stderr=True)
     shards = track(

@@ -1,0 +1,294 @@
+"""The report job: one self-contained HTML page about DST, with pictures.
+
+    markers + rows -> pick samples -> render splats, re-read originals -> page
+
+Key figures come from all markers. Distributions come from the rows of at most MAX_SHARDS shards,
+evenly spread, so that a report over ImageNet does not take an hour; the page says so. Samples are
+picked at even quantiles of PSNR, best and worst included, so that the gallery neither flatters nor
+scares. JPEG sizes and PSNR are measured on the very crops that were fitted. Originals are read
+again from the source; where it is gone the page says so and shows the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import webbrowser
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jobs.cli import EXIT_OK, Switch, parse, run, say
+from jobs.files import REPORT_FILE, RUN_FILE, read_plan, read_text, require_dataset, write_text
+from jobs.plan import PlannedShard, status
+from jobs.progress import dataset_figures
+from jobs.report_page import JpegFigures, Picture, ReportData, Skip, page
+from schemas.config import DecodeConfig
+from schemas.errors import SampleError, SplatshardError, UsageError
+from schemas.shard import OK, ShardManifest
+
+MAX_SHARDS = 16
+MAX_SKIPS = 500
+JPEG_SAMPLES = 64
+JPEG_QUALITY = 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write one self-contained HTML page about DST: pictures, key figures, histograms."""
+
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """Folder given to splatshard convert."""
+    samples: Annotated[int, tyro.conf.arg(metavar="N")] = 12
+    """Pictures in the gallery, from the worst PSNR to the best."""
+    output: Annotated[
+        str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: DST/report.html)")
+    ] = None
+    """Where to write the page."""
+    open: Switch = False
+    """Open the page in the browser."""
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    """Kernel backend that renders the reconstructions."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.samples <= 1000:
+            raise UsageError(f"--samples {self.samples}: choose 0 to 1000")
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """What the first pass keeps of an ok row; `index` is its row, and its place in the source."""
+
+    shard: ShardManifest
+    index: int
+    psnr: float
+    payload_bytes: int
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of `splatshard report argv`."""
+    return run(lambda: report(parse(ReportOptions, "report", argv)))
+
+
+def report(options: ReportOptions) -> int:
+    """Write the page and print its path on standard output."""
+    from pipeline.commit import storage_errors
+
+    dst = require_dataset(options.dst)
+    data = gather(dst, options.samples, options.backend)
+    path = options.output or f"{dst}/{REPORT_FILE}"
+    if options.output:
+        with storage_errors(path):
+            Path(path).write_text(page(data), encoding="utf-8")
+    else:
+        write_text(dst, REPORT_FILE, page(data))
+    print(path, flush=True)
+    if options.open:
+        webbrowser.open(Path(path).absolute().as_uri())
+    return EXIT_OK
+
+
+def gather(dst: str, samples: int, backend_name: str) -> ReportData:
+    """Everything the page shows. Raises UsageError when DST holds no finished shard."""
+    from pipeline.commit import read_markers
+
+    shards = read_plan(dst)
+    state = status(shards, read_markers(dst))
+    if not state.done:
+        raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
+    surveyed = spread(state.done, MAX_SHARDS)
+    entries, skips, skipped = survey(dst, surveyed)
+    entries.sort(key=lambda e: (e.psnr, e.shard.name, e.index))
+    chosen = spread(entries, samples)
+    compared = spread(entries, JPEG_SAMPLES)
+    say(f"report over {len(state.done):,} shards, {len(chosen)} pictures")
+    originals = reread(shards, [*chosen, *compared])
+    return ReportData(
+        dst=dst,
+        figures=dataset_figures(state.done),
+        status=state,
+        surveyed=len(surveyed),
+        psnrs=[e.psnr for e in entries],
+        payload_sizes=[e.payload_bytes for e in entries],
+        skips=skips,
+        skipped=skipped,
+        pictures=pictures(dst, chosen, originals, backend_name),
+        jpeg=jpeg_figures([originals[k] for k in map(place, compared) if k in originals]),
+        recipe=state.done[0].inputs["recipe"],
+        recipes=len({json.dumps(m.inputs["recipe"], sort_keys=True) for m in state.done}),
+        run=json.loads(read_text(dst, RUN_FILE) or "null"),
+    )
+
+
+def spread(items: Sequence[Any], number: int) -> list[Any]:
+    """At most `number` of `items`, evenly spread, first and last included."""
+    if number >= len(items):
+        return list(items)
+    if number <= 1:
+        return list(items[:number])
+    return [items[round(i * (len(items) - 1) / (number - 1))] for i in range(number)]
+
+
+def survey(
+    dst: str, manifests: Sequence[ShardManifest]
+) -> tuple[list[Entry], list[Skip], dict[str, int]]:
+    """One pass over the rows: the ok ones in brief, the first MAX_SKIPS skipped, all by reason."""
+    from pipeline.shards import read_rows
+
+    entries: list[Entry] = []
+    skips: list[Skip] = []
+    skipped: Counter[str] = Counter()
+    for manifest in manifests:
+        for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
+            if row["status"] == OK:
+                size = len(row["splats"])
+                entries.append(
+                    Entry(shard=manifest, index=index, psnr=row["psnr"], payload_bytes=size)
+                )
+                continue
+            skipped[row["status"]] += 1
+            if len(skips) < MAX_SKIPS:
+                skips.append(
+                    Skip(
+                        shard=manifest.name,
+                        key=row["key"],
+                        reason=row["status"],
+                        message=row["error"] or "",
+                    )
+                )
+    return entries, skips, dict(skipped.most_common())
+
+
+def place(entry: Entry) -> tuple[str, int]:
+    return entry.shard.name, entry.index
+
+
+def by_shard(entries: Sequence[Entry]) -> dict[str, dict[int, Entry]]:
+    """Entries by shard name and row."""
+    grouped: dict[str, dict[int, Entry]] = {}
+    for entry in entries:
+        grouped.setdefault(entry.shard.name, {})[entry.index] = entry
+    return grouped
+
+
+def reread(shards: dict[str, PlannedShard], entries: Sequence[Entry]) -> dict[tuple[str, int], Any]:
+    """The fitted crops (uint8 [S, S, 3]) of `entries`, as far as the source is still there."""
+    from pipeline.decode import decode
+    from pipeline.read import read
+
+    found: dict[tuple[str, int], Any] = {}
+    for name, wanted in by_shard(entries).items():
+        if name not in shards:
+            continue
+        manifest = next(iter(wanted.values())).shard
+        config = DecodeConfig(**manifest.inputs["recipe"]["decode"])
+        try:
+            for index, sample in enumerate(read(shards[name].ref, hashlib.sha256())):
+                if index in wanted and not sample.error:
+                    image = decode(sample.image, sample.image_name, config)
+                    found[name, index] = image.pixels
+                if index >= max(wanted):
+                    break
+        except (SplatshardError, OSError) as e:
+            if isinstance(e, SampleError):
+                say(f"the source of {name} has changed since it was converted")
+            else:
+                say(f"originals of {name} cannot be read: {e}")
+    return found
+
+
+def pictures(
+    dst: str, entries: Sequence[Entry], originals: dict[tuple[str, int], Any], backend_name: str
+) -> list[Picture]:
+    """Reconstruction and ellipses of `entries`, in their order."""
+    from pipeline.kernels.backend import select_backend
+    from pipeline.shards import read_rows
+
+    backend = select_backend(backend_name)
+    done: dict[tuple[str, int], Picture] = {}
+    for wanted in by_shard(entries).values():
+        manifest = next(iter(wanted.values())).shard
+        for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
+            if index in wanted:
+                key = manifest.name, index
+                done[key] = picture(manifest, row, originals.get(key), backend)
+            if index >= max(wanted):
+                break
+    return [done[place(entry)] for entry in entries]
+
+
+def picture(manifest: ShardManifest, row: dict[str, Any], original: Any, backend: Any) -> Picture:
+    """One gallery entry: pixels as PNG, ellipses as numbers."""
+    import numpy as np
+
+    from pipeline.pack import unpack
+    from pipeline.splats import scales_and_angles
+
+    recipe = manifest.inputs["recipe"]
+    width, height = row["width"], row["height"]
+    splats = unpack([row["splats"]], height, width, recipe["pack"]["codec"]).to(backend.device)
+    image = backend.render(splats, height, width, recipe["fit"]["cutoff"])[0]
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    scales, angles = scales_and_angles(splats.cholesky[0])
+    columns = (splats.means[0], scales, angles.rad2deg()[:, None], splats.colors[0])
+    backdrop = original if original is not None else pixels
+    label = row.get("label")
+    return Picture(
+        shard=manifest.name,
+        key=row["key"],
+        caption=row.get("caption") or (f"label {label}" if label is not None else ""),
+        psnr=row["psnr"],
+        num_gaussians=row["num_gaussians"],
+        payload_bytes=len(row["splats"]),
+        width=width,
+        height=height,
+        original=encode(original, "PNG") if original is not None else None,
+        reconstruction=encode(pixels, "PNG"),
+        backdrop=encode((backdrop * 0.22).astype(np.uint8), "JPEG", quality=60),
+        ellipses=[
+            tuple(float(x) for column in columns for x in column[i])
+            for i in range(row["num_gaussians"])
+        ],
+    )
+
+
+def encode(pixels: Any, format: str, **options: Any) -> bytes:
+    """A uint8 [H, W, 3] array as an image file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def jpeg_figures(originals: Sequence[Any]) -> JpegFigures | None:
+    """Mean bytes and PSNR of the crops as JPEG; None without originals."""
+    import numpy as np
+    from PIL import Image
+
+    if not originals:
+        return None
+    sizes, psnrs = [], []
+    for pixels in originals:
+        data = encode(pixels, "JPEG", quality=JPEG_QUALITY)
+        again = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float64)
+        error = np.mean((again - pixels) ** 2)
+        sizes.append(len(data))
+        psnrs.append(10 * np.log10(255**2 / max(error, 1e-5)))
+    return JpegFigures(
+        images=len(originals),
+        quality=JPEG_QUALITY,
+        bytes_mean=float(np.mean(sizes)),
+        psnr_mean=float(np.mean(psnrs)),
+        raw_bytes=float(np.mean([pixels.size for pixels in originals])),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The command line: flags from the configuration, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobs import convert, verify
+from jobs.__main__ import JOBS, main
+from jobs.cli import Interrupted, count, duration, one_line, run, size
+from schemas.config import PRESETS, ConvertConfig
+from schemas.errors import StorageError, UsageError
+
+
+def options(*arguments: str) -> convert.ConvertOptions:
+    return convert.parse_options(["in.tar", "out", *arguments])
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that fails with exit code 1."""
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("splatshard: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_flags_are_flat_and_have_the_defaults_of_the_configuration() -> None:
+    parsed = options()
+    assert (parsed.src, parsed.dst) == ("in.tar", "out")
+    assert parsed.config == ConvertConfig()
+    assert parsed.workers is None
+    assert parsed.limit is None
+
+
+def test_explicit_flags_override_the_preset() -> None:
+    parsed = options("--preset", "paper", "--steps", "7", "--no-whitened", "--prune", "none")
+    paper = PRESETS["paper"]
+    assert parsed.config.fit.steps == 7
+    assert parsed.config.prune.prune == "none"
+    assert parsed.config.fit.init == paper.fit.init == "grid"
+    assert parsed.config.fit.l1_colors == paper.fit.l1_colors
+    assert options("--preset=paper").config == paper
+
+
+def test_job_flags() -> None:
+    parsed = options("--workers", "3", "--limit", "5", "--overwrite-stale", "--dry-run", "--json")
+    assert (parsed.workers, parsed.limit) == (3, 5)
+    assert parsed.overwrite_stale
+    assert parsed.dry_run
+    assert parsed.json
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-gaussians", "0"], "--num-gaussians 0: choose 1 to 65536"),
+        (["--num-gaussians", "-5"], "--num-gaussians"),
+        (["--num-gaussians", "many"], "--num-gaussians"),
+        (["--num-gaussian", "5"], "--num-gaussians"),
+        (["--steps", "-1"], "--steps -1: choose 0 to 1000000"),
+        (["--image-size", "4"], "--image-size 4: choose 8 to 4096"),
+        (["--target-psnr", "-3"], "--target-psnr"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "-2"], "--workers -2: must be at least 1"),
+        (["--limit", "-1"], "--limit -1: must be at least 1"),
+        (["--samples-per-shard", "0"], "--samples-per-shard 0: must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--preset", "best"], "--preset best: choose default or paper"),
+        (["--format", "zip"], "--format"),
+        (["--backend", "cuda"], "--backend"),
+        (["third"], "third"),
+    ],
+)
+def test_absurd_options_are_one_line_and_exit_1(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in error_of(["convert", "in.tar", "out", *flags], capsys)
+
+
+@pytest.mark.parametrize("job", sorted(JOBS))
+def test_every_job_has_help_and_needs_its_arguments(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([job, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"splatshard {job}" in out
+    assert "DST" in out
+    assert "DST" in error_of([job], capsys)
+
+
+def test_help_shows_the_groups_and_no_prefixes(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", "--help"])
+    out = capsys.readouterr().out
+    for words in ("fit options", "decode options", "--num-gaussians INT", "--preset"):
+        assert words in out
+    assert "--config" not in out
+    assert "--fit." not in out
+
+
+def test_no_job_and_unknown_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 1
+    capsys.readouterr()
+    assert main(["train"]) == 1
+    assert "no job 'train'; choose convert, status, verify, report" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("splatshard ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UsageError("no such thing"), 1, "splatshard: error: no such thing"),
+        (StorageError("disk full"), 1, "splatshard: error: disk full"),
+        (RuntimeError("oops"), 1, "internal error, RuntimeError: oops"),
+        (KeyboardInterrupt(), 130, "run the same command again"),
+        (Interrupted(143, "terminated"), 143, "splatshard: terminated"),
+        (SystemExit(3), 3, ""),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> int:
+        raise error
+
+    assert run(body) == code
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_debugging_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> int:
+        raise UsageError("no such thing")
+
+    monkeypatch.setenv("SPLATSHARD_DEBUG", "1")
+    assert run(body) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_missing_dst_is_named(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    for job in ("status", "verify", "report"):
+        assert f"{tmp_path}/nothing: no such folder" in error_of(
+            [job, f"{tmp_path}/nothing"], capsys
+        )
+
+
+def test_an_empty_dst_is_not_a_verified_dataset(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify.main([str(tmp_path), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert "holds no shard" in err
+    assert json.loads(out.splitlines()[-1])["ok"] is False
+    assert "holds no finished shard" in error_of(["report", str(tmp_path)], capsys)
+
+
+def test_framed_messages_become_one_line() -> None:
+    body = "│ Error parsing config.fit: --x 1: no │\n│ ──── │\n│ For full helptext │"
+    framed = f"╭─ Value error ─╮\n{body}\n╰────╯"
+    assert one_line(framed) == "--x 1: no"
+
+
+def test_words_for_numbers() -> None:
+    assert [count(1, "shard"), count(1288, "shard")] == ["1 shard", "1,288 shards"]
+    assert [duration(8.31), duration(250), duration(11100)] == ["8.3 s", "4 min 10 s", "3 h 05 min"]
+    assert [size(6400), size(12_345_678), size(2.5e12)] == ["6,400 B", "12.3 MB", "2.5 TB"]
