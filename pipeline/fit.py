@@ -185,7 +185,8 @@ def relocate(
     sigma = max(0.5, RELOCATE_SIGMA * spacing)
     smooth = blur(residual, sigma)
     gain = smooth.square().sum(1, keepdim=True) * (4 * math.pi * sigma * sigma)
-    peaks = gain == F.max_pool2d(gain, 5, stride=1, padding=2)
+    rows = F.max_pool2d(gain, (1, 5), stride=1, padding=(0, 2))  # twice as fast in two passes
+    peaks = gain == F.max_pool2d(rows, (5, 1), stride=1, padding=(2, 0))
     count = min(count, height * width)
     gain, pixel = torch.where(peaks, gain, 0).flatten(1).topk(count)
     cost, moving = energy(splats).topk(count, largest=False)
