@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any
@@ -88,12 +88,15 @@ def read(ref: ShardRef, digest: hashlib._Hash) -> Iterator[RawSample]:
 def count_samples(ref: ShardRef, at_most: int) -> int:
     """How many samples `ref` has, up to `at_most`; image data is passed over where possible.
 
-    A damaged source counts as far as it can be read; the conversion will report it.
+    A damaged source counts as far as it can be read, with the sample in which it breaks; the
+    conversion will report it.
     """
     count = 0
-    with suppress(SourceError):
+    try:
         for _ in islice(_COUNTERS[ref.kind](ref), at_most):
             count += 1
+    except SourceError:
+        return count + 1 if count else 0
     return count
 
 

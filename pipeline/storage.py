@@ -6,6 +6,7 @@ The only module that imports fsspec. Paths without a scheme are local.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,8 @@ def open_read(url: str) -> Iterator[BinaryIO]:
 def absolute(url: str) -> str:
     """`url` as every process understands it: local paths absolute, others with their scheme."""
     fs, path = _filesystem(url)
+    if isinstance(fs, LocalFileSystem) and ".." in path.split("/"):
+        path = os.path.realpath(path)
     return _with_scheme(fs, url, path)
 
 
@@ -81,12 +84,9 @@ def stats(urls: Iterable[str]) -> dict[str, Stat]:
             with ThreadPoolExecutor(16) as pool:
                 infos = list(pool.map(_info_or_none, siblings))
         else:
-            try:
-                listing = {
-                    fs._strip_protocol(i["name"]): i for i in fs.ls(fs._parent(path), detail=True)
-                }
-            except FileNotFoundError:
-                listing = {}
+            with _reading(siblings[0]):
+                infos = _list_or_nothing(fs, fs._parent(path))
+            listing = {fs._strip_protocol(info["name"]): info for info in infos}
             infos = [_follow(listing.get(_filesystem(url)[1], {})) for url in siblings]
         found |= {
             url: _stat(info)
@@ -96,12 +96,29 @@ def stats(urls: Iterable[str]) -> dict[str, Stat]:
     return found
 
 
+def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+    try:
+        return fs.ls(path, detail=True)
+    except FileNotFoundError:
+        return []
+
+
 def _info_or_none(url: str) -> dict[str, Any] | None:
     fs, path = _filesystem(url)
     try:
-        return fs.info(path)
+        with _reading(url):
+            return fs.info(path)
     except FileNotFoundError:
         return None
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Permission and network errors as SourceError; what is absent stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
     except OSError as e:
         raise SourceError(f"cannot read {url}: {e}") from e
 
@@ -126,13 +143,15 @@ def exists(url: str) -> bool:
 def glob(pattern: str) -> dict[str, Stat]:
     """Files that match, in sorted order, each with the scheme of `pattern`."""
     fs, path = _filesystem(pattern)
-    return _files(fs, pattern, fs.glob(path, detail=True))
+    with _reading(pattern):
+        return _files(fs, pattern, fs.glob(path, detail=True))
 
 
 def find(url: str) -> dict[str, Stat]:
     """All files below the folder `url`, in sorted order, each with the scheme of `url`."""
     fs, path = _filesystem(url)
-    return _files(fs, url, fs.find(path, detail=True))
+    with _reading(url):
+        return _files(fs, url, fs.find(path, detail=True))
 
 
 def _files(fs: fsspec.AbstractFileSystem, url: str, infos: dict[str, Any]) -> dict[str, Stat]:

@@ -82,16 +82,16 @@ def _groups(archive: tarfile.TarFile, with_data: bool) -> Iterator[Group]:
     group = None
     while (info := archive.next()) is not None:
         archive.members.clear()  # tarfile would remember every header
-        if not info.isreg() or _hidden(info.name):
+        path = _safe(info.name)
+        if not info.isreg() or _hidden(path):
             continue
-        key, extension = split_name(info.name)
-        safe_key = _safe(key)
-        if group is None or safe_key != group.key or extension in group.members:
+        key, extension = split_name(path)
+        if group is None or key != group.key or extension in group.members:
             if group:
                 yield group
-            group = Group(safe_key)
+            group = Group(key)
         group.members[extension] = None
-        if safe_key != key:
+        if path != info.name:
             text = f"member path {info.name!r} leads out of the archive"
             group.error = SampleError("unsafe_path", text)
         elif group.size_bytes + info.size > MAX_SAMPLE_BYTES:
@@ -144,8 +144,9 @@ def _hidden(path: str) -> bool:
     return path.rpartition("/")[2].startswith(".") or "__MACOSX" in path.split("/")
 
 
-def _safe(key: str) -> str:
-    """The key itself, or with its leading slash or `..` percent-encoded when it has one."""
-    if ".." in re.split(r"[/\\]", key):
-        key = key.replace("..", "%2E%2E")
-    return "%2F" + key[1:] if key.startswith("/") else key
+def _safe(path: str) -> str:
+    """The path; its `..` and leading slash are percent-encoded if it leads out of the archive."""
+    parts = re.split(r"[/\\]", path)
+    if ".." in parts:
+        path = "/".join("%2E%2E" if part == ".." else part for part in parts)
+    return "%2F" + path[1:] if path.startswith("/") else path

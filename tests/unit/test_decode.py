@@ -1,0 +1,244 @@
+"""Decoding: every mode to RGB, geometry of the crop, and each kind of bad image to its status."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from pipeline.decode import DecodedImage, decode, to_8_bits
+from schemas.config import DecodeConfig
+from schemas.errors import SampleError
+from schemas.shard import SKIP_STATUSES
+from tests.make import animation, encode, jpeg, photo, png_header, shared_data
+
+
+def decode_at(image: bytes, size: int = 32, **options: int) -> DecodedImage:
+    return decode(image, "a.jpg", DecodeConfig(image_size=size, **options))
+
+
+def status_of(image: bytes) -> str:
+    with pytest.raises(SampleError) as caught:
+        decode_at(image)
+    assert caught.value.status in SKIP_STATUSES
+    assert "a.jpg" in str(caught.value)
+    return caught.value.status
+
+
+def resize_then_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The textbook form of the crop, for sides whose ratio leaves nothing to round."""
+    scale = size / min(image.size)
+    small = image.resize([round(s * scale) for s in image.size], Image.Resampling.BICUBIC)
+    left, top = (small.width - size) // 2, (small.height - size) // 2
+    return np.asarray(small.crop((left, top, left + size, top + size)))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64), (16, 24)])
+def test_crop_is_short_side_resize_then_centre_crop(shape):
+    pixels = photo(*shape)
+    result = decode_at(encode(pixels, "PNG"))
+    expected = resize_then_crop(Image.fromarray(pixels), 32)
+    assert difference(result.pixels, expected) <= 1
+    assert (result.original_width, result.original_height) == shape
+
+
+def test_pixels_are_contiguous_writable_uint8():
+    pixels = decode_at(jpeg()).pixels
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
+def test_every_format_shows_the_same_picture(format):
+    pixels = photo()
+    result = decode_at(encode(pixels, format)).pixels
+    expected = decode_at(encode(pixels, "PNG")).pixels
+    assert np.abs(result.astype(float) - expected).mean() < 6  # JPEG, WEBP and GIF lose some
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = encode(photo(96, 64), format, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(image))).convert("RGB")
+    result = decode_at(image)
+    assert difference(result.pixels, resize_then_crop(upright, 32)) <= 1
+    assert (result.original_width, result.original_height) == upright.size
+
+
+def test_unreadable_exif_counts_as_upright():
+    image = encode(photo(), "JPEG", exif=b"Exif\0\0" + b"II*\0\xff\xff\xff\xff garbage")
+    assert difference(decode_at(image).pixels, decode_at(encode(photo(), "JPEG")).pixels) == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "YCbCr", "I", "F"])
+def test_modes_become_rgb(mode):
+    picture = Image.fromarray(photo(96, 64))
+    grey = mode in ("L", "1", "LA", "I", "F")
+    image = (picture.convert("L") if mode in "IF" else picture).convert(mode)
+    expected = resize_then_crop((picture.convert("L") if grey else picture).convert("RGB"), 32)
+    if mode == "I":
+        image = Image.fromarray(np.asarray(image) * 257)
+    result = decode_at(encode(image, "TIFF" if mode in ("CMYK", "YCbCr", "I", "F") else "PNG"))
+    tolerance = {"1": 60, "P": 25, "YCbCr": 4}.get(mode, 2)  # dithered, 256 colours, rounded twice
+    assert np.abs(result.pixels.astype(float) - expected).mean() < tolerance
+
+
+def test_cmyk_jpeg_is_read_as_adobes_inverted_kind():
+    picture = Image.fromarray(photo(96, 64))
+    image = encode(picture.convert("CMYK"), "JPEG", quality=95)
+    assert b"Adobe" in image
+    expected = resize_then_crop(picture, 32)
+    assert np.abs(decode_at(image).pixels.astype(float) - expected).mean() < 3
+
+
+def test_transparency_lies_over_white():
+    clear = Image.new("RGBA", (40, 40), (200, 0, 0, 0))
+    half = Image.new("RGBA", (40, 40), (200, 0, 0, 128))
+    palette = Image.new("P", (40, 40), 3)
+    palette.putpalette([10, 20, 30] * 256)
+    grey = Image.new("LA", (40, 40), (0, 0))
+    assert decode_at(encode(clear, "PNG")).pixels.min() == 255
+    assert decode_at(encode(half, "PNG")).pixels[16, 16].tolist() == [227, 127, 127]
+    assert decode_at(encode(palette, "PNG", transparency=3)).pixels.min() == 255
+    assert decode_at(encode(palette, "PNG", transparency=4)).pixels[0, 0].tolist() == [10, 20, 30]
+    assert decode_at(encode(grey, "PNG")).pixels.min() == 255
+    assert decode_at(encode(photo()[..., 0], "PNG", transparency=0)).pixels.shape == (32, 32, 3)
+
+
+def test_16_bit_png_is_scaled_not_clipped():
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    result = decode_at(encode(ramp, "PNG"), size=64).pixels[0, :, 0]
+    assert difference(result, np.round(ramp[0] / 257)) <= 1
+    assert len(np.unique(result)) == 64
+
+
+def test_to_8_bits_by_range():
+    f = np.float32
+    assert to_8_bits(np.array([[0, 65535]], np.int32)).tolist() == [[0, 255]]
+    assert to_8_bits(np.array([[-10, 0, 10]], np.int32)).tolist() == [[0, 128, 255]]
+    assert to_8_bits(np.array([[0, 0.5, 1]], f)).tolist() == [[0, 128, 255]]
+    assert to_8_bits(np.array([[0, 100, 255]], f)).tolist() == [[0, 100, 255]]
+    assert to_8_bits(np.array([[0, 1000]], f)).tolist() == [[0, 255]]
+    assert to_8_bits(np.array([[np.nan, 1]], f)).tolist() == [[0, 255]]
+    assert to_8_bits(np.array([[-3, -3]], f)).tolist() == [[0, 0]]
+
+
+def test_draft_keeps_the_picture_of_a_full_decode():
+    large = Image.fromarray(photo(96, 64)).resize((1501, 1001), Image.Resampling.BICUBIC)
+    image = encode(large, "JPEG", quality=95)
+    full = Image.open(io.BytesIO(image))
+    side = min(full.size)
+    left, top = (full.width - side) / 2, (full.height - side) / 2
+    box = (left, top, left + side, top + side)
+    expected = full.resize((32, 32), Image.Resampling.BICUBIC, box)
+    result = decode_at(image)
+    assert np.abs(result.pixels.astype(float) - np.asarray(expected)).mean() < 0.6
+    assert (result.original_width, result.original_height) == (1501, 1001)
+
+
+def test_mpo_is_its_first_photograph():
+    first, second = (Image.fromarray(photo(96, 64, seed)) for seed in (1, 2))
+    image = encode(first, "MPO", save_all=True, append_images=[second], quality=95)
+    error = np.abs(decode_at(image).pixels.astype(float) - resize_then_crop(first, 32))
+    assert error.mean() < 3
+    assert Image.open(io.BytesIO(image)).n_frames == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 2)])
+def test_extreme_shapes(shape):
+    tracemalloc.start()
+    result = decode_at(encode(photo(*shape), "PNG"), size=224)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.pixels.shape == (224, 224, 3)
+    assert peak < 4e6
+
+
+def test_empty_image():
+    assert status_of(b"") == "empty_image"
+
+
+@pytest.mark.parametrize(
+    "image", [b"this is a text file", b"<html>404</html>", b"P", b"BM: text", b"P5 text", b"RIFF"]
+)
+def test_not_an_image(image):
+    assert status_of(image) == "not_an_image"
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_cut_image_is_corrupt(format, share):
+    image = encode(photo(200, 150), format)
+    assert status_of(image[: int(share * len(image))]) == "corrupt_image"
+
+
+def test_header_alone_is_corrupt():
+    assert status_of(jpeg()[:4]) == "corrupt_image"
+    assert status_of(encode(photo(), "PNG")[:20]) == "corrupt_image"
+
+
+def test_damaged_pixels_are_corrupt():
+    image = bytearray(encode(photo(200, 150), "PNG"))
+    image[len(image) // 2] ^= 0xFF
+    assert status_of(bytes(image)) == "corrupt_image"
+
+
+def test_huge_header_is_refused_without_allocation():
+    tracemalloc.start()
+    assert status_of(png_header(100_000, 100_000)) == "too_large"
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_huge_jpeg_and_bmp_headers():
+    image = bytearray(jpeg())
+    at = image.index(b"\xff\xc0") + 5
+    image[at : at + 4] = struct.pack(">HH", 65500, 65500)
+    assert status_of(bytes(image)) == "too_large"
+    bitmap = bytearray(encode(photo(), "BMP"))
+    bitmap[18:26] = struct.pack("<ii", 100_000, 100_000)
+    assert status_of(bytes(bitmap)) == "too_large"
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_size_limit_is_ours_and_not_pillows(monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # Pillow would warn, or raise
+    assert decode_at(encode(photo(), "PNG")).pixels.shape == (32, 32, 3)
+    assert decode_at(jpeg(), max_image_pixels=64 * 48).original_width == 64
+    with pytest.raises(SampleError, match="64x48 px") as caught:
+        decode_at(jpeg(), max_image_pixels=64 * 48 - 1)
+    assert caught.value.status == "too_large"
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_animations(format):
+    assert status_of(animation(format)) == "animated_image"
+    assert decode_at(animation(format, frames=1)).pixels.shape == (32, 32, 3)
+
+
+def test_out_of_memory_is_a_bad_sample(monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.decode.to_rgb", fail)
+    assert status_of(jpeg()) == "corrupt_image"
+
+
+def test_kodak_photographs():
+    path = shared_data("kodak") / "kodim23.png"
+    result = decode_at(path.read_bytes(), size=224)
+    assert (result.original_width, result.original_height) == (768, 512)
+    assert difference(result.pixels, resize_then_crop(Image.open(path), 224)) <= 1
