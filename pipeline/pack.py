@@ -167,7 +167,7 @@ def _decode_fp16(payload: bytes, height: int, width: int) -> Array:
 def _encode_q11(gaussians: Array, height: int, width: int) -> bytes:
     side = np.array([width, height])
     colors = gaussians[:, 5:]
-    scale = np.float32(np.abs(colors).max())
+    scale = np.float32(min(np.abs(colors).max(), np.finfo(np.float32).max))
     position = (np.rint((gaussians[:, :2] / side + 0.5) / 2 * 65535)).clip(0, 65535).astype(int)
     diagonal = np.maximum(gaussians[:, [2, 4]], 2.0**Q11_MIN_OCTAVE)
     steps = np.rint((np.log2(diagonal) - Q11_MIN_OCTAVE) * Q11_STEPS_PER_OCTAVE)

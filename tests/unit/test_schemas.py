@@ -1,0 +1,267 @@
+"""Markers, fingerprints and configuration: what is valid goes round, what is not is named."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.config import (
+    PRESETS,
+    ConvertConfig,
+    DecodeConfig,
+    FitConfig,
+    PackConfig,
+    PruneConfig,
+    describe_difference,
+    fingerprint,
+    inputs,
+)
+from schemas.errors import CorruptShardError, FormatVersionError, UsageError
+from schemas.shard import (
+    OK,
+    SKIP_STATUSES,
+    FailedShard,
+    ShardManifest,
+    failed_from_json,
+    manifest_from_json,
+    to_json,
+)
+from schemas.splats import CODECS, HEADER_BYTES, NAMES, arrow_schema, shard_metadata
+from tests.rows import make_ref
+
+CONFIG = ConvertConfig()
+INPUTS = inputs(CONFIG, make_ref())
+
+MANIFEST = ShardManifest(
+    name="00000000",
+    data_file=f"00000000-{fingerprint(INPUTS)[:8]}.parquet",
+    size_bytes=12345,
+    sha256="ab" * 32,
+    format="parquet",
+    samples=4,
+    counts={"ok": 3, "corrupt_image": 1},
+    statistics={"psnr_mean": 26.5, "payload_bytes": 960},
+    fingerprint=fingerprint(INPUTS),
+    inputs=INPUTS,
+    source_url="/in/00000000.tar",
+    source_sha256="cd" * 32,
+)
+FAILED = FailedShard(
+    name="00000000",
+    source_url="/in/00000000.tar",
+    error="SourceError",
+    message="cut at byte 5",
+    fingerprint=fingerprint(INPUTS),
+)
+
+
+def test_markers_go_round() -> None:
+    assert manifest_from_json(to_json(MANIFEST), "x.json") == MANIFEST
+    assert failed_from_json(to_json(FAILED), "x.json") == FAILED
+    assert to_json(manifest_from_json(to_json(MANIFEST), "x")) == to_json(MANIFEST)
+
+
+def test_rows_must_add_up_to_the_samples() -> None:
+    with pytest.raises(CorruptShardError, match="5 samples, but the rows add up to 4"):
+        dataclasses.replace(MANIFEST, samples=5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", 3),
+        ("data_file", "../../etc/passwd"),
+        ("data_file", "/x.parquet"),
+        ("data_file", "x.zip"),
+        ("size_bytes", -1),
+        ("size_bytes", True),
+        ("size_bytes", 1.0),
+        ("sha256", "ab"),
+        ("sha256", "AB" * 32),
+        ("format", "zip"),
+        ("format", ["parquet"]),
+        ("samples", None),
+        ("counts", {"ok": "4"}),
+        ("counts", {"ok": True, "no_image": 3}),
+        ("counts", {"fine": 4}),
+        ("counts", {"ok": 5, "no_image": -1}),
+        ("counts", []),
+        ("statistics", {"psnr_mean": "26"}),
+        ("statistics", {"psnr_mean": True}),
+        ("statistics", None),
+        ("fingerprint", ""),
+        ("inputs", {}),
+        ("inputs", {"recipe": 1, "source": {}}),
+        ("format_version", 0),
+        ("format_version", True),
+        ("format_version", "1"),
+        ("format_version", 2.0),
+    ],
+)
+def test_a_bad_field_is_named(field: str, value: Any) -> None:
+    document = json.loads(to_json(MANIFEST)) | {field: value}
+    with pytest.raises(CorruptShardError, match=rf"marker dst/a\.json: {field} is .*run convert"):
+        manifest_from_json(json.dumps(document), "dst/a.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "NaN",
+        '{"a": 1e999}',
+        b"\xff\xfe\x00",
+        b"\x80",
+        "[" * 100_000,
+        "1" * 10_000,
+        "{}",
+        '{"format_version": 1, "more": 1}',
+    ],
+    ids=range(12),
+)
+def test_what_is_no_marker_is_corrupt(text: str | bytes) -> None:
+    for parse in (manifest_from_json, failed_from_json):
+        with pytest.raises(CorruptShardError, match="marker x"):
+            parse(text, "x")
+
+
+@pytest.mark.parametrize("version", [2, 10**30])
+def test_a_newer_marker_is_refused_by_version(version: int) -> None:
+    document = {"format_version": version, "whatever": "it holds"}
+    for parse in (manifest_from_json, failed_from_json):
+        with pytest.raises(FormatVersionError, match="has format version"):
+            parse(json.dumps(document), "x")
+
+
+TEXT = st.text(st.sampled_from("ok1/.\0é\ud800"), max_size=5)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def paths_of(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key path into nested objects."""
+    if not isinstance(value, dict):
+        return []
+    return [p for k, v in value.items() for p in [(*path, k), *paths_of(v, (*path, k))]]
+
+
+@given(st.data())
+def test_mutated_markers_never_raise_anything_else(data: st.DataObject) -> None:
+    marker, parse = data.draw(
+        st.sampled_from([(MANIFEST, manifest_from_json), (FAILED, failed_from_json)])
+    )
+    document = copy.deepcopy(json.loads(to_json(marker)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        *parents, last = data.draw(st.sampled_from(paths_of(document)))
+        place = document
+        for key in parents:
+            place = place[key]
+        if data.draw(st.booleans()):
+            place[last] = data.draw(JSON)
+        else:
+            del place[last]
+        if not document:
+            break
+    try:
+        parsed = parse(json.dumps(document), "x")
+    except (CorruptShardError, FormatVersionError):
+        return
+    assert parse(to_json(parsed), "x") == parsed
+
+
+@given(st.binary(max_size=60), st.integers(0, 2000))
+def test_damaged_text_never_raises_anything_else(noise: bytes, place: int) -> None:
+    text = to_json(MANIFEST).encode()
+    with suppress(CorruptShardError, FormatVersionError):
+        manifest_from_json(text[:place] + noise + text[place + len(noise) :], "x")
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_covers_what_changes_the_bytes() -> None:
+    ref = make_ref()
+    base = fingerprint(inputs(CONFIG, ref))
+    assert base == fingerprint(inputs(ConvertConfig(), make_ref("another name")))
+    runs_only = dataclasses.replace(CONFIG, batch_size=3, backend="reference")
+    assert base == fingerprint(inputs(runs_only, ref))
+    others = [
+        inputs(dataclasses.replace(CONFIG, decode=DecodeConfig(image_size=64)), ref),
+        inputs(dataclasses.replace(CONFIG, fit=FitConfig(steps=10)), ref),
+        inputs(dataclasses.replace(CONFIG, prune=PruneConfig(prune="energy")), ref),
+        inputs(dataclasses.replace(CONFIG, pack=PackConfig(codec="q11")), ref),
+        inputs(CONFIG, dataclasses.replace(ref, etag="f")),
+        inputs(CONFIG, dataclasses.replace(ref, size_bytes=1)),
+        inputs(CONFIG, dataclasses.replace(ref, limit=1)),
+        inputs(CONFIG, dataclasses.replace(ref, labels=("cat", "dog"))),
+        inputs(CONFIG, dataclasses.replace(ref, labels=("dog", "cat"))),
+    ]
+    assert len({base, *map(fingerprint, others)}) == len(others) + 1
+
+
+def test_the_fingerprint_outlives_json() -> None:
+    for config in PRESETS.values():
+        found = inputs(config, make_ref())
+        assert fingerprint(json.loads(json.dumps(found))) == fingerprint(found)
+
+
+def test_differences_are_readable() -> None:
+    new = inputs(dataclasses.replace(CONFIG, fit=FitConfig(steps=300)), make_ref())
+    assert describe_difference(INPUTS, new) == ["recipe.fit.steps: 100 -> 300"]
+    assert describe_difference({"a": None}, {}) == ["a: None -> absent"]
+    assert describe_difference({"a": {"b": 1}}, {"a": 2}) == ["a: {'b': 1} -> 2"]
+    assert describe_difference(INPUTS, INPUTS) == []
+
+
+# The wire format
+
+
+def test_columns_and_constants_agree() -> None:
+    assert CODECS.keys() == HEADER_BYTES.keys()
+    assert len(set(NAMES)) == len(NAMES)
+    assert OK not in SKIP_STATUSES
+    metadata = shard_metadata("q11", 3.0, {"a": 1})
+    stored = arrow_schema(metadata).metadata[b"splatshard"]
+    assert json.loads(stored) == metadata
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DecodeConfig(image_size=-1),
+        lambda: FitConfig(num_gaussians=0),
+        lambda: FitConfig(steps=-1),
+        lambda: FitConfig(cutoff=float("nan")),
+        lambda: FitConfig(target_psnr=-3.0),
+        lambda: PruneConfig(prune_share=1.0),
+        lambda: PackConfig(format="zip"),  # type: ignore[arg-type]
+        lambda: PackConfig(codec="zip"),  # type: ignore[arg-type]
+        lambda: ConvertConfig(batch_size=0),
+    ],
+)
+def test_absurd_options_name_the_flag(make: Any) -> None:
+    with pytest.raises(UsageError, match=r"^--[a-z-]+ .*: "):
+        make()
+
+
+def test_schemas_import_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, schemas.config, schemas.errors, schemas.shard, schemas.splats;"
+        "assert not {'torch', 'ray', 'fsspec'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
