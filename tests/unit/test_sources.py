@@ -218,6 +218,12 @@ def test_parquet_without_images(shards, tmp_path):
     assert names(list_shards(str(shards))) == ["00000000", "00000001", "00000002"]
 
 
+def test_tar_is_meant_where_an_image_parquet_has_its_stem(shards):
+    image_parquet(shards / "00000002.parquet")
+    for src in (shards, f"{shards}/*"):
+        assert [ref.kind for ref in list_shards(str(src))] == ["tar"] * 4
+
+
 def test_damaged_parquet_is_left_to_fail_in_its_turn(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"garbage")
     image_parquet(tmp_path / "b.parquet")
