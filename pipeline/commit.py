@@ -255,6 +255,8 @@ def clean_staging(dst: str) -> None:
     folder = _local(dst)
     staging = folder / STAGING
     suffix = f"-{socket.gethostname()}"
+    if not folder.is_dir():
+        return
     with storage_errors(folder):
         staged = sorted(os.listdir(staging)) if staging.is_dir() else []
         for file in staged:

@@ -85,9 +85,10 @@ def unpack(payloads: list[bytes], height: int, width: int, codec: str) -> Splats
     values = np.zeros((*shape, 8), np.float32)
     values[..., 2] = values[..., 4] = 1
     mask = np.arange(shape[1]) < np.array(counts, np.int64).reshape(-1, 1)
-    for row, payload, count in zip(values, payloads, counts, strict=True):
-        if count:
-            row[:count] = decode(payload, height, width)
+    with np.errstate(invalid="ignore", over="ignore"):  # damaged payloads may hold anything
+        for row, payload, count in zip(values, payloads, counts, strict=True):
+            if count:
+                row[:count] = decode(payload, height, width)
     means, cholesky, colors = torch.from_numpy(values).split((2, 3, 3), -1)
     return Splats(
         means.contiguous(), cholesky.contiguous(), colors.contiguous(), torch.from_numpy(mask)

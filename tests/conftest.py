@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.make import shared_data
+
+# machines that test are loaded: the time of one example says nothing
+hypothesis.settings.register_profile("splatshard", deadline=None)
+hypothesis.settings.load_profile("splatshard")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,445 @@
+"""The commit: verified, atomic, repeatable after a kill at any step, clean after any error."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import commit
+from pipeline.commit import (
+    check_destination,
+    clean_staging,
+    mark_failed,
+    publish,
+    read_markers,
+    staged_file,
+)
+from pipeline.shards import verify_shard
+from schemas.config import ConvertConfig
+from schemas.errors import (
+    CorruptShardError,
+    FormatVersionError,
+    SourceError,
+    StorageError,
+    UsageError,
+)
+from schemas.shard import FailedShard, ShardManifest, to_json
+from schemas.splats import EXTENSIONS
+from tests.rows import FORMATS, config_of, make_ref, make_rows, write_shard
+
+DIGEST = "cd" * 32
+
+
+def commit_shard(
+    dst: Path,
+    config: ConvertConfig | None = None,
+    name: str = "00000000",
+    rows: list[dict[str, Any]] | None = None,
+    samples: int | None = None,
+) -> ShardManifest:
+    """Write and publish one shard as convert_shard does."""
+    config = config or config_of()
+    rows = make_rows(8, codec=config.pack.codec) if rows is None else rows
+    with staged_file(str(dst), name) as path:
+        write_shard(path, rows, config.pack.format, config.pack.codec)
+        return publish(str(dst), path, make_ref(name), config, DIGEST, samples)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`; None for folders."""
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("codec", ["fp16", "q11"])
+def test_a_committed_shard_verifies(tmp_path: Path, format: str, codec: str) -> None:
+    manifest = commit_shard(tmp_path, config_of(format, codec), samples=8)
+    assert sorted(snapshot(tmp_path)) == [manifest.data_file, "00000000.json"]
+    prefix = f"00000000-{manifest.fingerprint[:8]}"
+    assert manifest.data_file == f"{prefix}.{EXTENSIONS[format]}"
+    assert read_markers(str(tmp_path)) == {"00000000": manifest}
+    assert verify_shard(str(tmp_path), manifest) == []
+    assert manifest.counts == {"ok": 6, "corrupt_image": 2}
+    assert manifest.source_url == "/in/00000000.tar"
+    psnr = [25.1 + i for i in (0, 1, 2, 4, 5, 6)]
+    header = 4 if codec == "q11" else 0
+    assert manifest.statistics == {
+        "psnr_mean": pytest.approx(sum(psnr) / 6),
+        "psnr_min": pytest.approx(25.1),
+        "psnr_max": pytest.approx(31.1),
+        "num_gaussians_mean": 20,
+        "payload_bytes": 6 * (header + 20 * (16 if codec == "fp16" else 11)),
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_runs_leave_the_same_bytes(tmp_path: Path, format: str) -> None:
+    for name in "ab":
+        commit_shard(tmp_path / name, config_of(format))
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_shard_of_skipped_samples_and_an_empty_one(tmp_path: Path, format: str) -> None:
+    skipped = make_rows(4)[3:]
+    for name, rows in (("a", skipped), ("b", [])):
+        manifest = commit_shard(tmp_path, config_of(format), name, rows)
+        assert manifest.statistics == {"payload_bytes": 0}
+        assert verify_shard(str(tmp_path), manifest) == []
+
+
+def test_replacing_a_shard_deletes_what_it_replaces(tmp_path: Path) -> None:
+    commit_shard(tmp_path, name="00000000-1234abcd")  # a neighbour with a confusing name
+    others = snapshot(tmp_path)
+    commit_shard(tmp_path, config_of("webdataset"))
+    mark_failed(str(tmp_path), make_ref(), config_of(), SourceError("cut"))
+    manifest = commit_shard(tmp_path)
+    assert sorted(snapshot(tmp_path).keys() - others.keys()) == [
+        manifest.data_file,
+        "00000000.json",
+    ]
+
+
+# What must not be committed
+
+
+def assert_nothing_committed(folder: Path) -> None:
+    assert snapshot(folder) == {}
+
+
+def test_a_lost_sample_is_not_committed(tmp_path: Path) -> None:
+    with pytest.raises(CorruptShardError, match="9 samples came in, 8 rows were written"):
+        commit_shard(tmp_path, samples=9)
+    assert_nothing_committed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"splats": b"123"}, "fp16 payload of 3 bytes"),
+        ({"splats": b"\xff" * 320}, "not finite"),
+        ({"splats": bytes(320)}, "not positive"),
+        ({"num_gaussians": 19}, "20 Gaussians in the payload, num_gaussians is 19"),
+        ({"psnr": None}, "PSNR is None"),
+        ({"width": None}, "no splats, width or height"),
+        ({"status": "no_image"}, "yet it has splats"),
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_that_do_not_hold_are_not_committed(
+    tmp_path: Path, format: str, change: dict[str, Any], message: str
+) -> None:
+    rows = make_rows(8)
+    rows[5] |= change
+    with pytest.raises(CorruptShardError, match=f"row 5 .*{message}"):
+        commit_shard(tmp_path, config_of(format), rows=rows)
+    assert_nothing_committed(tmp_path)
+
+
+def test_a_file_that_does_not_read_back_is_not_committed(tmp_path: Path) -> None:
+    def cut_and_publish() -> None:
+        with staged_file(str(tmp_path), "00000000") as path:
+            write_shard(path, make_rows(8))
+            path.write_bytes(path.read_bytes()[:-20])
+            publish(str(tmp_path), path, make_ref(), config_of(), DIGEST)
+
+    with pytest.raises(CorruptShardError, match="cannot be read"):
+        cut_and_publish()
+    assert_nothing_committed(tmp_path)
+
+
+# Kills and errors at every step
+
+STEPS = ("replace", "fsync", "unlink", "open")
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int, die: Callable[[], None]) -> None:
+    """Call `die` instead of the `step`th call of any of STEPS."""
+    left = [step]
+
+    def patch(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                die()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        monkeypatch.setattr(os, name, patch(getattr(os, name)))
+
+
+def killed_commit(dst: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Commit in a child that SIGKILLs itself at `step`; whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            die_at(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            commit_shard(dst)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("before", ["nothing", "another shard"])
+def test_a_kill_at_any_step_is_repaired_by_running_again(
+    tmp_path: Path, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(dst: Path) -> None:
+        if before == "another shard":
+            commit_shard(dst, config_of("webdataset", "q11"))
+            mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
+
+    prepare(tmp_path / "undisturbed")
+    commit_shard(tmp_path / "undisturbed")
+    wanted = snapshot(tmp_path / "undisturbed")
+    done = 0
+    for step in itertools.count():
+        prepare(dst := tmp_path / str(step))
+        if not killed_commit(dst, step, monkeypatch):
+            break
+        marker = read_markers(str(dst)).get("00000000")
+        if isinstance(marker, ShardManifest):
+            assert verify_shard(str(dst), marker) == []
+        clean_staging(str(dst))
+        if isinstance(marker, ShardManifest) and marker.format == "parquet":
+            done += 1
+        else:
+            commit_shard(dst)
+        assert snapshot(dst) == wanted, step
+    assert step >= 8
+    assert done >= 1  # some kills came after the marker
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_an_error_at_any_step_leaves_no_half_commit(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number))
+
+    for step in range(8):  # up to the rename of the marker
+        dst = tmp_path / str(step)
+        with monkeypatch.context() as patch:
+            die_at(patch, step, fail)
+            with pytest.raises(StorageError, match=rf"cannot write {dst}.*run the same command"):
+                commit_shard(dst)
+        clean_staging(str(dst))
+        assert read_markers(str(dst)) == {}
+        assert not (dst / "_staging").exists()
+
+
+def test_a_full_disk_leaves_no_marker_and_no_staging(tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    try:
+        big = make_rows(8, n=2000)
+        with pytest.raises(StorageError, match="no space left: free some"):
+            commit_shard(tmp_path, rows=big)
+        assert_nothing_committed(tmp_path)
+        commit_shard(tmp_path, rows=make_rows(8))  # there is room for this one
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# Staging
+
+
+def dead_pid() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_staged_files_are_unique_and_vanish(tmp_path: Path) -> None:
+    with staged_file(str(tmp_path), "a") as first, staged_file(str(tmp_path), "a") as second:
+        assert first != second
+        assert first.parent == tmp_path / "_staging"
+        assert str(os.getpid()) in first.name
+    assert_nothing_committed(tmp_path)
+
+
+def test_only_dead_processes_of_this_host_are_cleaned_up(tmp_path: Path) -> None:
+    staging = tmp_path / "_staging"
+    staging.mkdir()
+    host, dead = socket.gethostname(), dead_pid()
+    kept = [f"a-{host}-{os.getpid()}-00ff", f"a-{host}-1-00ff", f"a-x{host}-{dead}-0", "notes"]
+    for name in [f"a-{host}-{dead}-00ff", f"a-b-{host}-{dead}-1", *kept]:
+        (staging / name).touch()
+    clean_staging(str(tmp_path))
+    assert sorted(path.name for path in staging.iterdir()) == sorted(kept)
+    clean_staging(str(tmp_path / "none"))
+
+
+def test_a_commit_that_is_under_way_is_left_alone(tmp_path: Path) -> None:
+    """Its data file is in place, its marker not yet; another job starts on the folder."""
+    commit_shard(tmp_path)
+    other = tmp_path / "00000000-0123abcd.parquet"
+    other.touch()
+    staging = tmp_path / "_staging"
+    staging.mkdir()
+    marker = staging / f"00000000.json-{socket.gethostname()}-{os.getpid()}-00ff"
+    marker.touch()
+    clean_staging(str(tmp_path))
+    assert other.exists()
+    marker.unlink()
+    clean_staging(str(tmp_path))
+    assert not other.exists()
+    assert not staging.exists()
+
+
+@pytest.mark.parametrize("name", ["_plan", ".x", "a/b", "a.failed", "", "..", "a\0"])
+def test_names_that_would_clash_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="rename the source"), staged_file(str(tmp_path), name):
+        pass
+
+
+# Markers
+
+
+def test_failed_markers(tmp_path: Path) -> None:
+    mark_failed(str(tmp_path), make_ref(), config_of(), SourceError("cut at byte 5"))
+    (marker,) = read_markers(str(tmp_path)).values()
+    assert isinstance(marker, FailedShard)
+    assert (marker.error, marker.message) == ("SourceError", "cut at byte 5")
+    first = snapshot(tmp_path)
+    mark_failed(str(tmp_path), make_ref(), config_of(), SourceError("cut at byte 5"))
+    assert snapshot(tmp_path) == first
+    manifest = commit_shard(tmp_path)
+    assert read_markers(str(tmp_path)) == {"00000000": manifest}
+
+
+def test_a_done_marker_hides_a_failed_replacement(tmp_path: Path) -> None:
+    manifest = commit_shard(tmp_path)
+    mark_failed(str(tmp_path), make_ref(), config_of("webdataset"), SourceError("cut"))
+    assert read_markers(str(tmp_path)) == {"00000000": manifest}
+    clean_staging(str(tmp_path))  # of another fingerprint, so it stays
+    assert (tmp_path / "00000000.failed.json").exists()
+
+
+def test_broken_markers_come_back_as_values(tmp_path: Path) -> None:
+    manifest = commit_shard(tmp_path)
+    (tmp_path / "a.json").write_bytes(b"\xff{")
+    (tmp_path / "b.failed.json").write_text("{}")
+    (tmp_path / "c.json").write_text(to_json(manifest))  # of another shard
+    (tmp_path / "_run.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("")
+    markers = read_markers(str(tmp_path))
+    assert list(markers) == ["00000000", "a", "b", "c"]
+    for name, message in (("a", "not JSON"), ("b", "missing fields"), ("c", "of shard '00000000'")):
+        assert isinstance(markers[name], CorruptShardError)
+        assert message in str(markers[name])
+        assert f"{tmp_path}/{name}." in str(markers[name])
+
+
+def test_newer_markers_raise(tmp_path: Path) -> None:
+    manifest = commit_shard(tmp_path)
+    document = json.loads(to_json(manifest)) | {"format_version": 2, "new_field": 1}
+    (tmp_path / "00000000.json").write_text(json.dumps(document))
+    with pytest.raises(FormatVersionError, match=r"00000000\.json has format version 2"):
+        read_markers(str(tmp_path))
+
+
+def test_no_folder_has_no_markers(tmp_path: Path) -> None:
+    assert read_markers(str(tmp_path / "none")) == {}
+
+
+# Destinations
+
+
+def test_a_destination_is_created_and_left_clean(tmp_path: Path) -> None:
+    check_destination(str(tmp_path / "a" / "b"))
+    check_destination(f"file://{tmp_path}/c")
+    assert snapshot(tmp_path) == {"a": None, "a/b": None, "c": None}
+
+
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_a_destination_that_is_a_file_is_refused(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file is not a folder; choose another"):
+        check_destination(str(tmp_path / "file" / below))
+
+
+def test_an_unwritable_destination_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(commit, "_create", refuse)
+    with pytest.raises(StorageError, match="Read-only file system: check permissions"):
+        check_destination(str(tmp_path))
+
+
+@pytest.mark.parametrize("dst", ["s3://bucket/x", "gs://b/x", "https://example.org/x"])
+def test_remote_destinations_are_refused_for_now(dst: str) -> None:
+    for call in (check_destination, read_markers, clean_staging):
+        with pytest.raises(UsageError, match="only local folders"):
+            call(dst)
+
+
+# Verification of what lies in DST
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damage_is_found_and_named(tmp_path: Path, format: str) -> None:
+    manifest = commit_shard(tmp_path, config_of(format))
+    path = tmp_path / manifest.data_file
+    data = path.read_bytes()
+    marker = tmp_path / "00000000.json"
+
+    def problem() -> str:
+        (text,) = verify_shard(f"{tmp_path}/", manifest)
+        assert str(path) in text
+        assert text.endswith(f"delete {marker} and run convert again")
+        return text
+
+    path.write_bytes(data[:-1])
+    assert f"{len(data) - 1} bytes, its marker says {len(data)}" in problem()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "SHA-256" in problem()
+    path.unlink()
+    assert "No such file" in problem()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_marker_that_tells_other_things_is_found(tmp_path: Path, format: str) -> None:
+    manifest = commit_shard(tmp_path, config_of(format))
+    dst = str(tmp_path)
+
+    def problems(**change: Any) -> list[str]:
+        return verify_shard(dst, dataclasses.replace(manifest, **change))
+
+    (text,) = problems(statistics={**manifest.statistics, "psnr_mean": 99.0})
+    assert "statistics are" in text
+    assert len(problems(samples=9, counts={"ok": 9})) == 2
+    (text,) = problems(inputs={"recipe": {}, "source": {}})
+    assert "another recipe" in text
+    (text,) = problems(inputs={**manifest.inputs, "source": {}})
+    assert "fingerprint" in text
+    other = "webdataset" if format == "parquet" else "parquet"
+    (text,) = problems(format=other)
+    assert "cannot be read" in text
