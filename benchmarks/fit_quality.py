@@ -37,8 +37,10 @@ class Args:
 def measure(target: torch.Tensor, preset: str, n: int, steps: int, pruned: bool = False) -> dict:
     """One row: preset, Gaussians, steps, PSNR and seconds per image."""
     backend = select_backend("cpu")
-    config = PRESETS[preset]
+    config = PRESETS[preset.split()[0]]
     config = replace(config, fit=replace(config.fit, num_gaussians=n, steps=steps))
+    if preset.endswith("no L1"):
+        config = replace(config, fit=replace(config.fit, l1_colors=0.0))
     start = time.perf_counter()
     splats, _ = fit(target, config.fit, backend)
     seconds = (time.perf_counter() - start) / len(target)
@@ -67,13 +69,14 @@ def main() -> None:
             print(describe(rows[-1]), flush=True)
         for steps in args.paper_steps:
             last = steps == args.paper_steps[-1]
-            rows.append(measure(target, "paper", n, steps, pruned=last))
-            print(describe(rows[-1]), flush=True)
+            for preset in ("paper no L1", "paper") if last else ("paper no L1",):
+                rows.append(measure(target, preset, n, steps, pruned=preset == "paper"))
+                print(describe(rows[-1]), flush=True)
     save(f"fit_quality_shard{args.shard}", {"images": args.images, "rows": rows})
 
 
 def describe(row: dict) -> str:
-    text = "N={num_gaussians:<5} {preset:8} {steps:5} steps  {psnr:6.2f} dB  {s_per_image:7.3f} s"
+    text = "N={num_gaussians:<5} {preset:11} {steps:5} steps  {psnr:6.2f} dB  {s_per_image:7.3f} s"
     text = text.format(**row)
     if "psnr_pruned" in row:
         text += f"   pruned to {row['num_gaussians_pruned']:.0f}: {row['psnr_pruned']:.2f} dB"
