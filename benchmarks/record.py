@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pipeline.read import read
-from pipeline.sources import list_shards
 
 from pipeline.decode import decode
+from pipeline.read import read
+from pipeline.sources import list_shards
 from schemas.config import DecodeConfig
 
 ROOT = Path(__file__).resolve().parent.parent

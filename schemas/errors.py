@@ -33,7 +33,7 @@ class FormatVersionError(UsageError):
 
 
 class SourceError(SplatshardError):
-    """A source shard cannot be read to its end; the shard is marked failed and nothing of it is committed."""
+    """A source shard cannot be read to its end; it is marked failed, nothing of it is committed."""
 
 
 class StorageError(SplatshardError):
