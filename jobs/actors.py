@@ -80,7 +80,6 @@ class FitActor:
     def convert(self, ref: ShardRef, config: ConvertConfig, dst: str) -> Outcome:
         """Convert and commit one shard, or write its failed marker."""
         from pipeline.commit import mark_failed
-
         from pipeline.convert import convert_shard
 
         self._counters = Counters(shard=ref.name)

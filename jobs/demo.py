@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import random
+import shlex
 import sys
 import tarfile
 import time
@@ -34,7 +35,7 @@ PHOTOGRAPHS = {
     "astronaut.png": "an astronaut in an orange suit in front of a flag and a shuttle model",
     "chelsea.png": "a tabby cat looking past the camera",
     "coffee.png": "a cup of coffee with a spoon on a wooden table",
-    "rocket.jpg": "a rocket lifting off from its launch pad at dusk",
+    "rocket.jpg": "a rocket on its launch pad at dusk",
     "motorcycle_left.png": "a motorcycle in a garage, seen from the left",
     "motorcycle_right.png": "a motorcycle in a garage, seen from the right",
     "hubble_deep_field.jpg": "a field of distant galaxies",
@@ -91,7 +92,7 @@ def demo(options: DemoOptions) -> int:
         (report, [splats]),
     ):
         name = job.__name__.rpartition(".")[2]
-        say(f"\n$ splatshard {name} {' '.join(arguments)}")
+        say(f"\n$ splatshard {name} {shlex.join(arguments)}")
         code = job.main(arguments)
         if code != EXIT_OK:
             return code

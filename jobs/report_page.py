@@ -126,7 +126,7 @@ def header(data: ReportData, name: str) -> str:
     if run.get("images_per_s"):
         first = run.get("time_to_first_shard_s")
         note = f"{count(run['workers'], 'worker')}, backend {run['backend']}"
-        tiles.append(("speed", f"{run['images_per_s']:.1f} images/s", note))
+        tiles.append(("images/s", f"{run['images_per_s']:.1f}", note))
         note = f"first shard after {duration(first)}" if first is not None else "start included"
         tiles.append(("last run", duration(run["wall_s"]), note))
     cells = "".join(
@@ -164,7 +164,7 @@ def sizes(data: ReportData) -> str:
     bars = "".join(
         f'<div class="bar"><span>{label}</span><div class="track">'
         f'<i class="{kind}" style="width:{100 * value / jpeg.raw_bytes:.2f}%"></i></div>'
-        f"<b>{size(value)}</b><small>{quality}</small></div>"
+        f"<b>{value:,.0f} B</b><small>{quality}</small></div>"
         for label, value, quality, kind in rows
     )
     note = (
@@ -234,12 +234,12 @@ def overlay(p: Picture) -> str:
         f"{negative if r + g + b < 0 else ''}/>"
         for x, y, major, minor, angle, r, g, b in drawn
     )
-    width = 0.9 * max(p.width, p.height) / 224
+    width = 1.1 * max(p.width, p.height) / 224
     return (
         f'<svg viewBox="0 0 {p.width} {p.height}" role="img" aria-label="ellipses of '
         f'{escape(p.key)}"><image href="{data_uri(p.backdrop, "jpeg")}" width="{p.width}" '
         f'height="{p.height}"/><g fill="none" stroke-width="{width:.2f}" '
-        f'stroke-opacity=".75">{shapes}</g></svg>'
+        f'stroke-opacity=".85">{shapes}</g></svg>'
     )
 
 
@@ -247,7 +247,7 @@ def stroke(r: float, g: float, b: float) -> str:
     """The Gaussian's hue, bright enough to be seen on the dimmed picture."""
     channels = [abs(c) for c in (r, g, b)]
     top = max(channels) or 1.0
-    lift = max(top, 0.45) / top if top < 1 else 1 / top
+    lift = max(top, 0.7) / top if top < 1 else 1 / top
     return "#" + "".join(f"{round(255 * min(1.0, c * lift)):02x}" for c in channels)
 
 

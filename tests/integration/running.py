@@ -17,8 +17,8 @@ import pytest
 from jobs import convert, status, verify
 from tests.make import datacomp_tar
 
-SMALL = ("--image-size=32", "--num-gaussians=16", "--steps=3", "--workers=2")
-"""Fits in milliseconds."""
+SMALL = ("--image-size=32", "--num-gaussians=16", "--steps=3", "--workers=1")
+"""Fits in milliseconds; each worker takes seconds to load torch."""
 
 LONG = ("--image-size=128", "--num-gaussians=200", "--batch-size=2", "--workers=2")
 """Some seconds per shard, so that there is time to interfere."""

@@ -48,8 +48,8 @@ def test_src_that_matches_nothing(tmp_path: Path, capsys: Capsys) -> None:
 def test_dst_that_is_a_file(tmp_path: Path, capsys: Capsys) -> None:
     src = tars(tmp_path / "in")
     (tmp_path / "out").write_text("precious")
-    assert "is a file" in refused(capsys, src, tmp_path / "out")
-    assert "is a file" in refused(capsys, src, tmp_path / "out" / "below")
+    assert "is not a folder" in refused(capsys, src, tmp_path / "out")
+    assert "is not a folder" in refused(capsys, src, tmp_path / "out" / "below")
     assert (tmp_path / "out").read_text() == "precious"
 
 
@@ -152,7 +152,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(
     small_disk: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=8, samples=2), small_disk / "out"
-    large = ("--image-size=128", "--num-gaussians=1600", "--steps=1")
+    large = ("--image-size=64", "--num-gaussians=1600", "--steps=1")
     code, summary, err = convert_json(capsys, src, dst, *large)
     assert (code, summary) == (1, {}), err
     assert "no space left" in err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import convert, report, status, verify
+from jobs import convert, demo, report, status, verify
 from pipeline.shards import read_rows
 from schemas.splats import EXTENSIONS
 from tests.integration.running import (
@@ -34,7 +34,7 @@ def no_ray(*arguments: object) -> None:
 @pytest.mark.parametrize("format", sorted(EXTENSIONS))
 def test_end_to_end(format: str, tmp_path: Path, capsys: Capsys, monkeypatch) -> None:
     src, dst = tars(tmp_path / "in", shards=3), tmp_path / "out"
-    code, summary, err = convert_json(capsys, src, dst, f"--format={format}")
+    code, summary, err = convert_json(capsys, src, dst, f"--format={format}", "--workers=2")
     assert code == 0, err
     assert (summary["samples"], summary["ok"], summary["skipped"]) == (9, 9, {})
     assert (summary["shards_done"], summary["shards_skipped_done"]) == (3, 0)
@@ -164,3 +164,17 @@ def test_dry_run_estimates_and_writes_nothing(tmp_path: Path, capsys: Capsys) ->
     assert estimate["stored_bytes"] > 20 * 256
     assert "nothing was written" in err
     assert not dst.exists()
+
+
+def test_the_demo(tmp_path: Path, capsys: Capsys) -> None:
+    pytest.importorskip("skimage")
+    folder = tmp_path / "demo"
+    arguments = [str(folder), "--num-gaussians=16", "--steps=2", "--image-size=32"]
+    assert demo.main(arguments) == 0
+    assert f"{folder}/splats/report.html" in capsys.readouterr().out
+    tars_before = {p: p.stat().st_mtime_ns for p in (folder / "input").iterdir()}
+    assert demo.main(arguments) == 0
+    assert "everything is already done" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (folder / "input").iterdir()} == tars_before
+    state = assert_verified(capsys, folder / "splats")
+    assert (state["shards_done"], state["ok"], state["skipped"]) == (4, 64, {"corrupt_image": 1})

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from jobs import convert
+from jobs.actors import FitActor, Outcome
+from schemas.config import ConvertConfig
+from schemas.shard import ShardRef
 from tests.integration.running import (
     LONG,
     assert_verified,
+    convert_json,
     converting,
     files,
     finished,
@@ -38,11 +43,13 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(src: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(
+    src: str, tmp_path_factory: pytest.TempPathFactory, shared_ray: None
+) -> dict[str, bytes]:
     """The files of a run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(src, folder / "out", folder / "log")
-    return files(folder / "out")
+    dst = tmp_path_factory.mktemp("undisturbed")
+    assert convert.main([src, str(dst), *LONG]) == 0
+    return files(dst)
 
 
 def finish(src: str, dst: Path, log: Path) -> None:
@@ -58,7 +65,7 @@ def test_killed_at_random_moments(
 ) -> None:
     chance = random.Random(2026)
     dst, log = tmp_path / "out", tmp_path / "log"
-    for _ in range(3):
+    for _ in range(2):
         before = finished(dst) if dst.exists() else {}
         process = start(src, dst, *LONG, log=log)
         wait_until(lambda p=process: converting(p.pid) or p.poll() is not None, log.read_text())
@@ -81,6 +88,33 @@ def test_a_killed_worker_is_replaced(
     assert "retry 1 of 3" in log.read_text()
     assert files(dst) == undisturbed
     assert assert_verified(capsys, dst)["shards_done"] == SHARDS
+
+
+class Poisoned(FitActor):
+    """Dies whenever it meets one shard, as a crash in a decoder would make it."""
+
+    def convert(self, ref: ShardRef, config: ConvertConfig, dst: str) -> Outcome:
+        if ref.name == "00000001":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().convert(ref, config, dst)
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_shard_that_kills_every_worker_fails_alone(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.drive.FitActor", Poisoned)
+    monkeypatch.setattr("jobs.drive.MAX_RETRIES", 1)
+    monkeypatch.setattr("jobs.drive.BACKOFF_S", 0)
+    poisoned, dst = tars(tmp_path / "in", shards=4), tmp_path / "out"
+    code, summary, err = convert_json(capsys, poisoned, dst)
+    assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 3, 1), err
+    assert "the worker died 2 times while converting this shard" in err
+    assert (dst / "00000001.failed.json").exists()
+    monkeypatch.undo()
+    code, summary, err = convert_json(capsys, poisoned, dst)
+    assert (code, summary["shards_done"]) == (0, 1), err
+    assert_verified(capsys, dst)
 
 
 def test_ctrl_c_and_sigterm_stop_cleanly(
