@@ -15,9 +15,9 @@ cutoff up to 6). The backward pass recomputes the weights (cheaper than fetching
 its nine sums in registers over all rows of a Gaussian; the moments are of (t / sx, dy / sy), a
 rotation of L^-1 (p - mu), so high aspect ratios lose no digits.
 
-Measured (benchmarks/cpu_kernel.py): 1.5 to 3.5 ns per forward+backward evaluation and thread from 400
-to 4900 Gaussians, where the plain loop, left to numba's vectorisation, takes 19 to 24. Processes,
-not threads, use more cores: images are independent and a worker owns one core.
+Measured (benchmarks/cpu_kernel.py): 1.5 to 3.5 ns per forward+backward evaluation and thread, for
+400 to 4900 Gaussians, where the plain loop, left to numba's vectorisation, takes 19 to 24.
+Processes, not threads, use more cores: images are independent and a worker owns one core.
 """
 
 from __future__ import annotations
