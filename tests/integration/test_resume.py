@@ -117,27 +117,33 @@ def test_a_shard_that_kills_every_worker_fails_alone(
     assert_verified(capsys, dst)
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
 def test_ctrl_c_and_sigterm_stop_cleanly(
-    src: str, undisturbed: dict[str, bytes], tmp_path: Path, capsys: Capsys
+    src: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    capsys: Capsys,
+    number: int,
+    code: int,
+    word: str,
 ) -> None:
     dst, log = tmp_path / "out", tmp_path / "log"
-    for number, code, word in (
-        (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 143, "terminated"),
-    ):
-        process = start(src, dst, *LONG, log=log)
-        wait_until(lambda p=process: converting(p.pid), log.read_text())
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal does: to the whole group
-        else:
-            process.send_signal(number)
-        assert process.wait(30) == code, log.read_text()
-        text = log.read_text()
-        assert f"splatshard: {word}; run the same command again to continue" in text
-        assert "Traceback" not in text
-        assert not (dst / "_staging").exists()
-        committed = {path.name.split("-")[0] for path in dst.glob("*.parquet")}
-        assert committed == {name.removesuffix(".json") for name in finished(dst)}
+    process = start(src, dst, *LONG, log=log)
+    wait_until(lambda: converting(process.pid) or process.poll() is not None, "a worker converts")
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: to the whole group
+    else:
+        process.send_signal(number)
+    assert process.wait(60) == code, log.read_text()
+    text = log.read_text()
+    assert f"splatshard: {word}; run the same command again to continue" in text
+    assert "Traceback" not in text
+    assert not (dst / "_staging").exists()
+    committed = {path.name.split("-")[0] for path in dst.glob("*.parquet")}
+    assert committed == {name.removesuffix(".json") for name in finished(dst)}
     finish(src, dst, log)
     assert files(dst) == undisturbed
     assert assert_verified(capsys, dst)["shards_done"] == SHARDS
