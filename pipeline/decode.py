@@ -16,6 +16,7 @@ JPEG 2000 and the rest of Pillow's formats (not in these datasets, and each is a
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -57,6 +58,9 @@ then agrees with that of a full decode to 51 dB PSNR or better on 12 Kodak image
 to 8 bits; keeping only 2x gives 42 dB, which would show in a fit at 40 dB."""
 
 ORIENTATION_TAG = 0x0112
+QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+"""The warning filter that `silence_pillow` wants in front."""
+
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,33 +87,42 @@ def decode(image: bytes, name: str, config: DecodeConfig) -> DecodedImage:
 
     Smaller images are enlarged, transparency is laid over white. `name` goes into messages. Raises
     SampleError with status empty_image, not_an_image, too_large, animated_image or corrupt_image.
-    Not for several threads at once: it silences Pillow by swapping the process's warning filters.
+    Several threads may decode at once. Pillow's warnings are silenced, for good.
     """
     if not image:
         raise SampleError("empty_image", f"{name} has zero bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF, odd TIFF tags, odd palettes: all decode fine
-        with open_header(image, name) as source:
-            width, height = source.size
-            check_size(width, height, name, config.max_image_pixels)
-            try:
-                if source.format in ("GIF", "WEBP", "PNG") and getattr(source, "is_animated", 0):
-                    raise SampleError("animated_image", f"{name} has more than one frame")
-                crop = square(source, config.image_size)
-                orientation = read_orientation(source)  # a PNG's may come after its pixels
-                if orientation in TRANSPOSE:
-                    crop = crop.transpose(TRANSPOSE[orientation])
-            except SampleError:
-                raise
-            except Image.DecompressionBombError as e:
-                raise SampleError("too_large", f"{name}: {e}") from e
-            except Exception as e:
-                raise SampleError(
-                    "corrupt_image", f"{name} does not decode: {type(e).__name__}: {e}"
-                ) from e
+    silence_pillow()
+    with open_header(image, name) as source:
+        width, height = source.size
+        check_size(width, height, name, config.max_image_pixels)
+        try:
+            if source.format in ("GIF", "WEBP", "PNG") and getattr(source, "is_animated", 0):
+                raise SampleError("animated_image", f"{name} has more than one frame")
+            crop = square(source, config.image_size)
+            orientation = read_orientation(source)  # a PNG's may come after its pixels
+            if orientation in TRANSPOSE:
+                crop = crop.transpose(TRANSPOSE[orientation])
+        except SampleError:
+            raise
+        except Image.DecompressionBombError as e:
+            raise SampleError("too_large", f"{name}: {e}") from e
+        except Exception as e:
+            raise SampleError(
+                "corrupt_image", f"{name} does not decode: {type(e).__name__}: {e}"
+            ) from e
     if orientation >= 5:
         width, height = height, width
     return DecodedImage(np.array(crop), width, height)
+
+
+def silence_pillow() -> None:
+    """Ignore what Pillow's modules warn of: odd EXIF, TIFF tags and palettes all decode fine.
+
+    For the whole process: swapping its filters around each image would let threads undo each
+    other's. Looked at before each image, since others (tests) do swap them.
+    """
+    if not warnings.filters or warnings.filters[0] != QUIET:
+        warnings.filterwarnings("ignore", module=QUIET[3].pattern)
 
 
 def open_header(image: bytes, name: str) -> ImageFile.ImageFile:
@@ -182,6 +195,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # floats at the end of their range
 def to_8_bits(values: np.ndarray) -> np.ndarray:
     """Grey values [H, W] of more than 8 bits to uint8 of that shape, scaled and not clipped.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import tracemalloc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -242,3 +244,20 @@ def test_kodak_photographs():
     result = decode_at(path.read_bytes(), size=224)
     assert (result.original_width, result.original_height) == (768, 512)
     assert difference(result.pixels, resize_then_crop(Image.open(path), 224)) <= 1
+
+
+def test_several_threads_decode_odd_files_in_silence():
+    """Warnings are errors in tests: one that is not silenced would make a file corrupt."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # promises 65535 entries, has none
+    odd = encode(photo(), "JPEG", exif=exif)
+    warnings.simplefilter("error")
+    with pytest.raises(UserWarning), Image.open(io.BytesIO(odd)) as image:
+        image.getexif()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: decode_at(odd).pixels, range(64)))
+    assert all(np.array_equal(pixels, results[0]) for pixels in results)
+
+
+def test_floats_at_the_end_of_their_range_decode():
+    wide = np.array([[-3e38, 0], [1, 3e38]], np.float32).repeat(8, 0).repeat(8, 1)
+    assert decode_at(encode(Image.fromarray(wide), "TIFF")).pixels.shape == (32, 32, 3)
