@@ -32,6 +32,7 @@ the compact codec; its two functions go into `_CODECS`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -128,16 +129,24 @@ def spatial_order(means: Tensor, height: int, width: int) -> Tensor:
     """
     cells = (means.double() * (2**ORDER_BITS / max(height, width))).floor()
     x, y = cells.clamp(0, 2**ORDER_BITS - 1).long().unbind(-1)
-    index = torch.zeros_like(x)
-    for bit in reversed(range(ORDER_BITS)):
-        right, down = (x >> bit) & 1, (y >> bit) & 1
-        index = index << 2 | (3 * right ^ down)
-        low = 2**bit - 1
-        x, y = x & low, y & low
-        flip = (right == 1) & (down == 0)
-        x, y = torch.where(flip, low - x, x), torch.where(flip, low - y, y)
-        x, y = torch.where(down == 0, y, x), torch.where(down == 0, x, y)
-    return torch.argsort(index, dim=-1, stable=True)
+    return torch.argsort(_hilbert_index()[y, x], dim=-1, stable=True)
+
+
+@lru_cache(maxsize=1)
+def _hilbert_index() -> Tensor:
+    """Place of each cell [y, x] on the curve, int32 [2^10, 2^10].
+
+    A curve of twice the side is four copies: mirrored on the diagonal (top left), twice as it is
+    (bottom), mirrored on the other diagonal (top right). Looked up, for computing places for one
+    image at a time took three quarters of packing: 0.63 ms instead of 0.16 ms for 400 Gaussians.
+    """
+    curve = torch.zeros(1, 1, dtype=torch.int32)
+    for _ in range(ORDER_BITS):
+        cells = curve.numel()
+        top = torch.cat((curve.T, 3 * cells + curve.T.flip(0, 1)), 1)
+        bottom = torch.cat((cells + curve, 2 * cells + curve), 1)
+        curve = torch.cat((top, bottom))
+    return curve
 
 
 def _sorted_planes(codes: NDArray, means: Array, height: int, width: int) -> bytes:
