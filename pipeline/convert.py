@@ -3,7 +3,12 @@
     read -> decode -> fit -> prune -> pack -> write -> commit
 
 Start here. Everything is a direct call; nothing here knows of Ray, and the same function runs in a
-test, in a local worker and on a GPU actor. Memory is bounded by one batch plus one row group.
+test, in a local worker and on a GPU actor.
+
+On a GPU three threads work at once: one reads and decodes the next batch (with a pool of its own),
+one keeps the device fitting, and the caller's packs, checks and writes the previous batch. A CPU
+worker owns one core, so there the same generators run one after another. Memory is bounded by four
+batches on a GPU, by one elsewhere, plus one row group.
 
 A bad sample becomes a row with a status; a bad source raises and commits nothing.
 """
@@ -11,21 +16,28 @@ A bad sample becomes a row with a status; a bad source raises and commits nothin
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pipeline.batching import BatchLimit, auto_batch_size, own_stream
 from pipeline.commit import publish, staged_file
 from pipeline.decode import DecodedImage, decode
 from pipeline.fit import fit
 from pipeline.kernels.backend import Backend
 from pipeline.metrics import psnr
 from pipeline.pack import finite_images, pack, unpack
+from pipeline.prefetch import map_ahead, prefetch
 from pipeline.prune import prune
 from pipeline.read import RawSample, read
+from pipeline.splats import Splats
 from pipeline.write import open_writer
 from schemas.config import ConvertConfig, recipe
 from schemas.errors import SampleError
@@ -33,6 +45,10 @@ from schemas.shard import OK, ShardManifest, ShardRef
 from schemas.splats import MAX_PSNR, shard_metadata
 
 Row = dict[str, Any]
+
+MAX_DECODERS = 16
+CHECKED_TOGETHER = 256
+"""Images rendered at once to measure their PSNR, beside a batch that fills the device."""
 
 
 def convert_shard(
@@ -45,72 +61,164 @@ def convert_shard(
     """Convert the source shard `ref` into `dst` and commit it.
 
     `on_batch` is called with the rows of each finished batch (progress). Raises SourceError for a
-    source that cannot be read to its end, StorageError when `dst` cannot be written,
-    CorruptShardError when what was written does not read back; nothing is committed then.
+    source that cannot be read to its end, StorageError when `dst` cannot be written, BackendError
+    when not even one image fits into the device's memory, CorruptShardError when what was written
+    does not read back; nothing is committed then.
     """
     metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
     digest = hashlib.sha256()
     samples_in = 0
+    limit = BatchLimit(config.batch_size or auto_batch_size(config, backend.device))
+    ahead = prefetch if overlaps(backend.device) else iter
     with staged_file(dst, ref.name) as path:
         with open_writer(path, config.pack.format, metadata) as writer:
-            for samples in batches(read(ref, digest), config.batch_size):
-                samples_in += len(samples)
-                rows = convert_batch(samples, config, backend)
-                writer.write(rows)
-                if on_batch:
-                    on_batch(rows)
+            decoded = ahead(decode_batches(read(ref, digest), limit.images, config, backend.device))
+            fitted = ahead(fit_batches(decoded, config, backend, limit))
+            with closing(decoded), closing(fitted):  # their threads end with the block
+                for batch in fitted:
+                    rows = pack_batch(batch, config, backend)
+                    samples_in += len(rows)
+                    writer.write(rows)
+                    if on_batch:
+                        on_batch(rows)
         return publish(dst, path, ref, config, digest.hexdigest(), samples_in)
 
 
 def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Backend) -> list[Row]:
-    """Samples to rows, one each, in order. Only images that decode are fitted."""
-    decoded = [try_decode(sample, config) for sample in samples]
-    images = [d for d in decoded if isinstance(d, DecodedImage)]
-    fitted = iter(fit_and_pack(images, config, backend) if images else ())
-    rows = []
-    for sample, outcome in zip(samples, decoded, strict=True):
-        row: Row = {
-            "key": sample.key,
-            "uid": sample.uid,
-            "caption": sample.caption,
-            "label": sample.label,
-            "metadata": sample.metadata,
-            "members": [{"name": name, "data": data} for name, data in sample.members],
-            "status": OK,
-            "num_gaussians": 0,
-        }
-        if isinstance(outcome, SampleError):
-            row |= {"status": outcome.status, "error": str(outcome)}
-        else:
-            row |= next(fitted)
-        rows.append(row)
-    return rows
+    """Samples to rows, one each, in order, as one batch; for estimates."""
+    decoded = decode_batches(samples, len(samples), config, backend.device)
+    fitted = fit_batches(decoded, config, backend, BatchLimit(len(samples)))
+    return [row for batch in fitted for row in pack_batch(batch, config, backend)]
 
 
-def fit_and_pack(
-    images: list[DecodedImage], config: ConvertConfig, backend: Backend
-) -> Iterator[Row]:
-    """The Gaussian half of a row for each image; PSNR is that of the packed bytes, as a reader
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Images of one size: `pixels` uint8 [B, H, W, 3] on the backend's device, and their rows."""
+
+    rows: list[Row]
+    pixels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedBatch:
+    """The rows of all samples, in order; the images of those that decode, by size."""
+
+    rows: list[Row]
+    images: list[Images]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedBatch:
+    """As DecodedBatch; each group of images with its splats (in main memory) and steps [B]."""
+
+    rows: list[Row]
+    fits: list[tuple[Images, Splats, Tensor]]
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether decoding, fitting and packing run at the same time."""
+    return device.type != "cpu"
+
+
+def decode_batches(
+    samples: Iterable[RawSample], size: int, config: ConvertConfig, device: torch.device
+) -> Iterator[DecodedBatch]:
+    """Batches of `size` samples, the last one smaller, with their images on `device`."""
+    threads = min(MAX_DECODERS, len(os.sched_getaffinity(0))) if overlaps(device) else 0
+    with closing(map_ahead(partial(decode_sample, config=config), samples, threads)) as decoded:
+        while batch := list(islice(decoded, size)):
+            rows = [row for row, _ in batch]
+            images = [(row, image) for row, image in batch if image is not None]
+            yield DecodedBatch(rows=rows, images=by_size(images, device))
+
+
+def decode_sample(sample: RawSample, config: ConvertConfig) -> tuple[Row, DecodedImage | None]:
+    """The row of a sample, as far as it is known before the fit, and its image; None if bad."""
+    row: Row = {
+        "key": sample.key,
+        "uid": sample.uid,
+        "caption": sample.caption,
+        "label": sample.label,
+        "metadata": sample.metadata,
+        "members": [{"name": name, "data": data} for name, data in sample.members],
+        "status": OK,
+        "num_gaussians": 0,
+    }
+    try:
+        if sample.error:
+            raise sample.error
+        return row, decode(sample.image, sample.image_name, config.decode)
+    except SampleError as error:
+        return row | {"status": error.status, "error": str(error)}, None
+
+
+def by_size(images: list[tuple[Row, DecodedImage]], device: torch.device) -> list[Images]:
+    """The images in groups of one height and width, each uploaded in one piece."""
+    groups: dict[tuple[int, ...], list[tuple[Row, DecodedImage]]] = {}
+    for row, image in images:
+        row["original_width"] = image.original_width
+        row["original_height"] = image.original_height
+        groups.setdefault(image.pixels.shape, []).append((row, image))
+    uploaded = []
+    for group in groups.values():
+        pixels = torch.stack([torch.from_numpy(image.pixels) for _, image in group])
+        with own_stream(device):
+            pixels = pixels.to(device)
+        uploaded.append(Images(rows=[row for row, _ in group], pixels=pixels))
+    return uploaded
+
+
+def fit_batches(
+    batches: Iterable[DecodedBatch], config: ConvertConfig, backend: Backend, limit: BatchLimit
+) -> Iterator[FittedBatch]:
+    """Fit and prune every image; `limit` shrinks when the device's memory does not suffice."""
+
+    def fit_part(images: Images, part: slice) -> tuple[Images, Splats, Tensor]:
+        images = Images(rows=images.rows[part], pixels=images.pixels[part])
+        target = planes(images.pixels)
+        splats, steps = fit(target, config.fit, backend)
+        splats = prune(splats, target, config, backend)
+        return images, splats.to(torch.device("cpu")), steps.cpu()
+
+    for batch in batches:
+        fits = [
+            fitted
+            for images in batch.images
+            for fitted in limit.in_parts(len(images.rows), partial(fit_part, images))
+        ]
+        yield FittedBatch(rows=batch.rows, fits=fits)
+
+
+def pack_batch(batch: FittedBatch, config: ConvertConfig, backend: Backend) -> list[Row]:
+    """The rows of all samples of a batch, complete, in order."""
+    for images, splats, steps in batch.fits:
+        pack_images(images, splats, steps, config, backend)
+    return batch.rows
+
+
+def pack_images(
+    images: Images, splats: Splats, steps: Tensor, config: ConvertConfig, backend: Backend
+) -> None:
+    """Put the Gaussian half into the images' rows; PSNR is that of the packed bytes, as a reader
     gets them."""
-    target = torch.stack([torch.from_numpy(d.pixels) for d in images]).to(backend.device)
-    target = target.permute(0, 3, 1, 2).float().div(255).contiguous()  # [B, 3, H, W]
-    height, width = target.shape[2:]
-    splats, steps = fit(target, config.fit, backend)
-    splats = prune(splats, target, config, backend)
+    height, width = images.pixels.shape[1:3]
     finite = finite_images(splats)  # a diverged fit keeps no Gaussian and its row says so
     splats = replace(splats, mask=splats.mask & finite[:, None])
     payloads = pack(splats, height, width, config.pack.codec)
-    stored = unpack(payloads, height, width, config.pack.codec).to(backend.device)
-    quality = psnr(backend.render(stored, height, width, config.fit.cutoff), target)
-    quality = quality.clamp(max=MAX_PSNR)
+    stored = unpack(payloads, height, width, config.pack.codec)
+
+    def check(part: slice) -> Tensor:
+        with own_stream(backend.device):
+            image = backend.render(
+                stored[part].to(backend.device), height, width, config.fit.cutoff
+            )
+            return psnr(image, planes(images.pixels[part])).cpu()
+
+    parts = list(BatchLimit(CHECKED_TOGETHER).in_parts(len(images.rows), check))
+    quality = torch.cat(parts).clamp(max=MAX_PSNR)
     finite &= quality.isfinite()
-    for i, image in enumerate(images):
-        row: Row = {
-            "width": width,
-            "height": height,
-            "original_width": image.original_width,
-            "original_height": image.original_height,
-        }
+    for i, row in enumerate(images.rows):
+        row |= {"width": width, "height": height}
         if finite[i]:
             row |= {
                 "num_gaussians": int(stored.num_gaussians[i]),
@@ -120,21 +228,8 @@ def fit_and_pack(
             }
         else:
             row |= {"status": "fit_diverged", "error": "the fit gave splats that are not finite"}
-        yield row
 
 
-def try_decode(sample: RawSample, config: ConvertConfig) -> DecodedImage | SampleError:
-    """The decoded image, or the error that the reader or the decoder has for this sample."""
-    if sample.error:
-        return sample.error
-    try:
-        return decode(sample.image, sample.image_name, config.decode)
-    except SampleError as error:
-        return error
-
-
-def batches(samples: Iterable[RawSample], size: int) -> Iterator[list[RawSample]]:
-    """Consecutive lists of `size` samples, the last one shorter."""
-    iterator = iter(samples)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def planes(pixels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], 0 to 1."""
+    return pixels.permute(0, 3, 1, 2).float().div(255).contiguous()

@@ -178,8 +178,9 @@ class ConvertConfig:
     pack: PackConfig = field(default_factory=PackConfig)
     backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
     """Kernel backend; auto is triton on CUDA and cpu elsewhere. A named one never falls back."""
-    batch_size: int = 16
-    """Images fitted together; does not change the result beyond rounding."""
+    batch_size: int | None = None
+    """Images fitted together, at most; does not change the result beyond rounding. None: on a GPU
+    as many as its free memory holds, up to 4096; 16 on a CPU."""
 
     def __post_init__(self) -> None:
         backends = ("auto", "cpu", "triton", "reference")
@@ -189,7 +190,12 @@ class ConvertConfig:
             self.backend,
             f"choose one of {', '.join(backends)}",
         )
-        _check(1 <= self.batch_size <= 65536, "batch_size", self.batch_size, "choose 1 to 65536")
+        _check(
+            self.batch_size is None or 1 <= self.batch_size <= 65536,
+            "batch_size",
+            self.batch_size,
+            "choose 1 to 65536",
+        )
 
 
 PRESETS: dict[str, ConvertConfig] = {

@@ -1,0 +1,101 @@
+"""How many images are fitted together: from free memory, and fewer after running out of it.
+
+A GPU needs hundreds of images at a time to be busy, and its memory decides how many fit. The
+estimate is on the safe side; what it misses shows as torch.cuda.OutOfMemoryError, after which the
+batch is halved and the work goes on.
+
+On the CPU images go through the kernel one by one, and a larger batch would only leave the caches.
+
+Left out: growing a batch again after it was halved (a shard takes seconds, the next one starts
+anew), and measuring bytes per image instead of estimating them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from schemas.config import ConvertConfig
+from schemas.errors import BackendError
+
+Result = TypeVar("Result")
+
+CPU_BATCH = 16
+MAX_BATCH = 4096
+MULTIPLE = 16
+FREE_SHARE = 0.8
+"""Of the free memory that batches may take; the rest is for the allocator's gaps and compilers."""
+
+BYTES_PER_PX = 240
+BYTES_PER_GAUSSIAN = 1024
+"""What one image has on the device at once, estimated from the code, not measured:
+per pixel 12 for the float32 target, about 45 float32 planes at the worst place (start and
+relocation: structure tensor, density and its cumulated copy, residual, rendering, its blur and its
+peaks), and 3 bytes for each of the up to 4 batches on their way (read, fitted, packed, copied);
+per Gaussian 8 parameters, their gradients, two moments and the temporaries of a step, some 20 x 8
+float32, and as much again for tile lists."""
+
+
+def auto_batch_size(config: ConvertConfig, device: torch.device) -> int:
+    """Images per batch where --batch-size is not given: 16 on the CPU, else by free memory.
+
+    In multiples of 16, at most 4096; large images may leave room for less than 16, down to 1.
+    """
+    if device.type != "cuda":
+        return CPU_BATCH
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    fitting = int(free_bytes * FREE_SHARE) // bytes_per_image(config)
+    if fitting < MULTIPLE:
+        return max(1, fitting)
+    return min(MAX_BATCH, fitting // MULTIPLE * MULTIPLE)
+
+
+def bytes_per_image(config: ConvertConfig) -> int:
+    """Estimated device memory of one image in a batch; see BYTES_PER_PX."""
+    pixels = config.decode.image_size**2
+    return BYTES_PER_PX * pixels + BYTES_PER_GAUSSIAN * config.fit.num_gaussians
+
+
+class BatchLimit:
+    """The most images that go to the device at once; halved for good when memory runs out."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def in_parts(self, count: int, work: Callable[[slice], Result]) -> Iterator[Result]:
+        """work(part) for consecutive slices of `count` images, each of at most `images`.
+
+        Raises BackendError when one image alone is too large for the device.
+        """
+        start = 0
+        while start < count:
+            part = slice(start, min(start + self.images, count))
+            try:
+                result = work(part)
+            except torch.cuda.OutOfMemoryError as e:
+                size = part.stop - part.start
+                if size == 1:
+                    raise BackendError(
+                        "one image alone does not fit into the device's memory: choose a smaller "
+                        f"--num-gaussians or --image-size, or free the device ({e})"
+                    ) from e
+                self.images = size // 2
+            else:
+                yield result
+                start = part.stop
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """On CUDA the block's kernels and copies run beside those of other threads, and have finished
+    when it ends; elsewhere nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

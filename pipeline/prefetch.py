@@ -1,0 +1,114 @@
+"""Work done ahead of its consumer on other threads: in order, bounded, and over when asked.
+
+    prefetch    one thread runs an iterator ahead, so that all before it overlaps with all after it
+    map_ahead   a pool of threads applies a function to an iterator's items
+
+Threads suffice, for what runs on them (Pillow, file reads, torch) releases Python's lock for most
+of its time, and a batch of pixels need not be copied between processes.
+
+Both are generators. Their threads end when they are closed, and a loop that raises does not close
+its iterator: wrap the last one of a chain in contextlib.closing. Closing waits for the item in work
+and for nothing else. Nothing starts before the first item is asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AHEAD_PER_WORKER = 2
+"""Items submitted per thread of a pool: one in work, one waiting."""
+
+
+class _End:
+    """What the thread puts last: the error that ended the iterator, or None."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+def prefetch(source: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+    """The items of `source`, of which a thread keeps up to `depth` ready, the one in work included.
+
+    Whatever `source` raises is raised here, after the items before it.
+    """
+    items: SimpleQueue[Item | _End] = SimpleQueue()
+    room = threading.Semaphore(depth)
+    stopped = threading.Event()
+    args = (source, items, room, stopped)
+    thread = threading.Thread(target=_fill, args=args, name="prefetch", daemon=True)
+    del source, args  # the thread alone holds the source, so that it ends the source too
+    thread.start()
+    try:
+        while True:
+            item = items.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            room.release()
+            yield item
+            del item  # a batch may be gigabytes: do not hold it while waiting for the next
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()
+
+
+def _fill(
+    source: Iterable[Item],
+    items: SimpleQueue[Item | _End],
+    room: threading.Semaphore,
+    stopped: threading.Event,
+) -> None:
+    error: BaseException | None = None
+    try:
+        iterator = iter(source)
+        del source
+        while True:
+            room.acquire()
+            if stopped.is_set():
+                break
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            items.put(item)
+            del item
+        close = getattr(iterator, "close", None)  # a generator, so that its own threads end
+        if close is not None:
+            close()
+    except BaseException as e:
+        error = e
+    items.put(_End(error))
+
+
+def map_ahead(
+    function: Callable[[Item], Result], source: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """function(item) for the items of `source`, in order; 0 workers: here, one after another.
+
+    `source` itself is read on the consumer's thread. Errors of `function` are raised at the place
+    of their item.
+    """
+    if workers == 0:
+        yield from map(function, source)
+        return
+    pending: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="map_ahead")
+    try:
+        for item in source:
+            pending.append(pool.submit(function, item))
+            if len(pending) > AHEAD_PER_WORKER * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
