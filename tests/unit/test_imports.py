@@ -26,6 +26,7 @@ ONLY_IN = {
     "s3fs": ("pipeline/storage.py", "pipeline/commit.py"),
     "triton": ("pipeline/kernels/triton",),
     "numba": ("pipeline/kernels/",),
+    "gsplat": ("pipeline/kernels/gsplat_alpha.py", "pipeline/ply.py"),
 }
 
 
