@@ -11,6 +11,7 @@ JOBS = {
     "status": "what is done, failed, missing and stale in DST; reads the markers alone",
     "verify": "re-read everything in DST: checksums, counts, payloads",
     "report": "one self-contained HTML page about DST, with pictures",
+    "export": "one sample as .png, or as .ply for viewers of Gaussian splats",
 }
 
 HELP = """\
@@ -28,6 +29,7 @@ examples:
   splatshard convert 'data/{{00000000..00000003}}.tar' splats/ --num-gaussians 400
   splatshard verify splats/
   splatshard report splats/ --open
+  splatshard export splats/ 000000000042 --output sample.png
 """
 
 

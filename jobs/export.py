@@ -1,0 +1,121 @@
+"""The export job: one sample of DST as a picture (.png) or for splat viewers (.ply).
+
+    key or uid -> row -> splats -> our rendering as PNG, or gsplat's PLY
+
+The sample is looked for shard by shard, in order, and the first match is taken. All rows before it
+are read: seconds for a shard, minutes for an ImageNet. An index would be faster, but this is for
+looking at a few samples.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jobs.cli import EXIT_OK, parse, run, say
+from jobs.files import read_plan, require_dataset
+from jobs.plan import status
+from schemas.errors import UsageError
+from schemas.shard import OK, ShardManifest
+
+SUFFIXES = (".ply", ".png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write one sample: .png as splatshard renders it, .ply for viewers of Gaussian splats."""
+
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """Folder given to splatshard convert."""
+    key: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="KEY")]
+    """Key or uid of the sample."""
+    output: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """File to write: .png or .ply."""
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    """Kernel backend that renders the .png."""
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix.lower() not in SUFFIXES:
+            raise UsageError(f"--output {self.output}: end it in {' or '.join(SUFFIXES)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of `splatshard export argv`."""
+    return run(lambda: export(parse(ExportOptions, "export", argv)))
+
+
+def export(options: ExportOptions) -> int:
+    """Write the file and print its path on standard output."""
+    from pipeline.commit import storage_errors
+    from pipeline.pack import unpack
+
+    manifest, row = find(require_dataset(options.dst), options.key)
+    if row["status"] != OK:
+        raise UsageError(
+            f"sample {options.key} of shard {manifest.name} was skipped as {row['status']}, so it "
+            f"has no splats: {row['error']}"
+        )
+    recipe = manifest.inputs["recipe"]
+    height, width = row["height"], row["width"]
+    splats = unpack([row["splats"]], height, width, recipe["pack"]["codec"])
+    if options.output.lower().endswith(".ply"):
+        from pipeline.ply import ply_bytes
+
+        data = ply_bytes(splats, height, width)
+        say(
+            "note: viewers composite by alpha, splatshard sums: the .ply will not look like the "
+            "rendering (export a .png for that)"
+        )
+    else:
+        data = png_bytes(splats, height, width, recipe["fit"]["cutoff"], options.backend)
+    with storage_errors(options.output):
+        Path(options.output).write_bytes(data)
+    say(
+        f"{row['key']} of shard {manifest.name}: {row['num_gaussians']:,} Gaussians, "
+        f"{width}x{height} px, {row['psnr']:.2f} dB"
+    )
+    print(options.output, flush=True)
+    return EXIT_OK
+
+
+def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
+    """The first row whose key or uid is `key`, and its shard. Raises UsageError without one."""
+    from pipeline.commit import read_markers
+    from pipeline.shards import read_rows
+
+    done = status(read_plan(dst), read_markers(dst)).done
+    if not done:
+        raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
+    samples = 0
+    for manifest in done:
+        for row in read_rows(f"{dst}/{manifest.data_file}", manifest.format):
+            samples += 1
+            if key in (row["key"], row["uid"]):
+                return manifest, row
+    raise UsageError(
+        f"no sample of {dst} has the key or uid {key!r} ({samples:,} samples in {len(done):,} "
+        "finished shards; keys are the __key__ of the source, as `splatshard report` shows them)"
+    )
+
+
+def png_bytes(splats: Any, height: int, width: int, cutoff: float, backend_name: str) -> bytes:
+    """The summed rendering as a PNG file."""
+    from PIL import Image
+
+    from pipeline.kernels.backend import select_backend
+
+    backend = select_backend(backend_name)
+    image = backend.render(splats.to(backend.device), height, width, cutoff)[0]
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
