@@ -140,9 +140,12 @@ def load_gsplat() -> Any:
         import gsplat
     except Exception as e:  # an incompatible torch raises more than ImportError
         raise BackendError(f"gsplat cannot be imported ({e}): pip install gsplat") from e
+    version = getattr(gsplat, "__version__", "of no version")
+    if not hasattr(gsplat, "isect_offset_encode"):  # before 1.0, and forks of that
+        raise BackendError(f"gsplat {version} has no batched rasteriser: pip install 'gsplat>=1.5'")
     if not torch.cuda.is_available():
         raise BackendError(
-            f"gsplat {gsplat.__version__} renders on CUDA only, and torch {torch.__version__} sees "
+            f"gsplat {version} renders on CUDA only, and torch {torch.__version__} sees "
             "no CUDA device: install a CUDA build of torch on a machine with an NVIDIA GPU, or "
             "use reference_alpha"
         )
@@ -158,7 +161,7 @@ def load_gsplat() -> Any:
         raise BackendError(f"gsplat's CUDA kernels do not compile ({reason}): {remedy}") from e
     if _C is None:
         raise BackendError(
-            f"gsplat {gsplat.__version__} holds no compiled CUDA kernels, and there is no nvcc to "
+            f"gsplat {version} holds no compiled CUDA kernels, and there is no nvcc to "
             f"compile them: {remedy}"
         )
     return gsplat

@@ -154,6 +154,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, kernels: object) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     package, cuda = ModuleType("gsplat"), ModuleType("gsplat.cuda")
     package.__version__ = "1.5.3"  # type: ignore[attr-defined]
+    package.isect_offset_encode = None  # type: ignore[attr-defined]
     package.__path__ = cuda.__path__ = []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gsplat", package)
     monkeypatch.setitem(sys.modules, "gsplat.cuda", cuda)
@@ -165,6 +166,10 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch):
     splats, opacities = make(1, 2, 4, 4)
     monkeypatch.setitem(sys.modules, "gsplat", None)
     with pytest.raises(BackendError, match=r"gsplat cannot be imported .*: pip install gsplat"):
+        render_alpha(splats, opacities, 4, 4)
+    fake(monkeypatch, None)
+    monkeypatch.delattr(sys.modules["gsplat"], "isect_offset_encode")
+    with pytest.raises(BackendError, match=r"1\.5\.3 has no batched rasteriser: pip install"):
         render_alpha(splats, opacities, 4, 4)
     fake(monkeypatch, None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
