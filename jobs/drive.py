@@ -16,10 +16,11 @@ Left out, for the cluster step: bisection of shards that kill workers, and growi
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,17 +84,21 @@ def ray_session(workers: int | None, backend: str) -> Iterator[tuple[int, dict[s
             **common,
         )
     try:
-        total = ray.cluster_resources()
-        gpus = int(total.get("GPU", 0))
-        if backend == "triton" and gpus == 0:
-            raise BackendError("--backend triton: Ray sees no GPU here; use --backend cpu")
-        if gpus and backend not in CPU_BACKENDS:
-            yield workers or gpus, {"num_cpus": 1, "num_gpus": 1}
-        else:
-            yield workers or max(1, int(total.get("CPU", 1))), {"num_cpus": 1}
+        with redirect_stdout(sys.stderr):  # where Ray's threads would print that a worker died
+            yield _team(workers, backend)
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _team(workers: int | None, backend: str) -> tuple[int, dict[str, float]]:
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    if backend == "triton" and gpus == 0:
+        raise BackendError("--backend triton: Ray sees no GPU here; use --backend cpu")
+    if gpus and backend not in CPU_BACKENDS:
+        return workers or gpus, {"num_cpus": 1, "num_gpus": 1}
+    return workers or max(1, int(total.get("CPU", 1))), {"num_cpus": 1}
 
 
 def drive(
