@@ -31,12 +31,11 @@ FREE_SHARE = 0.8
 
 BYTES_PER_PX = 240
 BYTES_PER_GAUSSIAN = 1024
-"""What one image has on the device at once, estimated from the code, not measured:
-per pixel 12 for the float32 target, about 45 float32 planes at the worst place (start and
-relocation: structure tensor, density and its cumulated copy, residual, rendering, its blur and its
-peaks), and 3 bytes for each of the up to 4 batches on their way (read, fitted, packed, copied);
-per Gaussian 8 parameters, their gradients, two moments and the temporaries of a step, some 20 x 8
-float32, and as much again for tile lists."""
+"""What one image has on the device at once, estimated from the code, not measured. Per pixel: 24
+for target and residual, 16 for tile lists, up to 45 float32 planes in the start and in relocation
+(structure tensor, density and its cumulated copy, rendering, blur, peaks), and 3 for each of the up
+to 4 batches on their way. Per Gaussian: 8 parameters, their gradients, two moments, and some 28 x 8
+temporaries of a step in torch."""
 
 
 def auto_batch_size(config: ConvertConfig, device: torch.device) -> int:
