@@ -1,9 +1,10 @@
 """`convert --dry-run`: fit a few images here, without Ray, and scale up to the whole job.
 
-Up to SAMPLES images from up to SHARDS source shards far apart, so that one unusual shard does not
-decide. How many samples there are comes from counting those shards and from the bytes of the
-others. Time is that of decoding and fitting on one worker after a warm-up that compiles the
-kernels; the start of Ray and transfers are left out. Nothing is written.
+A few images from up to SHARDS source shards far apart, so that one unusual shard does not decide;
+hundreds on a GPU, which fits as many together as fast as one. How many samples there are comes from
+counting those shards and from the bytes of the others. Time is that of decoding and fitting on one
+worker after a warm-up that compiles the kernels; the start of Ray and transfers are left out.
+Nothing is written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from schemas.config import ConvertConfig
 from schemas.shard import OK, ShardRef
 
 SAMPLES = 8
+SAMPLES_ON_GPU = 512
 SHARDS = 2
 MAX_COUNTED = 1_000_000
 
@@ -51,7 +53,7 @@ def estimate_job(work: Sequence[ShardRef], config: ConvertConfig, workers: int) 
 
     torch.set_num_threads(1)
     backend = select_backend(config.backend)
-    samples, picked = look(work)
+    samples, picked = look(work, SAMPLES if backend.device.type == "cpu" else SAMPLES_ON_GPU)
     if not picked:
         return {"samples": samples, "sampled": 0}
     convert_batch(picked[:1], config, backend)  # warm-up
@@ -73,14 +75,14 @@ def estimate_job(work: Sequence[ShardRef], config: ConvertConfig, workers: int) 
     }
 
 
-def look(work: Sequence[ShardRef]) -> tuple[int, list[Any]]:
-    """Estimated number of samples of all shards, and a few samples spread over some of them."""
+def look(work: Sequence[ShardRef], number: int) -> tuple[int, list[Any]]:
+    """Estimated number of samples of all shards, and at most `number` spread over some of them."""
     from pipeline.read import count_samples, read
 
     chosen = [work[0]] if len(work) < SHARDS else [work[0], work[len(work) // 2]]
     picked: list[Any] = []
     for ref in chosen:
-        picked += islice(read(ref, hashlib.sha256()), SAMPLES // len(chosen))
+        picked += islice(read(ref, hashlib.sha256()), number // len(chosen))
     counted = sum(count_samples(ref, MAX_COUNTED) for ref in chosen)
     counted_bytes = sum(ref.size_bytes for ref in chosen)
     total_bytes = sum(ref.size_bytes for ref in work)

@@ -127,9 +127,10 @@ def decode_batches(
     threads = min(MAX_DECODERS, len(os.sched_getaffinity(0))) if overlaps(device) else 0
     with closing(map_ahead(partial(decode_sample, config=config), samples, threads)) as decoded:
         while batch := list(islice(decoded, size)):
+            images = by_size([(row, image) for row, image in batch if image is not None], device)
             rows = [row for row, _ in batch]
-            images = [(row, image) for row, image in batch if image is not None]
-            yield DecodedBatch(rows=rows, images=by_size(images, device))
+            batch.clear()  # the pixels are on the device: do not keep them here as well
+            yield DecodedBatch(rows=rows, images=images)
 
 
 def decode_sample(sample: RawSample, config: ConvertConfig) -> tuple[Row, DecodedImage | None]:
