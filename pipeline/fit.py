@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.init import blur, initial_splats, square_norm
+from pipeline.init import blur, circles, initial_splats, square_norm
 from pipeline.kernels.backend import Backend, LossAndGrad
 from pipeline.splats import Splats
 from schemas.config import FitConfig
@@ -90,30 +91,62 @@ def _optimize(
 ) -> Splats:
     """The loop; returns the splats of the images that were never dropped."""
     beta1 = config.beta1 if config.beta1 is not None else default_beta1(steps)
-    beta2 = config.beta2
-    rates = [config.lr_means] * 2 + [config.lr_shape] * 3 + [config.lr_colors] * 3
-    rates = target.new_tensor(rates)
-    moment1 = target.new_zeros(*splats.mask.shape, 8)
-    moment2 = torch.zeros_like(moment1)
+    make_step = backend.make_step or partial(TorchStep, backend=backend)
+    if backend.make_step:  # it updates in place: the caller's splats stay as they are
+        splats = Splats(*(x.clone(memory_format=torch.contiguous_format) for x in fields(splats)))
+    moments = (target.new_zeros(*splats.mask.shape, 8), target.new_zeros(*splats.mask.shape, 8))
+    one = make_step(target, config)
     for step in range(steps):
-        if config.relocate and relocates_at(step, steps):
-            splats = relocate(splats, target, (moment1, moment2), config.cutoff, backend)
-        result = backend.loss_and_grad(splats, target, config.cutoff)
+        relocates = config.relocate and relocates_at(step, steps)
+        if relocates:
+            splats = relocate(splats, target, moments, config.cutoff, backend)
+        loss = one.loss(splats, relocates)
         if drop_finished and step % CHECK_EVERY == 0:
-            keep = drop_finished(splats, result.loss, step)
+            keep = drop_finished(splats, loss, step)
             if keep is not None:
                 splats, target = splats[keep], target[keep]
-                moment1, moment2 = moment1[keep], moment2[keep]
+                moments = (moments[0][keep], moments[1][keep])
                 if not len(keep):
                     break
-                result = backend.loss_and_grad(splats, target, config.cutoff)
-        gradient = parameter_gradient(splats, result, config)
-        moment1.lerp_(gradient, 1 - beta1)
-        moment2.lerp_(gradient.square_(), 1 - beta2)
-        root = (moment2 / (1 - beta2 ** (step + 1))).sqrt_().add_(1e-12)
+                one = make_step(target, config)
+                one.loss(splats, True)
         rate = step_size(step / steps, config.schedule) / (1 - beta1 ** (step + 1))
-        splats = moved(splats, (moment1 / root).mul_(rates * -rate), config.whitened)
+        splats = one.update(splats, moments, beta1, rate, 1 - config.beta2 ** (step + 1))
     return splats
+
+
+class TorchStep:
+    """One step for a backend that has only `loss_and_grad`, and the readable twin of those that
+    bring their own; see `backend.Step`."""
+
+    def __init__(self, target: Tensor, config: FitConfig, backend: Backend) -> None:
+        self.target, self.config, self.backend = target, config, backend
+        rates = [config.lr_means] * 2 + [config.lr_shape] * 3 + [config.lr_colors] * 3
+        self.rates = target.new_tensor(rates)
+
+    def loss(self, splats: Splats, moved_far: bool) -> Tensor:
+        """Loss [B]; the gradient is kept for `update`."""
+        self.result = self.backend.loss_and_grad(splats, self.target, self.config.cutoff)
+        return self.result.loss
+
+    def update(
+        self,
+        splats: Splats,
+        moments: tuple[Tensor, Tensor],
+        beta1: float,
+        rate: float,
+        correction2: float,
+    ) -> Splats:
+        """Adam (Kingma and Ba, 2015, algorithm 1): moments [B, N, 8] in place, splats moved.
+
+        `rate` is the schedule's factor over 1 - beta1^t, `correction2` is 1 - beta2^t.
+        """
+        moment1, moment2 = moments
+        gradient = parameter_gradient(splats, self.result, self.config)
+        moment1.lerp_(gradient, 1 - beta1)
+        moment2.lerp_(gradient.square_(), 1 - self.config.beta2)
+        root = (moment2 / correction2).sqrt_().add_(1e-12)
+        return moved(splats, (moment1 / root).mul_(self.rates * -rate), self.config.whitened)
 
 
 def step_size(progress: float, schedule: str) -> float:
@@ -202,7 +235,7 @@ def relocate(
         moment.copy_(put(moment, torch.zeros_like(moment[:, :count])))
     return Splats(
         put(splats.means, torch.stack((x, y), -1) + 0.5),
-        put(splats.cholesky, target.new_tensor([sigma, 0, sigma]).expand(*x.shape, 3)),
+        put(splats.cholesky, circles(target, sigma, *x.shape)),
         put(splats.colors, RELOCATE_COLOR * best),
         splats.mask,
     )
@@ -220,5 +253,10 @@ def energy(splats: Splats) -> Tensor:
 
 def replaced(splats: Splats, index: Tensor, new: Splats) -> Splats:
     """`splats` with the images at `index` [K] replaced by the K images of `new`."""
-    fields = ("means", "cholesky", "colors", "mask")
-    return Splats(*(getattr(splats, f).index_copy(0, index, getattr(new, f)) for f in fields))
+    pairs = zip(fields(splats), fields(new), strict=True)
+    return Splats(*(old.index_copy(0, index, x) for old, x in pairs))
+
+
+def fields(splats: Splats) -> tuple[Tensor, ...]:
+    """means, cholesky, colors, mask."""
+    return (splats.means, splats.cholesky, splats.colors, splats.mask)

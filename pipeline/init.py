@@ -53,7 +53,7 @@ def adaptive(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     batch, _, height, width = target.shape
     tensor = blur(structure_tensor(target), BLUR_PX)
     rho = density(tensor, n)
-    means = centroids(sample_density(rho, n), rho)
+    means = (backend.centroids or centroids)(sample_density(rho, n), rho)
     spacing = values_at(rho[:, None], means)[..., 0].rsqrt()
     cholesky = cholesky_along_edges(values_at(tensor, means), SCALE * spacing)
     mask = torch.ones(batch, n, dtype=torch.bool, device=target.device)
@@ -72,11 +72,11 @@ def grid(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     i = torch.arange(n, device=target.device)
     x, y = (i % columns + 0.5) * width / columns, (i // columns + 0.5) * height / rows
     radius = min(width / columns, height / rows) / 2
-    cholesky = target.new_tensor([radius, 0, radius]).expand(batch, n, 3)
+    cholesky = circles(target, radius, batch, n)
     colors = F.adaptive_avg_pool2d(target, (rows, columns)).flatten(2)[:, :, :n].transpose(1, 2)
     means = torch.stack((x, y), -1).to(target).expand(batch, n, 2)
     mask = torch.ones(batch, n, dtype=torch.bool, device=target.device)
-    return Splats(means.contiguous(), cholesky.contiguous(), colors.contiguous(), mask)
+    return Splats(means.contiguous(), cholesky, colors.contiguous(), mask)
 
 
 def random(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
@@ -88,9 +88,17 @@ def random(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     means = torch.rand(n, 2, generator=generator) * torch.tensor([width, height])
     means = means.to(target).expand(batch, n, 2).contiguous()
     sigma = math.sqrt(height * width / n) / 2
-    cholesky = target.new_tensor([sigma, 0, sigma]).expand(batch, n, 3).contiguous()
+    cholesky = circles(target, sigma, batch, n)
     mask = torch.ones(batch, n, dtype=torch.bool, device=target.device)
     return Splats(means, cholesky, values_at(target, means) / 2, mask)
+
+
+def circles(like: Tensor, sigma: float, batch: int, n: int) -> Tensor:
+    """Factors [batch, n, 3] of circles of `sigma` px, on the device of `like` without a copy to
+    it."""
+    cholesky = like.new_full((batch, n, 3), sigma)
+    cholesky[..., 1] = 0
+    return cholesky
 
 
 def structure_tensor(image: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ def sample_density(rho: Tensor, n: int) -> Tensor:
     """n pixel centres [B, n, 2] in px at equal steps of `rho` [B, H, W], cumulated along a Hilbert
     curve."""
     height, width = rho.shape[1:]
-    order = hilbert_order(height, width).to(rho.device)
+    order = hilbert_order(height, width, rho.device)
     mass = rho.flatten(1)[:, order].double().cumsum(1)
     steps = (torch.arange(n, dtype=torch.double, device=rho.device) + 0.5) / n
     pixel = order[torch.searchsorted(mass, steps * mass[:, -1:]).clamp(max=height * width - 1)]
@@ -122,7 +130,7 @@ def sample_density(rho: Tensor, n: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def hilbert_order(height: int, width: int) -> Tensor:
+def hilbert_order(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Raster indices of an H x W picture's pixels in the order of a Hilbert curve over it, int64
     [H * W]."""
     side = 1 << max(1, (max(height, width) - 1).bit_length())
@@ -136,7 +144,7 @@ def hilbert_order(height: int, width: int) -> Tensor:
         x, y = np.where(mirrored, side - 1 - x, x), np.where(mirrored, side - 1 - y, y)
         x, y = np.where(turned, y, x), np.where(turned, x, y)
         half //= 2
-    return torch.from_numpy(np.argsort(index, kind="stable"))
+    return torch.from_numpy(np.argsort(index, kind="stable")).to(device)
 
 
 def cholesky_along_edges(tensor: Tensor, sigma: Tensor) -> Tensor:
@@ -187,8 +195,9 @@ def square_norm(cholesky: Tensor) -> Tensor:
 def values_at(field: Tensor, means: Tensor) -> Tensor:
     """Bilinear values [B, N, C] of `field` [B, C, H, W] at `means` [B, N, 2] px, border
     repeated."""
-    size = means.new_tensor([field.shape[3], field.shape[2]])
-    where = (means * (2 / size) - 1)[:, None]
+    x, y = means.unbind(-1)
+    height, width = field.shape[2:]
+    where = torch.stack((x * (2 / width) - 1, y * (2 / height) - 1), -1)[:, None]
     values = F.grid_sample(field, where, padding_mode="border", align_corners=False)
     return values[:, :, 0].transpose(1, 2)
 
@@ -199,12 +208,12 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     As two small matrix products: several times faster on a CPU than a grouped convolution.
     """
     height, width = image.shape[2:]
-    rows, columns = (blur_matrix(n, sigma).to(image) for n in (height, width))
+    rows, columns = (blur_matrix(n, sigma, image.device).to(image) for n in (height, width))
     return rows @ image @ columns.T
 
 
 @lru_cache(maxsize=16)
-def blur_matrix(size: int, sigma: float) -> Tensor:
+def blur_matrix(size: int, sigma: float, device: torch.device | None = None) -> Tensor:
     """[size, size]; row i holds the weights of the input pixels for output pixel i, and sums to
     1."""
     radius = math.ceil(3 * sigma)
@@ -212,4 +221,4 @@ def blur_matrix(size: int, sigma: float) -> Tensor:
     weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
     pixels = (torch.arange(size)[:, None] + offsets).clamp(0, size - 1)
     matrix = torch.zeros(size, size)
-    return matrix.scatter_add_(1, pixels, (weights / weights.sum()).expand(size, -1))
+    return matrix.scatter_add_(1, pixels, (weights / weights.sum()).expand(size, -1)).to(device)

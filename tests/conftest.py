@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from tests.make import shared_data
 
 # machines that test are loaded: the time of one example says nothing
 hypothesis.settings.register_profile("splatshard", deadline=None)
 hypothesis.settings.load_profile("splatshard")
+
+if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs the GPU kernels
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

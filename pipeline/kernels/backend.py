@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.splats import Splats
+from schemas.config import FitConfig
 from schemas.errors import BackendError
 
 
@@ -32,18 +35,45 @@ class LossAndGrad:
     colors: Tensor
 
 
+class Step(Protocol):
+    """One step of the fit against a fixed target, in two halves; the twin is `fit.TorchStep`.
+
+    loss(splats, moved_far) -> [B]; moved_far: they are not those of the last update
+    update(splats, (moment1, moment2), beta1, rate, correction2) -> Splats, at the gradient of the
+    splats that `loss` last saw; splats and moments may be changed in place
+    """
+
+    def loss(self, splats: Splats, moved_far: bool) -> Tensor: ...
+
+    def update(
+        self,
+        splats: Splats,
+        moments: tuple[Tensor, Tensor],
+        beta1: float,
+        rate: float,
+        correction2: float,
+    ) -> Splats: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """A named pair of kernels on one device.
 
     render(splats, height, width, cutoff) -> [B, 3, H, W]
     loss_and_grad(splats, target [B, 3, H, W], cutoff) -> LossAndGrad
+
+    and optionally, where the torch path or the CPU's kernel would be slow or on another device:
+
+    make_step(target, config) -> Step: the fused step of the fit
+    centroids(means [B, N, 2], rho [B, H, W]) -> [B, N, 2]: see `voronoi.centroids`
     """
 
     name: str
     device: torch.device
     render: Callable[[Splats, int, int, float], Tensor]
     loss_and_grad: Callable[[Splats, Tensor, float], LossAndGrad]
+    make_step: Callable[[Tensor, FitConfig], Step] | None = None
+    centroids: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def select_backend(name: str) -> Backend:
@@ -53,7 +83,7 @@ def select_backend(name: str) -> Backend:
     Raises BackendError when the named backend cannot run here.
     """
     if name == "auto":
-        name = "cpu"  # the Triton backend is a later step; auto will prefer it on CUDA
+        name = "triton" if torch.cuda.is_available() and find_spec("triton") else "cpu"
     if name == "cpu":
         from pipeline.kernels import cpu
 
@@ -63,5 +93,22 @@ def select_backend(name: str) -> Backend:
 
         return Backend(name, torch.device("cpu"), reference.render, reference.loss_and_grad)
     if name == "triton":
-        raise BackendError("--backend triton: not in this version yet; use --backend cpu")
+        return _triton()
     raise BackendError(f"--backend {name}: choose auto, cpu, triton or reference")
+
+
+def _triton() -> Backend:
+    try:
+        from pipeline.kernels import triton_backend, triton_voronoi
+    except ImportError as error:
+        raise BackendError(
+            f"--backend triton: {error}: install splatshard[gpu], or use --backend cpu"
+        ) from error
+    return Backend(
+        "triton",
+        triton_backend.device(),
+        triton_backend.render,
+        triton_backend.loss_and_grad,
+        triton_backend.FusedStep,
+        triton_voronoi.centroids,
+    )

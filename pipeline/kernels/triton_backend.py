@@ -1,0 +1,184 @@
+"""The Triton backend: `render` with autograd, `loss_and_grad`, and the fused step of the fit.
+
+The host's side of triton_lists.py and triton_kernels.py: shapes, buffers, launches. Nothing here
+waits for the device. Lists are fresh for every `render` and `loss_and_grad`; the fused step
+rebuilds them with a margin every LISTS_EVERY steps.
+
+Without a CUDA device the same kernels run in Triton's interpreter (TRITON_INTERPRET=1 in the
+environment before Triton is imported): thousands of times slower, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+from pipeline.kernels import triton_kernels as kernels
+from pipeline.kernels.backend import LossAndGrad
+from pipeline.kernels.triton_lists import (
+    RATIO,
+    TILE,
+    WARP,
+    TileLists,
+    tile_lists,
+)
+from pipeline.splats import Splats
+from schemas.config import FitConfig
+from schemas.errors import BackendError
+
+LISTS_EVERY = 4
+"""Steps that one set of tile lists serves. Building both levels costs about a fifth of a step, so
+a twentieth at 4; in 4 steps of the recipe's rates a window seldom grows by more than the margin,
+and what it grows beyond draws with less than exp(-q / 2) of 3 %."""
+
+
+def device() -> torch.device:
+    """Where the kernels run: the CUDA device, or the CPU under Triton's interpreter.
+
+    Raises BackendError where there is neither.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    raise BackendError("--backend triton: no CUDA device: use --backend cpu")
+
+
+def render(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Tensor:
+    """See `reference.render`, the twin of this; float32, differentiable in means, cholesky and
+    colors."""
+    return _Render.apply(
+        splats.means, splats.cholesky, splats.colors, splats.mask, height, width, cutoff
+    )
+
+
+def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAndGrad:
+    """See `LossAndGrad` and `reference.loss_and_grad`. `target` is float32 [B, 3, H, W]."""
+    splats, target = _ready(splats), target.detach().contiguous()
+    residual = _channels_last(target)
+    lists = tile_lists(splats, *target.shape[2:], cutoff)
+    loss = _forward(splats, lists, cutoff, residual, target)
+    gradient = splats.means.new_empty(*splats.mask.shape, 8)
+    _backward(splats, residual, cutoff, 2 / target.shape[1:].numel(), False, gradient)
+    means, cholesky, colors = gradient.split((2, 3, 3), -1)
+    return LossAndGrad(loss=loss, means=means, cholesky=cholesky, colors=colors)
+
+
+class FusedStep:
+    """The fast twin of `fit.TorchStep`: every buffer is kept, splats and moments are updated in
+    place."""
+
+    def __init__(self, target: Tensor, config: FitConfig) -> None:
+        self.target, self.config = target.contiguous(), config
+        self.residual = _channels_last(self.target)
+        self.lists: TileLists | None = None
+        self.age = 0
+        self.gradient: Tensor | None = None
+
+    def loss(self, splats: Splats, moved_far: bool) -> Tensor:
+        """Loss [B] at `splats`; `moved_far` if they are not those of the last update."""
+        if self.lists is None or moved_far or self.age >= LISTS_EVERY:
+            size = self.target.shape[2:]
+            self.lists = tile_lists(splats, *size, self.config.cutoff, True, self.lists)
+            self.age = 0
+        self.age += 1
+        return _forward(splats, self.lists, self.config.cutoff, self.residual, self.target)
+
+    def update(
+        self,
+        splats: Splats,
+        moments: tuple[Tensor, Tensor],
+        beta1: float,
+        rate: float,
+        correction2: float,
+    ) -> Splats:
+        """One Adam step against the gradient at the splats that `loss` last saw; see
+        `fit.TorchStep.update`."""
+        config, count = self.config, splats.mask.numel()
+        if self.gradient is None:
+            self.gradient = splats.means.new_empty(*splats.mask.shape, 8)
+        scale = 2 / self.target.shape[1:].numel()
+        _backward(splats, self.residual, config.cutoff, scale, config.whitened, self.gradient)
+        state = (splats.means, splats.cholesky, splats.colors, self.gradient, *moments)
+        assert all(x.is_contiguous() for x in state)
+        if count:
+            kernels.adam_kernel[(triton.cdiv(count, kernels.ADAM_BLOCK),)](
+                *state, count, beta1, config.beta2, correction2,
+                rate * config.lr_means, rate * config.lr_shape, rate * config.lr_colors,
+                config.l1_colors, BLOCK=kernels.ADAM_BLOCK, WHITENED=config.whitened,
+                **(WARP | {"num_warps": 4}),
+            )  # fmt: skip
+        return splats
+
+
+class _Render(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, means, cholesky, colors, mask, height, width, cutoff):
+        splats = _ready(Splats(means, cholesky, colors, mask))
+        image = splats.means.new_empty(len(splats), 3, height, width)
+        _forward(splats, tile_lists(splats, height, width, cutoff), cutoff, image, None)
+        ctx.save_for_backward(splats.means, splats.cholesky, splats.colors, splats.mask)
+        ctx.cutoff = cutoff
+        return image
+
+    @staticmethod
+    def backward(ctx, grad):
+        splats = Splats(*ctx.saved_tensors)
+        gradient = splats.means.new_empty(*splats.mask.shape, 8)
+        field = grad.permute(0, 2, 3, 1).contiguous()
+        _backward(splats, field, ctx.cutoff, 1.0, False, gradient)
+        return (*gradient.split((2, 3, 3), -1), None, None, None, None)
+
+
+def _ready(splats: Splats) -> Splats:
+    floats = (splats.means, splats.cholesky, splats.colors)
+    return Splats(*(x.detach().float().contiguous() for x in floats), splats.mask.contiguous())
+
+
+def _forward(
+    splats: Splats, lists: TileLists, cutoff: float, out: Tensor, target: Tensor | None
+) -> Tensor | None:
+    """Draw into `out` [B, 3, H, W]; with a target, put the residual into `out` [B, H, W, 3] and
+    return the loss [B]."""
+    batch, n = splats.mask.shape
+    size = out.shape[2:] if target is None else target.shape[2:]
+    squares = out.new_empty(batch, lists.tiles)
+    if not batch:
+        return squares.sum(1)
+    kernels.forward_kernel[(batch * lists.tiles,)](
+        splats.means, splats.cholesky, splats.colors, splats.mask,
+        out if target is None else target, out, squares, *lists.arguments,
+        n, *size, cutoff,
+        TILE=TILE, RATIO=RATIO, CAPACITY=lists.fine.shape[2], COARSE_CAPACITY=lists.coarse.shape[2],
+        GROUP=kernels.GROUP, RESIDUAL=target is not None, **WARP,
+    )  # fmt: skip
+    if target is None:
+        return None
+    loss = out.new_empty(batch)
+    kernels.loss_kernel[(batch,)](
+        squares, loss, lists.tiles, 1 / target.shape[1:].numel(), BLOCK=128, **WARP
+    )
+    return loss
+
+
+def _backward(
+    splats: Splats, field: Tensor, cutoff: float, scale: float, whitened: bool, out: Tensor
+) -> None:
+    """scale * the vector-Jacobian product with `field` [B, H, W, 3] into `out` [B, N, 8]."""
+    batch, n = splats.mask.shape
+    groups = triton.cdiv(n, kernels.SHARED)
+    if not batch * n:
+        return
+    kernels.backward_kernel[(batch * groups,)](
+        splats.means, splats.cholesky, splats.colors, splats.mask, field, out,
+        n, groups, *field.shape[1:3], cutoff, scale,
+        SHARED=kernels.SHARED, PIXELS=kernels.PIXELS, WHITENED=whitened, **WARP,
+    )  # fmt: skip
+
+
+def _channels_last(target: Tensor) -> Tensor:
+    """Unset [B, H, W, 3] for the residual: the backward kernel reads a pixel from one address."""
+    return target.new_empty(len(target), *target.shape[2:], 3)

@@ -1,0 +1,160 @@
+"""What is special about the Triton backend; that it draws and differentiates right is tested in
+test_kernels.py. Without a GPU all of this runs in Triton's interpreter, so pictures are tiny.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed (extra: gpu)")
+
+from pipeline.fit import fit, optimize
+from pipeline.init import density, initial_splats, sample_density, structure_tensor
+from pipeline.kernels import triton_backend, triton_lists, voronoi
+from pipeline.kernels.backend import select_backend
+from pipeline.metrics import psnr
+from pipeline.splats import Splats
+from schemas.config import FitConfig
+from schemas.errors import BackendError
+from tests.unit.test_fit import picture
+from tests.unit.test_kernels import NAMES, make_splats, to_float32
+
+TRITON = select_backend("triton")
+CPU = select_backend("cpu")
+DEVICE = TRITON.device
+PLAIN = FitConfig(num_gaussians=14, steps=16)
+PAPER = replace(PLAIN, whitened=False, relocate=False, schedule="cosine", beta2=0.999,
+                lr_means=0.1, lr_shape=0.05, l1_colors=1e-3)  # fmt: skip
+
+
+def quality(splats, target):
+    return psnr(CPU.render(splats.to(CPU.device), *target.shape[2:], 3.0), target.cpu())
+
+
+def small_picture():
+    return picture(1, 40, 40)[:, :, 12:30, 8:27].contiguous().to(DEVICE)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_lists_hold_the_gaussians_whose_window_touches_the_tile(stale):
+    splats = to_float32(make_splats(2, 30, 37, 45, 2.0)).to(DEVICE)
+    lists = triton_lists.tile_lists(splats, 37, 45, 3.0, stale)
+    pad = triton_lists.STALE_PAD_PX if stale else triton_lists.PAD_PX
+    grow = triton_lists.STALE_GROW if stale else triton_lists.GROW
+    l11, l21, l22 = splats.cholesky.unbind(-1)
+    half = torch.stack((3 * l11, 3 * torch.hypot(l21, l22)), -1) * grow + pad
+    low, high = splats.means - half, splats.means + half
+    for b in range(2):
+        for tile in range(lists.tiles):
+            corner = torch.tensor([tile % lists.columns, tile // lists.columns], device=DEVICE)
+            first = corner * triton_lists.TILE + 0.5
+            last = first + triton_lists.TILE - 1
+            touches = ((high[b] >= first) & (low[b] <= last)).all(-1) & splats.mask[b]
+            count = int(lists.fine_counts[b, tile])
+            kept = lists.fine[b, tile, :count].to(torch.int32).tolist()
+            assert kept == touches.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("coarse", [4, 64], ids=["to all", "to the coarse list"])
+def test_full_lists_change_nothing(monkeypatch, coarse):
+    splats = to_float32(make_splats(2, 20, 14, 21)).to(DEVICE)
+    target = torch.rand(2, 3, 14, 21, device=DEVICE)
+    whole = TRITON.loss_and_grad(splats, target, 3.0)
+    monkeypatch.setattr(triton_lists, "CAPACITY", 2)
+    monkeypatch.setattr(triton_lists, "COARSE_CAPACITY", coarse)
+    lists = triton_lists.tile_lists(splats, 14, 21, 3.0)
+    assert (lists.fine_counts > 2).any()
+    assert (lists.coarse_counts > lists.coarse.shape[2]).any() == (coarse == 4)
+    short = TRITON.loss_and_grad(splats, target, 3.0)
+    for name in ("loss", *NAMES):
+        torch.testing.assert_close(getattr(short, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("config", [PLAIN, PAPER], ids=["plain", "paper"])
+def test_fused_steps_are_the_torch_steps(config, monkeypatch):
+    """Ten steps, with a relocation among them for the plain recipe, and lists always fresh."""
+    target = small_picture()
+    start = initial_splats(target.cpu(), config, CPU).to(DEVICE)
+    start = replace(start, mask=(torch.arange(14) != 5).to(DEVICE)[None])
+    before = start.means.clone()
+    stale, _ = optimize(start, target, 10, config, TRITON)
+    assert torch.equal(start.means, before)  # in place, but not the caller's
+    monkeypatch.setattr(triton_backend, "LISTS_EVERY", 1)
+    fused, _ = optimize(start, target, 10, config, TRITON)
+    plain, _ = optimize(start, target, 10, config, replace(TRITON, make_step=None))
+    for name in NAMES:
+        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=1e-4, atol=1e-4)
+    assert (quality(stale, target) - quality(fused, target)).abs().max() < 0.02
+
+
+def test_a_fit_is_as_good_as_on_the_cpu():
+    target = small_picture()
+    ours, _ = fit(target, PLAIN, TRITON)
+    theirs, _ = fit(target.cpu(), PLAIN, CPU)
+    assert (quality(ours, target) - quality(theirs, target)).abs().max() < 0.1
+
+
+def test_images_stop_each_on_its_own():
+    target = torch.cat((torch.full_like(small_picture(), 0.4), small_picture()))
+    config = replace(PLAIN, steps=12, target_psnr=30.0, relocate=False)
+    splats, steps = fit(target, config, TRITON)
+    assert steps[0] < steps[1] == 12
+    assert quality(splats, target)[0] >= 30
+
+
+def test_centroids_are_those_of_the_cpu():
+    rho = density(structure_tensor(picture(2, 21, 30)), 25)
+    means = sample_density(rho, 25) + torch.rand(2, 25, 2) * 0.3
+    expected = voronoi.centroids(means, rho)
+    got = TRITON.centroids(means.to(DEVICE), rho.to(DEVICE)).cpu()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_two_fits_give_the_same_bits():
+    target = small_picture()
+    config = replace(PLAIN, steps=2)
+    first, second = (fit(target, config, TRITON)[0] for _ in range(2))
+    assert all(torch.equal(getattr(first, n), getattr(second, n)) for n in NAMES)
+
+
+def test_no_images_at_all():
+    empty = Splats(*(torch.zeros(0, 3, k, device=DEVICE) for k in (2, 3, 3)),
+                   torch.zeros(0, 3, dtype=torch.bool, device=DEVICE))  # fmt: skip
+    assert TRITON.render(empty, 5, 4, 3.0).shape == (0, 3, 5, 4)
+    assert TRITON.loss_and_grad(empty, torch.zeros(0, 3, 5, 4, device=DEVICE), 3.0).loss.shape == (
+        0,
+    )
+
+
+def test_without_a_gpu_the_error_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="no CUDA device: use --backend cpu"):
+        select_backend("triton")
+    assert select_backend("auto").name == "cpu"
+
+
+def test_auto_is_triton_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend = select_backend("auto")
+    assert (backend.name, backend.device.type) == ("triton", "cuda")
+
+
+def test_every_kernel_compiles_for_an_h200_without_spilling():
+    """In a process of its own: here the kernels may be interpreted ones."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_kernels"],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 12
+    assert all("stack 0" in line for line in lines), done.stdout
