@@ -48,7 +48,7 @@ multiply-add is asked for by name, since Triton's default is about to change."""
 
 PAD_PX, GROW = 1e-2, 1 + 1e-4
 """Margin of fresh lists: against rounding only."""
-STALE_PAD_PX, STALE_GROW = 1.0, 1.25
+STALE_PAD_PX, STALE_GROW = 1.0, 1.15
 """Margin of lists that serve several steps: what a Gaussian may move and grow meanwhile."""
 
 

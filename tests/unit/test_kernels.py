@@ -31,7 +31,10 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "triton"])
+ON_GPU = [pytest.mark.gpu] * torch.cuda.is_available()  # there, `make test-gpu` runs triton's
+
+
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=ON_GPU)])
 def backend(request) -> Backend:
     """triton: on the GPU where there is one, else in Triton's interpreter (see conftest.py)."""
     if request.param == "triton":

@@ -26,6 +26,8 @@ from schemas.errors import BackendError
 from tests.unit.test_fit import picture
 from tests.unit.test_kernels import NAMES, make_splats, to_float32
 
+pytestmark = [pytest.mark.gpu] * torch.cuda.is_available()
+
 TRITON = select_backend("triton")
 CPU = select_backend("cpu")
 DEVICE = TRITON.device
@@ -139,6 +141,13 @@ def test_without_a_gpu_the_error_names_the_remedy(monkeypatch):
     with pytest.raises(BackendError, match="no CUDA device: use --backend cpu"):
         select_backend("triton")
     assert select_backend("auto").name == "cpu"
+
+
+def test_without_triton_the_error_names_the_remedy(monkeypatch):
+    monkeypatch.delattr("pipeline.kernels.triton_voronoi")
+    monkeypatch.setitem(sys.modules, "pipeline.kernels.triton_voronoi", None)
+    with pytest.raises(BackendError, match=r"install splatshard\[gpu\], or use --backend cpu"):
+        select_backend("triton")
 
 
 def test_auto_is_triton_on_a_gpu(monkeypatch):
