@@ -180,7 +180,7 @@ class ConvertConfig:
     """Kernel backend; auto is triton on CUDA and cpu elsewhere. A named one never falls back."""
     batch_size: int | None = None
     """Images fitted together, at most; does not change the result beyond rounding. None: on a GPU
-    as many as its free memory holds, up to 4096; 16 on a CPU."""
+    as many as its free memory holds, up to 512; 16 on a CPU."""
 
     def __post_init__(self) -> None:
         backends = ("auto", "cpu", "triton", "reference")

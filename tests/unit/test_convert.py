@@ -76,9 +76,9 @@ def test_sixteen_images_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("free_gib", "image_size", "num_gaussians", "expected"),
     [
-        (140, 224, 400, 4096),
-        (20, 224, 400, 1376),
-        (20, 224, 4900, 992),
+        (140, 224, 400, 512),
+        (5, 224, 400, 336),
+        (5, 224, 4900, 240),
         (4, 1024, 400, 13),
         (0.1, 4096, 400, 1),
     ],
