@@ -20,8 +20,11 @@ from tests.make import datacomp_tar
 SMALL = ("--image-size=32", "--num-gaussians=16", "--steps=3", "--workers=1")
 """Fits in milliseconds; each worker takes seconds to load torch."""
 
-LONG = ("--image-size=128", "--num-gaussians=200", "--batch-size=2", "--workers=2")
-"""Some seconds per shard, so that there is time to interfere."""
+LONG = (
+    *("--image-size=128", "--num-gaussians=200", "--steps=600"),
+    *("--batch-size=2", "--workers=2"),
+)
+"""A second or more per shard, so that there is time to interfere."""
 
 
 def tars(folder: Path, shards: int = 2, samples: int = 3) -> str:
@@ -38,9 +41,10 @@ def run_json(
     capsys.readouterr()
     code = job.main([str(a) for a in arguments] + ["--json"])
     out, err = capsys.readouterr()
-    # a Ray that outlives the job prints news of dead workers whenever it likes
-    lines = [line for line in out.splitlines() if "(raylet)" not in line]
-    return code, json.loads(lines[-1]) if lines else {}, err
+    # a Ray that outlives the job prints news of dead workers whenever it likes, before, after and
+    # on the same line
+    start = out.find('{"')
+    return code, json.JSONDecoder().raw_decode(out, start)[0] if start >= 0 else {}, err
 
 
 def convert_json(
