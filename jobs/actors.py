@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.clock import Pulse
 from schemas.config import ConvertConfig
 from schemas.errors import SplatshardError, StorageError
 from schemas.shard import OK, ShardManifest, ShardRef
@@ -27,12 +28,31 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREAD
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
-    """How far the shard being converted is; psnr_sum in dB over the ok samples."""
+    """How far a shard being converted is; psnr_sum in dB over the ok samples."""
 
     shard: str
     samples: int = 0
     ok: int = 0
     psnr_sum: float = 0.0
+    payload_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerState:
+    """What a worker answers when polled: its shards in work, and what its stages do."""
+
+    shards: tuple[Counters, ...] = ()
+    pulse: Pulse = field(default_factory=Pulse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedSample:
+    """A sample that became a row without splats; for logs."""
+
+    key: str
+    uid: str | None
+    status: str
+    error: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +69,7 @@ class Outcome:
     error: str = ""
     message: str = ""
     trace: str = ""
+    skipped: tuple[SkippedSample, ...] = ()
 
 
 class _StopConverting(BaseException):

@@ -115,7 +115,8 @@ def preset_in(args: list[str]) -> Any:
 
 def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination, clean_staging, read_markers
+    from pipeline.commit import check_destination, clean_staging
+    from pipeline.markers import read_markers
     from pipeline.sources import list_shards
 
     if options.debug:

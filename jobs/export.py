@@ -85,7 +85,7 @@ def export(options: ExportOptions) -> int:
 
 def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
     """The first row whose key or uid is `key`, and its shard. Raises UsageError without one."""
-    from pipeline.commit import read_markers
+    from pipeline.markers import read_markers
     from pipeline.shards import read_rows
 
     done = status(read_plan(dst), read_markers(dst)).done

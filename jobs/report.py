@@ -96,7 +96,7 @@ def report(options: ReportOptions) -> int:
 
 def gather(dst: str, samples: int, backend_name: str) -> ReportData:
     """Everything the page shows. Raises UsageError when DST holds no finished shard."""
-    from pipeline.commit import read_markers
+    from pipeline.markers import read_markers
 
     shards = read_plan(dst)
     state = status(shards, read_markers(dst))

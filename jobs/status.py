@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(options: StatusOptions) -> int:
     """Print the state of DST."""
-    from pipeline.commit import read_markers
+    from pipeline.markers import read_markers
 
     dst = require_dataset(options.dst)
     state = status(read_plan(dst), read_markers(dst))

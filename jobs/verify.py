@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(options: VerifyOptions) -> int:
     """Verify DST and print the findings; returns the exit code."""
-    from pipeline.commit import read_markers
+    from pipeline.markers import read_markers
 
     dst = require_dataset(options.dst)
     state = status(read_plan(dst), read_markers(dst))

@@ -30,44 +30,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import storage
+from pipeline.markers import DONE, FAILED, read_marker
 from pipeline.shards import survey
+from pipeline.storage import storage_errors
 from schemas.config import ConvertConfig, fingerprint, inputs
-from schemas.errors import CorruptShardError, StorageError, UsageError
+from schemas.errors import CorruptShardError, UsageError
 from schemas.shard import (
     FailedShard,
     ShardManifest,
     ShardRef,
-    failed_from_json,
-    manifest_from_json,
     to_json,
 )
 from schemas.splats import EXTENSIONS
-
-Marker = ShardManifest | FailedShard | CorruptShardError
 
 STAGING = "_staging"
 DATA_FILE = r"(.+)-[0-9a-f]{8}\.(?:parquet|tar)"
 SHARD_NAME = r"[^_./\\\0][^/\\\0]*"
 """Names with a leading underscore or dot are not shards (`_plan.json`, `_staging`)."""
-
-FAILED = ".failed.json"
-DONE = ".json"
-
-
-@contextmanager
-def storage_errors(path: Path | str, verb: str = "write") -> Iterator[None]:
-    """OSErrors of the block as StorageError "cannot {verb} {path}", with the remedy."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = "no space left: free some"
-        else:
-            text = f"{e.strerror or e}: check permissions and the disk"
-        raise StorageError(
-            f"cannot {verb} {path}: {text}, then run the same command again (committed shards "
-            "stay as they are)"
-        ) from e
 
 
 def check_destination(dst: str) -> None:
@@ -210,40 +189,6 @@ def mark_failed(dst: str, ref: ShardRef, config: ConvertConfig, error: BaseExcep
         _sync(folder)
 
 
-def read_markers(dst: str) -> dict[str, Marker]:
-    """The marker of every shard in `dst`, by shard name: one listing, and the markers' bytes.
-
-    A done marker hides a failed one beside it: the shard is whole, the failed attempt was to
-    replace it. A marker that cannot be parsed comes back as its CorruptShardError. Raises
-    FormatVersionError for a newer one, StorageError when `dst` cannot be read.
-    """
-    folder = _local(dst)
-    markers: dict[str, Marker] = {}
-    with storage_errors(folder, "read"):
-        if not folder.is_dir():
-            return markers
-        files = sorted(f for f in os.listdir(folder) if f.endswith(DONE) and f[0] not in "_.")
-        for file in sorted(files, key=lambda file: file.endswith(FAILED)):
-            failed = file.endswith(FAILED)
-            name = file.removesuffix(FAILED if failed else DONE)
-            if name not in markers:
-                try:
-                    markers[name] = _read_marker(folder / file, name, failed)
-                except CorruptShardError as e:
-                    markers[name] = e
-    return dict(sorted(markers.items()))
-
-
-def _read_marker(path: Path, name: str, failed: bool) -> ShardManifest | FailedShard:
-    parse = failed_from_json if failed else manifest_from_json
-    marker = parse(path.read_bytes(), str(path))
-    if marker.name != name:
-        raise CorruptShardError(
-            f"marker {path} is that of shard {marker.name!r}; delete it and run convert again"
-        )
-    return marker
-
-
 def clean_staging(dst: str) -> None:
     """Delete what processes that died on this host left behind; for the start of a job.
 
@@ -277,7 +222,7 @@ def clean_staging(dst: str) -> None:
 def _finish_commit(folder: Path, name: str, data_files: list[str]) -> None:
     """Delete what a commit killed after its marker had yet to delete."""
     try:
-        done = _read_marker(folder / (name + DONE), name, failed=False)
+        done = read_marker(str(folder), name + DONE)
     except (FileNotFoundError, CorruptShardError):
         return
     assert isinstance(done, ShardManifest)
@@ -286,7 +231,7 @@ def _finish_commit(folder: Path, name: str, data_files: list[str]) -> None:
             (folder / file).unlink(missing_ok=True)
     path = folder / (name + FAILED)
     with suppress(FileNotFoundError, CorruptShardError):
-        if _read_marker(path, name, failed=True).fingerprint == done.fingerprint:
+        if read_marker(str(folder), path.name).fingerprint == done.fingerprint:
             path.unlink()
 
 

@@ -5,6 +5,7 @@ The only module that imports fsspec. Paths without a scheme are local.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -12,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import SourceError
+from schemas.errors import SourceError, StorageError
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,22 @@ def open_read(url: str) -> Iterator[BinaryIO]:
         raise SourceError(f"cannot open {url}: {e}") from e
     with stream:
         yield stream
+
+
+@contextmanager
+def storage_errors(path: Path | str, verb: str = "write") -> Iterator[None]:
+    """OSErrors of the block as StorageError "cannot {verb} {path}", with the remedy."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = "no space left: free some"
+        else:
+            text = f"{e.strerror or e}: check permissions and the disk"
+        raise StorageError(
+            f"cannot {verb} {path}: {text}, then run the same command again (committed shards "
+            "stay as they are)"
+        ) from e
 
 
 def absolute(url: str) -> str:
@@ -138,6 +156,23 @@ def is_dir(url: str) -> bool:
 def exists(url: str) -> bool:
     fs, path = _filesystem(url)
     return fs.exists(path)
+
+
+def list_folder(url: str) -> dict[str, Stat]:
+    """Names of the files in the folder `url` itself, sorted; empty when there is no such folder."""
+    fs, path = _filesystem(url)
+    infos = {fs._strip_protocol(info["name"]): info for info in _list_or_nothing(fs, path)}
+    return {
+        name.rpartition("/")[2]: _stat(info)
+        for name, info in sorted(infos.items())
+        if info["type"] == "file"
+    }
+
+
+def read_bytes(url: str) -> bytes:
+    """All bytes of a small file. Raises FileNotFoundError and other OSErrors."""
+    fs, path = _filesystem(url)
+    return fs.cat_file(path)
 
 
 def glob(pattern: str) -> dict[str, Stat]:

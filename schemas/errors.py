@@ -6,6 +6,7 @@
     │   └── FormatVersionError  DST was written by a newer format version
     ├── SourceError           a whole source shard cannot be read (truncated tar, bad Parquet)
     ├── StorageError          DST cannot be written or read (disk full, permissions)
+    ├── UnavailableError      a store does not answer (network, throttling): worth trying again
     ├── CorruptShardError     a committed shard does not hold what its marker promises
     ├── BackendError          a kernel backend cannot run on this machine
     └── SampleError           one sample is bad: becomes a row with a status, never stops a shard
@@ -38,6 +39,13 @@ class SourceError(SplatshardError):
 
 class StorageError(SplatshardError):
     """The destination cannot be written or read."""
+
+
+class UnavailableError(SplatshardError):
+    """A store does not answer (connection cut, time-out, 5xx, throttling); trying again may help.
+
+    Raised for sources and destinations alike, after the driver's own quick retries.
+    """
 
 
 class CorruptShardError(SplatshardError):

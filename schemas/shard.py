@@ -34,6 +34,7 @@ SKIP_STATUSES = (
     "animated_image",  # more than one frame
     "bad_metadata",  # .cls or .json that cannot be parsed
     "fit_diverged",  # non-finite splats
+    "quarantined",  # killed its worker, or kept it busy beyond --sample-timeout
 )
 STATUSES = frozenset((OK, *SKIP_STATUSES))
 

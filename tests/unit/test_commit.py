@@ -23,9 +23,9 @@ from pipeline.commit import (
     clean_staging,
     mark_failed,
     publish,
-    read_markers,
     staged_file,
 )
+from pipeline.markers import read_markers
 from pipeline.shards import verify_shard
 from schemas.config import ConvertConfig
 from schemas.errors import (
@@ -396,7 +396,7 @@ def test_an_unwritable_destination_is_said(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dst", ["s3://bucket/x", "gs://b/x", "https://example.org/x"])
 def test_remote_destinations_are_refused_for_now(dst: str) -> None:
-    for call in (check_destination, read_markers, clean_staging):
+    for call in (check_destination, clean_staging):
         with pytest.raises(UsageError, match="only local folders"):
             call(dst)
 
