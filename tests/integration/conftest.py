@@ -1,4 +1,4 @@
-"""One Ray for all tests that run in this process."""
+"""One Ray and one S3 server for all tests that run in this process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+from tests.integration.faults import Proxy, fault_proxy
+from tests.integration.stores import Store, moto_store
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +28,17 @@ def shared_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """An S3 server that never fails; tests keep apart by bucket."""
+    with moto_store(tmp_path_factory.mktemp("moto")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def proxy(moto: Store) -> Iterator[Proxy]:
+    """A server in front of `moto` that fails as it is told; one test at a time."""
+    with fault_proxy(moto.endpoint) as running:
+        yield running
