@@ -42,8 +42,10 @@ def read_plan(dst: str) -> dict[str, PlannedShard]:
 
 def write_plan(dst: str, shards: dict[str, PlannedShard]) -> None:
     """Merge `shards` into the plan of `dst`; leaves an unchanged file alone."""
-    text = plan_to_json(read_plan(dst) | shards)
-    if text != read_text(dst, PLAN_FILE):
+    before, text = read_text(dst, PLAN_FILE), plan_to_json(shards)
+    if before is not None and before != text:
+        text = plan_to_json(plan_from_json(before, f"{dst}/{PLAN_FILE}") | shards)
+    if before != text:
         write_text(dst, PLAN_FILE, text)
 
 

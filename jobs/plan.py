@@ -6,8 +6,11 @@ the source's etag differs (a copied file has a new modification time) the checks
 moving a dataset does not redo a thousand shards.
 
 `_plan.json` remembers every shard ever planned for DST, so that `status` can name what is missing
-from a listing alone. Recipes are stored once, not per shard. Left out: sample counts (unknown until
-a tar is read) and times (the file is deterministic).
+from a listing alone: a line per shard, recipes once. Left out: sample counts (unknown until a tar
+is read) and times (the file is deterministic).
+
+A plan for 100,000 shards is to take seconds and little memory. So a recipe is serialised once, and
+all shards made by it share it; see benchmarks/plan_status.py.
 """
 
 from __future__ import annotations
@@ -15,16 +18,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.config import ConvertConfig, describe_difference, fingerprint, inputs
+from schemas.config import ConvertConfig, describe_difference, identities
 from schemas.errors import CorruptShardError, StaleShardError, UsageError
-from schemas.shard import FailedShard, ShardManifest, ShardRef
+from schemas.shard import FailedShard, ShardManifest, ShardRef, to_json
+from schemas.splats import canonical_json
 
 PLAN_FILE = "_plan.json"
 PLAN_VERSION = 1
+
+CHECKSUMS = 16
+"""Sources read at once where only a checksum can tell whether they have changed."""
 
 Marker = ShardManifest | FailedShard | CorruptShardError
 
@@ -42,7 +50,10 @@ class Plan:
     """One entry per source shard, in exactly one of `todo`, `done`, `failed`, `stale`, `corrupt`.
 
     `work` is what a run converts, in source order: all but the done ones. Stale and corrupt ones
-    are in it too; `refuse_stale` stops the run first unless the user wants them redone.
+    are in it too; `refuse_stale` stops the run first unless the user wants them redone. `replaces`
+    maps those of `work` that have a done marker to its digest, see `digest_of`: a worker replaces
+    only what was planned to be replaced. `others` are the done markers of DST that are not in
+    `done`: of shards that SRC does not name, and of stale ones.
     """
 
     todo: tuple[ShardRef, ...]
@@ -51,6 +62,13 @@ class Plan:
     stale: tuple[StaleShard, ...]
     corrupt: tuple[str, ...]
     work: tuple[ShardRef, ...]
+    replaces: dict[str, str] = field(default_factory=dict[str, str])
+    others: tuple[ShardManifest, ...] = ()
+
+
+def digest_of(marker: ShardManifest) -> str:
+    """SHA-256 (hex) of a done marker's bytes."""
+    return hashlib.sha256(to_json(marker).encode()).hexdigest()
 
 
 def make_plan(
@@ -61,8 +79,8 @@ def make_plan(
 ) -> Plan:
     """Sort `refs` by what their markers say.
 
-    `source_sha256(ref)` is called only for shards of which nothing but the source's etag changed.
-    Raises UsageError when two source shards would write to one name.
+    `source_sha256(ref)` is called only for shards of which nothing but the source's etag changed,
+    on several threads. Raises UsageError when two source shards would write to one name.
     """
     todo: list[ShardRef] = []
     done: list[ShardManifest] = []
@@ -70,25 +88,21 @@ def make_plan(
     stale: list[StaleShard] = []
     corrupt: list[str] = []
     work: list[ShardRef] = []
-    seen: dict[str, ShardRef] = {}
-    for ref in refs:
-        if ref.name in seen:
-            raise UsageError(
-                f"two source shards are named {ref.name} ({seen[ref.name].urls[0]} and "
-                f"{ref.urls[0]}); convert them into separate DSTs"
-            )
-        seen[ref.name] = ref
-        marker = markers.get(ref.name)
+    replaces: dict[str, str] = {}
+    named = _by_name(refs)
+    differences = _differences(named, markers, config, source_sha256)
+    for name, ref in named.items():
+        marker = markers.get(name)
         if isinstance(marker, ShardManifest):
-            differences = _differences(marker, inputs(config, ref), ref, source_sha256)
-            if not differences:
+            if name not in differences:
                 done.append(marker)
                 continue
-            stale.append(StaleShard(name=ref.name, differences=differences))
+            stale.append(StaleShard(name=name, differences=differences[name]))
+            replaces[name] = digest_of(marker)
         elif isinstance(marker, FailedShard):
             failed.append(marker)
         elif isinstance(marker, CorruptShardError):
-            corrupt.append(ref.name)
+            corrupt.append(name)
         else:
             todo.append(ref)
         work.append(ref)
@@ -99,25 +113,63 @@ def make_plan(
         stale=tuple(stale),
         corrupt=tuple(corrupt),
         work=tuple(work),
+        replaces=replaces,
+        others=tuple(
+            marker
+            for name, marker in markers.items()
+            if isinstance(marker, ShardManifest) and (name not in named or name in differences)
+        ),
     )
 
 
+def _by_name(refs: Iterable[ShardRef]) -> dict[str, ShardRef]:
+    named: dict[str, ShardRef] = {}
+    for ref in refs:
+        other = named.setdefault(ref.name, ref)
+        if other is not ref:
+            raise UsageError(
+                f"two source shards are named {ref.name} ({other.urls[0]} and {ref.urls[0]}); "
+                "convert them into separate DSTs"
+            )
+    return named
+
+
 def _differences(
-    marker: ShardManifest,
-    wanted: dict[str, Any],
-    ref: ShardRef,
+    refs: Mapping[str, ShardRef],
+    markers: Mapping[str, Marker],
+    config: ConvertConfig,
     source_sha256: Callable[[ShardRef], str],
-) -> tuple[str, ...]:
-    """What makes a done shard stale; empty when it is as wanted."""
-    if marker.fingerprint == fingerprint(wanted):
-        return ()
-    lines = describe_difference(marker.inputs, wanted)
-    if len(lines) == 1 and lines[0].startswith("source.etag:"):
-        found = source_sha256(ref)
-        if found == marker.source_sha256:
-            return ()
-        return (f"source content of {ref.urls[0]} changed (same size)",)
-    return tuple(lines) or ("fingerprint differs (marker edited by hand?)",)
+) -> dict[str, tuple[str, ...]]:
+    """What makes done shards stale, by name; those that are as wanted are left out."""
+    identity = identities(config)
+    found: dict[str, tuple[str, ...]] = {}
+    touched: list[ShardRef] = []
+    for name, ref in refs.items():
+        marker = markers.get(name)
+        if not isinstance(marker, ShardManifest):
+            continue
+        wanted, digest = identity(ref)
+        if marker.fingerprint == digest:
+            continue
+        lines = describe_difference(marker.inputs, wanted)
+        found[name] = tuple(lines) or ("fingerprint differs (marker edited by hand?)",)
+        if len(lines) == 1 and lines[0].startswith("source.etag:"):
+            touched.append(ref)
+    for ref, content in zip(touched, _checksums(touched, source_sha256), strict=True):
+        marker = markers[ref.name]
+        assert isinstance(marker, ShardManifest)
+        if content == marker.source_sha256:
+            del found[ref.name]
+        else:
+            found[ref.name] = (f"source content of {ref.urls[0]} changed (same size)",)
+    return found
+
+
+def _checksums(refs: Sequence[ShardRef], source_sha256: Callable[[ShardRef], str]) -> list[str]:
+    if not refs:
+        return []
+    with ThreadPoolExecutor(CHECKSUMS) as pool:
+        return list(pool.map(source_sha256, refs))
 
 
 def refuse_stale(plan: Plan, markers: Mapping[str, Marker], dst: str) -> None:
@@ -152,7 +204,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedShard:
     """An entry of `_plan.json`: where a shard comes from, what its marker is expected to say."""
 
@@ -163,33 +215,45 @@ class PlannedShard:
 
 def planned(refs: Iterable[ShardRef], plan: Plan, config: ConvertConfig) -> dict[str, PlannedShard]:
     """The entries of this run. A done shard is expected as it is (its etag may be an older one)."""
-    done = {manifest.name: manifest for manifest in plan.done}
+    identity = identities(config)
+    expected = {m.name: (m.inputs, m.fingerprint) for m in plan.done}
     entries: dict[str, PlannedShard] = {}
     for ref in refs:
-        expected = done[ref.name].inputs if ref.name in done else inputs(config, ref)
-        entries[ref.name] = PlannedShard(
-            ref=ref, inputs=expected, fingerprint=fingerprint(expected)
-        )
+        inputs, fingerprint = expected.get(ref.name) or identity(ref)
+        entries[ref.name] = PlannedShard(ref=ref, inputs=inputs, fingerprint=fingerprint)
     return entries
 
 
+_REF_FIELDS = {f.name: f.default for f in dataclasses.fields(ShardRef)}
+
+
 def plan_to_json(shards: Mapping[str, PlannedShard]) -> str:
-    """Canonical JSON of all planned shards, sorted by name."""
-    recipes: dict[str, Any] = {}
-    entries: dict[str, Any] = {}
+    """JSON of all planned shards, sorted by name, one line each; defaults are left out."""
+    digests: dict[int, str] = {}
+    recipes: dict[str, str] = {}
+    lines: list[str] = []
     for name in sorted(shards):
         shard = shards[name]
-        text = json.dumps(shard.inputs["recipe"], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        recipes[digest] = shard.inputs["recipe"]
-        entries[name] = {
-            "ref": dataclasses.asdict(shard.ref),
-            "recipe": digest,
+        recipe: dict[str, Any] = shard.inputs["recipe"]
+        if id(recipe) not in digests:
+            digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+            digests[id(recipe)] = digest
+            recipes[digest] = f'"{digest}":{canonical_json(recipe)}'
+        values = {field: getattr(shard.ref, field) for field in _REF_FIELDS}
+        entry = {
+            "ref": {k: v for k, v in values.items() if v != _REF_FIELDS[k]},
+            "recipe": digests[id(recipe)],
             "source": shard.inputs["source"],
             "fingerprint": shard.fingerprint,
         }
-    document = {"plan_version": PLAN_VERSION, "recipes": recipes, "shards": entries}
-    return json.dumps(document, sort_keys=True, indent=1) + "\n"
+        lines.append(f"{canonical_json(name)}:{canonical_json(entry)}")
+    return (
+        f'{{"plan_version":{PLAN_VERSION},\n"recipes":{{\n'
+        + ",\n".join(recipes[digest] for digest in sorted(recipes))
+        + '\n},\n"shards":{\n'
+        + ",\n".join(lines)
+        + "\n}}\n"
+    )
 
 
 def plan_from_json(text: str, name: str) -> dict[str, PlannedShard]:
@@ -205,7 +269,7 @@ def plan_from_json(text: str, name: str) -> dict[str, PlannedShard]:
         shards: dict[str, PlannedShard] = {}
         for key, entry in document["shards"].items():
             values: dict[str, Any] = entry["ref"]
-            urls, labels = tuple(values.pop("urls")), tuple(values.pop("labels"))
+            urls, labels = tuple(values.pop("urls")), tuple(values.pop("labels", ()))
             shards[key] = PlannedShard(
                 ref=ShardRef(urls=urls, labels=labels, **values),
                 inputs={"recipe": document["recipes"][entry["recipe"]], "source": entry["source"]},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -231,21 +232,76 @@ def recipe(config: ConvertConfig) -> dict[str, Any]:
     return {**stages, "format_version": FORMAT_VERSION, "stages_version": STAGES_VERSION}
 
 
+def config_from_recipe(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
+    """The configuration whose `recipe` this is, to redo shards as they were.
+
+    Raises UsageError for a recipe of other stages or another format, which this build would not
+    turn into the same bytes, and for one that it does not understand.
+    """
+    versions = {"format_version": FORMAT_VERSION, "stages_version": STAGES_VERSION}
+    for name, version in versions.items():
+        if recipe_of_shards.get(name) != version:
+            raise UsageError(
+                f"the shards were made with {name} {recipe_of_shards.get(name)}, this build has "
+                f"{version}: redo them all with convert --overwrite-stale, or use that version"
+            )
+    try:
+        config = ConvertConfig(
+            decode=DecodeConfig(**recipe_of_shards["decode"]),
+            fit=FitConfig(**recipe_of_shards["fit"]),
+            prune=PruneConfig(**recipe_of_shards["prune"]),
+            pack=PackConfig(**recipe_of_shards["pack"]),
+        )
+    except (KeyError, TypeError) as e:
+        raise UsageError(f"{_UNKNOWN_RECIPE} ({type(e).__name__}: {e})") from e
+    if canonical_json(recipe(config)) != canonical_json(recipe_of_shards):
+        different = describe_difference(recipe_of_shards, recipe(config))
+        raise UsageError(f"{_UNKNOWN_RECIPE} ({'; '.join(different)})")
+    return config
+
+
+_UNKNOWN_RECIPE = (
+    "the recipe of the shards is not of this version: redo them all with convert --overwrite-stale"
+)
+
+
 def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
     """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample limit.
 
     A folder's label numbers depend on all of its class directories, also those of other shards, so
     a digest of their names is part of the source.
     """
+    return {"recipe": recipe(config), "source": _source(ref)}
+
+
+def _source(ref: ShardRef) -> dict[str, Any]:
     source = {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit}
     if ref.labels:
         source["labels"] = hashlib.sha256(canonical_json(ref.labels).encode()).hexdigest()
-    return {"recipe": recipe(config), "source": source}
+    return source
 
 
 def fingerprint(shard_inputs: dict[str, Any]) -> str:
     """SHA-256 (hex) of the canonical JSON of `inputs(...)`."""
     return hashlib.sha256(canonical_json(shard_inputs).encode()).hexdigest()
+
+
+def identities(config: ConvertConfig) -> Callable[[ShardRef], tuple[dict[str, Any], str]]:
+    """A function from a shard to its `inputs` and their `fingerprint`, for many shards.
+
+    All the inputs share one recipe, which is serialised once; that is most of the work and of the
+    memory.
+    """
+    shared = recipe(config)
+    begin = f'{{"recipe":{canonical_json(shared)},"source":'
+
+    def identity(ref: ShardRef) -> tuple[dict[str, Any], str]:
+        source = _source(ref)
+        text = f"{begin}{canonical_json(source)}}}"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return {"recipe": shared, "source": source}, digest
+
+    return identity
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import reprlib
 from collections.abc import Callable
@@ -39,7 +40,11 @@ SKIP_STATUSES = (
 STATUSES = frozenset((OK, *SKIP_STATUSES))
 
 
-@dataclass(frozen=True, kw_only=True)
+PSNR_STEP = 0.5
+"""dB per step of a marker's psnr_histogram; quantiles do not merge over shards, histograms do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRef:
     """One unit of work: a source shard and how much of it to take.
 
@@ -59,14 +64,15 @@ class ShardRef:
     labels: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardManifest:
     """The done marker of one shard: what was committed, and everything needed to check it.
 
     `data_file` is a name in the marker's folder. `inputs` is what the fingerprint covers: recipe
     and source identity. `counts` maps the statuses that occur to numbers of rows and sums to
     `samples`. `statistics` holds payload_bytes and, where there are ok rows, their
-    num_gaussians_mean and psnr_mean, psnr_min and psnr_max in dB.
+    num_gaussians_mean, psnr_mean, psnr_min and psnr_max in dB, and psnr_histogram: numbers of rows
+    in steps of PSNR_STEP dB from psnr_histogram_from on.
     """
 
     name: str
@@ -76,7 +82,7 @@ class ShardManifest:
     format: str
     samples: int
     counts: dict[str, int]
-    statistics: dict[str, float]
+    statistics: dict[str, Any]
     fingerprint: str
     inputs: dict[str, Any]
     source_url: str
@@ -92,7 +98,7 @@ class ShardManifest:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FailedShard:
     """The failed marker of one shard: the last error, by class and message."""
 
@@ -105,9 +111,15 @@ class FailedShard:
 
 
 def to_json(marker: ShardManifest | FailedShard) -> str:
-    """Canonical JSON: sorted keys, two-space indent, closing newline."""
-    values = dataclasses.asdict(marker)
-    return json.dumps(values, sort_keys=True, indent=2, allow_nan=False) + "\n"
+    """Canonical JSON: sorted keys, two-space indent, lists of numbers on one line, closing
+    newline."""
+    values = {name: getattr(marker, name) for name in _FIELDS[type(marker)]}
+    text = json.dumps(values, sort_keys=True, indent=2, allow_nan=False)
+    return re.sub(r"\[\n[\d,\s]+\]", _on_one_line, text) + "\n"  # no string holds a raw newline
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return f"[{' '.join(numbers[0][1:-1].split())}]"
 
 
 def manifest_from_json(text: str | bytes, name: str) -> ShardManifest:
@@ -115,39 +127,55 @@ def manifest_from_json(text: str | bytes, name: str) -> ShardManifest:
 
     Raises `FormatVersionError` for a newer version and `CorruptShardError` for anything malformed.
     """
-    return ShardManifest(**_fields(ShardManifest, text, name))
+    return manifest_of(_document(text, name), name)
+
+
+def manifest_of(values: dict[str, Any], name: str) -> ShardManifest:
+    """A done marker from its parsed fields, checked; raises as `manifest_from_json`."""
+    return ShardManifest(**_checked(ShardManifest, values, name))
 
 
 def failed_from_json(text: str | bytes, name: str) -> FailedShard:
     """Parse a failed marker; raises as `manifest_from_json`."""
-    return FailedShard(**_fields(FailedShard, text, name))
+    return FailedShard(**_checked(FailedShard, _document(text, name), name))
 
 
-def _fields(cls: type[ShardManifest | FailedShard], text: str | bytes, name: str) -> dict[str, Any]:
-    """The checked fields of `cls`; raises as `manifest_from_json`."""
+def _document(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        document: object = json.loads(text)
-        json.dumps(document, allow_nan=False)  # Python would read NaN and 1e999, which are not JSON
+        document: object = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise CorruptShardError(f"marker {name} is not JSON ({e}); {_REMEDY}") from e
     if not isinstance(document, dict):
         raise CorruptShardError(f"marker {name} is not a JSON object; {_REMEDY}")
-    values = cast("dict[str, Any]", document)
+    return cast("dict[str, Any]", document)
+
+
+def _finite(text: str) -> float:
+    """Python would read NaN and 1e999, which are not JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{reprlib.repr(text)} is no finite number")
+    return value
+
+
+def _checked(
+    cls: type[ShardManifest | FailedShard], values: dict[str, Any], name: str
+) -> dict[str, Any]:
+    """`values` if they are the fields of `cls`; raises as `manifest_from_json`."""
     version = values.get("format_version")
     if _is_count(version) and version > FORMAT_VERSION:
         raise FormatVersionError(
             f"marker {name} has format version {reprlib.repr(version)}, this build reads up to "
             f"{FORMAT_VERSION}: upgrade splatshard or choose another DST"
         )
-    expected = {f.name for f in dataclasses.fields(cls)}
-    missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
-    if missing or unknown:
+    fields = _FIELDS[cls]
+    if values.keys() != fields.keys():
+        missing, unknown = sorted(fields.keys() - values.keys()), values.keys() - fields.keys()
         raise CorruptShardError(
-            f"marker {name}: missing fields {missing}, unknown fields {reprlib.repr(unknown)}; "
-            + _REMEDY
+            f"marker {name}: missing fields {missing}, unknown fields "
+            f"{reprlib.repr(sorted(unknown))}; {_REMEDY}"
         )
-    for key in sorted(expected):
-        check, wanted = _CHECKS.get(key, _TEXT)
+    for key, (check, wanted) in fields.items():
         if not check(values[key]):
             raise CorruptShardError(
                 f"marker {name}: {key} is {reprlib.repr(values[key])}, not {wanted}; {_REMEDY}"
@@ -156,6 +184,8 @@ def _fields(cls: type[ShardManifest | FailedShard], text: str | bytes, name: str
 
 
 _REMEDY = "delete it and run convert again"
+_DIGEST_PATTERN = re.compile("[0-9a-f]{64}")
+_FILE_PATTERN = re.compile(r"[^/\\\0]+\.(parquet|tar)")
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -167,7 +197,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+    return isinstance(value, str) and _DIGEST_PATTERN.fullmatch(value) is not None
 
 
 def _is_counts(value: object) -> bool:
@@ -178,13 +208,21 @@ def _is_counts(value: object) -> bool:
 
 
 def _is_statistics(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        map(_is_number, cast("dict[str, object]", value).values())
+    if not isinstance(value, dict):
+        return False
+    statistics = cast("dict[str, object]", value)
+    return all(
+        _is_histogram(number) if name == "psnr_histogram" else _is_number(number)
+        for name, number in statistics.items()
     )
 
 
+def _is_histogram(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, cast("list[object]", value)))
+
+
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[^/\\\0]+\.(parquet|tar)", value) is not None
+    return isinstance(value, str) and _FILE_PATTERN.fullmatch(value) is not None
 
 
 def _is_inputs(value: object) -> bool:
@@ -208,10 +246,16 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format": (lambda value: value in tuple(EXTENSIONS), f"one of {', '.join(EXTENSIONS)}"),
     "samples": _COUNT,
     "counts": (_is_counts, "numbers of rows by known status"),
-    "statistics": (_is_statistics, "numbers"),
+    "statistics": (_is_statistics, "numbers and a histogram"),
     "fingerprint": _DIGEST,
     "inputs": (_is_inputs, "a recipe and a source"),
     "source_sha256": (lambda value: value == "" or _is_digest(value), "64 hex digits"),
     "format_version": (lambda value: _is_count(value) and value > 0, "a positive whole number"),
 }
 """What a field must be, and how to say so; fields not listed are strings."""
+
+_FIELDS = {
+    cls: {f.name: _CHECKS.get(f.name, _TEXT) for f in dataclasses.fields(cls)}
+    for cls in (ShardManifest, FailedShard)
+}
+"""The fields of each marker, with their checks."""

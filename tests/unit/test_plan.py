@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from jobs.plan import (
     Marker,
+    digest_of,
     make_plan,
     plan_from_json,
     plan_to_json,
@@ -17,7 +19,16 @@ from jobs.plan import (
     refuse_stale,
     status,
 )
-from schemas.config import ConvertConfig, FitConfig, fingerprint, inputs
+from schemas.config import (
+    PRESETS,
+    ConvertConfig,
+    FitConfig,
+    config_from_recipe,
+    fingerprint,
+    identities,
+    inputs,
+    recipe,
+)
 from schemas.errors import CorruptShardError, StaleShardError, UsageError
 from schemas.shard import FailedShard, ShardManifest, ShardRef
 
@@ -109,6 +120,18 @@ def test_every_shard_is_in_exactly_one_class(kinds: list[str]) -> None:
     assert classes[1] == done
 
 
+@given(st.lists(st.sampled_from(sorted(MARKERS)), max_size=12))
+def test_what_may_be_replaced_and_what_else_is_there(kinds: list[str]) -> None:
+    refs, markers = markers_for([*kinds, "done", "failed", "corrupt"])
+    plan = make_plan(refs[: len(kinds)], markers, CONFIG, same_content)
+    stale = {shard.name: markers[shard.name] for shard in plan.stale}
+    assert plan.replaces == {name: digest_of(marker) for name, marker in stale.items()}
+    assert set(plan.replaces) <= {ref.name for ref in plan.work}
+    everything = {n for n, marker in markers.items() if isinstance(marker, ShardManifest)}
+    names = [manifest.name for manifest in (*plan.done, *plan.others)]
+    assert sorted(names) == sorted(everything)
+
+
 @given(st.lists(st.sampled_from(sorted(MARKERS)), max_size=8))
 def test_the_plan_file_survives_the_round_trip_and_agrees_with_status(kinds: list[str]) -> None:
     refs, markers = markers_for(kinds)
@@ -128,6 +151,16 @@ def test_the_plan_file_survives_the_round_trip_and_agrees_with_status(kinds: lis
 def test_no_checksum_unless_only_the_etag_changed() -> None:
     refs, markers = markers_for(["none", "done", "failed", "stale", "resized", "corrupt"])
     make_plan(refs, markers, CONFIG, never)
+
+
+def test_checksums_are_told_apart() -> None:
+    refs, markers = markers_for(["touched"] * 40)
+    changed = {"00000003", "00000035"}
+    plan = make_plan(
+        refs, markers, CONFIG, lambda ref: same_content(ref) if ref.name not in changed else "new"
+    )
+    assert {shard.name for shard in plan.stale} == changed
+    assert [manifest.name for manifest in plan.done] == sorted(markers.keys() - changed)
 
 
 def test_a_touched_source_with_other_content_is_stale() -> None:
@@ -198,3 +231,67 @@ def test_a_broken_plan_file_says_what_to_do(text: str) -> None:
 def test_a_newer_plan_file_is_refused() -> None:
     with pytest.raises(UsageError, match="plan version 2"):
         plan_from_json('{"plan_version": 2}', "out/_plan.json")
+
+
+def test_a_folders_plan_survives_the_round_trip() -> None:
+    ref = ShardRef(
+        name="pets-00000",
+        kind="folder",
+        urls=("in/pets/cat/1.jpg", "in/pets/é.jpg"),
+        size_bytes=7,
+        etag="d",
+        limit=1,
+        root="in/pets",
+        labels=("cat", "dog"),
+    )
+    shards = planned([ref], make_plan([ref], {}, CONFIG, never), CONFIG)
+    assert plan_from_json(plan_to_json(shards), "_plan.json") == shards
+
+
+def test_a_plan_of_the_layout_before_this_one_reads() -> None:
+    refs, markers = markers_for(["done", "stale"])
+    shards = planned(refs, make_plan(refs, markers, CONFIG, never), CONFIG)
+    document = json.loads(plan_to_json(shards))
+    for entry in document["shards"].values():
+        entry["ref"] |= {"limit": None, "root": "", "labels": []}
+    assert plan_from_json(json.dumps(document, indent=1), "_plan.json") == shards
+
+
+# Recipes
+
+
+@given(
+    etag=st.text(max_size=5),
+    size_bytes=st.integers(0, 2**60),
+    limit=st.none() | st.integers(1, 9),
+    labels=st.lists(st.text(max_size=3), max_size=3).map(tuple),
+)
+def test_identities_are_those_of_each_shard_alone(
+    etag: str, size_bytes: int, limit: int | None, labels: tuple[str, ...]
+) -> None:
+    ref = dataclasses.replace(make_ref("a", etag, size_bytes, limit), labels=labels)
+    for config in (CONFIG, OTHER, PRESETS["paper"]):
+        found, digest = identities(config)(ref)
+        assert found == inputs(config, ref)
+        assert digest == fingerprint(inputs(config, ref))
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), OTHER])
+def test_a_recipe_gives_its_configuration_back(config: ConvertConfig) -> None:
+    assert config_from_recipe(json.loads(json.dumps(recipe(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stages_version": 0}, r"made with stages_version 0, this build has \d+: redo them all"),
+        ({"format_version": 99}, "format_version 99"),
+        ({"fit": {"steps": 5}}, "not of this version.*fit.beta1: absent -> "),
+        ({"fit": {"brightness": 5}}, "not of this version.*brightness"),
+        ({"prune": None}, "not of this version"),
+        ({"more": {}}, "more: {} -> absent"),
+    ],
+)
+def test_a_recipe_of_another_version_is_refused(change: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        config_from_recipe(recipe(CONFIG) | change)
