@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import signal
 import sys
 import traceback
@@ -25,6 +24,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from jobs.log import configure, debugging, log
 from schemas.errors import SplatshardError, UsageError
 
 EXIT_OK = 0
@@ -88,15 +88,23 @@ def one_line(framed: str) -> str:
 def run(body: Callable[[], int]) -> int:
     """The exit code of `body`; errors become one line on stderr, with `--debug` a traceback too."""
     try:
+        return _run(body)
+    finally:
+        configure("text")  # a body may have chosen JSON
+
+
+def _run(body: Callable[[], int]) -> int:
+    try:
         return body()
     except SplatshardError as e:
         complain(str(e))
         return EXIT_ERROR
     except Interrupted as e:
-        print(f"splatshard: {e}", file=sys.stderr)
+        log("interrupted", f"splatshard: {e}", level="warning")
         return e.code
     except KeyboardInterrupt:
-        print("splatshard: interrupted; run the same command again to continue", file=sys.stderr)
+        message = "splatshard: interrupted; run the same command again to continue"
+        log("interrupted", message, level="warning")
         return EXIT_INTERRUPTED
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_ERROR
@@ -107,19 +115,13 @@ def run(body: Callable[[], int]) -> int:
 
 def complain(message: str) -> None:
     """`splatshard: error: message` on stderr, below the traceback when debugging."""
-    if debugging():
-        traceback.print_exc()
-    print(f"splatshard: error: {message}", file=sys.stderr)
-
-
-def debugging() -> bool:
-    """True with `--debug` (which sets the variable) or SPLATSHARD_DEBUG=1."""
-    return os.environ.get("SPLATSHARD_DEBUG", "") not in ("", "0")
+    trace = traceback.format_exc() if debugging() else ""
+    log("error", f"splatshard: error: {message}", level="error", trace=trace)
 
 
 def say(message: str = "") -> None:
     """One line for people, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    log("note", message)
 
 
 def print_json(value: dict[str, Any]) -> None:

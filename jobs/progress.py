@@ -1,54 +1,77 @@
-"""What a running conversion tells: a live line on a terminal, plain lines in a log, a summary.
+"""What a running conversion tells: a live line on a terminal, plain lines in a log, a small file
+`_progress.json`, metrics, and a summary at the end.
 
-Totals are those of committed shards plus the counters of the shards in work; a shard lost with its
-worker thus leaves the totals again. How many samples a tar holds is unknown until it is read, so
-the remaining time comes from source bytes: samples per byte of the shards already done.
+All of them show the `Snapshot` that `update` takes (jobs/tally.py). Nothing here may hold up or
+fail the job: `_progress.json` is written on a thread, and a store that refuses it is told once.
 """
 
 from __future__ import annotations
 
-import sys
+import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from jobs.actors import Counters, Outcome
-from jobs.cli import count, debugging, duration
+from jobs.actors import Outcome, SkippedSample, WorkerState
+from jobs.cli import Interrupted, count, duration
+from jobs.files import write_text
+from jobs.log import log, structured
+from jobs.metrics import Metrics
+from jobs.tally import RetryKind, Snapshot, Tally
+from schemas.errors import SplatshardError
 from schemas.shard import OK, ShardManifest, ShardRef
 
+__all__ = ["Progress", "RetryKind", "Snapshot", "dataset_figures", "run_summary"]
+
+PROGRESS_FILE = "_progress.json"
+CPU_BACKENDS = ("cpu", "reference")
 LINE_EVERY_S = 5.0
+LOCAL_FILE_EVERY_S = 5.0
+REMOTE_FILE_EVERY_S = 30.0
+LAST_FILE_S = 60.0
+"""Longest wait for the final `_progress.json` when its store does not answer."""
+
+State = Literal["running", "done", "failed", "interrupted"]
 
 
 class Progress:
-    """Counts outcomes and shows them on stderr; a context manager.
+    """Counts outcomes and shows them; a context manager around the driver loop.
 
     `done_before` are the shards an earlier run finished; `started` is the job's start (monotonic
-    s).
+    s); `_progress.json` goes to `dst`, where there is one. The driver keeps `workers` up to date.
     """
 
     def __init__(
-        self, work: Sequence[ShardRef], done_before: Sequence[ShardManifest], started: float
+        self,
+        work: Sequence[ShardRef],
+        done_before: Sequence[ShardManifest],
+        started: float,
+        dst: str = "",
     ) -> None:
         self.manifests: list[ShardManifest] = []
         self.failures: dict[str, Outcome] = {}
         self.backend = ""
+        self.workers = 0
         self.first_shard_s: float | None = None
-        self._shards = len(work)
-        self._bytes = sum(ref.size_bytes for ref in work)
-        self._done_before = done_before
+        self.state: State = "running"
+        self._tally = Tally(work, done_before)
         self._started = started
-        self._bytes_finished = 0
+        self._dst = dst
+        self._file = ProgressFile(dst, time.monotonic() - started) if dst else None
+        self._metrics = Metrics(dst)
         self._last_line = time.monotonic()
-        self._ready: float | None = None
         console = Console(stderr=True)
         self._bar: Bar | None = None
-        if console.is_terminal:
+        if console.is_terminal and not structured():
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=None))
             self._bar = Bar(*columns, console=console, transient=True, expand=True)
             self._task = self._bar.add_task("starting workers ...", total=None)
@@ -56,6 +79,8 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bar:
             self._bar.start()
+        log("job_start", f"job into {self._dst} starts", detail=True, dst=self._dst)
+        self._publish(time.monotonic())
         return self
 
     def __exit__(
@@ -66,73 +91,172 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            self.state = "interrupted"
+        else:
+            self.state = "failed" if error or self.failures else "done"
+        snapshot = self._publish(time.monotonic())
+        message = f"job into {self._dst} ends: {self.state}"
+        fields = asdict(snapshot) if structured() else {}
+        log("job_end", message, detail=True, dst=self._dst, state=self.state, **fields)
 
-    def worker_ready(self, backend: str) -> None:
-        """A worker has loaded; rates count from the first one."""
+    @property
+    def retries(self) -> Counter[str]:
+        """By kind."""
+        return self._tally.retries
+
+    def worker_ready(self, backend: str, **fields: Any) -> None:
+        """A worker has loaded; `fields` (node, pid) go to the log."""
         self.backend = backend
-        self._ready = self._ready or time.monotonic()
+        self._tally.worker_ready(time.monotonic())
+        log("worker_ready", "a worker is ready", detail=True, backend=backend, **fields)
+
+    def worker_left(self, message: str, **fields: Any) -> None:
+        """A worker ended or was dismissed."""
+        log("worker_left", message, detail=True, **fields)
 
     def finished(self, ref: ShardRef, outcome: Outcome) -> None:
         """A shard was committed or marked failed."""
-        self._bytes_finished += ref.size_bytes
+        self._tally.finished(ref, outcome.manifest)
+        if structured():
+            for sample in outcome.skipped:
+                log_skipped(ref.name, sample)
         if outcome.manifest:
             self.manifests.append(outcome.manifest)
             if self.first_shard_s is None:
                 self.first_shard_s = time.monotonic() - self._started
+            log_done(outcome.manifest)
         else:
             self.failures[ref.name] = outcome
-            self.tell(f"shard {ref.name} failed: {outcome.error}: {outcome.message}")
-            if debugging():
-                self.tell(outcome.trace)
+            log(
+                "shard_failed",
+                f"shard {ref.name} failed: {outcome.error}: {outcome.message}",
+                level="error",
+                trace=outcome.trace,
+                shard=ref.name,
+                error=outcome.error,
+            )
+
+    def retried(self, kind: RetryKind, shard: str, message: str, **fields: Any) -> None:
+        """What was done of a shard is lost, and it will be tried again."""
+        self._tally.retried(kind, shard)
+        text = f"shard {shard} will be tried again ({kind.replace('_', ' ')}): {message}"
+        log("retry", text, level="warning", shard=shard, kind=kind, **fields)
 
     def tell(self, line: str) -> None:
         """A line above the live one."""
-        if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        log("note", line)
 
-    def update(self, in_work: Sequence[Counters]) -> None:
-        """Show the current state; `in_work` are the counters of unfinished shards."""
+    def update(self, states: Sequence[WorkerState]) -> None:
+        """Show the current state; `states` are those of all live workers, as last polled."""
         now = time.monotonic()
-        if self._bar is None and now - self._last_line < LINE_EVERY_S:
-            return
-        self._last_line = now
-        line, fraction = self.line(in_work, now)
+        self._tally.update(states, now)
+        snapshot = self._publish(now)
         if self._bar:
-            self._bar.update(self._task, description=line, total=1.0, completed=fraction)
-        else:
-            print(line, file=sys.stderr, flush=True)
+            completed = snapshot.fraction or 0.0
+            text = self._line(snapshot)
+            self._bar.update(self._task, description=text, total=1.0, completed=completed)
+        elif now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            fields = asdict(snapshot) if structured() else {}
+            log("progress", self._line(snapshot), **fields)
 
-    def line(self, in_work: Sequence[Counters], now: float) -> tuple[str, float]:
-        """`3/4 shards  312 images  4.1 images/s  29.8 dB  20 s left`, and the finished fraction."""
-        if self._ready is None:
-            return "starting workers ...", 0.0
-        samples = total_samples(self.manifests) + sum(c.samples for c in in_work)
-        ok = total_ok(self.manifests) + sum(c.ok for c in in_work)
-        psnr = psnr_sum(self.manifests) + sum(c.psnr_sum for c in in_work)
-        elapsed = max(now - self._ready, 1e-9)
-        fraction = self._fraction(in_work)
-        parts = [
-            f"{len(self.manifests) + len(self.failures)}/{count(self._shards, 'shard')}",
-            count(samples, "image"),
-            f"{samples / elapsed:.1f} images/s",
-        ]
-        if ok:
-            parts.append(f"{psnr / ok:.1f} dB")
-        if fraction > 0:
-            parts.append(f"{duration(elapsed * (1 - fraction) / fraction)} left")
-        return "  ".join(parts), fraction
+    def _line(self, snapshot: Snapshot) -> str:
+        return line(snapshot) if self._tally.ready else "starting workers ..."
 
-    def _fraction(self, in_work: Sequence[Counters]) -> float:
-        """Finished share of the source bytes; 0 while samples per byte are unknown."""
-        known = [*self.manifests, *self._done_before]
-        samples = total_samples(known)
-        if not samples or not self._bytes:
-            return 0.0
-        bytes_per_sample = sum(m.inputs["source"]["size_bytes"] for m in known) / samples
-        partial = sum(c.samples for c in in_work) * bytes_per_sample
-        return min(1.0, (self._bytes_finished + partial) / self._bytes)
+    def _publish(self, now: float) -> Snapshot:
+        """To `_progress.json` and the metrics."""
+        snapshot = self._tally.snapshot(now, self.workers, self.backend)
+        self._metrics.publish(snapshot)
+        if self._file:
+            self._file.update(snapshot, self.state, now)
+        return snapshot
+
+
+class ProgressFile:
+    """`_progress.json` in `dst`: the state and the snapshot, for people without Prometheus.
+
+    Of a driver that was killed it keeps saying "running", with an old `updated`.
+    """
+
+    def __init__(self, dst: str, since_start_s: float) -> None:
+        self._dst = dst
+        self._started = time.time() - since_start_s
+        remote = "://" in dst and not dst.startswith("file://")
+        self._every_s = REMOTE_FILE_EVERY_S if remote else LOCAL_FILE_EVERY_S
+        self._last = float("-inf")
+        self._thread: threading.Thread | None = None
+        self._complained = False
+
+    def update(self, snapshot: Snapshot, state: State, now: float) -> None:
+        """Write it when it is due; the last one, whose state is final, is waited for."""
+        final = state != "running"
+        busy = self._thread is not None and self._thread.is_alive()
+        if not final and (busy or now - self._last < self._every_s):
+            return
+        self._last = now
+        if self._thread is not None:
+            self._thread.join(LAST_FILE_S)
+        record = {"state": state, "started": iso(self._started), "updated": iso(time.time())}
+        text = json.dumps(record | asdict(snapshot), indent=2) + "\n"
+        self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
+        self._thread.start()
+        if final:
+            self._thread.join(LAST_FILE_S)
+
+    def _write(self, text: str) -> None:
+        try:
+            write_text(self._dst, PROGRESS_FILE, text)
+        except SplatshardError as e:
+            if not self._complained:
+                self._complained = True
+                log("progress_file", f"{PROGRESS_FILE} is not up to date: {e}", level="warning")
+
+
+def iso(seconds: float) -> str:
+    """Seconds since 1970 as `2026-01-31T12:00:00Z`."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def line(s: Snapshot) -> str:
+    """`3/4 shards  312 images  4.1 images/s  29.8 dB  20 s left`, on a GPU with its busy share."""
+    parts = [
+        f"{s.shards_done + s.shards_failed}/{count(s.shards, 'shard')}",
+        count(s.images, "image"),
+        f"{s.images_per_s:.1f} images/s",
+    ]
+    if s.psnr_mean is not None:
+        parts.append(f"{s.psnr_mean:.1f} dB")
+    if "fit" in s.busy and s.backend not in CPU_BACKENDS:
+        parts.append(f"fit {s.busy['fit']:.0%}".replace("%", " %"))
+    if s.retries:
+        retries = sum(s.retries.values())
+        parts.append("1 retry" if retries == 1 else f"{retries:,} retries")
+    if s.eta_s is not None:
+        parts.append(f"{duration(s.eta_s)} left")
+    return "  ".join(parts)
+
+
+def log_skipped(shard: str, sample: SkippedSample) -> None:
+    """A sample that became a row without splats."""
+    event = "quarantine" if sample.status == "quarantined" else "sample_skipped"
+    message = f"shard {shard}: sample {sample.key} {sample.status}: {sample.error}"
+    log(event, message, level="warning", shard=shard, **asdict(sample))
+
+
+def log_done(manifest: ShardManifest) -> None:
+    """A committed shard; people see it when they debug."""
+    counts = ", ".join(f"{n:,} {status}" for status, n in sorted(manifest.counts.items()))
+    log(
+        "shard_done",
+        f"shard {manifest.name} done: {counts}",
+        detail=True,
+        shard=manifest.name,
+        samples=manifest.samples,
+        counts=manifest.counts,
+        psnr_mean=manifest.statistics.get("psnr_mean"),
+        data_file=manifest.data_file,
+    )
 
 
 def total_samples(manifests: Sequence[ShardManifest]) -> int:
@@ -190,6 +314,7 @@ def run_summary(
         "images_per_s": converted / wall_s if converted else None,
         "wall_s": wall_s,
         "time_to_first_shard_s": progress.first_shard_s,
+        "retries": dict(sorted(progress.retries.items())),
         "backend": progress.backend or None,
         "workers": workers,
     }

@@ -26,6 +26,9 @@ LONG = (
 )
 """A second or more per shard, so that there is time to interfere."""
 
+PER_RUN = ("_run.json", "_progress.json", "_manifest.json", "_card.md")
+"""Files that differ from run to run."""
+
 
 def tars(folder: Path, shards: int = 2, samples: int = 3) -> str:
     """`shards` DataComp tars of `samples` each; returns the brace pattern."""
@@ -61,11 +64,11 @@ def assert_verified(capsys: pytest.CaptureFixture[str], dst: Path) -> dict[str, 
 
 
 def files(dst: Path) -> dict[str, bytes]:
-    """All files of DST but `_run.json` (times), by relative path."""
+    """All files of DST but those that tell times and commands, by relative path."""
     return {
         str(path.relative_to(dst)): path.read_bytes()
         for path in sorted(dst.rglob("*"))
-        if path.is_file() and path.name != "_run.json"
+        if path.is_file() and path.name not in PER_RUN
     }
 
 

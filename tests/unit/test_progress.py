@@ -1,0 +1,460 @@
+"""Progress fed by hand: figures, lines, `_progress.json`, metrics, logs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import progress as progress_module
+from jobs.actors import Counters, Outcome, SkippedSample, WorkerState
+from jobs.cli import Interrupted
+from jobs.log import configure
+from jobs.metrics import COUNTERS, GAUGES, TAGS, readings
+from jobs.progress import PROGRESS_FILE, Progress, line, run_summary
+from jobs.tally import RECENT_S, Snapshot, Tally
+from pipeline.clock import Pulse
+from schemas.errors import StorageError, UnavailableError
+from schemas.shard import ShardManifest, ShardRef
+
+Capsys = pytest.CaptureFixture[str]
+
+
+def tar(number: int, size_bytes: int = 1000, limit: int | None = None) -> ShardRef:
+    name = f"{number:08d}"
+    return ShardRef(
+        name=name, kind="tar", urls=(f"{name}.tar",), size_bytes=size_bytes, etag="e", limit=limit
+    )
+
+
+def folder(number: int, images: int) -> ShardRef:
+    urls = tuple(f"{number}/{i}.jpg" for i in range(images))
+    return ShardRef(name=f"f-{number}", kind="folder", urls=urls, size_bytes=1000, etag="e")
+
+
+def manifest(ref: ShardRef, ok: int = 10, corrupt: int = 0, psnr: float = 30.0) -> ShardManifest:
+    statistics = {"payload_bytes": 256 * ok}
+    if ok:
+        statistics |= {"psnr_mean": psnr, "num_gaussians_mean": 16.0}
+    return ShardManifest(
+        name=ref.name,
+        data_file=f"{ref.name}.parquet",
+        size_bytes=2000,
+        sha256="0" * 64,
+        format="parquet",
+        samples=ok + corrupt,
+        counts={"ok": ok} | ({"corrupt_image": corrupt} if corrupt else {}),
+        statistics=statistics,
+        fingerprint="0" * 64,
+        inputs={
+            "recipe": {},
+            "source": {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit},
+        },
+        source_url=ref.urls[0],
+        source_sha256="0" * 64,
+    )
+
+
+def done(ref: ShardRef, skipped: tuple[SkippedSample, ...] = (), **figures: Any) -> Outcome:
+    return Outcome(name=ref.name, kind="done", manifest=manifest(ref, **figures), skipped=skipped)
+
+
+def failed(ref: ShardRef) -> Outcome:
+    return Outcome(
+        name=ref.name, kind="failed", error="SourceError", message="truncated", trace="trace\n"
+    )
+
+
+def state(
+    *shards: tuple[ShardRef, int], up_s: float = 0.0, fit_s: float = 0.0, queued: int = 0
+) -> WorkerState:
+    counters = tuple(
+        Counters(shard=ref.name, samples=n, ok=n, psnr_sum=20.0 * n, payload_bytes=256 * n)
+        for ref, n in shards
+    )
+    pulse = Pulse(busy_s={"fit": fit_s}, up_s=up_s, queued={"fit": queued})
+    return WorkerState(shards=counters, pulse=pulse)
+
+
+@pytest.fixture(autouse=True)
+def text_afterwards() -> Iterator[None]:
+    yield
+    configure("text")
+
+
+# Figures
+
+
+def test_totals_are_those_of_finished_shards_and_shards_in_work() -> None:
+    refs = [tar(i) for i in range(4)]
+    tally = Tally(refs, [])
+    tally.worker_ready(0.0)
+    tally.finished(refs[0], manifest(refs[0], ok=8, corrupt=2))
+    tally.finished(refs[1], None)
+    tally.update([state((refs[2], 4)), state()], 5.0)
+    s = tally.snapshot(5.0, workers=2, backend="cpu")
+    assert (s.shards, s.shards_done, s.shards_failed, s.shards_in_work) == (4, 1, 1, 1)
+    assert (s.images, s.ok, s.images_committed) == (14, 12, 10)
+    assert (s.payload_bytes, s.skipped) == (8 * 256, {"corrupt_image": 2})
+    assert s.psnr_mean == pytest.approx((8 * 30 + 4 * 20) / 12)
+    assert (s.images_per_s, s.images_per_s_mean) == (14 / 5, 14 / 5)
+    assert (s.workers, s.backend) == (2, "cpu")
+
+
+def test_before_the_first_worker_nothing_is_known() -> None:
+    assert Tally([tar(0)], []).snapshot(5.0, 0, "") == Snapshot(shards=1)
+
+
+def test_a_shard_between_its_last_poll_and_its_result_stays_counted() -> None:
+    ref, other = tar(0), tar(1)
+    tally = Tally([ref, other], [])
+    tally.worker_ready(0.0)
+    tally.update([state((ref, 9))], 1.0)
+    tally.update([state()], 2.0)
+    assert tally.snapshot(2.0, 1, "cpu").images == 9
+    tally.finished(ref, manifest(ref, ok=10))
+    tally.update([state((ref, 9))], 3.0)  # an answer that was under way
+    s = tally.snapshot(3.0, 1, "cpu")
+    assert (s.images, s.shards_in_work) == (10, 0)
+    assert s.images_per_s == pytest.approx(10 / 3)
+
+
+def test_lost_work_leaves_the_totals_and_never_makes_a_negative_rate() -> None:
+    ref = tar(0)
+    tally = Tally([ref], [])
+    tally.worker_ready(0.0)
+    tally.update([state((ref, 9))], 1.0)
+    tally.retried("oom", ref.name)
+    tally.update([], 2.0)
+    s = tally.snapshot(2.0, 0, "cpu")
+    assert (s.images, s.psnr_mean, s.retries) == (0, None, {"oom": 1})
+    assert s.images_per_s == 4.5
+    tally.update([state((ref, 3))], 3.0)
+    assert tally.snapshot(3.0, 1, "cpu").images_per_s == 4.0
+
+
+def test_the_rate_is_of_the_last_while_and_the_mean_of_all() -> None:
+    refs = [tar(i) for i in range(1000)]
+    tally = Tally(refs, [])
+    tally.worker_ready(0.0)
+    for second, ref in enumerate(refs[:200], 1):
+        tally.finished(ref, manifest(ref, ok=1 if second <= 100 else 10))
+        tally.update([state()], second)
+    s = tally.snapshot(200.0, 1, "cpu")
+    assert s.images_per_s == 10.0
+    assert s.images_per_s_mean == (100 + 1000) / 200
+    tally.update([state()], 200.0 + RECENT_S)
+    assert tally.snapshot(200.0 + RECENT_S, 1, "cpu").images_per_s == 0.0
+
+
+def test_busy_shares_are_means_over_workers_and_survive_one_that_leaves() -> None:
+    tally = Tally([tar(0)], [])
+    tally.worker_ready(0.0)
+    tally.update([state(), state()], 0.0)
+    tally.update([state(up_s=10, fit_s=9, queued=2), state(up_s=10, fit_s=6, queued=1)], 10.0)
+    s = tally.snapshot(10.0, 2, "cpu")
+    assert s.busy == {"fit": pytest.approx(0.75)}
+    assert s.queued == {"fit": 3}
+    tally.update([state(up_s=11, fit_s=10)], 11.0)  # one left: its clock says nothing
+    assert tally.snapshot(11.0, 1, "cpu").busy == {"fit": pytest.approx(0.75)}
+    tally.update([state(up_s=31, fit_s=30)], 31.0)
+    assert tally.snapshot(31.0, 1, "cpu").busy == {"fit": pytest.approx(35 / 40)}
+    tally.update([state(up_s=71, fit_s=30)], 71.0)
+    assert tally.snapshot(71.0, 1, "cpu").busy == {"fit": 0.0}
+
+
+# The remaining time
+
+
+def test_a_folder_has_a_remaining_time_before_its_first_shard_is_done() -> None:
+    refs = [folder(0, 10), folder(1, 10)]
+    tally = Tally(refs, [])
+    tally.worker_ready(0.0)
+    tally.update([state((refs[0], 5))], 5.0)
+    s = tally.snapshot(5.0, 1, "cpu")
+    assert (s.fraction, s.eta_s) == (0.25, 15.0)
+
+
+def test_of_tars_the_remaining_time_is_known_after_the_first_from_source_bytes() -> None:
+    refs = [tar(0, 1000), tar(1, 3000), tar(2, 9999, limit=6)]
+    tally = Tally(refs, [])
+    tally.worker_ready(0.0)
+    tally.update([state((refs[0], 5))], 5.0)
+    s = tally.snapshot(5.0, 1, "cpu")
+    assert (s.fraction, s.eta_s) == (None, None)
+    tally.finished(refs[0], manifest(refs[0], ok=8, corrupt=2))
+    tally.update([state((refs[1], 6))], 8.0)
+    s = tally.snapshot(8.0, 1, "cpu")
+    assert s.fraction == pytest.approx(16 / (10 + 30 + 6))
+    assert s.eta_s == pytest.approx((46 - 16) / 2)
+
+
+def test_shards_of_an_earlier_run_tell_how_long_tars_take() -> None:
+    before = [manifest(tar(8, 1000), ok=10), manifest(tar(9, 1000, limit=1), ok=1)]
+    tally = Tally([tar(0, 2000)], before)
+    tally.worker_ready(0.0)
+    tally.update([state((tar(0, 2000), 5))], 10.0)
+    s = tally.snapshot(10.0, 1, "cpu")
+    assert (s.fraction, s.eta_s) == (0.25, 30.0)
+
+
+def test_failed_shards_are_no_work_that_is_left() -> None:
+    refs = [folder(0, 10), folder(1, 10)]
+    tally = Tally(refs, [])
+    tally.worker_ready(0.0)
+    tally.finished(refs[0], None)
+    tally.update([state((refs[1], 5))], 5.0)
+    assert tally.snapshot(5.0, 1, "cpu").fraction == 0.5
+
+
+def test_a_snapshot_does_not_depend_on_how_many_shards_are_done() -> None:
+    """Neither update nor snapshot walks over what is finished."""
+    refs = [tar(i) for i in range(300)]
+    tally = Tally(refs, [])
+    tally.worker_ready(0.0)
+    for ref in refs:
+        tally.update([state((ref, 1))], 1.0)
+        tally.finished(ref, manifest(ref))
+    held = [v for v in vars(tally).values() if isinstance(v, list | dict)]
+    assert all(len(v) < 20 for v in held)
+
+
+# Lines
+
+
+def test_the_line() -> None:
+    s = Snapshot(shards=4, shards_done=2, shards_failed=1, images=1312, images_per_s=4.14)
+    assert line(s) == "3/4 shards  1,312 images  4.1 images/s"
+    s = Snapshot(
+        shards=1,
+        images=1,
+        images_per_s=4.0,
+        psnr_mean=29.84,
+        eta_s=20.0,
+        busy={"fit": 0.971},
+        retries={"oom": 1, "storage": 2},
+        backend="triton",
+    )
+    assert line(s) == (
+        "0/1 shard  1 image  4.0 images/s  29.8 dB  fit 97 %  3 retries  20.0 s left"
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_on_a_cpu_busy_says_nothing(backend: str) -> None:
+    assert "fit" not in line(Snapshot(shards=1, busy={"fit": 1.0}, backend=backend))
+
+
+def test_plain_lines_come_every_few_seconds(
+    capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    with Progress([tar(0)], [], 100.0) as progress:
+        clock[0] = 106.0
+        progress.update([])
+        progress.worker_ready("cpu")
+        clock[0] = 107.0
+        progress.update([state((tar(0), 3))])
+        clock[0] = 112.0
+        progress.update([state((tar(0), 6))])
+    assert capsys.readouterr().err == (
+        "starting workers ...\n0/1 shard  6 images  1.0 images/s  20.0 dB\n"
+    )
+
+
+def test_failures_and_retries_are_told_at_once(capsys: Capsys) -> None:
+    ref = tar(0)
+    with Progress([ref], [], time.monotonic()) as progress:
+        progress.retried("worker_death", ref.name, "once more, alone")
+        progress.finished(ref, failed(ref))
+    assert capsys.readouterr().err == (
+        "shard 00000000 will be tried again (worker death): once more, alone\n"
+        "shard 00000000 failed: SourceError: truncated\n"
+    )
+    assert progress.failures == {ref.name: failed(ref)}
+    assert progress.retries == {"worker_death": 1}
+
+
+def test_the_summary() -> None:
+    before, refs = manifest(tar(7), ok=10), [tar(0), tar(1)]
+    started = time.monotonic() - 5
+    with Progress(refs, [before], started) as progress:
+        progress.worker_ready("cpu")
+        progress.retried("storage", refs[0].name, "")
+        progress.finished(refs[0], done(refs[0], ok=5, corrupt=1, psnr=24.0))
+        progress.finished(refs[1], failed(refs[1]))
+    found = run_summary(progress, [before], started, 3)
+    assert (found["samples"], found["ok"], found["skipped"]) == (16, 15, {"corrupt_image": 1})
+    assert found["psnr_mean"] == pytest.approx((10 * 30 + 5 * 24) / 15)
+    assert (found["shards_done"], found["shards_skipped_done"], found["shards_failed"]) == (1, 1, 1)
+    assert found["images_converted"] == 6
+    assert (found["retries"], found["workers"]) == ({"storage": 1}, 3)
+    assert 5 <= found["time_to_first_shard_s"] <= found["wall_s"]
+
+
+# _progress.json
+
+
+def read(dst: Path) -> dict[str, Any]:
+    return json.loads((dst / PROGRESS_FILE).read_text())
+
+
+def test_the_file_ends_with_the_final_figures(tmp_path: Path) -> None:
+    refs = [tar(0), tar(1)]
+    with Progress(refs, [], time.monotonic(), str(tmp_path)) as progress:
+        progress.workers = 2
+        progress.worker_ready("cpu")
+        for ref in refs:
+            progress.finished(ref, done(ref))
+    found = read(tmp_path)
+    assert found["state"] == "done"
+    assert (found["shards"], found["shards_done"], found["images"]) == (2, 2, 20)
+    assert (found["psnr_mean"], found["workers"], found["backend"]) == (30.0, 2, "cpu")
+    assert found["started"] <= found["updated"]
+    assert found["updated"].endswith("Z")
+    assert {path.name for path in tmp_path.iterdir()} == {PROGRESS_FILE}
+
+
+def test_the_file_says_running_until_the_end(tmp_path: Path) -> None:
+    with Progress([tar(0)], [], time.monotonic(), str(tmp_path)) as progress:
+        while not (tmp_path / PROGRESS_FILE).exists():
+            progress.update([])
+        assert (read(tmp_path)["state"], read(tmp_path)["shards_done"]) == ("running", 0)
+        progress.worker_ready("cpu")
+        progress.finished(tar(0), done(tar(0)))
+    assert (read(tmp_path)["state"], read(tmp_path)["shards_done"]) == ("done", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (Interrupted(143, "terminated"), "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+        (StorageError("full"), "failed"),
+    ],
+)
+def test_the_final_state(error: BaseException, expected: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(type(error)),
+        Progress([tar(0)], [], time.monotonic(), str(tmp_path)) as progress,
+    ):
+        raise error
+    assert progress.state == read(tmp_path)["state"] == expected
+
+
+def test_a_failed_shard_fails_the_job(tmp_path: Path) -> None:
+    with Progress([tar(0)], [], time.monotonic(), str(tmp_path)) as progress:
+        progress.finished(tar(0), failed(tar(0)))
+    assert read(tmp_path)["state"] == "failed"
+
+
+@pytest.mark.parametrize("error", [StorageError("disk full"), UnavailableError("no answer")])
+def test_a_store_that_refuses_the_file_is_told_once_and_fails_nothing(
+    error: Exception, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(progress_module, "write_text", refuse)
+    monkeypatch.setattr(progress_module, "LOCAL_FILE_EVERY_S", 0.0)
+    with Progress([tar(0)], [], time.monotonic(), str(tmp_path)) as progress:
+        for _ in range(50):
+            progress.update([])
+        progress.worker_ready("cpu")
+        progress.finished(tar(0), done(tar(0)))
+    assert capsys.readouterr().err == f"_progress.json is not up to date: {error}\n"
+    assert progress.state == "done"
+
+
+def test_a_store_that_hangs_holds_up_no_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    asked, answer = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def hang(dst: str, name: str, text: str) -> None:
+        calls.append(text)
+        asked.set()
+        assert answer.wait(60)
+
+    monkeypatch.setattr(progress_module, "write_text", hang)
+    monkeypatch.setattr(progress_module, "LOCAL_FILE_EVERY_S", 0.0)
+    with Progress([tar(0)], [], time.monotonic(), str(tmp_path)) as progress:
+        assert asked.wait(60)
+        for _ in range(50):
+            progress.update([])
+        assert len(calls) == 1
+        answer.set()
+    assert [json.loads(text)["state"] for text in calls] == ["running", "done"]
+
+
+# Metrics
+
+
+def test_every_metric_has_a_reading_with_its_tag() -> None:
+    full = Snapshot(
+        shards=5,
+        shards_done=2,
+        shards_failed=1,
+        shards_in_work=1,
+        skipped={"corrupt_image": 3},
+        psnr_mean=30.0,
+        eta_s=5.0,
+        busy={"fit": 0.5},
+        queued={"fit": 2},
+        retries={"oom": 1},
+    )
+    found = {(name, tag): value for name, tag, value in readings(full)}
+    assert {name for name, _ in found} == {*COUNTERS, *GAUGES}
+    assert all((name in TAGS) == bool(tag) for name, tag in found)
+    assert found["splatshard_shards", "pending"] == 1
+    assert found["splatshard_retries_total", "oom"] == 1
+    unknown = {name for name, _, _ in readings(Snapshot())}
+    assert not unknown & {"splatshard_psnr_db", "splatshard_eta_seconds"}
+
+
+# Logs
+
+
+def test_json_logs_name_shard_and_uid(capsys: Capsys) -> None:
+    configure("json")
+    refs = [tar(0), tar(1)]
+    skipped = (
+        SkippedSample(key="7", uid="u7", status="corrupt_image", error="cut"),
+        SkippedSample(key="8", uid=None, status="quarantined", error="killed its worker"),
+    )
+    with Progress(refs, [], time.monotonic(), "") as progress:
+        progress.worker_ready("cpu", node="n1", pid=5)
+        progress.retried("oom", refs[0].name, "once more", node="n1")
+        progress.finished(refs[0], done(refs[0], skipped, ok=8, corrupt=2))
+        progress.finished(refs[1], failed(refs[1]))
+        progress.worker_left("it was dismissed", node="n1")
+    found = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
+    by_event = {e["event"]: e for e in found}
+    assert list(by_event) == [
+        *("job_start", "worker_ready", "retry", "sample_skipped", "quarantine"),
+        *("shard_done", "shard_failed", "worker_left", "job_end"),
+    ]
+    assert (by_event["retry"]["kind"], by_event["retry"]["node"]) == ("oom", "n1")
+    sample = by_event["sample_skipped"]
+    assert (sample["shard"], sample["key"], sample["uid"]) == ("00000000", "7", "u7")
+    assert (sample["status"], sample["error"]) == ("corrupt_image", "cut")
+    assert "uid" not in by_event["quarantine"]
+    assert by_event["shard_done"]["counts"] == {"ok": 8, "corrupt_image": 2}
+    assert by_event["shard_failed"]["trace"] == "trace\n"
+    assert (by_event["job_end"]["state"], by_event["job_end"]["images"]) == ("failed", 10)
+
+
+def test_people_are_not_told_every_skipped_sample(capsys: Capsys) -> None:
+    ref = tar(0)
+    skipped = (SkippedSample(key="7", uid="u7", status="corrupt_image", error="cut"),)
+    with Progress([ref], [], time.monotonic()) as progress:
+        progress.finished(ref, done(ref, skipped))
+    assert capsys.readouterr().err == ""
