@@ -1,0 +1,97 @@
+"""The Ray that a job runs on: embedded, joined, or the cluster of `ray job submit`.
+
+What the driver asks of it: how many workers there is room for, which nodes are about to go, and why
+an actor died.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError
+
+from jobs.cli import debugging
+from jobs.tally import RetryKind
+from schemas.errors import BackendError
+
+CPU_BACKENDS = ("cpu", "reference")
+
+Workers = int | Literal["auto"]
+
+
+@contextmanager
+def ray_session(workers: Workers) -> Iterator[None]:
+    """An embedded Ray, or the one this process is in, or that RAY_ADDRESS names (set by
+    `ray job submit`)."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    common: dict[str, Any] = {
+        "log_to_driver": debugging(),
+        "logging_level": "INFO" if debugging() else "ERROR",
+    }
+    joined = ray.is_initialized()
+    if joined:
+        pass
+    elif os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=workers if isinstance(workers, int) else len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,  # only small records pass through it
+            **common,
+        )
+    try:
+        with redirect_stdout(sys.stderr):  # where Ray's threads would print that a worker died
+            yield
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def reservation(backend: str) -> dict[str, float]:
+    """What a worker reserves. Raises BackendError for a GPU backend where Ray sees no GPU."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if backend == "triton" and gpus == 0:
+        raise BackendError("--backend triton: Ray sees no GPU here; use --backend cpu")
+    if gpus and backend not in CPU_BACKENDS:
+        return {"num_cpus": 1, "num_gpus": 1}
+    return {"num_cpus": 1}
+
+
+def room(workers: Workers, reserved: dict[str, float]) -> int:
+    """How many workers there should be: the number that was asked for, else one per GPU (or core)
+    that the cluster has at this moment.
+
+    A number stays what it is when nodes leave: the workers that find no place wait, and an
+    autoscaler sees them.
+    """
+    if isinstance(workers, int):
+        return workers
+    total = ray.cluster_resources()
+    return int(total.get("GPU" if "num_gpus" in reserved else "CPU", 0))
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that were told to end (spot notice, scale-down)."""
+    from ray._private.state import state  # what Ray's own libraries use; nothing public tells it
+
+    return set(state.get_draining_nodes())
+
+
+def cause_of_death(error: RayError) -> RetryKind:
+    """What killed an actor, by Ray's account. An out-of-memory kill by Linux looks like a crash."""
+    text = str(error)
+    if getattr(error, "preempted", False):
+        return "preempted"
+    if "node has died" in text or "node was terminated" in text:
+        return "node_death"
+    if isinstance(error, OutOfMemoryError) or "low on memory" in text:
+        return "oom"
+    return "worker_death"
