@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
 
-from jobs.cli import debugging
+from jobs.log import debugging
+from jobs.metrics import advertised
 from jobs.tally import RetryKind
 from schemas.errors import BackendError
 
@@ -35,20 +36,23 @@ def ray_session(workers: Workers) -> Iterator[None]:
         "logging_level": "INFO" if debugging() else "ERROR",
     }
     joined = ray.is_initialized()
+    found_by_prometheus: AbstractContextManager[None] = nullcontext()
     if joined:
         pass
     elif os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
     else:
-        ray.init(
+        context = ray.init(
             address="local",
             num_cpus=workers if isinstance(workers, int) else len(os.sched_getaffinity(0)),
             include_dashboard=False,
             object_store_memory=100 * 2**20,  # only small records pass through it
             **common,
         )
+        found_by_prometheus = advertised(context.address_info["session_dir"])
     try:
-        with redirect_stdout(sys.stderr):  # where Ray's threads would print that a worker died
+        # standard output is where Ray's threads would print that a worker died
+        with redirect_stdout(sys.stderr), found_by_prometheus:
             yield
     finally:
         if not joined:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ from jobs.cli import (
     size,
 )
 from jobs.files import RUN_FILE, write_plan, write_text
+from jobs.log import configure
+from jobs.manifest import Catalog
 from jobs.plan import Plan, make_plan, planned, refuse_stale
 from jobs.progress import Progress, run_summary
 from jobs.signals import StopSignals
@@ -44,7 +47,38 @@ Preset = Literal["default", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
+class RunOptions:
+    """How a job runs, whatever it converts."""
+
+    workers: Annotated[
+        int | Literal["auto"], tyro.conf.arg(metavar="N|auto", help_behavior_hint="(default: auto)")
+    ] = "auto"
+    """Worker processes. auto: one per GPU, or per core without GPUs, following the cluster as nodes
+    come and go."""
+    sample_timeout: Annotated[float, tyro.conf.arg(metavar="S")] = 300.0
+    """Seconds that one sample may keep a worker busy before it is taken for hung; see README."""
+    storage_options: Annotated[
+        str, tyro.conf.arg(metavar="JSON", help_behavior_hint="(default: the usual environment)")
+    ] = ""
+    """Options of the remote store, such as '{"anon": true}', as fsspec's driver takes them;
+    SPLATSHARD_STORAGE_OPTIONS does the same and shows in no process list."""
+    log_format: Literal["text", "json"] = "text"
+    """json: every line on standard error is one JSON object."""
+    json: Switch = False
+    """End standard output with one JSON line."""
+    debug: Switch = False
+    """Show tracebacks and Ray's log."""
+
+    def __post_init__(self) -> None:
+        if self.workers != "auto" and self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: must be auto or at least 1")
+        if self.sample_timeout <= 0:
+            raise UsageError(f"--sample-timeout {self.sample_timeout}: must be above 0")
+        storage_options(self.storage_options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(RunOptions):
     """Convert an image dataset into shards of 2D Gaussians.
 
     Run the same command again to continue after any interruption; finished shards are kept.
@@ -55,13 +89,9 @@ class ConvertOptions:
     """Tars, Hugging Face Parquet files or a folder of images: a path, a brace pattern or glob
     (quote it), several joined by ::, a list file (.txt), or any fsspec URL."""
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder for the shards; created when absent."""
+    """Folder for the shards, local or s3://; created when absent."""
     preset: Preset = "default"
     """Base of the recipe; explicit flags override it. paper: the published recipe."""
-    workers: Annotated[
-        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all cores, or GPUs)")
-    ] = None
-    """Worker processes, one shard at a time each."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Convert only the first N samples."""
     samples_per_shard: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
@@ -70,14 +100,11 @@ class ConvertOptions:
     """Redo shards in DST that were made by another configuration or from another source."""
     dry_run: Switch = False
     """Fit a few images and estimate time, size and PSNR of the whole job; writes nothing."""
-    json: Switch = False
-    """End standard output with one JSON line."""
-    debug: Switch = False
-    """Show tracebacks and Ray's log."""
     config: Annotated[ConvertConfig, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
-        for name in ("workers", "limit", "samples_per_shard"):
+        super().__post_init__()
+        for name in ("limit", "samples_per_shard"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 flag = name.replace("_", "-")
@@ -113,14 +140,39 @@ def preset_in(args: list[str]) -> Any:
     return preset
 
 
-def convert(options: ConvertOptions, started: float) -> int:
-    """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination, clean_staging
-    from pipeline.markers import read_markers
-    from pipeline.sources import list_shards
+def storage_options(text: str) -> dict[str, Any]:
+    """`--storage-options`, or the environment's. Raises UsageError, which does not repeat them:
+    there are secrets in them."""
+    text = text or os.environ.get("SPLATSHARD_STORAGE_OPTIONS", "")
+    try:
+        options = json.loads(text or "{}")
+    except ValueError as e:
+        raise UsageError(
+            f"--storage-options is not JSON (character {getattr(e, 'pos', 0)}); write "
+            """'{"anon": true}'"""
+        ) from None
+    if not isinstance(options, dict):
+        raise UsageError("--storage-options must be a JSON object, such as '{\"anon\": true}'")
+    return options
+
+
+def prepare(options: RunOptions) -> None:
+    """What every job that converts does first."""
+    from pipeline.storage import use_options
 
     if options.debug:
         os.environ["SPLATSHARD_DEBUG"] = "1"
+    configure(options.log_format)
+    use_options(storage_options(options.storage_options))
+
+
+def convert(options: ConvertOptions, started: float) -> int:
+    """The whole job; returns the exit code."""
+    from pipeline.commit import check_destination
+    from pipeline.markers import read_markers
+    from pipeline.sources import list_shards
+
+    prepare(options)
     config = options.config
     dst = absolute(options.dst).rstrip("/")
     refs = list_shards(options.src, options.limit, options.samples_per_shard)
@@ -133,19 +185,36 @@ def convert(options: ConvertOptions, started: float) -> int:
     if options.dry_run:
         from jobs.dryrun import dry_run
 
-        return dry_run(plan.work, config, options.workers, options.json)
+        workers = None if options.workers == "auto" else options.workers
+        return dry_run(plan.work, config, workers, options.json)
+    return execute(plan, refs, config, dst, options, started)
+
+
+def execute(
+    plan: Plan,
+    refs: Sequence[ShardRef],
+    config: ConvertConfig,
+    dst: str,
+    options: RunOptions,
+    started: float,
+) -> int:
+    """Convert what is left to do of `plan`, tell the result; returns the exit code."""
+    from pipeline.commit import clean_staging
+
     say(describe(plan, len(refs)))
     write_plan(dst, planned(refs, plan, config))
     clean_staging(dst)
-    progress = Progress(plan.work, plan.done, started)
+    progress = Progress(plan.work, plan.done, started, dst)
+    catalog = Catalog(dst, plan.done)
     try:
-        workers = drive_all(plan, config, dst, options.workers, progress) if plan.work else 0
+        workers = drive(plan, config, dst, options, progress, catalog) if plan.work else 0
     finally:
         clean_staging(dst)  # of workers that died
+    catalog.write()
     summary = run_summary(progress, plan.done, started, workers)
     if plan.work:
         write_text(dst, RUN_FILE, json.dumps(summary, sort_keys=True, indent=2) + "\n")
-    tell_summary(summary, progress, options.dst)
+    tell_summary(summary, progress, dst)
     if options.json:
         print_json(summary)
     return EXIT_FAILED_SHARDS if progress.failures else EXIT_OK
@@ -164,22 +233,40 @@ def source_sha256(ref: ShardRef) -> str:
     return digest.hexdigest()
 
 
-def drive_all(
-    plan: Plan, config: ConvertConfig, dst: str, workers: int | None, progress: Progress
+def drive(
+    plan: Plan,
+    config: ConvertConfig,
+    dst: str,
+    options: RunOptions,
+    progress: Progress,
+    catalog: Catalog,
 ) -> int:
     """Start Ray, convert what is left to do; returns the number of workers."""
-    from jobs.drive import drive, ray_session
+    from jobs.cluster import ray_session
+    from jobs.drive import Driver
+    from pipeline.commit import clean_attempts
 
-    with ray_session(workers, config.backend) as (available, resources):
-        team = min(available, len(plan.work))
-        say(f"converting with {count(team, 'worker')}; Ctrl-C stops, the same command continues")
-        with StopSignals() as signals, progress:
-            try:
-                drive(plan.work, config, dst, team, resources, progress, signals)
-            except Interrupted as e:
-                kept = count(len(plan.done) + len(progress.manifests), "finished shard")
-                raise Interrupted(e.code, f"{e} ({kept} kept)") from None
-    return team
+    with ray_session(options.workers), StopSignals() as signals:
+        driver = Driver(
+            plan,
+            config,
+            dst,
+            workers=options.workers,
+            sample_timeout=options.sample_timeout,
+            storage_options=storage_options(options.storage_options),
+            progress=progress,
+            catalog=catalog,
+            signals=signals,
+        )
+        say("converting; Ctrl-C stops, the same command continues")
+        try:
+            with progress:
+                return driver.run()
+        except Interrupted as e:
+            kept = count(len(plan.done) + len(progress.manifests), "finished shard")
+            raise Interrupted(e.code, f"{e} ({kept} kept)") from None
+        finally:
+            clean_attempts(dst, driver.schedule.job, progress.manifests)
 
 
 def describe(plan: Plan, total: int) -> str:

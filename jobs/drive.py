@@ -1,274 +1,345 @@
 """The driver loop over Ray: shards to workers, every result inspected, dead workers replaced.
 
-    assign -> ray.wait -> done | failed | storage | worker died -> poll progress -> again
+    resize -> assign -> ray.wait -> done | failed | unavailable | worker died -> poll -> again
 
 Why a loop of our own: ray.util.ActorPool drops a dead actor and loses its item, and Ray Data names
-outputs after blocks, not inputs. At most two shards are in flight per worker, so that one waits at
-the worker while the driver is busy. Workers have max_restarts=0 and are replaced here, since the
-loop must know which shard was in work when one died: that one is retried, up to MAX_RETRIES times;
-the shard queued behind it is innocent and goes back without a count. An error from the stages is
-deterministic and is not retried; a StorageError stops the job, because a full disk would fail
-every shard after it.
+outputs after blocks, not inputs. Workers have max_restarts=0 and are replaced here, since the loop
+must know what was in work when one died; `jobs.schedule` decides what becomes of it.
 
-Left out, for the cluster step: bisection of shards that kill workers, and growing with the cluster.
+An error from the stages is deterministic: the shard is marked failed and not retried. A
+StorageError stops the job, because a full disk would fail every shard after it; so does a store
+that has stopped answering everybody.
+
+Nothing is remembered between jobs: the markers in DST say what is done, and the recovery for
+everything is to run the same command again.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from jobs.actors import THREADS, FitActor, Outcome
-from jobs.cli import Interrupted, debugging, say
+from jobs.actors import IN_FLIGHT, THREADS, FitActor, Outcome, Started, Task, WorkerState
+from jobs.cli import Interrupted
+from jobs.cluster import Workers, cause_of_death, draining_nodes, reservation, room
+from jobs.manifest import Catalog
+from jobs.plan import Plan
 from jobs.progress import Progress
+from jobs.schedule import UNAVAILABLE, Schedule
 from jobs.signals import StopSignals
+from jobs.tally import RetryKind
 from pipeline.commit import mark_failed
 from schemas.config import ConvertConfig
-from schemas.errors import BackendError, SplatshardError, StorageError
-from schemas.shard import ShardRef
+from schemas.errors import BackendError, SplatshardError, StorageError, UnavailableError
 
-IN_FLIGHT = 2
-MAX_RETRIES = 3
 POLL_S = 0.5
+RESIZE_S = 5.0
 STOP_GRACE_S = 10.0
-BACKOFF_S = 1.0
-
-CPU_BACKENDS = ("cpu", "reference")
+START_DEATHS = 4
+"""Workers in a row that may die before they have loaded."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Worker:
-    """An actor and what was asked of it. `in_flight` is in order: its first shard is in work."""
+    """An actor and what was asked of it. `heard` is when it last answered (monotonic s)."""
 
     actor: Any
     started: Any
-    in_flight: dict[Any, ShardRef] = field(default_factory=dict)
+    node: str = ""
+    in_flight: dict[Any, Task] = field(default_factory=dict)
     polled: Any = None
-    counters: Any = None
+    heard: float = 0.0
+    state: WorkerState = field(default_factory=WorkerState)
+    retiring: bool = False
+
+    @property
+    def occupied(self) -> bool:
+        """Whether it works on a shard that must be alone."""
+        return any(task.alone for task in self.in_flight.values())
 
 
-@contextmanager
-def ray_session(workers: int | None, backend: str) -> Iterator[tuple[int, dict[str, float]]]:
-    """An embedded Ray, or the one this process is in, or that RAY_ADDRESS names (set by
-    `ray job submit`).
+class Driver:
+    """One job's loop. `run` returns when every shard is done or failed.
 
-    Gives the number of workers and what each one reserves. Raises BackendError when a GPU backend
-    was asked for and Ray sees no GPU.
+    Raises StorageError, UnavailableError or BackendError (the job cannot go on) and Interrupted
+    (after the workers gave up cleanly). Shards committed before that stay.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    common: dict[str, Any] = {
-        "log_to_driver": debugging(),
-        "logging_level": "INFO" if debugging() else "ERROR",
-    }
-    joined = ray.is_initialized()
-    if joined:
-        pass
-    elif os.environ.get("RAY_ADDRESS"):
-        ray.init(**common)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=workers or len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,  # only small records pass through it
-            **common,
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: ConvertConfig,
+        dst: str,
+        *,
+        workers: Workers,
+        sample_timeout: float,
+        storage_options: dict[str, Any],
+        progress: Progress,
+        catalog: Catalog,
+        signals: StopSignals,
+    ) -> None:
+        self.config, self.dst = config, dst
+        self.workers, self.sample_timeout = workers, sample_timeout
+        self.storage_options = storage_options
+        self.progress, self.catalog, self.signals = progress, catalog, signals
+        self.schedule = Schedule(plan.work, plan.replaces, progress.retried, progress.tell)
+        self.reserved = reservation(config.backend)
+        self.team: list[Worker] = []
+        self.resized = float("-inf")
+        self.start_deaths = 0
+        self.in_vain = 0
+
+    def run(self) -> int:
+        """Convert everything; returns the largest number of workers there were."""
+        largest = 0
+        try:
+            while len(self.schedule) or any(worker.in_flight for worker in self.team):
+                if self.signals.received:
+                    raise Interrupted(128 + self.signals.received, self.signals.message)
+                self.resize()
+                largest = max(largest, len(self.team))
+                self.assign()
+                for worker in self.wait():
+                    try:
+                        self.collect(worker)
+                    except RayError as e:
+                        self.lost(worker, cause_of_death(e))
+                self.poll()
+                self.progress.workers = len(self.team)
+                self.progress.update([worker.state for worker in self.team])
+                self.catalog.write_if_due()
+        except (Interrupted, SplatshardError):
+            self.stop()
+            raise
+        finally:
+            for worker in self.team:
+                ray.kill(worker.actor)
+        return largest
+
+    # The team
+
+    def resize(self) -> None:
+        """Hire as many as there is room and work for; nodes that will end get no more tasks."""
+        now = time.monotonic()
+        if now - self.resized < RESIZE_S:
+            return
+        self.resized = now
+        leaving = draining_nodes()
+        for worker in list(self.team):
+            if worker.node in leaving and not worker.retiring:
+                worker.retiring = True
+                self.progress.tell(f"node {worker.node[:8]} is draining: its worker takes no more")
+            if worker.retiring and not worker.in_flight:
+                self.dismiss(worker)
+        tasks = len(self.schedule) + sum(len(worker.in_flight) for worker in self.team)
+        staying = sum(not worker.retiring for worker in self.team)
+        for _ in range(min(room(self.workers, self.reserved), tasks) - staying):
+            self.hire()
+
+    def hire(self) -> None:
+        """A new worker; its loading starts at once."""
+        remote = ray.remote(
+            concurrency_groups={"control": 1, "convert": IN_FLIGHT},
+            max_restarts=0,
+            max_task_retries=0,
+            **self.reserved,
         )
-    try:
-        with redirect_stdout(sys.stderr):  # where Ray's threads would print that a worker died
-            yield _team(workers, backend)
-    finally:
-        if not joined:
-            ray.shutdown()
+        actor = remote(FitActor).remote(THREADS, self.storage_options)
+        self.team.append(Worker(actor=actor, started=actor.start.remote(self.config.backend)))
 
+    def dismiss(self, worker: Worker) -> None:
+        """Out of the team, and dead: a lost connection only looks like a death."""
+        self.team.remove(worker)
+        ray.kill(worker.actor)
+        self.resized = float("-inf")  # look at once whether there is room for another
 
-def _team(workers: int | None, backend: str) -> tuple[int, dict[str, float]]:
-    total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0))
-    if backend == "triton" and gpus == 0:
-        raise BackendError("--backend triton: Ray sees no GPU here; use --backend cpu")
-    if gpus and backend not in CPU_BACKENDS:
-        return workers or gpus, {"num_cpus": 1, "num_gpus": 1}
-    return workers or max(1, int(total.get("CPU", 1))), {"num_cpus": 1}
+    # Tasks and their outcomes
 
-
-def drive(
-    work: Sequence[ShardRef],
-    config: ConvertConfig,
-    dst: str,
-    workers: int,
-    resources: dict[str, float],
-    progress: Progress,
-    signals: StopSignals,
-) -> None:
-    """Convert `work`; every outcome goes to `progress`.
-
-    Raises StorageError or BackendError (the job cannot go on) and Interrupted (after the workers
-    gave up cleanly). Shards committed before that stay.
-    """
-    pending = deque(work)
-    deaths: Counter[str] = Counter()
-    team = [hire(config.backend, resources) for _ in range(min(workers, len(work)))]
-    try:
-        while pending or any(worker.in_flight for worker in team):
-            if signals.received:
-                raise Interrupted(128 + signals.received, signals.message)
-            assign(team, pending, config, dst)
-            for worker in wait(team):
-                try:
-                    collect(worker, progress)
-                except RayError:
-                    team[team.index(worker)] = replace(
-                        worker, pending, deaths, config, dst, resources, progress
-                    )
-            poll(team)
-            progress.update([worker.counters for worker in team if counting(worker)])
-    except (Interrupted, SplatshardError):
-        stop(team, progress)
-        raise
-    finally:
+    def assign(self) -> None:
+        """Fill the workers breadth first; the last shards are not queued behind a busy worker."""
+        now = time.monotonic()
+        team = [worker for worker in self.team if not worker.retiring]
         for worker in team:
-            ray.kill(worker.actor)
-
-
-def hire(backend: str, resources: dict[str, float]) -> Worker:
-    """A new worker; its loading starts at once."""
-    remote = ray.remote(
-        concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0, **resources
-    )
-    actor = remote(FitActor).remote(THREADS)
-    return Worker(actor=actor, started=actor.start.remote(backend))
-
-
-def assign(team: list[Worker], pending: deque[ShardRef], config: ConvertConfig, dst: str) -> None:
-    """Fill the workers breadth first; the last shards are not queued behind a busy worker."""
-    for depth in range(IN_FLIGHT):
+            if not worker.in_flight and (task := self.schedule.take(now)):
+                self.give(worker, task)
         for worker in team:
-            queueing = depth > 0 and len(pending) < len(team)
-            if pending and len(worker.in_flight) == depth and not queueing:
-                ref = pending.popleft()
-                worker.in_flight[worker.actor.convert.remote(ref, config, dst)] = ref
+            beside = 0 < len(worker.in_flight) < IN_FLIGHT and not worker.occupied
+            if (
+                beside
+                and self.schedule.ready >= len(team)
+                and (task := self.schedule.take_beside())
+            ):
+                self.give(worker, task)
 
+    def give(self, worker: Worker, task: Task) -> None:
+        convert = worker.actor.convert.options(concurrency_group="convert")
+        worker.in_flight[convert.remote(task, self.config, self.dst)] = task
 
-def wait(team: list[Worker]) -> list[Worker]:
-    """Workers with something to collect, within POLL_S."""
-    watched = [ref for w in team for ref in (w.started, *w.in_flight) if ref is not None]
-    ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
-    if not ready:
-        ready, _ = ray.wait(watched, num_returns=1, timeout=POLL_S)
-    found = set(ready)
-    return [w for w in team if w.started in found or not found.isdisjoint(w.in_flight)]
+    def wait(self) -> list[Worker]:
+        """Workers with something to collect, within POLL_S."""
+        watched = [ref for w in self.team for ref in (w.started, *w.in_flight) if ref is not None]
+        if not watched:
+            time.sleep(POLL_S)
+            return []
+        ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(watched, num_returns=1, timeout=POLL_S)
+        found = set(ready)
+        return [w for w in self.team if w.started in found or not found.isdisjoint(w.in_flight)]
 
+    def collect(self, worker: Worker) -> None:
+        """Take all finished results of one worker.
 
-def collect(worker: Worker, progress: Progress) -> None:
-    """Take all finished results of one worker, in order.
+        Raises RayError when the worker died, SplatshardError when the job must stop.
+        """
+        if worker.started is not None:
+            if not is_ready(worker.started):
+                return
+            self.welcome(worker)
+        for ref in [ref for ref in worker.in_flight if is_ready(ref)]:
+            outcome: Outcome = ray.get(ref)
+            task = worker.in_flight.pop(ref)
+            unfinished = tuple(c for c in worker.state.shards if c.shard != task.ref.name)
+            worker.state = WorkerState(shards=unfinished, pulse=outcome.pulse)
+            worker.heard = time.monotonic()
+            self.settle(task, outcome)
 
-    Raises RayError when the worker died, BackendError and StorageError when the job must stop.
-    """
-    if worker.started is not None:
-        if not is_ready(worker.started):
-            return
-        state, detail = ray.get(worker.started)
-        worker.started = None
-        if state == "error":
-            raise BackendError(detail)
-        progress.worker_ready(detail)
-    for ref in list(worker.in_flight):
-        if not is_ready(ref):
-            return
-        outcome: Outcome = ray.get(ref)
-        shard = worker.in_flight.pop(ref)
-        worker.counters = None
+    def welcome(self, worker: Worker) -> None:
+        """A worker has loaded, or cannot."""
+        try:
+            started: Started = ray.get(worker.started)
+        except RayTaskError as e:
+            raise BackendError(f"a worker cannot start: {e.cause}") from None
+        if started.error:
+            raise BackendError(started.error)
+        worker.started, worker.node, worker.heard = None, started.node, time.monotonic()
+        self.start_deaths = 0
+        self.progress.worker_ready(started.backend)
+
+    def settle(self, task: Task, outcome: Outcome) -> None:
+        """What follows from an outcome. Raises StorageError and UnavailableError."""
         if outcome.kind == "storage":
             raise StorageError(
                 f"{outcome.message} (shard {outcome.name}; finished shards are kept)"
             )
-        progress.finished(shard, outcome)
+        if outcome.kind == "unavailable":
+            self.unavailable(task, outcome)
+            return
+        self.in_vain = 0
+        if outcome.kind == "survived":
+            self.schedule.survived(task, outcome.tried)
+        else:
+            self.finish(task, outcome)
+
+    def finish(self, task: Task, outcome: Outcome) -> None:
+        self.progress.finished(task.ref, outcome)
+        if outcome.manifest:
+            self.catalog.add(outcome.manifest)
+
+    def unavailable(self, task: Task, outcome: Outcome) -> None:
+        """Later again, or not. Raises UnavailableError when no shard gets anywhere any more."""
+        self.in_vain += 1
+        if self.in_vain > UNAVAILABLE * max(1, len(self.team)):
+            raise UnavailableError(
+                f"{outcome.message} ({self.in_vain} attempts in a row; finished shards are kept, "
+                "run the same command again when the store answers)"
+            )
+        if not self.schedule.unavailable(task, outcome.message, time.monotonic()):
+            self.finish(task, replace(outcome, kind="failed"))
+
+    def lost(self, worker: Worker, kind: RetryKind) -> None:
+        """A worker is gone; its tasks go where they belong. Raises BackendError if none loads."""
+        self.dismiss(worker)
+        loading = worker.started is not None
+        node_gone = kind in ("node_death", "preempted")
+        if loading and not node_gone:
+            self.start_deaths += 1
+            if self.start_deaths >= START_DEATHS:
+                raise BackendError(
+                    f"the worker died {self.start_deaths} times before its first shard: is there "
+                    "enough memory for it? --debug shows its log"
+                )
+        for task in reversed(worker.in_flight.values()):
+            if kind == "storage":
+                message = "reading the source or writing to DST took too long"
+                self.unavailable(
+                    task, Outcome(name=task.ref.name, kind="unavailable", message=message)
+                )
+            elif loading or node_gone:
+                self.schedule.innocent(task, kind)
+            elif reason := self.schedule.died(task, kind):
+                self.give_up(task, SplatshardError(reason))
+
+    def give_up(self, task: Task, error: SplatshardError) -> None:
+        """Mark a shard failed from here. Raises StorageError and UnavailableError."""
+        mark_failed(self.dst, task.ref, self.config, error)
+        self.finish(
+            task,
+            Outcome(
+                name=task.ref.name, kind="failed", error=type(error).__name__, message=str(error)
+            ),
+        )
+
+    # What the workers are doing
+
+    def poll(self) -> None:
+        """Fetch each worker's state without waiting for any; one that hangs is killed."""
+        now = time.monotonic()
+        for worker in list(self.team):
+            if worker.started is not None or not worker.in_flight:
+                worker.heard = now
+                continue
+            if worker.polled is None:
+                control = worker.actor.state.options(concurrency_group="control")
+                worker.polled = control.remote()
+            elif is_ready(worker.polled):
+                self.hear(worker, now)
+            if hung := self.hung(worker, now):
+                self.lost(worker, hung)
+
+    def hear(self, worker: Worker, now: float) -> None:
+        """Take a worker's answer, less the shards whose results have come in meanwhile."""
+        try:
+            state: WorkerState = ray.get(worker.polled)
+        except RayError:
+            state = WorkerState()  # dead: `collect` meets the same news
+        names = {task.ref.name for task in worker.in_flight.values()}
+        shards = tuple(c for c in state.shards if c.shard in names)
+        worker.state, worker.heard, worker.polled = replace(state, shards=shards), now, None
+
+    def hung(self, worker: Worker, now: float) -> RetryKind | None:
+        """How a worker hangs: in a sample, or at a store; None when it does not."""
+        silent_s, pulse = now - worker.heard, worker.state.pulse
+        if pulse.slowest_s + silent_s <= self.sample_timeout:
+            return None
+        return "storage" if pulse.slowest in ("read", "publish") else "hang"
+
+    def stop(self) -> None:
+        """Ask all workers to give up after their current batch, and wait STOP_GRACE_S for it."""
+        for worker in self.team:
+            worker.actor.stop.options(concurrency_group="control").remote()
+        waiting = {
+            ref: task
+            for worker in self.team
+            if worker.started is None
+            for ref, task in worker.in_flight.items()
+        }
+        if not waiting:
+            return
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=STOP_GRACE_S)
+        for ref in ready:
+            try:
+                outcome: Outcome = ray.get(ref)
+            except RayError:
+                continue
+            if outcome.kind in ("done", "failed"):
+                self.finish(waiting[ref], outcome)
 
 
 def is_ready(ref: Any) -> bool:
     """Whether a result, or the news of the worker's death, is there."""
     return bool(ray.wait([ref], timeout=0)[0])
-
-
-def replace(
-    dead: Worker,
-    pending: deque[ShardRef],
-    deaths: Counter[str],
-    config: ConvertConfig,
-    dst: str,
-    resources: dict[str, float],
-    progress: Progress,
-) -> Worker:
-    """A new worker in place of a dead one, whose shards go back to the front of the queue."""
-    ray.kill(dead.actor)  # a lost connection looks like a death; make it one
-    shards = list(dead.in_flight.values())
-    blamed = shards[0].name if shards else ""
-    deaths[blamed] += 1
-    if deaths[blamed] > MAX_RETRIES:
-        reason = (
-            f"the worker died {deaths[blamed]} times "
-            + ("while converting this shard" if blamed else "before its first shard")
-            + " (out of memory, or a crash in a decoder or kernel)"
-        )
-        if not blamed or dead.started is not None:
-            raise BackendError(reason)
-        shard = shards.pop(0)
-        mark_failed(dst, shard, config, SplatshardError(reason))
-        progress.finished(
-            shard,
-            Outcome(name=shard.name, kind="failed", error="SplatshardError", message=reason),
-        )
-    elif blamed:
-        say(f"a worker died while converting {blamed}; retry {deaths[blamed]} of {MAX_RETRIES}")
-    pending.extendleft(reversed(shards))
-    time.sleep(BACKOFF_S)
-    return hire(config.backend, resources)
-
-
-def poll(team: list[Worker]) -> None:
-    """Fetch each worker's counters without waiting for any."""
-    for worker in team:
-        if worker.polled is None and worker.in_flight and worker.started is None:
-            control = worker.actor.progress.options(concurrency_group="control")
-            worker.polled = control.remote()
-        elif worker.polled is not None and is_ready(worker.polled):
-            try:
-                worker.counters = ray.get(worker.polled)
-            except RayError:
-                worker.counters = None  # dead: `collect` meets the same news
-            worker.polled = None
-
-
-def counting(worker: Worker) -> bool:
-    """Whether its counters are of a shard whose result has not been collected."""
-    names = [shard.name for shard in worker.in_flight.values()]
-    return worker.counters is not None and worker.counters.shard in names
-
-
-def stop(team: list[Worker], progress: Progress) -> None:
-    """Ask all workers to give up after their current batch, and wait STOP_GRACE_S for it."""
-    for worker in team:
-        worker.actor.stop.options(concurrency_group="control").remote()
-    waiting = {ref: shard for w in team if w.started is None for ref, shard in w.in_flight.items()}
-    ready, _ = (
-        ray.wait(list(waiting), num_returns=len(waiting), timeout=STOP_GRACE_S)
-        if (waiting)
-        else ([], [])
-    )
-    for ref in ready:
-        try:
-            outcome: Outcome = ray.get(ref)
-        except (RayError, RayTaskError):
-            continue
-        if outcome.kind in ("done", "failed"):
-            progress.finished(waiting[ref], outcome)

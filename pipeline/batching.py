@@ -28,8 +28,9 @@ MAX_BATCH = 512
 """Stages overlap between batches, so a shard should hold several: at 512 pictures of 224 px a
 kernel already has 400,000 tiles, or 50,000 programs of Gaussians, for an H200's 8,448 warps."""
 MULTIPLE = 16
-FREE_SHARE = 0.8
-"""Of the free memory that batches may take; the rest is for the allocator's gaps and compilers."""
+FREE_SHARE = 0.4
+"""Of the free memory that a batch may take: a worker has two shards in work, and the rest is for
+the allocator's gaps and compilers."""
 
 BYTES_PER_PX = 240
 BYTES_PER_GAUSSIAN = 1024

@@ -7,8 +7,11 @@ test, in a local worker and on a GPU actor.
 
 On a GPU three threads work at once: one reads and decodes the next batch (with a pool of its own),
 one keeps the device fitting, and the caller's packs, checks and writes the previous batch. A CPU
-worker owns one core, so there the same generators run one after another. Memory is bounded by four
-batches on a GPU, by one elsewhere, plus one row group.
+worker owns one core, so there the same generators run one after another; only a remote source is
+read ahead. Memory is bounded by four batches on a GPU, by one elsewhere, plus one row group.
+
+A worker runs two shards at once, so that neither the start of a shard nor its upload leaves the
+device idle: `turn` decides how many of them may be between read and write.
 
 A bad sample becomes a row with a status; a bad source raises and commits nothing.
 """
@@ -17,8 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batching import BatchLimit, auto_batch_size, own_stream
+from pipeline.clock import StageClock
 from pipeline.commit import publish, staged_file
 from pipeline.decode import DecodedImage, decode
 from pipeline.fit import fit
@@ -49,6 +53,8 @@ Row = dict[str, Any]
 MAX_DECODERS = 16
 CHECKED_TOGETHER = 256
 """Images rendered at once to measure their PSNR, beside a batch that fills the device."""
+READ_AHEAD = 16
+"""Samples of a remote source that wait in memory while others are fitted."""
 
 
 def convert_shard(
@@ -57,38 +63,135 @@ def convert_shard(
     dst: str,
     backend: Backend,
     on_batch: Callable[[list[Row]], None] | None = None,
+    *,
+    clock: StageClock | None = None,
+    turn: AbstractContextManager[None] | None = None,
+    quarantine: Mapping[int, str] | None = None,
+    attempt: str = "",
+    replaces: str = "",
 ) -> ShardManifest:
     """Convert the source shard `ref` into `dst` and commit it.
 
-    `on_batch` is called with the rows of each finished batch (progress). Raises SourceError for a
-    source that cannot be read to its end, StorageError when `dst` cannot be written, BackendError
-    when not even one image fits into the device's memory, CorruptShardError when what was written
-    does not read back; nothing is committed then.
+    `on_batch` is called with the rows of each finished batch (progress), `clock` times the stages,
+    `turn` is held from the first read to the last write. Samples whose number in the shard is in
+    `quarantine` become rows with that reason, unseen. `attempt` and `replaces`: see
+    `commit.publish`.
+
+    Raises SourceError for a source that cannot be read to its end, UnavailableError where a store
+    does not answer, StorageError when `dst` cannot be written, BackendError when not even one image
+    fits into the device's memory, CorruptShardError when what was written does not read back;
+    nothing is committed then.
     """
+    clock = clock or StageClock()
     metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
     digest = hashlib.sha256()
     samples_in = 0
-    limit = BatchLimit(config.batch_size or auto_batch_size(config, backend.device))
-    ahead = prefetch if overlaps(backend.device) else iter
     with staged_file(dst, ref.name) as path:
-        with open_writer(path, config.pack.format, metadata) as writer:
-            decoded = ahead(decode_batches(read(ref, digest), limit.images, config, backend.device))
-            fitted = ahead(fit_batches(decoded, config, backend, limit))
-            with closing(decoded), closing(fitted):  # their threads end with the block
-                for batch in fitted:
-                    rows = pack_batch(batch, config, backend)
+        with turn or nullcontext(), open_writer(path, config.pack.format, metadata) as writer:
+            samples = read_samples(ref, digest, quarantine or {}, clock)
+            batches = convert_samples(samples, config, backend, clock)
+            with closing(samples), closing(batches):
+                for rows in batches:
                     samples_in += len(rows)
-                    writer.write(rows)
+                    with clock.stage("pack", len(rows)):
+                        writer.write(rows)
                     if on_batch:
                         on_batch(rows)
-        return publish(dst, path, ref, config, digest.hexdigest(), samples_in)
+        with clock.stage("publish", max(1, samples_in)):
+            sha256 = digest.hexdigest()
+            return publish(
+                dst, path, ref, config, sha256, samples_in, attempt=attempt, replaces=replaces
+            )
+
+
+def try_samples(
+    ref: ShardRef,
+    config: ConvertConfig,
+    backend: Backend,
+    span: tuple[int, int],
+    clock: StageClock,
+    quarantine: Mapping[int, str],
+) -> Iterator[list[Row]]:
+    """The rows of the samples from span[0] to span[1] of a shard, written nowhere; to find the one
+    that kills a worker."""
+    samples = read_samples(ref, hashlib.sha256(), quarantine, clock)
+    with closing(samples):
+        yield from convert_samples(islice(samples, *span), config, backend, clock)
 
 
 def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Backend) -> list[Row]:
     """Samples to rows, one each, in order, as one batch; for estimates."""
-    decoded = decode_batches(samples, len(samples), config, backend.device)
-    fitted = fit_batches(decoded, config, backend, BatchLimit(len(samples)))
-    return [row for batch in fitted for row in pack_batch(batch, config, backend)]
+    config = replace(config, batch_size=max(1, len(samples)))
+    return [row for rows in convert_samples(samples, config, backend, StageClock()) for row in rows]
+
+
+def read_samples(
+    ref: ShardRef, digest: hashlib._Hash, quarantine: Mapping[int, str], clock: StageClock
+) -> Iterator[RawSample]:
+    """The samples of a shard; those in quarantine carry it as their error."""
+
+    def timed() -> Iterator[RawSample]:
+        with closing(read(ref, digest)) as samples:
+            number = 0
+            while True:
+                with clock.stage("read"):
+                    sample = next(samples, None)
+                if sample is None:
+                    return
+                if number in quarantine:
+                    sample = replace(sample, error=SampleError("quarantined", quarantine[number]))
+                yield sample
+                number += 1
+
+    remote = "://" in ref.urls[0]
+    return prefetch(timed(), READ_AHEAD) if remote else timed()
+
+
+def convert_samples(
+    samples: Iterable[RawSample], config: ConvertConfig, backend: Backend, clock: StageClock
+) -> Iterator[list[Row]]:
+    """Samples to complete rows, in order, batch by batch."""
+    limit = BatchLimit(config.batch_size or auto_batch_size(config, backend.device))
+    ahead = partial(run_ahead, clock=clock) if overlaps(backend.device) else in_step
+    decoded = ahead(decode_batches(samples, limit.images, config, backend.device, clock), "fit")
+    fitted = ahead(fit_batches(decoded, config, backend, limit, clock), "pack")
+    with closing(decoded), closing(fitted):  # their threads end with the block
+        for batch in fitted:
+            with clock.stage("pack", len(batch.rows)):
+                rows = pack_batch(batch, config, backend)
+            yield rows
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether decoding, fitting and packing run at the same time."""
+    return device.type != "cpu"
+
+
+def in_step(batches: Iterator[Any], stage: str) -> Iterator[Any]:
+    """What `run_ahead` is where nothing overlaps."""
+    return batches
+
+
+def run_ahead(batches: Iterator[Any], stage: str, clock: StageClock) -> Iterator[Any]:
+    """The same batches, made ahead on a thread; the clock counts those that wait for `stage`."""
+    waiting = 0
+
+    def produced() -> Iterator[Any]:
+        nonlocal waiting
+        with closing(batches):
+            for batch in batches:
+                waiting += 1
+                clock.queue(stage, 1)
+                yield batch
+
+    try:
+        with closing(prefetch(produced())) as items:
+            for batch in items:
+                waiting -= 1
+                clock.queue(stage, -1)
+                yield batch
+    finally:
+        clock.queue(stage, -waiting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +218,21 @@ class FittedBatch:
     fits: list[tuple[Images, Splats, Tensor]]
 
 
-def overlaps(device: torch.device) -> bool:
-    """Whether decoding, fitting and packing run at the same time."""
-    return device.type != "cpu"
-
-
 def decode_batches(
-    samples: Iterable[RawSample], size: int, config: ConvertConfig, device: torch.device
+    samples: Iterable[RawSample],
+    size: int,
+    config: ConvertConfig,
+    device: torch.device,
+    clock: StageClock,
 ) -> Iterator[DecodedBatch]:
     """Batches of `size` samples, the last one smaller, with their images on `device`."""
+
+    def decode_timed(sample: RawSample) -> tuple[Row, DecodedImage | None]:
+        with clock.stage("decode"):
+            return decode_sample(sample, config)
+
     threads = min(MAX_DECODERS, len(os.sched_getaffinity(0))) if overlaps(device) else 0
-    with closing(map_ahead(partial(decode_sample, config=config), samples, threads)) as decoded:
+    with closing(map_ahead(decode_timed, samples, threads)) as decoded:
         while batch := list(islice(decoded, size)):
             images = by_size([(row, image) for row, image in batch if image is not None], device)
             rows = [row for row, _ in batch]
@@ -170,16 +277,22 @@ def by_size(images: list[tuple[Row, DecodedImage]], device: torch.device) -> lis
 
 
 def fit_batches(
-    batches: Iterable[DecodedBatch], config: ConvertConfig, backend: Backend, limit: BatchLimit
+    batches: Iterable[DecodedBatch],
+    config: ConvertConfig,
+    backend: Backend,
+    limit: BatchLimit,
+    clock: StageClock,
 ) -> Iterator[FittedBatch]:
     """Fit and prune every image; `limit` shrinks when the device's memory does not suffice."""
 
     def fit_part(images: Images, part: slice) -> tuple[Images, Splats, Tensor]:
         images = Images(rows=images.rows[part], pixels=images.pixels[part])
-        target = planes(images.pixels)
-        splats, steps = fit(target, config.fit, backend)
-        splats = prune(splats, target, config, backend)
-        return images, splats.to(torch.device("cpu")), steps.cpu()
+        together = overlaps(backend.device)  # a GPU fits all of them in the time of a few
+        with clock.stage("fit", 1 if together else len(images.rows)):
+            target = planes(images.pixels)
+            splats, steps = fit(target, config.fit, backend)
+            splats = prune(splats, target, config, backend)
+            return images, splats.to(torch.device("cpu")), steps.cpu()
 
     for batch in batches:
         fits = [

@@ -27,7 +27,7 @@ def centroids(means: Tensor, rho: Tensor) -> Tensor:
     return torch.from_numpy(moved)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _centroids(means, rho, moved):
     height, width = rho.shape
     half = np.float32(0.5)

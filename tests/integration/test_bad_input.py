@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from jobs import status
-from jobs.actors import FitActor
+from jobs.actors import FitActor, Task
 from schemas.config import ConvertConfig
-from schemas.errors import SourceError, StorageError
+from schemas.errors import SourceError, StorageError, UnavailableError
 from schemas.shard import ShardRef
 from tests.integration.running import (
     assert_verified,
@@ -169,12 +169,14 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(
 
 
 REF = ShardRef(name="00000000", kind="tar", urls=("in.tar",), size_bytes=1, etag="1")
+TASK = Task(ref=REF, attempt="0badc0de0")
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "marked"),
     [
         (StorageError("disk full"), "storage", False),
+        (UnavailableError("503"), "unavailable", False),
         (SourceError("cut off"), "failed", True),
         (RuntimeError("a bug"), "failed", True),
     ],
@@ -186,9 +188,9 @@ def test_the_worker_tells_whose_error_it_is(
         raise error
 
     actor = FitActor({})
-    assert actor.start("cpu") == ("ready", "cpu")
+    assert actor.start("cpu").backend == "cpu"
     monkeypatch.setattr("pipeline.convert.convert_shard", fails)
-    outcome = actor.convert(REF, ConvertConfig(), str(tmp_path))
+    outcome = actor.convert(TASK, ConvertConfig(), str(tmp_path))
     assert (outcome.kind, outcome.message) == (kind, str(error))
     assert (tmp_path / "00000000.failed.json").exists() == marked
 
@@ -197,10 +199,10 @@ def test_a_stopped_worker_commits_nothing(tmp_path: Path) -> None:
     actor = FitActor({})
     actor.start("cpu")
     actor.stop()
-    outcome = actor.convert(REF, ConvertConfig(), str(tmp_path))
+    outcome = actor.convert(TASK, ConvertConfig(), str(tmp_path))
     assert outcome.kind == "stopped"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_backend_that_cannot_run_here_is_an_error_of_start() -> None:
-    assert FitActor({}).start("nonsense")[0] == "error"
+    assert "nonsense" in FitActor({}).start("nonsense").error

@@ -1,0 +1,122 @@
+"""Samples that take their worker down: found, quarantined by uid, and the rest converted.
+
+The worker class is sent to Ray's processes by value, so that what it patches there is real: the
+process does die, or hang, when it meets the sample.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.actors import FitActor, Started
+from pipeline.shards import read_rows
+from tests.integration.running import assert_verified, convert_json, files, tars
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
+
+Capsys = pytest.CaptureFixture[str]
+
+
+class Poisoned(FitActor):
+    """Meets its end at samples of the listed keys."""
+
+    keys: tuple[str, ...] = ()
+
+    def start(self, backend: str) -> Started:
+        import pipeline.convert as stages
+
+        decode = stages.decode_sample
+
+        def decode_or_die(sample, config):
+            if sample.key in self.keys:
+                self.end()
+            return decode(sample, config)
+
+        stages.decode_sample = decode_or_die
+        return super().start(backend)
+
+    def end(self) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Crashes(Poisoned):
+    keys = ("000000000004", "000000000022")
+
+
+class Hangs(Poisoned):
+    keys = ("000000000011",)
+
+    def end(self) -> None:
+        time.sleep(1000)
+
+
+class DiesWhole(FitActor):
+    """Dies at every whole attempt at one shard and at no part of it: memory, say."""
+
+    def convert(self, task, config, dst):
+        if task.ref.name == "00000001" and not task.span:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().convert(task, config, dst)
+
+
+def rows(dst: Path, shard: str) -> dict[str, tuple[str, str | None, str | None]]:
+    """Key to status, uid and error."""
+    (path,) = dst.glob(f"{shard}-*.parquet")
+    return {row["key"]: (row["status"], row["uid"], row["error"]) for row in read_rows(str(path))}
+
+
+def test_samples_that_crash_their_worker_are_quarantined(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = tars(tmp_path / "in", shards=3, samples=12), tmp_path / "out"
+    monkeypatch.setattr("jobs.drive.FitActor", Crashes)
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["shards_done"], summary["samples"]) == (0, 3, 36), err
+    assert summary["skipped"] == {"quarantined": 2}
+    assert summary["retries"]["worker_death"] > 2
+    for shard, key in (("00000000", "000000000004"), ("00000001", "000000000022")):
+        found = rows(dst, shard)
+        assert len(found) == 12
+        status, uid, error = found.pop(key)
+        assert status == "quarantined"
+        assert uid
+        assert "killed its worker" in (error or "")
+        assert {status for status, *_ in found.values()} == {"ok"}
+    assert_verified(capsys, dst)
+    before = files(dst)
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["shards_skipped_done"]) == (0, 3), err
+    assert files(dst) == before
+
+
+def test_a_sample_that_hangs_is_quarantined(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = tars(tmp_path / "in", shards=2, samples=8), tmp_path / "out"
+    monkeypatch.setattr("jobs.drive.FitActor", Hangs)
+    code, summary, err = convert_json(capsys, src, dst, "--sample-timeout=2")
+    assert (code, summary["skipped"]) == (0, {"quarantined": 1}), err
+    assert summary["retries"]["hang"] > 2
+    assert "--sample-timeout" in (rows(dst, "00000001")["000000000011"][2] or "")
+    assert_verified(capsys, dst)
+
+
+def test_a_shard_that_kills_as_a_whole_fails_alone(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = tars(tmp_path / "in", shards=4), tmp_path / "out"
+    monkeypatch.setattr("jobs.drive.FitActor", DiesWhole)
+    monkeypatch.setattr("jobs.schedule.FUTILE_HUNTS", 1)
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 3, 1), err
+    assert "no single sample does it alone" in err
+    assert (dst / "00000001.failed.json").exists()
+    monkeypatch.undo()
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["shards_done"]) == (0, 1), err
+    assert_verified(capsys, dst)
