@@ -1,60 +1,74 @@
 """From a staged file to a committed shard: all of it or nothing, whatever dies when.
 
-    {dst}/_staging/{shard}-{host}-{pid}-{random}    being written; nobody else looks at it
-    {dst}/{shard}-{fingerprint8}.parquet            data, moved here whole, verified and synced
-    {dst}/{shard}.json                              marker, moved here last: readers trust only it
-    {dst}/{shard}.failed.json                       why the last attempt failed
+    {dst}/{shard}-{fingerprint8}.parquet             data, on a local disk
+    {dst}/{shard}-{fingerprint8}-{attempt}.parquet   data, on S3
+    {dst}/{shard}.json                               marker, comes last: readers trust only it
+    {dst}/{shard}.failed.json                        why the last attempt failed
+    _staging/{shard}-{host}-{pid}-{random}           being written: in DST, for S3 below TMPDIR
 
-On a local disk os.replace is atomic, and two attempts at one fingerprint write the same bytes: a
-late worker can only replace a file by its equal, so data names need no attempt id. S3 has no
-rename; its data names will carry one and its markers will be created conditionally. That is a later
-step, and the other branch of `_move_into_place`.
+The file is written and verified on a local disk, then its data are put into DST under a name that
+no marker has, then the marker is written on condition that it is still as it was when looked at
+(objects.py: a lock on a local disk, conditional PUTs on S3). What is there by then decides:
 
-A kill between data file and marker leaves data that readers ignore; the next commit of that shard
-replaces or deletes it. What a kill leaves otherwise (staged files, an older data file, an older
-failed marker) is deleted by the next job on that host, see `clean_staging`.
+    nothing, or a damaged marker     ours goes in
+    the marker we may replace        ours goes in, its data file is deleted
+    a marker of our fingerprint      it stays, since it stands for the same rows: ours is deleted
+    a marker of another fingerprint  it stays, and StorageError stops the job: two configurations
+                                     write into one DST
 
-Not fenced: two jobs of different configurations in one local DST at one time. The later marker
-wins, and `verify` names a shard whose data the other job deleted.
+So of two jobs on one DST, and of a job and its lost workers, one leaves a shard and the others
+nothing. A data file is deleted only when no marker can name it any more: its own marker was refused
+or replaced. A kill leaves data that no marker names. On a local disk the next commit of that shard
+or the next job deletes it; on S3 the job itself at its end (`clean_attempts`). Another job's may
+belong to a commit that is under way: names of attempts say whose they are.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
 import re
 import secrets
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from pipeline import storage
+from pipeline import objects, storage
 from pipeline.markers import DONE, FAILED, read_marker
 from pipeline.shards import survey
-from pipeline.storage import storage_errors
-from schemas.config import ConvertConfig, fingerprint, inputs
-from schemas.errors import CorruptShardError, UsageError
-from schemas.shard import (
-    FailedShard,
-    ShardManifest,
-    ShardRef,
-    to_json,
-)
+from pipeline.staging import STAGING, scratch, staged, sweep
+from pipeline.storage import is_local, local_path
+from pipeline.store_errors import storage_errors
+from pipeline.store_options import redact
+from schemas.config import ConvertConfig, describe_difference, fingerprint, inputs
+from schemas.errors import CorruptShardError, StorageError, UnavailableError, UsageError
+from schemas.shard import FailedShard, ShardManifest, ShardRef, to_json
 from schemas.splats import EXTENSIONS
 
-STAGING = "_staging"
 DATA_FILE = r"(.+)-[0-9a-f]{8}\.(?:parquet|tar)"
 SHARD_NAME = r"[^_./\\\0][^/\\\0]*"
 """Names with a leading underscore or dot are not shards (`_plan.json`, `_staging`)."""
+
+ROUNDS = 20
+"""How often a marker may change while it is looked at."""
 
 
 def check_destination(dst: str) -> None:
     """Create the folder `dst` where it is missing, and prove that it can be written.
 
-    Raises UsageError for a file or a remote URL, StorageError when it cannot be created or written.
+    Raises UsageError for what is no folder and no s3:// address, StorageError when it cannot be
+    created or written, UnavailableError.
     """
-    folder = _local(dst)
+    if not is_local(dst):
+        if re.fullmatch(r"s3a?://[^/]+(/.*)?", dst) is None:
+            raise UsageError(
+                f"DST {redact(dst)}: only local folders and s3://bucket/... can be written; "
+                "choose one"
+            )
+        objects.keeps_conditions(dst.rstrip("/"))
+        objects.delete(f"{dst.rstrip('/')}/_check")
+        return
+    folder = local_path(dst)
     for place in (folder, *folder.parents):
         if place.is_dir():
             break
@@ -62,19 +76,12 @@ def check_destination(dst: str) -> None:
             raise UsageError(f"DST {dst}: {place} is not a folder; choose another")
     with storage_errors(dst):
         folder.mkdir(parents=True, exist_ok=True)
-    with staged_file(dst, "check") as probe, storage_errors(dst):
+    with staged(folder, "check") as probe, storage_errors(dst):
         probe.write_bytes(b"splatshard")
 
 
-def _local(dst: str) -> Path:
-    if "://" in dst and not dst.startswith("file://"):
-        raise UsageError(f"DST {dst}: only local folders can be written so far; choose one")
-    return Path(dst.removeprefix("file://"))
-
-
-@contextmanager
-def staged_file(dst: str, shard_name: str) -> Iterator[Path]:
-    """A new empty file in `dst`'s staging folder, deleted at the end unless it was moved away.
+def staged_file(dst: str, shard_name: str) -> AbstractContextManager[Path]:
+    """A new empty file on a local disk, deleted at the end unless it was moved away.
 
     Raises StorageError when it cannot be created, UsageError for a shard name that would clash with
     splatshard's own files.
@@ -83,32 +90,7 @@ def staged_file(dst: str, shard_name: str) -> Iterator[Path]:
         raise UsageError(
             f"shard name {shard_name!r} would clash with splatshard's own files: rename the source"
         )
-    with _staged(_local(dst), shard_name) as path:
-        yield path
-
-
-@contextmanager
-def _staged(folder: Path, name: str) -> Iterator[Path]:
-    unique = f"{name}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    path = folder / STAGING / unique
-    try:
-        with storage_errors(path):
-            _create(path)
-        yield path
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        with suppress(OSError):  # others are still using it
-            path.parent.rmdir()
-
-
-def _create(path: Path) -> None:
-    """An empty new file, and its folder, which another process may be deleting meanwhile."""
-    for _ in range(100):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            return path.open("xb").close()
-    raise FileNotFoundError(errno.ENOENT, "the folder vanishes again and again", str(path.parent))
+    return staged(local_path(dst) if is_local(dst) else scratch(), shard_name)
 
 
 def publish(
@@ -118,13 +100,47 @@ def publish(
     config: ConvertConfig,
     source_sha256: str,
     samples: int | None = None,
+    attempt: str = "",
+    replaces: str = "",
 ) -> ShardManifest:
-    """Verify the staged file at `path`, move it into `dst` and write its marker, in this order.
+    """Verify the staged file at `path`, put it into `dst` and write its marker, in this order.
 
-    Counts and statistics are those of the file as it reads back. `samples` is the number that the
-    source gave. Raises CorruptShardError when the file does not read back, or not to as many rows;
-    StorageError when `dst` cannot be written. The shard is not committed then.
+    Returns the manifest that is in `dst` by then: ours, or that of another attempt at the same
+    fingerprint. Counts and statistics are those of the file as it reads back.
+
+    `samples` is the number that the source gave. `attempt` (hex digits) must be new for each call;
+    on a local disk it is of no use. `replaces` is the `marker_digest` of a marker that may be
+    replaced. Raises CorruptShardError when the file does not read back, or not to as many rows;
+    StorageError when `dst` cannot be written, or another job writes other data into it;
+    UnavailableError when the store does not answer, and then the shard may be committed or not:
+    try again with another attempt.
     """
+    dst = dst.rstrip("/")
+    ours = _verified(dst, path, ref, config, source_sha256, samples, attempt)
+    with objects.exclusive(dst, ref.name) as alone:
+        winner = _commit(dst, path, ours, replaces)
+        with suppress(UnavailableError):  # the shard is done; what stays is hidden by its marker
+            if alone:
+                _delete_leftovers(dst, winner, _data_files(_names(dst)).get(ref.name, []))
+            objects.delete(f"{dst}/{ref.name}{FAILED}")
+    return winner
+
+
+def marker_digest(manifest: ShardManifest) -> str:
+    """SHA-256 (hex) of a done marker, by which `publish` knows what it may replace."""
+    return hashlib.sha256(to_json(manifest).encode()).hexdigest()
+
+
+def _verified(
+    dst: str,
+    path: Path,
+    ref: ShardRef,
+    config: ConvertConfig,
+    source_sha256: str,
+    samples: int | None,
+    attempt: str,
+) -> ShardManifest:
+    """The manifest of the staged file, which is whole and on the disk."""
     found = survey(str(path), config.pack.format)
     if found.problems:
         raise CorruptShardError(f"shard {ref.name} as written: {'; '.join(found.problems)}")
@@ -134,12 +150,13 @@ def publish(
         )
     shard_inputs = inputs(config, ref)
     digest = fingerprint(shard_inputs)
-    with storage_errors(path):
-        _sync(path)
+    with storage_errors(dst if is_local(dst) else path):
+        objects.sync(path)
         size_bytes = path.stat().st_size
-    manifest = ShardManifest(
+    unique = "" if is_local(dst) else f"-{attempt or secrets.token_hex(4) + '0'}"
+    return ShardManifest(
         name=ref.name,
-        data_file=f"{ref.name}-{digest[:8]}.{EXTENSIONS[config.pack.format]}",
+        data_file=f"{ref.name}-{digest[:8]}{unique}.{EXTENSIONS[config.pack.format]}",
         size_bytes=size_bytes,
         sha256=storage.sha256(str(path)),
         format=config.pack.format,
@@ -151,117 +168,177 @@ def publish(
         source_url=_source_url(ref),
         source_sha256=source_sha256,
     )
-    _move_into_place(_local(dst), path, manifest)
-    return manifest
 
 
-def _move_into_place(folder: Path, path: Path, manifest: ShardManifest) -> None:
-    """Data, then marker, then what both replace. The marker is staged first, so that
-    `clean_staging` of another job can see a commit that is under way."""
-    name = manifest.name
-    with _staged(folder, name + DONE) as marker, storage_errors(folder):
-        marker.write_text(to_json(manifest))
-        _sync(marker)
-        os.replace(path, folder / manifest.data_file)
-        _sync(folder)
-        os.replace(marker, folder / (name + DONE))
-        _sync(folder)
-        for file in _data_files(folder).get(name, ()):
-            if file != manifest.data_file:
-                (folder / file).unlink(missing_ok=True)
-        (folder / (name + FAILED)).unlink(missing_ok=True)
+def _commit(dst: str, path: Path, ours: ShardManifest, replaces: str) -> ShardManifest:
+    """Data, then marker, then the data that it replaces; the manifest that is in `dst` by then."""
+    data, marker = f"{dst}/{ours.data_file}", f"{dst}/{ours.name}{DONE}"
+    uploaded = False
+    replaced: ShardManifest | None = None
+    for _ in range(ROUNDS):
+        tag, found = _current(dst, ours.name)
+        if uploaded and found and found.data_file == ours.data_file:
+            break  # the answer to our own write was lost, so it was repeated, and refused
+        if found and marker_digest(found) != replaces:
+            if uploaded:
+                objects.delete(data)
+            if found.fingerprint == ours.fingerprint:
+                return found
+            raise StorageError(_other_job(marker, found, ours))
+        if not uploaded:
+            objects.upload(path, data)
+            uploaded = True
+        replaced = found
+        if objects.put_if(marker, to_json(ours).encode(), tag):
+            break
+    else:
+        raise UnavailableError(f"{marker} changes again and again")
+    if replaced and replaced.data_file != ours.data_file:
+        with suppress(UnavailableError):
+            objects.delete(f"{dst}/{replaced.data_file}")
+    return ours
+
+
+def _current(dst: str, name: str) -> tuple[str | None, ShardManifest | None]:
+    """The etag of a done marker, None where there is none, and its content, None where damaged.
+
+    The etag is asked for first: should the marker change in between, the write that is conditional
+    on it fails.
+    """
+    head = objects.head(f"{dst}/{name}{DONE}")
+    if head is None:
+        return None, None
+    with storage_errors(f"{dst}/{name}{DONE}", "read"):
+        try:
+            found = read_marker(dst, name + DONE)
+        except FileNotFoundError:
+            return None, None
+        except CorruptShardError:
+            return head.etag, None
+    assert isinstance(found, ShardManifest)
+    return head.etag, found
+
+
+def _other_job(marker: str, found: ShardManifest, ours: ShardManifest) -> str:
+    differences = describe_difference(found.inputs, ours.inputs)
+    return (
+        f"{marker} is of another configuration or source than this job's "
+        f"({'; '.join(differences[:1]) or 'fingerprint'}): another job writes into this DST; wait "
+        "for its end, or choose another DST"
+    )
 
 
 def mark_failed(dst: str, ref: ShardRef, config: ConvertConfig, error: BaseException) -> None:
-    """Write the failed marker of `ref`. Raises StorageError."""
-    marker = FailedShard(
+    """Write the failed marker of `ref`, unless it is done by now (another attempt was faster).
+
+    Raises StorageError and UnavailableError.
+    """
+    dst = dst.rstrip("/")
+    failed = FailedShard(
         name=ref.name,
         source_url=_source_url(ref),
         error=type(error).__name__,
-        message=str(error),
+        message=redact(str(error)),
         fingerprint=fingerprint(inputs(config, ref)),
     )
-    folder = _local(dst)
-    with _staged(folder, ref.name + FAILED) as path, storage_errors(folder):
-        path.write_text(to_json(marker))
-        _sync(path)
-        os.replace(path, folder / (ref.name + FAILED))
-        _sync(folder)
-
-
-def clean_staging(dst: str) -> None:
-    """Delete what processes that died on this host left behind; for the start of a job.
-
-    Staged files of dead processes; then, for every shard that is done and that nobody is
-    committing, data files its marker does not name and a failed marker of the same fingerprint.
-    Files of live processes and of other hosts stay. A process id that was given to a new process
-    keeps its leftovers until a later call. Raises StorageError.
-    """
-    folder = _local(dst)
-    staging = folder / STAGING
-    suffix = f"-{socket.gethostname()}"
-    if not folder.is_dir():
-        return
-    with storage_errors(folder):
-        staged = sorted(os.listdir(staging)) if staging.is_dir() else []
-        for file in staged:
-            name, _, pid = file.rpartition("-")[0].rpartition("-")
-            if name.endswith(suffix) and pid.isdecimal() and not _is_alive(int(pid)):
-                (staging / file).unlink(missing_ok=True)
-        with suppress(OSError):  # others are still using it
-            staging.rmdir()
-        live = os.listdir(staging) if staging.is_dir() else []
-        data = _data_files(folder)
-        failed = {f.removesuffix(FAILED) for f in os.listdir(folder) if f.endswith(FAILED)}
-        doubtful = failed | {name for name, files in data.items() if len(files) > 1}
-        for name in sorted(doubtful):
-            if not any(file.startswith(f"{name}{DONE}-") for file in live):
-                _finish_commit(folder, name, data.get(name, []))
-
-
-def _finish_commit(folder: Path, name: str, data_files: list[str]) -> None:
-    """Delete what a commit killed after its marker had yet to delete."""
-    try:
-        done = read_marker(str(folder), name + DONE)
-    except (FileNotFoundError, CorruptShardError):
-        return
-    assert isinstance(done, ShardManifest)
-    for file in data_files:
-        if file != done.data_file:
-            (folder / file).unlink(missing_ok=True)
-    path = folder / (name + FAILED)
-    with suppress(FileNotFoundError, CorruptShardError):
-        if read_marker(str(folder), path.name).fingerprint == done.fingerprint:
-            path.unlink()
-
-
-def _data_files(folder: Path) -> dict[str, list[str]]:
-    """Names of data files by shard name, committed or not."""
-    files: dict[str, list[str]] = {}
-    for file in sorted(os.listdir(folder)):
-        if match := re.fullmatch(DATA_FILE, file):
-            files.setdefault(match[1], []).append(file)
-    return files
+    with objects.exclusive(dst, ref.name):
+        _, done = _current(dst, ref.name)
+        if done is None or done.fingerprint != failed.fingerprint:
+            objects.write(f"{dst}/{ref.name}{FAILED}", to_json(failed).encode())
 
 
 def _source_url(ref: ShardRef) -> str:
-    return ref.root or ref.urls[0]
+    return redact(ref.root or ref.urls[0])
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes or a folder's entries are on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+# Leftovers
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+def clean_staging(dst: str) -> None:
+    """Delete what killed jobs left in `dst`, as far as nobody can be using it.
+
+    On a local disk: staged files of dead processes of this host, and for every done shard that
+    nobody is committing the data files its marker does not name. Everywhere: failed markers of the
+    fingerprint that is done. Raises StorageError and UnavailableError.
+    """
+    dst = dst.rstrip("/")
+    with storage_errors(dst):
+        if is_local(dst):
+            sweep(local_path(dst))
+        names = _names(dst)
+        data = _data_files(names) if is_local(dst) else {}
+        locks = {lock.removesuffix(".lock") for lock in _locks(dst)}
+    failed = {f.removesuffix(FAILED) for f in names if f.endswith(FAILED) and f[0] not in "_."}
+    doubtful = failed & {f.removesuffix(DONE) for f in names}
+    doubtful |= locks | {name for name, files in data.items() if len(files) > 1}
+    for name in sorted(doubtful):
+        with suppress(UnavailableError), objects.exclusive(dst, name, 0) as alone:
+            _, done = _current(dst, name)
+            if done and alone:
+                _delete_leftovers(dst, done, data.get(name, []))
+            if done and name in failed:
+                _delete_failed(dst, done)
+
+
+def _delete_leftovers(dst: str, done: ShardManifest, data_files: Iterable[str]) -> None:
+    for file in data_files:
+        if file != done.data_file:
+            objects.delete(f"{dst}/{file}")
+
+
+def _delete_failed(dst: str, done: ShardManifest) -> None:
+    """Delete the failed marker of what has been done since."""
+    file = done.name + FAILED
+    with storage_errors(f"{dst}/{file}", "read"), suppress(CorruptShardError, FileNotFoundError):
+        if read_marker(dst, file).fingerprint == done.fingerprint:
+            objects.delete(f"{dst}/{file}")
+
+
+def clean_attempts(
+    dst: str,
+    job: str,
+    done: Iterable[ShardManifest],
+    replaced: Iterable[ShardManifest] = (),
+) -> None:
+    """At the end of job `job` (its 8 hex digits): delete what its attempts left on S3.
+
+    That is, of shards in `done`, data files of this job and those of `replaced` (the markers that
+    the job was to replace) which the marker does not name. Raises StorageError, UnavailableError.
+    """
+    dst = dst.rstrip("/")
+    if is_local(dst):
+        return
+    mine = re.compile(rf"(.+)-[0-9a-f]{{8}}-{job}[0-9]+\.(?:parquet|tar)")
+    kept = {manifest.name: manifest.data_file for manifest in done}
+    old = {manifest.data_file: manifest.name for manifest in replaced}
+    with storage_errors(dst, "read"):
+        files = _names(dst)
+    for file in files:
+        match = mine.fullmatch(file)
+        name = match[1] if match else old.get(file)
+        if name in kept and kept[name] != file:
+            _, now = _current(dst, name)
+            if now and now.data_file != file:
+                objects.delete(f"{dst}/{file}")
+
+
+def _names(dst: str) -> list[str]:
+    if not is_local(dst):
+        return list(storage.list_folder(dst))
+    return sorted(os.listdir(local_path(dst))) if local_path(dst).is_dir() else []
+
+
+def _locks(dst: str) -> Iterator[str]:
+    """Lock files of a local `dst`: whoever holds none of them any more was killed."""
+    staging = local_path(dst) / STAGING
+    if is_local(dst) and staging.is_dir():
+        yield from (file for file in os.listdir(staging) if file.endswith(".lock"))
+
+
+def _data_files(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of local data files by shard name, committed or not."""
+    files: dict[str, list[str]] = {}
+    for file in names:
+        if match := re.fullmatch(DATA_FILE, file):
+            files.setdefault(match[1], []).append(file)
+    return files

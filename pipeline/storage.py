@@ -1,26 +1,50 @@
-"""All file access: reading sources and the few things a destination needs, over fsspec URLs.
+"""All file access: reading sources and destinations, and writing small files, over fsspec URLs.
 
-The only module that imports fsspec. Paths without a scheme are local.
+The only module that imports fsspec. Paths without a scheme are local. What drivers raise becomes
+our errors here (store_errors.py says which); messages hold no secrets.
+
+A process has one driver per kind of address, shared by its threads (`use_options` makes new ones).
+s3fs would retry a request five times in under two seconds, and requests inside of requests; here
+botocore alone retries requests, and `_patiently` what breaks while an answer is read, for a minute.
+What a stream returns before its end is all there is, or an error: never a shorter file.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import io
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import SourceError, StorageError
+from pipeline.staging import scratch, staged
+from pipeline.store_errors import (
+    as_error,
+    driver_errors,
+    is_absent,
+    is_transient,
+    source_errors,
+    storage_errors,
+)
+from pipeline.store_options import PACKAGES, options_of, redact, scheme_of, set_options
+from schemas.errors import SourceError, UsageError
+
+T = TypeVar("T")
+
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,81 +55,189 @@ class Stat:
     etag: str
 
 
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+# Drivers
+
+_drivers: dict[tuple[object, ...], fsspec.AbstractFileSystem] = {}
+_lock = threading.Lock()
+
+
+def use_options(options: Mapping[str, Any]) -> None:
+    """Options of remote URLs' drivers in this process, from now on (`--storage-options`).
+
+    An object under the name of a scheme (`{"s3": {...}, "https": {...}}`) is for that scheme; all
+    else is for every scheme but http(s).
+    """
+    with _lock:
+        set_options(options)
+        _drivers.clear()
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    return Path(url.removeprefix("file://"))
+
+
+def driver(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The driver for `url` and its name there. Raises SourceError when there is none, UsageError
+    when it does not take the options."""
+    if is_local(url):
+        return url_to_fs(url)
+    scheme = scheme_of(url)
     try:
-        return url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError) as e:
+        cls = fsspec.get_filesystem_class(url.partition("://")[0])
+        options = options_of(scheme)
+    except ImportError as e:
         raise SourceError(
-            f"{url}: no driver for this kind of address ({e}); install its fsspec driver"
+            f"{redact(url)}: {scheme}:// needs the package {PACKAGES.get(scheme, scheme)}: "
+            "install it here and on every worker"
         ) from e
+    except ValueError as e:
+        raise SourceError(
+            f"{redact(url)}: {scheme}:// is unknown; give a path, s3://, gs:// or https://, or "
+            "install its fsspec driver"
+        ) from e
+    of_url = cls._get_kwargs_from_urls(url)
+    key = (os.getpid(), scheme, repr(of_url))
+    with _lock:
+        if key not in _drivers:
+            _drivers[key] = _connect(scheme, cls, options | of_url)
+        return _drivers[key], cls._strip_protocol(url)
+
+
+def _connect(scheme: str, cls: Any, options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+    try:
+        fs = cls(**options, use_listings_cache=False, skip_instance_cache=True)
+        if _is_s3(fs):
+            fs.retries = 1
+            fs.connect()
+    except (*driver_errors(), TypeError, ValueError, KeyError) as e:
+        what = f"{scheme}:// cannot be used with these --storage-options and environment"
+        raise as_error(e, what, UsageError) from e
+    return fs
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    return "s3" in fs.protocol
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """`call()`, again and again for PATIENCE_S while the reason why it fails may pass."""
+    end = time.monotonic() + PATIENCE_S
+    for attempt in count():
+        try:
+            return call()
+        except driver_errors() as e:
+            if not is_transient(e) or time.monotonic() > end:
+                raise
+        time.sleep(min(0.2 * 2**attempt, 8) * random.uniform(0.5, 1))
+    raise AssertionError("unreachable")
+
+
+# Reading
+
+
+class _Stream(io.RawIOBase):
+    """A remote file: reads go on where they broke, and raise SourceError or UnavailableError."""
+
+    def __init__(self, url: str, raw: Any) -> None:
+        self._url, self._raw = url, raw
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = -1 if size is None else size
+        blocks: list[bytes] = []
+        try:
+            while left and (block := _patiently(partial(self._block, left))):
+                blocks.append(block)
+                left -= len(block) if left > 0 else 0
+        except driver_errors() as e:
+            place = f"cannot read {self._url} at byte {self._raw.tell()}"
+            raise as_error(e, place, SourceError) from e
+        return b"".join(blocks)
+
+    def _block(self, size: int) -> bytes:
+        data = self._raw.read(size)
+        if not data and self._raw.tell() < (self._raw.size or 0):
+            raise ConnectionError(f"the data ended there, short of {self._raw.size} bytes")
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 @contextmanager
 def open_read(url: str) -> Iterator[BinaryIO]:
-    """A buffered binary stream over `url`. Raises SourceError when it cannot be opened."""
-    fs, path = _filesystem(url)
-    try:
-        stream = fs.open(path, "rb")
-    except OSError as e:
-        raise SourceError(f"cannot open {url}: {e}") from e
-    with stream:
-        yield stream
+    """A binary stream over `url`.
 
-
-@contextmanager
-def storage_errors(path: Path | str, verb: str = "write") -> Iterator[None]:
-    """OSErrors of the block as StorageError "cannot {verb} {path}", with the remedy."""
+    Raises SourceError when it cannot be opened, and UnavailableError; so do a remote one's reads.
+    """
+    fs, path = driver(url)
     try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = "no space left: free some"
-        else:
-            text = f"{e.strerror or e}: check permissions and the disk"
-        raise StorageError(
-            f"cannot {verb} {path}: {text}, then run the same command again (committed shards "
-            "stay as they are)"
-        ) from e
+        raw = _patiently(lambda: fs.open(path, "rb"))
+    except driver_errors() as e:
+        raise as_error(e, f"cannot open {url}", SourceError) from e
+    with raw if is_local(url) else _Stream(url, raw) as stream:
+        yield cast("BinaryIO", stream)
 
 
 def absolute(url: str) -> str:
     """`url` as every process understands it: local paths absolute, others with their scheme."""
-    fs, path = _filesystem(url)
+    fs, path = driver(url)
     if isinstance(fs, LocalFileSystem) and ".." in path.split("/"):
         path = os.path.realpath(path)
     return _with_scheme(fs, url, path)
 
 
 def stat(url: str) -> Stat:
-    """Raises SourceError when there is nothing at `url`."""
-    fs, path = _filesystem(url)
+    """Raises SourceError when there is nothing at `url`, and UnavailableError."""
+    fs, path = driver(url)
     try:
-        info = fs.info(path)
-    except OSError as e:
-        raise SourceError(f"cannot read {url}: {e}") from e
-    return _stat(info)
+        return _stat(_patiently(lambda: fs.info(path)))
+    except driver_errors() as e:
+        raise as_error(e, f"cannot read {url}", SourceError) from e
 
 
 def stats(urls: Iterable[str]) -> dict[str, Stat]:
     """The files among `urls`, by URL; absent ones and folders are left out.
 
-    Neighbours come from one listing of their folder: a brace pattern over 12,896 shards is then one
-    request. HTTP has no listing that tells sizes, so there each file is asked for.
+    Neighbours come from one listing of their folder: a brace pattern over 12,896 shards is then a
+    few requests. HTTP has no listing that tells sizes, so there each file is asked for. Raises as
+    `stat`.
     """
     wanted: dict[str, list[str]] = {}
     for url in urls:
         wanted.setdefault(url.rpartition("/")[0], []).append(url)
     found: dict[str, Stat] = {}
     for siblings in wanted.values():
-        fs, path = _filesystem(siblings[0])
+        fs, path = driver(siblings[0])
         if len(siblings) < 8 or "http" in fs.protocol:
             with ThreadPoolExecutor(16) as pool:
                 infos = list(pool.map(_info_or_none, siblings))
         else:
-            with _reading(siblings[0]):
-                infos = _list_or_nothing(fs, fs._parent(path))
-            listing = {fs._strip_protocol(info["name"]): info for info in infos}
-            infos = [_follow(listing.get(_filesystem(url)[1], {})) for url in siblings]
+            with source_errors(siblings[0]):
+                listed = _list_or_nothing(fs, fs._parent(path))
+            listing = {fs._strip_protocol(info["name"]): info for info in listed}
+            infos = [_follow(listing.get(driver(url)[1], {})) for url in siblings]
         found |= {
             url: _stat(info)
             for url, info in zip(siblings, infos, strict=True)
@@ -114,31 +246,40 @@ def stats(urls: Iterable[str]) -> dict[str, Stat]:
     return found
 
 
-def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> Iterable[dict[str, Any]]:
+    """What lies in the folder `path` itself. Raises what the driver raises."""
+    if _is_s3(fs):
+        return _s3_listing(fs, path)
     try:
-        return fs.ls(path, detail=True)
-    except FileNotFoundError:
-        return []
+        return _patiently(lambda: fs.ls(path, detail=True))
+    except FileNotFoundError as e:
+        if is_absent(e):
+            return []
+        raise
+
+
+def _s3_listing(fs: Any, path: str) -> Iterator[dict[str, Any]]:
+    """Page by page. The driver's `ls` would keep all pages, and list an empty folder's parent."""
+    bucket, key, _ = fs.split_path(path.rstrip("/"))
+    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "Delimiter": "/"}
+    while True:
+        page = fs.call_s3("list_objects_v2", **request)
+        for entry in page.get("Contents", ()):
+            if not entry["Key"].endswith("/"):  # a "folder" made in a web console
+                info = {"name": f"{bucket}/{entry['Key']}", "type": "file"}
+                yield info | {"size": entry["Size"], "ETag": entry["ETag"]}
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _info_or_none(url: str) -> dict[str, Any] | None:
-    fs, path = _filesystem(url)
+    fs, path = driver(url)
     try:
-        with _reading(url):
-            return fs.info(path)
+        with source_errors(url):
+            return _patiently(lambda: fs.info(path))
     except FileNotFoundError:
         return None
-
-
-@contextmanager
-def _reading(url: str) -> Iterator[None]:
-    """Permission and network errors as SourceError; what is absent stays FileNotFoundError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as e:
-        raise SourceError(f"cannot read {url}: {e}") from e
 
 
 def _stat(info: dict[str, Any]) -> Stat:
@@ -149,18 +290,25 @@ def _stat(info: dict[str, Any]) -> Stat:
 
 
 def is_dir(url: str) -> bool:
-    fs, path = _filesystem(url)
-    return fs.isdir(path)
+    """Raises SourceError and UnavailableError."""
+    fs, path = driver(url)
+    if _is_s3(fs):  # the driver's `isdir` would list all of it
+        return (_info_or_none(url) or {}).get("type") == "directory"
+    with source_errors(url):
+        return fs.isdir(path)
 
 
 def exists(url: str) -> bool:
-    fs, path = _filesystem(url)
-    return fs.exists(path)
+    """Raises SourceError when the store does not say, and UnavailableError."""
+    return local_path(url).exists() if is_local(url) else _info_or_none(url) is not None
 
 
 def list_folder(url: str) -> dict[str, Stat]:
-    """Names of the files in the folder `url` itself, sorted; empty when there is no such folder."""
-    fs, path = _filesystem(url)
+    """Names of the files in the folder `url` itself, sorted; empty when there is no such folder.
+
+    Raises what the driver raises: use it within `storage_errors`.
+    """
+    fs, path = driver(url)
     infos = {fs._strip_protocol(info["name"]): info for info in _list_or_nothing(fs, path)}
     return {
         name.rpartition("/")[2]: _stat(info)
@@ -170,22 +318,24 @@ def list_folder(url: str) -> dict[str, Stat]:
 
 
 def read_bytes(url: str) -> bytes:
-    """All bytes of a small file. Raises FileNotFoundError and other OSErrors."""
-    fs, path = _filesystem(url)
-    return fs.cat_file(path)
+    """All bytes of a small file. Raises FileNotFoundError and what else the driver raises: use it
+    within `storage_errors`."""
+    fs, path = driver(url)
+    return _patiently(lambda: fs.cat_file(path))
 
 
 def glob(pattern: str) -> dict[str, Stat]:
-    """Files that match, in sorted order, each with the scheme of `pattern`."""
-    fs, path = _filesystem(pattern)
-    with _reading(pattern):
+    """Files that match, in sorted order, each with the scheme of `pattern`. Raises as `stat`."""
+    fs, path = driver(pattern)
+    with source_errors(pattern):
         return _files(fs, pattern, fs.glob(path, detail=True))
 
 
 def find(url: str) -> dict[str, Stat]:
-    """All files below the folder `url`, in sorted order, each with the scheme of `url`."""
-    fs, path = _filesystem(url)
-    with _reading(url):
+    """All files below the folder `url`, in sorted order, each with the scheme of `url`. Raises as
+    `stat`."""
+    fs, path = driver(url)
+    with source_errors(url):
         return _files(fs, url, fs.find(path, detail=True))
 
 
@@ -212,26 +362,43 @@ def local_copy(url: str, digest: hashlib._Hash) -> Iterator[str]:
     """A local path with the bytes of `url`, which also went into `digest`.
 
     For formats that are not read front to back. A local file is read once for the digest and then
-    again; a remote one is transferred once, into a temporary file. Raises SourceError.
+    again; a remote one is transferred once, into a temporary file. Raises SourceError,
+    UnavailableError, and StorageError when there is no room for the copy.
     """
-    fs, path = _filesystem(url)
-    local = isinstance(fs, LocalFileSystem)
-    with open_read(url) as stream, tempfile.NamedTemporaryFile(prefix="splatshard-") as copy:
-        try:
+    if is_local(url):
+        with open_read(url) as stream, source_errors(url):
             while block := stream.read(1 << 20):
                 digest.update(block)
-                if not local:
-                    copy.write(block)
-            copy.flush()
-        except OSError as e:
-            raise SourceError(f"cannot read {url}: {e}") from e
-        yield path if local else copy.name
+        yield driver(url)[1]
+        return
+    with staged(scratch(), "source") as copy:
+        with open_read(url) as stream, storage_errors(copy), copy.open("wb") as file:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        yield str(copy)
 
 
 def sha256(url: str) -> str:
-    """Hex digest of the whole object, streamed."""
+    """Hex digest of the whole object, streamed. Raises as `open_read`."""
     with open_read(url) as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# Writing
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a small file: all of it or nothing. Raises StorageError and UnavailableError."""
+    if is_local(url):
+        path = local_path(url)
+        with staged(path.parent, path.name.strip("_.")) as new, storage_errors(url):
+            new.write_bytes(data)
+            os.replace(new, path)
+        return
+    fs, key = driver(url)
+    with storage_errors(url):
+        fs.pipe_file(key, data)

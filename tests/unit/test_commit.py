@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline import commit
+from pipeline import objects, staging
 from pipeline.commit import (
     check_destination,
     clean_staging,
     mark_failed,
+    marker_digest,
     publish,
     staged_file,
 )
@@ -33,6 +37,7 @@ from schemas.errors import (
     FormatVersionError,
     SourceError,
     StorageError,
+    UnavailableError,
     UsageError,
 )
 from schemas.shard import FailedShard, ShardManifest, to_json
@@ -48,13 +53,15 @@ def commit_shard(
     name: str = "00000000",
     rows: list[dict[str, Any]] | None = None,
     samples: int | None = None,
+    replaces: ShardManifest | None = None,
 ) -> ShardManifest:
     """Write and publish one shard as convert_shard does."""
     config = config or config_of()
     rows = make_rows(8, codec=config.pack.codec) if rows is None else rows
+    digest = marker_digest(replaces) if replaces else ""
     with staged_file(str(dst), name) as path:
         write_shard(path, rows, config.pack.format, config.pack.codec)
-        return publish(str(dst), path, make_ref(name), config, DIGEST, samples)
+        return publish(str(dst), path, make_ref(name), config, DIGEST, samples, replaces=digest)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -84,6 +91,8 @@ def test_a_committed_shard_verifies(tmp_path: Path, format: str, codec: str) -> 
         "psnr_max": pytest.approx(31.1),
         "num_gaussians_mean": 20,
         "payload_bytes": 6 * (header + 20 * (16 if codec == "fp16" else 11)),
+        "psnr_histogram_from": 25.0,
+        "psnr_histogram": [1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 1],
     }
 
 
@@ -106,9 +115,9 @@ def test_a_shard_of_skipped_samples_and_an_empty_one(tmp_path: Path, format: str
 def test_replacing_a_shard_deletes_what_it_replaces(tmp_path: Path) -> None:
     commit_shard(tmp_path, name="00000000-1234abcd")  # a neighbour with a confusing name
     others = snapshot(tmp_path)
-    commit_shard(tmp_path, config_of("webdataset"))
+    old = commit_shard(tmp_path, config_of("webdataset"))
     mark_failed(str(tmp_path), make_ref(), config_of(), SourceError("cut"))
-    manifest = commit_shard(tmp_path)
+    manifest = commit_shard(tmp_path, replaces=old)
     assert sorted(snapshot(tmp_path).keys() - others.keys()) == [
         manifest.data_file,
         "00000000.json",
@@ -185,14 +194,16 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int, die: Callable[[], None]) 
         monkeypatch.setattr(os, name, patch(getattr(os, name)))
 
 
-def killed_commit(dst: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+def killed_commit(
+    dst: Path, step: int, monkeypatch: pytest.MonkeyPatch, replaces: ShardManifest | None
+) -> bool:
     """Commit in a child that SIGKILLs itself at `step`; whether it came so far."""
     child = os.fork()
     if child == 0:
         try:
             torch.set_num_threads(1)
             die_at(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            commit_shard(dst)
+            commit_shard(dst, replaces=replaces)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -202,18 +213,21 @@ def killed_commit(dst: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> bool
 def test_a_kill_at_any_step_is_repaired_by_running_again(
     tmp_path: Path, before: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepare(dst: Path) -> None:
-        if before == "another shard":
-            commit_shard(dst, config_of("webdataset", "q11"))
-            mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
+    def prepare(dst: Path) -> ShardManifest | None:
+        if before == "nothing":
+            return None
+        mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
+        old = commit_shard(dst, config_of("webdataset", "q11"))
+        mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
+        return old
 
-    prepare(tmp_path / "undisturbed")
-    commit_shard(tmp_path / "undisturbed")
+    old = prepare(tmp_path / "undisturbed")
+    commit_shard(tmp_path / "undisturbed", replaces=old)
     wanted = snapshot(tmp_path / "undisturbed")
     done = 0
     for step in itertools.count():
-        prepare(dst := tmp_path / str(step))
-        if not killed_commit(dst, step, monkeypatch):
+        old = prepare(dst := tmp_path / str(step))
+        if not killed_commit(dst, step, monkeypatch, old):
             break
         marker = read_markers(str(dst)).get("00000000")
         if isinstance(marker, ShardManifest):
@@ -222,9 +236,9 @@ def test_a_kill_at_any_step_is_repaired_by_running_again(
         if isinstance(marker, ShardManifest) and marker.format == "parquet":
             done += 1
         else:
-            commit_shard(dst)
+            commit_shard(dst, replaces=old)
         assert snapshot(dst) == wanted, step
-    assert step >= 8
+    assert step >= 12
     assert done >= 1  # some kills came after the marker
 
 
@@ -235,15 +249,28 @@ def test_an_error_at_any_step_leaves_no_half_commit(
     def fail() -> None:
         raise OSError(number, os.strerror(number))
 
-    for step in range(8):  # up to the rename of the marker
+    done, messages = 0, []
+    for step in itertools.count():
         dst = tmp_path / str(step)
-        with monkeypatch.context() as patch:
-            die_at(patch, step, fail)
-            with pytest.raises(StorageError, match=rf"cannot write {dst}.*run the same command"):
+        failed = len(messages)
+        try:
+            with monkeypatch.context() as patch:
+                die_at(patch, step, fail)
                 commit_shard(dst)
+        except StorageError as e:
+            messages.append(str(e))
+        if len(messages) == failed and done:  # it came to its end
+            break
+        marker = read_markers(str(dst)).get("00000000")
+        if marker is not None:
+            assert isinstance(marker, ShardManifest)
+            assert verify_shard(str(dst), marker) == []
+            done += 1
         clean_staging(str(dst))
-        assert read_markers(str(dst)) == {}
         assert not (dst / "_staging").exists()
+    assert len(messages) >= 10
+    for message in messages:
+        assert re.match(rf"cannot \w+ {tmp_path}/\d+.*run the same command", message)
 
 
 def test_a_full_disk_leaves_no_marker_and_no_staging(tmp_path: Path) -> None:
@@ -300,17 +327,13 @@ def test_a_commit_that_is_under_way_is_left_alone(tmp_path: Path) -> None:
     """Its data file is in place, its marker not yet; another job starts on the folder."""
     commit_shard(tmp_path)
     other = tmp_path / "00000000-0123abcd.parquet"
-    other.touch()
-    staging = tmp_path / "_staging"
-    staging.mkdir()
-    marker = staging / f"00000000.json-{socket.gethostname()}-{os.getpid()}-00ff"
-    marker.touch()
-    clean_staging(str(tmp_path))
-    assert other.exists()
-    marker.unlink()
+    with objects.exclusive(str(tmp_path), "00000000"):
+        other.touch()
+        clean_staging(str(tmp_path))
+        assert other.exists()
     clean_staging(str(tmp_path))
     assert not other.exists()
-    assert not staging.exists()
+    assert not (tmp_path / "_staging").exists()
 
 
 @pytest.mark.parametrize("name", ["_plan", ".x", "a/b", "a.failed", "", "..", "a\0"])
@@ -389,16 +412,121 @@ def test_an_unwritable_destination_is_said(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(commit, "_create", refuse)
+    monkeypatch.setattr(staging, "_create", refuse)
     with pytest.raises(StorageError, match="Read-only file system: check permissions"):
         check_destination(str(tmp_path))
 
 
-@pytest.mark.parametrize("dst", ["s3://bucket/x", "gs://b/x", "https://example.org/x"])
-def test_remote_destinations_are_refused_for_now(dst: str) -> None:
-    for call in (check_destination, clean_staging):
-        with pytest.raises(UsageError, match="only local folders"):
-            call(dst)
+@pytest.mark.parametrize("dst", ["gs://b/x", "https://u:pw@example.org/x", "s3://"])
+def test_other_destinations_are_refused(dst: str) -> None:
+    with pytest.raises(UsageError, match=r"only local folders and s3://bucket") as caught:
+        check_destination(dst)
+    assert "pw" not in str(caught.value)
+
+
+# Several attempts at one shard
+
+
+def test_the_first_of_two_equal_attempts_stays(tmp_path: Path) -> None:
+    first = commit_shard(tmp_path)
+    files = snapshot(tmp_path)
+    inode = (tmp_path / first.data_file).stat().st_ino
+    assert commit_shard(tmp_path) == first
+    assert snapshot(tmp_path) == files
+    assert (tmp_path / first.data_file).stat().st_ino == inode
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    """Also when the shard that was to be replaced has been replaced by somebody else since."""
+    old = commit_shard(tmp_path, config_of("webdataset"))
+    first = commit_shard(tmp_path, config_of("parquet", "q11"), replaces=old)
+    files = snapshot(tmp_path)
+    for replaces in (None, old):
+        with pytest.raises(StorageError, match=r"pack\.codec: q11 -> fp16.*another job"):
+            commit_shard(tmp_path, config_of("parquet", "fp16"), replaces=replaces)
+        assert snapshot(tmp_path) == files
+    assert verify_shard(str(tmp_path), first) == []
+
+
+def test_a_damaged_marker_and_damaged_data_are_replaced(tmp_path: Path) -> None:
+    first = commit_shard(tmp_path)
+    wanted = snapshot(tmp_path)
+    (tmp_path / "00000000.json").write_text("{}")
+    commit_shard(tmp_path)
+    assert snapshot(tmp_path) == wanted
+    (tmp_path / first.data_file).write_bytes(b"damaged")
+    commit_shard(tmp_path, replaces=first)
+    assert snapshot(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("configs", [("parquet", "parquet"), ("parquet", "webdataset")])
+def test_many_jobs_at_once_leave_one_shard(tmp_path: Path, configs: tuple[str, str]) -> None:
+    """Equal ones all succeed; of two configurations the slower one's jobs all stop."""
+    torch.set_num_threads(1)
+
+    def job(number: int) -> ShardManifest | StorageError:
+        try:
+            return commit_shard(tmp_path, config_of(configs[number % 2]))
+        except StorageError as e:
+            return e
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(job, range(16)))
+    (marker,) = read_markers(str(tmp_path)).values()
+    assert isinstance(marker, ShardManifest)
+    assert sorted(snapshot(tmp_path)) == [marker.data_file, "00000000.json"]
+    assert verify_shard(str(tmp_path), marker) == []
+    for number, result in enumerate(results):
+        if configs[number % 2] == marker.format:
+            assert result == marker
+        else:
+            assert "pack.format" in str(result)
+
+
+def test_a_zombie_does_not_mark_a_done_shard_failed(tmp_path: Path) -> None:
+    commit_shard(tmp_path)
+    files = snapshot(tmp_path)
+    mark_failed(str(tmp_path), make_ref(), config_of(), SourceError("cut"))
+    assert snapshot(tmp_path) == files
+
+
+def test_a_lock_that_is_held_for_long_is_given_up(tmp_path: Path) -> None:
+    with (
+        objects.exclusive(str(tmp_path), "a"),
+        pytest.raises(UnavailableError, match=r"a\.lock is held by another process"),
+        objects.exclusive(str(tmp_path), "a", 0),
+    ):
+        pass
+    with objects.exclusive(str(tmp_path), "a"), objects.exclusive(str(tmp_path), "b"):
+        pass
+    assert_nothing_committed(tmp_path)
+
+
+def test_file_systems_without_locks_are_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    old = commit_shard(tmp_path, config_of("webdataset"))
+    manifest = commit_shard(tmp_path, replaces=old)
+    assert sorted(snapshot(tmp_path)) == [manifest.data_file, "00000000.json"]
+    assert "no file locks here, start only one job at a time" in caplog.text
+
+
+def test_secrets_stay_out_of_markers(tmp_path: Path) -> None:
+    signed = "https://me:hunter2@host/a.tar?X-Amz-Signature=abcdef&X-Amz-Credential=xyz"
+    ref = dataclasses.replace(make_ref(), urls=(signed,))
+    mark_failed(str(tmp_path), ref, config_of(), SourceError(f"cannot read {signed}: cut"))
+    text = (tmp_path / "00000000.failed.json").read_text()
+    assert "https://***@host/a.tar?***" in text
+    with staged_file(str(tmp_path), ref.name) as path:
+        write_shard(path, make_rows(4))
+        manifest = publish(str(tmp_path), path, ref, config_of(), DIGEST)
+    assert manifest.source_url == "https://***@host/a.tar?***"
+    text += (tmp_path / "00000000.json").read_text()
+    assert not re.search("hunter2|abcdef|xyz", text)
 
 
 # Verification of what lies in DST
