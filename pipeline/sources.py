@@ -29,13 +29,9 @@ from posixpath import basename
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipeline import storage
-from pipeline.read import (
-    IMAGE_EXTENSIONS,
-    SIDECAR_EXTENSIONS,
-    count_samples,
-    has_images,
-    split_stem,
-)
+from pipeline.parquet import has_images
+from pipeline.read import count_samples, split_stem
+from pipeline.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS
 from pipeline.storage import Stat
 from schemas.errors import SourceError, UsageError
 from schemas.shard import ShardRef
