@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.integration.chaos import TALLY, Arena, open_arena, ray_nodes, tally_lines
 from tests.integration.faults import Proxy, fault_proxy
 from tests.integration.stores import Store, moto_store
 
@@ -42,3 +43,19 @@ def proxy(moto: Store) -> Iterator[Proxy]:
     """A server in front of `moto` that fails as it is told; one test at a time."""
     with fault_proxy(moto.endpoint) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def arena(moto: Store, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    """Conversions on a cluster of two nodes, from S3 to S3."""
+    folder = tmp_path_factory.mktemp("arena")
+    with ray_nodes(moto.environment(proxy.endpoint)) as nodes:
+        yield open_arena(moto, proxy, folder, nodes)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tally of what was broken on purpose."""
+    if TALLY:
+        terminalreporter.section("broken on purpose")
+        for line in tally_lines():
+            terminalreporter.write_line(line)
