@@ -4,8 +4,8 @@
 
 With `--log-format json` each event becomes {"time", "level", "event", "message", ...fields}, and
 lines that others print on `sys.stderr` (Ray, warnings) become events of the kind "output". What C++
-writes to the file descriptor itself stays as it is. Not built on `logging`: there is one place to
-write to, and the format is the whole of it.
+writes to the file descriptor itself stays as it is. Secrets are struck out here, whoever named
+them. Not built on `logging`: there is one place to write to, and the format is the whole of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 import threading
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
+
+from pipeline.store_options import redact
 
 Format = Literal["text", "json"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -62,7 +64,7 @@ def log(
         stream.stream.flush()
     elif debugging() or not detail:
         shown = trace if debugging() else ""
-        print(shown + message, file=stream, flush=True)
+        print(redact(shown + message), file=stream, flush=True)
 
 
 def json_line(event: str, message: str, level: Level, fields: dict[str, Any]) -> str:
@@ -70,7 +72,8 @@ def json_line(event: str, message: str, level: Level, fields: dict[str, Any]) ->
     time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     line = {"time": time, "level": level, "event": event, "message": message}
     line |= {name: value for name, value in fields.items() if value is not None}
-    return json.dumps(line, default=str) + "\n"
+    shown = {name: redact(v) if isinstance(v, str) else v for name, v in line.items()}
+    return json.dumps(shown, default=str) + "\n"
 
 
 class _JsonLines(io.TextIOBase):

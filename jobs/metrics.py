@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.tally import Snapshot
+from pipeline.store_options import redact
 
 COUNTERS = {
     "splatshard_images_total": "Samples of committed shards, skipped ones included",
@@ -54,7 +55,7 @@ class Metrics:
     """Publishes snapshots of one job into `dst`; does nothing while there is no Ray."""
 
     def __init__(self, dst: str) -> None:
-        self._dst = dst
+        self._dst = redact(dst)
         self._published: dict[tuple[str, str], float] = {}
 
     def publish(self, snapshot: Snapshot) -> None:

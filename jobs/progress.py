@@ -30,8 +30,6 @@ from jobs.tally import RetryKind, Snapshot, Tally
 from schemas.errors import SplatshardError
 from schemas.shard import OK, ShardManifest, ShardRef
 
-__all__ = ["Progress", "RetryKind", "Snapshot", "dataset_figures", "run_summary"]
-
 PROGRESS_FILE = "_progress.json"
 CPU_BACKENDS = ("cpu", "reference")
 LINE_EVERY_S = 5.0

@@ -74,6 +74,20 @@ def test_what_others_print_becomes_json_too(capsys: Capsys) -> None:
     assert last == "text again"
 
 
+def test_secrets_are_struck_out(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush/+1")
+    monkeypatch.setenv("SPLATSHARD_DEBUG", "1")
+    secret = "hush/+1 at https://me:pw@host/"
+    log("retry", secret, trace=secret)
+    configure("json")
+    log("retry", secret, trace=secret, error=secret)
+    print(secret, file=sys.stderr)
+    err = capsys.readouterr().err
+    assert "hush" not in err
+    assert "pw" not in err
+    assert "***" in err
+
+
 def test_json_ends_with_the_job(capsys: Capsys) -> None:
     def body() -> int:
         configure("json")
