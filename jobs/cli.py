@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import signal
 import sys
 import traceback
@@ -73,16 +74,13 @@ def parse(
 def one_line(framed: str) -> str:
     """tyro's framed message as one line, without its help footers."""
     words: list[str] = []
-    for raw in framed.splitlines():
+    for raw in framed.splitlines()[1:]:  # the first one is the frame's title
         line = raw.strip("│ \t")
         if line.startswith(("Argument helptext", "For full helptext")):
             break
-        if line and not set(line) <= set("─╭╮╰╯│ ") and not line.startswith("╭"):
+        if not set(line) <= set("─╭╮╰╯│- "):  # dashes where the terminal knows ASCII only
             words.append(line)
-    text = " ".join(words)
-    if text.startswith(("Error parsing config", "Error parsing : ")):
-        text = text.split(": ", 1)[1]
-    return text
+    return re.sub(r"^Error parsing (config[.\w]*|\w*Options|) ?: ", "", " ".join(words))
 
 
 def run(body: Callable[[], int]) -> int:

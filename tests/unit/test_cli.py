@@ -31,7 +31,7 @@ def test_flags_are_flat_and_have_the_defaults_of_the_configuration() -> None:
     parsed = options()
     assert (parsed.src, parsed.dst) == ("in.tar", "out")
     assert parsed.config == ConvertConfig()
-    assert parsed.workers is None
+    assert parsed.workers == "auto"
     assert parsed.limit is None
 
 
@@ -63,8 +63,8 @@ def test_job_flags() -> None:
         (["--steps", "-1"], "--steps -1: choose 0 to 1000000"),
         (["--image-size", "4"], "--image-size 4: choose 8 to 4096"),
         (["--target-psnr", "-3"], "--target-psnr"),
-        (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--workers", "-2"], "--workers -2: must be at least 1"),
+        (["--workers", "0"], "--workers 0: must be auto or at least 1"),
+        (["--workers", "-2"], "--workers -2: must be auto or at least 1"),
         (["--limit", "-1"], "--limit -1: must be at least 1"),
         (["--samples-per-shard", "0"], "--samples-per-shard 0: must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0"),
@@ -164,6 +164,8 @@ def test_framed_messages_become_one_line() -> None:
     body = "│ Error parsing config.fit: --x 1: no │\n│ ──── │\n│ For full helptext │"
     framed = f"╭─ Value error ─╮\n{body}\n╰────╯"
     assert one_line(framed) == "--x 1: no"
+    in_ascii = " Value error \n ---- \n  Error parsing ConvertOptions: --x 1: no  \n  ----  \n"
+    assert one_line(in_ascii) == "--x 1: no"
 
 
 def test_words_for_numbers() -> None:
