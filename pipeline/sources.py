@@ -33,6 +33,7 @@ from pipeline.parquet import has_images
 from pipeline.read import count_samples, split_stem
 from pipeline.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS
 from pipeline.storage import Stat
+from pipeline.store_options import redact
 from schemas.errors import SourceError, UsageError
 from schemas.shard import ShardRef
 
@@ -46,17 +47,25 @@ def list_shards(
 
     The last shard then has a limit of its own, unless all of it is wanted. `samples_per_shard` cuts
     a folder of images. Raises UsageError when there is nothing at `src`, part of it is missing, or
-    two shards would have one name; SourceError when a place cannot be read.
+    two shards would have one name; SourceError when a place cannot be read; UnavailableError.
     """
     for name, value in (("limit", limit), ("samples-per-shard", samples_per_shard)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be 1 or more")
+    try:
+        refs = _list(src, samples_per_shard)
+    except UsageError as e:  # messages name URLs, and a signed URL is a secret
+        raise UsageError(redact(str(e))) from e
+    return refs if limit is None else _take(refs, limit)
+
+
+def _list(src: str, samples_per_shard: int) -> list[ShardRef]:
     patterns = [pattern for source in src.split("::") for pattern in _patterns(source.strip())]
     for pattern in patterns:
         _refuse_compressed(pattern)
     refs = _resolve(src, patterns, samples_per_shard)
     _check_names(refs)
-    return refs if limit is None else _take(refs, limit)
+    return refs
 
 
 def _take(refs: list[ShardRef], limit: int) -> list[ShardRef]:
@@ -119,7 +128,7 @@ def _refuse_compressed(url: str) -> None:
 
 
 def _is_glob(pattern: str) -> bool:
-    return bool(re.search(r"[*?\[]", pattern)) and not storage.exists(pattern)
+    return bool(re.search(r"[*?\[]", _path(pattern))) and not storage.exists(pattern)
 
 
 # From paths to shards

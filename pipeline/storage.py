@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -47,7 +47,7 @@ T = TypeVar("T")
 PATIENCE_S = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stat:
     """Size in bytes and the store's etag (the modification time in µs on a local disk)."""
 
@@ -136,6 +136,17 @@ def _patiently(call: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
+def _asked(fs: fsspec.AbstractFileSystem, path: str, call: Callable[[], T]) -> T:
+    """`call()`, patiently. What S3 says to a HEAD that it refuses has no body, so a listing is
+    asked for the reason."""
+    try:
+        return _patiently(call)
+    except PermissionError:
+        if _is_s3(fs):
+            next(_s3_listing(fs, fs._parent(path)), None)
+        raise
+
+
 # Reading
 
 
@@ -193,7 +204,7 @@ def open_read(url: str) -> Iterator[BinaryIO]:
     """
     fs, path = driver(url)
     try:
-        raw = _patiently(lambda: fs.open(path, "rb"))
+        raw = _asked(fs, path, lambda: fs.open(path, "rb"))
     except driver_errors() as e:
         raise as_error(e, f"cannot open {url}", SourceError) from e
     with raw if is_local(url) else _Stream(url, raw) as stream:
@@ -212,7 +223,7 @@ def stat(url: str) -> Stat:
     """Raises SourceError when there is nothing at `url`, and UnavailableError."""
     fs, path = driver(url)
     try:
-        return _stat(_patiently(lambda: fs.info(path)))
+        return _stat(_asked(fs, path, lambda: fs.info(path)))
     except driver_errors() as e:
         raise as_error(e, f"cannot read {url}", SourceError) from e
 
@@ -233,16 +244,39 @@ def stats(urls: Iterable[str]) -> dict[str, Stat]:
         if len(siblings) < 8 or "http" in fs.protocol:
             with ThreadPoolExecutor(16) as pool:
                 infos = list(pool.map(_info_or_none, siblings))
+            found |= {
+                url: _stat(info)
+                for url, info in zip(siblings, infos, strict=True)
+                if info and info["type"] == "file"
+            }
         else:
             with source_errors(siblings[0]):
-                listed = _list_or_nothing(fs, fs._parent(path))
-            listing = {fs._strip_protocol(info["name"]): info for info in listed}
-            infos = [_follow(listing.get(driver(url)[1], {})) for url in siblings]
-        found |= {
-            url: _stat(info)
-            for url, info in zip(siblings, infos, strict=True)
-            if info and info["type"] == "file"
-        }
+                listing = _listing(fs, fs._parent(path))
+            names = ((url, url.rpartition("/")[2]) for url in siblings)
+            found |= {url: listing[name] for url, name in names if name in listing}
+    return found
+
+
+def _listing(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Stat]:
+    """Names of the files in `folder` itself. Raises what the driver raises."""
+    if isinstance(fs, LocalFileSystem):
+        return _local_listing(folder)
+    return {
+        info["name"].rpartition("/")[2]: _stat(info)
+        for info in _list_or_nothing(fs, folder)
+        if info["type"] == "file"
+    }
+
+
+def _local_listing(folder: str) -> dict[str, Stat]:
+    """As `_listing`; the driver takes five times as long and a kilobyte for each file."""
+    found: dict[str, Stat] = {}
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # a broken link, or deleted just now
+                if entry.is_file():
+                    info = entry.stat()
+                    found[entry.name] = Stat(info.st_size, str(round(info.st_mtime * 1e6)))
     return found
 
 
@@ -277,7 +311,7 @@ def _info_or_none(url: str) -> dict[str, Any] | None:
     fs, path = driver(url)
     try:
         with source_errors(url):
-            return _patiently(lambda: fs.info(path))
+            return _asked(fs, path, lambda: fs.info(path))
     except FileNotFoundError:
         return None
 
@@ -308,13 +342,7 @@ def list_folder(url: str) -> dict[str, Stat]:
 
     Raises what the driver raises: use it within `storage_errors`.
     """
-    fs, path = driver(url)
-    infos = {fs._strip_protocol(info["name"]): info for info in _list_or_nothing(fs, path)}
-    return {
-        name.rpartition("/")[2]: _stat(info)
-        for name, info in sorted(infos.items())
-        if info["type"] == "file"
-    }
+    return dict(sorted(_listing(*driver(url)).items()))
 
 
 def read_bytes(url: str) -> bytes:

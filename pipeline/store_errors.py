@@ -74,6 +74,7 @@ REMEDIES = {
     "PermanentRedirect": REGION,
     "301": REGION,
     "XAmzContentSHA256Mismatch": "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+    **dict.fromkeys(("QuotaExceeded", "XMinioStorageFull", "507"), "no space left: free some"),
     "401": DENIED,
     "403": DENIED,
     **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"), RENEW),
@@ -152,8 +153,8 @@ def _codes(error: BaseException) -> list[str]:
     if isinstance(response, dict):
         found = [response.get("Error", {}).get("Code")]
         found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-    else:
-        found = [getattr(error, "status", None), getattr(error, "code", None)]
+    else:  # aiohttp's and Google's
+        found = [error.status if hasattr(error, "status") else getattr(error, "code", None)]
     return [str(code) for code in found if isinstance(code, str | int) and code not in ("", 0)]
 
 
