@@ -1,15 +1,13 @@
 """The job's own small files beside the shards: `_plan.json`, `_run.json`, `report.html`.
 
-Staged and renamed like shards, so that neither a reader nor a crash leaves half a file.
+Written whole or not at all, so that neither a reader nor a crash sees half a file.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_to_json
-from pipeline.storage import exists, open_read
+from pipeline.storage import exists, read_bytes, write_bytes
+from pipeline.store_errors import storage_errors
 from schemas.errors import UsageError
 
 RUN_FILE = "_run.json"
@@ -17,21 +15,18 @@ REPORT_FILE = "report.html"
 
 
 def read_text(dst: str, name: str) -> str | None:
-    """The text of `dst/name`, None when there is none."""
+    """The text of `dst/name`, None when there is none. Raises StorageError, UnavailableError."""
     url = f"{dst}/{name}"
-    if not exists(url):
-        return None
-    with open_read(url) as stream:
-        return stream.read().decode()
+    with storage_errors(url, "read"):
+        try:
+            return read_bytes(url).decode(errors="replace")
+        except FileNotFoundError:
+            return None
 
 
 def write_text(dst: str, name: str, text: str) -> None:
-    """Write `dst/name` atomically, through the staging folder. Raises StorageError."""
-    from pipeline.commit import staged_file, storage_errors
-
-    with staged_file(dst, name.strip("_")) as path, storage_errors(f"{dst}/{name}"):
-        path.write_text(text, encoding="utf-8")
-        os.replace(path, Path(dst) / name)
+    """Write `dst/name` atomically. Raises StorageError and UnavailableError."""
+    write_bytes(f"{dst}/{name}", text.encode())
 
 
 def read_plan(dst: str) -> dict[str, PlannedShard]:

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.config import ConvertConfig, describe_difference, identities
+from schemas.config import ConvertConfig, describe_difference, identities, recipe_digest
 from schemas.errors import CorruptShardError, StaleShardError, UsageError
 from schemas.shard import FailedShard, ShardManifest, ShardRef, to_json
 from schemas.splats import canonical_json
@@ -236,8 +236,7 @@ def plan_to_json(shards: Mapping[str, PlannedShard]) -> str:
         shard = shards[name]
         recipe: dict[str, Any] = shard.inputs["recipe"]
         if id(recipe) not in digests:
-            digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-            digests[id(recipe)] = digest
+            digest = digests[id(recipe)] = recipe_digest(recipe)
             recipes[digest] = f'"{digest}":{canonical_json(recipe)}'
         values = {field: getattr(shard.ref, field) for field in _REF_FIELDS}
         entry = {

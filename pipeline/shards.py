@@ -9,6 +9,7 @@ A tar that was cut between two members reads like a shorter one: trust the marke
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tarfile
@@ -22,14 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.pack import finite_images, unpack
 from schemas.config import fingerprint
 from schemas.errors import CorruptShardError, FormatVersionError, SourceError
-from schemas.shard import OK, STATUSES, ShardManifest
+from schemas.shard import OK, PSNR_STEP, STATUSES, ShardManifest
 from schemas.splats import (
     COLUMNS,
     EXTENSIONS,
     FORMAT_VERSION,
+    MAX_PSNR,
     METADATA_KEY,
     METADATA_MEMBER,
     NAMES,
@@ -187,7 +188,7 @@ class Survey:
 
     samples: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-    statistics: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -218,12 +219,24 @@ def survey(url: str, format: str | None = None) -> Survey:
             "psnr_min": min(psnr),
             "psnr_max": max(psnr),
             "num_gaussians_mean": num_gaussians / len(psnr),
+            **_histogram(psnr),
         }
     return result
 
 
+def _histogram(psnr: list[float]) -> dict[str, Any]:
+    steps = Counter(math.floor(min(max(p, 0), MAX_PSNR) / PSNR_STEP) for p in psnr)
+    first = min(steps)
+    return {
+        "psnr_histogram_from": first * PSNR_STEP,
+        "psnr_histogram": " ".join(str(steps[i]) for i in range(first, max(steps) + 1)),
+    }
+
+
 def row_problem(row: Row, codec: str) -> str:
     """What is wrong with a row; empty when nothing is."""
+    from pipeline.pack import finite_images, unpack  # torch; a driver only reads markers
+
     if row["status"] not in STATUSES:
         return f"unknown status {row['status']!r}"
     if row["status"] != OK:
@@ -266,7 +279,8 @@ def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
             f"{marker}: its fingerprint is not that of its inputs: delete it and run convert again"
         ]
     return [
-        f"{p if url in p else f'{url}: {p}'}: delete {marker} and run convert again"
+        f"{p if url in p else f'{url}: {p}'}: run splatshard repair, or delete {marker} and run "
+        "convert again"
         for p in problems
     ]
 
@@ -275,14 +289,27 @@ def _problems(url: str, manifest: ShardManifest) -> list[str]:
     size = storage.stat(url).size_bytes
     if size != manifest.size_bytes:
         return [f"{size} bytes, its marker says {manifest.size_bytes}"]
-    if storage.sha256(url) != manifest.sha256:
-        return ["SHA-256 is not the one in its marker (damaged or replaced)"]
+    digest = hashlib.sha256()
+    with storage.local_copy(url, digest) as path:
+        if digest.hexdigest() != manifest.sha256:
+            return ["SHA-256 is not the one in its marker (damaged or replaced)"]
+        try:
+            return _differences(path, manifest)
+        except (CorruptShardError, FormatVersionError) as e:
+            raise type(e)(str(e).replace(path, url)) from e
+
+
+def _differences(path: str, manifest: ShardManifest) -> list[str]:
+    """What the file at `path` holds and its marker does not say."""
     problems: list[str] = []
-    recipe = shard_metadata_of(url, manifest.format).get("recipe")
+    recipe = shard_metadata_of(path, manifest.format).get("recipe")
     if recipe != manifest.inputs["recipe"]:
         problems.append("it was made by another recipe than its marker says")
-    found = survey(url, manifest.format)
+    found = survey(path, manifest.format)
     problems += found.problems
+    if "psnr_histogram" not in manifest.statistics:  # the first markers had none
+        for name in ("psnr_histogram", "psnr_histogram_from"):
+            found.statistics.pop(name, None)
     for name in ("samples", "counts", "statistics"):
         if getattr(found, name) != getattr(manifest, name):
             problems.append(

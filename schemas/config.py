@@ -265,6 +265,11 @@ _UNKNOWN_RECIPE = (
 )
 
 
+def recipe_digest(recipe_of_shards: dict[str, Any]) -> str:
+    """16 hex digits that stand for a recipe in files that store it once."""
+    return hashlib.sha256(canonical_json(recipe_of_shards).encode()).hexdigest()[:16]
+
+
 def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
     """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample limit.
 

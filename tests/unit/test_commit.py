@@ -92,7 +92,7 @@ def test_a_committed_shard_verifies(tmp_path: Path, format: str, codec: str) -> 
         "num_gaussians_mean": 20,
         "payload_bytes": 6 * (header + 20 * (16 if codec == "fp16" else 11)),
         "psnr_histogram_from": 25.0,
-        "psnr_histogram": [1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 1],
+        "psnr_histogram": "1 0 1 0 1 0 0 0 1 0 1 0 1",
     }
 
 

@@ -1,0 +1,176 @@
+"""`_manifest.json`, kept up to date by the driver while it runs, and what it is made of.
+
+    catalog = Catalog(dst, done)        the done shards that are there before this run
+    catalog.add(manifest)               one more, or one that replaces another
+    catalog.write_if_due()              once a minute at most, and at most 3 % of the time
+    catalog.write()                     at the end
+
+All of it but `provenance` is a pure function of the markers. The file may lag behind them, so
+nothing is lost when it is not written; see `pipeline.markers` for how it is believed.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from jobs.cli import say
+from jobs.progress import dataset_figures
+from pipeline.storage import exists, open_read
+from pipeline.store_errors import storage_errors
+from pipeline.store_options import redact
+from schemas.errors import UnavailableError
+from schemas.manifest import (
+    MANIFEST_FILE,
+    Entry,
+    dataset_fingerprint,
+    manifest_lines,
+    read_head,
+)
+from schemas.shard import PSNR_STEP, ShardManifest, to_json
+from schemas.splats import CODECS, COLUMNS, FORMAT_VERSION, HEADER_BYTES
+
+EVERY_S = 60.0
+SHARE = 0.03
+"""Of the driver's time, at most, that goes into writing the manifest again and again."""
+
+PACKAGES = (
+    *("torch", "triton", "numba", "numpy", "pillow", "pyarrow"),
+    *("ray", "fsspec", "s3fs", "webdataset"),
+)
+
+QUANTILES = (5, 25, 50, 75, 95)
+
+
+class Catalog:
+    """The done shards of a destination, and the file that lists them."""
+
+    def __init__(self, dst: str, done: Iterable[ShardManifest]) -> None:
+        self._dst = dst
+        self._manifests = {manifest.name: manifest for manifest in done}
+        self._marker_bytes: dict[str, int] = {}
+        self._due = time.monotonic() + EVERY_S
+        self._changed = False
+
+    @property
+    def manifests(self) -> list[ShardManifest]:
+        """All of them, sorted by name."""
+        return [self._manifests[name] for name in sorted(self._manifests)]
+
+    def add(self, manifest: ShardManifest) -> None:
+        """A shard is done."""
+        self._manifests[manifest.name] = manifest
+        self._marker_bytes.pop(manifest.name, None)
+        self._changed = True
+
+    def write_if_due(self) -> None:
+        """Write what is new, unless that was done a short while ago. A store that does not answer
+        is asked again later."""
+        begin = time.monotonic()
+        if not self._changed or begin < self._due:
+            return
+        try:
+            self.write()
+        except UnavailableError as e:
+            say(f"{MANIFEST_FILE} was not written, this is tried again: {e}")
+        now = time.monotonic()
+        self._due = now + max(EVERY_S, (now - begin) / SHARE)
+
+    def write(self) -> None:
+        """Write the file, unless it says all this already. Raises StorageError, UnavailableError
+        and SourceError."""
+        from pipeline.commit import staged_file
+        from pipeline.objects import upload
+
+        now, url = head(self.manifests), f"{self._dst}/{MANIFEST_FILE}"
+        if not self._changed and _same_dataset(now, url):
+            return
+        for name in self._manifests.keys() - self._marker_bytes.keys():
+            self._marker_bytes[name] = len(to_json(self._manifests[name]).encode())
+        entries = {
+            name: Entry(manifest, self._marker_bytes[name])
+            for name, manifest in self._manifests.items()
+        }
+        with staged_file(self._dst, "manifest") as path:
+            with storage_errors(path), path.open("w", encoding="utf-8") as file:
+                file.writelines(manifest_lines(now, entries))
+            upload(path, url)
+        self._changed = False
+
+
+def _same_dataset(head: dict[str, Any], url: str) -> bool:
+    if not exists(url):
+        return False
+    with open_read(url) as stream:
+        before = read_head(stream.read(1 << 20).partition(b"\n")[0])
+    return all(before.get(key) == head[key] for key in ("fingerprint", "totals"))
+
+
+def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
+    """What the manifest says about the dataset as a whole."""
+    codecs = sorted({manifest.inputs["recipe"]["pack"]["codec"] for manifest in manifests})
+    return {
+        "fingerprint": dataset_fingerprint(manifests),
+        "totals": {
+            "shards": len(manifests),
+            **dataset_figures(manifests),
+            "psnr_quantiles": psnr_quantiles(manifests),
+        },
+        "schema": {
+            "format_version": FORMAT_VERSION,
+            "columns": {field.name: str(field.type) for field in COLUMNS},
+            "codecs": {
+                name: {"bytes_per_gaussian": CODECS[name], "header_bytes": HEADER_BYTES[name]}
+                for name in codecs
+            },
+        },
+        "provenance": provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """The command of this process, without secrets, and the versions of what it runs on."""
+    versions = {"splatshard": version("splatshard"), "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"command": [redact(argument) for argument in sys.argv], "versions": versions}
+
+
+def psnr_quantiles(manifests: Iterable[ShardManifest]) -> dict[str, float] | None:
+    """`{"p5": ..., ...}` in dB over all ok images, from the markers' histograms.
+
+    Within a step of PSNR_STEP dB images are taken to be evenly spread, so that a quantile is off by
+    less than a step. None where there is no image, or a marker without a histogram.
+    """
+    steps: dict[int, int] = {}
+    low, high = float("inf"), float("-inf")
+    for manifest in manifests:
+        statistics = manifest.statistics
+        if "psnr_mean" not in statistics:
+            continue
+        if "psnr_histogram" not in statistics:
+            return None
+        first = round(statistics["psnr_histogram_from"] / PSNR_STEP)
+        for step, images in enumerate(statistics["psnr_histogram"].split(), first):
+            steps[step] = steps.get(step, 0) + int(images)
+        low, high = min(low, statistics["psnr_min"]), max(high, statistics["psnr_max"])
+    total = sum(steps.values())
+    if not total:
+        return None
+    found: dict[str, float] = {}
+    for percent in QUANTILES:
+        wanted, below = total * percent / 100, 0
+        for step in sorted(steps):
+            if below + steps[step] >= wanted and steps[step]:
+                value = (step + (wanted - below) / steps[step]) * PSNR_STEP
+                found[f"p{percent}"] = min(max(value, low), high)
+                break
+            below += steps[step]
+    return found
