@@ -6,6 +6,7 @@ process does die, or hang, when it meets the sample.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -30,22 +31,22 @@ class Poisoned(FitActor):
     def start(self, backend: str) -> Started:
         import pipeline.convert as stages
 
-        decode = stages.decode_sample
+        decode = stages.decode
 
-        def decode_or_die(sample, config):
-            if sample.key in self.keys:
+        def decode_or_die(image, name, config):
+            if name.removesuffix(".jpg") in self.keys:
                 self.end()
-            return decode(sample, config)
+            return decode(image, name, config)
 
-        stages.decode_sample = decode_or_die
+        stages.decode = decode_or_die
         return super().start(backend)
 
     def end(self) -> None:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        ctypes.string_at(0)  # a real one, in this thread; a signal would go to another
 
 
 class Crashes(Poisoned):
-    keys = ("000000000004", "000000000022")
+    keys = ("000000000004",)
 
 
 class Hangs(Poisoned):
@@ -59,6 +60,7 @@ class DiesWhole(FitActor):
     """Dies at every whole attempt at one shard and at no part of it: memory, say."""
 
     def convert(self, task, config, dst):
+        self._loaded.wait()
         if task.ref.name == "00000001" and not task.span:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().convert(task, config, dst)
@@ -73,20 +75,19 @@ def rows(dst: Path, shard: str) -> dict[str, tuple[str, str | None, str | None]]
 def test_samples_that_crash_their_worker_are_quarantined(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    src, dst = tars(tmp_path / "in", shards=3, samples=12), tmp_path / "out"
+    src, dst = tars(tmp_path / "in", shards=3, samples=8), tmp_path / "out"
     monkeypatch.setattr("jobs.drive.FitActor", Crashes)
     code, summary, err = convert_json(capsys, src, dst)
-    assert (code, summary["shards_done"], summary["samples"]) == (0, 3, 36), err
-    assert summary["skipped"] == {"quarantined": 2}
+    assert (code, summary["shards_done"], summary["samples"]) == (0, 3, 24), err
+    assert summary["skipped"] == {"quarantined": 1}
     assert summary["retries"]["worker_death"] > 2
-    for shard, key in (("00000000", "000000000004"), ("00000001", "000000000022")):
-        found = rows(dst, shard)
-        assert len(found) == 12
-        status, uid, error = found.pop(key)
-        assert status == "quarantined"
-        assert uid
-        assert "killed its worker" in (error or "")
-        assert {status for status, *_ in found.values()} == {"ok"}
+    found = rows(dst, "00000000")
+    assert len(found) == 8
+    status, uid, error = found.pop("000000000004")
+    assert status == "quarantined"
+    assert uid
+    assert "killed its worker" in (error or "")
+    assert {status for status, *_ in found.values()} == {"ok"}
     assert_verified(capsys, dst)
     before = files(dst)
     code, summary, err = convert_json(capsys, src, dst)
