@@ -10,9 +10,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/splatshard-prove.XXXXXX")
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
+export BUILDAH_ISOLATION=chroot
 # none of the machine's own storage: this root is its own and ends with the script
-buildah() { command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+buildah() {
+    command buildah --storage-driver vfs --root "$work/storage" --runroot "$work/run" "$@"
+}
 clean() {
     buildah umount --all >&2 || true
     buildah rm --all > /dev/null || true
@@ -54,25 +56,27 @@ buildah bud "${mounts[@]}" --build-arg BASE=localhost/debian-python \
     --file docker/Dockerfile.cpu --tag localhost/splatshard:cpu . \
     > "$work/log" 2>&1 || { tail -n 40 "$work/log"; exit 1; }
 
-step "two photographs converted by the image's own user, then by another"
-container=$(buildah from localhost/splatshard:cpu)
-inside() { buildah run "$@"; }
-inside "$container" -- bash -lc 'id; command -v python ray splatshard; splatshard --version'
+step "two pictures, converted by the image's own user and by another"
 for user in 1000 4321; do
-    inside --user "$user" "$container" -- bash -euc '
+    container=$(buildah from localhost/splatshard:cpu)
+    buildah run --user "$user" "$container" -- bash -leuc '
+        id
         cd "$(mktemp -d)"
         python -c "
 from PIL import Image
-for i, name in enumerate((\"red\", \"blue\")):
-    Image.linear_gradient(\"L\").rotate(30 + 90 * i).convert(\"RGB\").save(f\"{name}.png\")
+for angle in 30, 120:
+    Image.linear_gradient(\"L\").rotate(angle).convert(\"RGB\").save(f\"{angle}.png\")
 "
         convert="splatshard convert . splats --steps=20 --num-gaussians=64 --workers=1"
         $convert
         splatshard verify splats
         $convert 2>&1 | grep "everything is already done"
+        ray --version
     '
+    buildah rm "$container" > /dev/null
 done
 
 step "the image"
-buildah inspect --format 'user {{.OCIv1.Config.User}}, command {{.OCIv1.Config.Cmd}}' localhost/splatshard:cpu
+buildah inspect --format 'user {{.OCIv1.Config.User}}, command {{.OCIv1.Config.Cmd}}{{"\n"}}' \
+    localhost/splatshard:cpu
 buildah images --format '{{.Name}}:{{.Tag}} {{.Size}}'
