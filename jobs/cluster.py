@@ -18,9 +18,8 @@ from ray.exceptions import OutOfMemoryError, RayError
 from jobs.log import debugging
 from jobs.metrics import advertised
 from jobs.tally import RetryKind
+from schemas.config import CPU_BACKENDS
 from schemas.errors import BackendError
-
-CPU_BACKENDS = ("cpu", "reference")
 
 Workers = int | Literal["auto"]
 

@@ -32,6 +32,7 @@ from jobs.progress import Progress
 from jobs.schedule import UNAVAILABLE, Schedule
 from jobs.signals import StopSignals
 from jobs.tally import RetryKind
+from pipeline.clock import Pulse
 from pipeline.commit import mark_failed
 from schemas.config import ConvertConfig
 from schemas.errors import BackendError, SplatshardError, StorageError, UnavailableError
@@ -45,7 +46,10 @@ START_DEATHS = 4
 
 @dataclass(eq=False, kw_only=True)
 class Worker:
-    """An actor and what was asked of it. `heard` is when it last answered (monotonic s)."""
+    """An actor and what was asked of it.
+
+    `heard` is when it last answered (monotonic s), `worked` its pulse at the end of its last shard.
+    """
 
     actor: Any
     started: Any
@@ -54,6 +58,7 @@ class Worker:
     polled: Any = None
     heard: float = 0.0
     state: WorkerState = field(default_factory=WorkerState)
+    worked: Pulse = field(default_factory=Pulse)
     retiring: bool = False
 
     @property
@@ -116,8 +121,8 @@ class Driver:
             self.stop()
             raise
         finally:
-            for worker in self.team:
-                ray.kill(worker.actor)
+            for worker in list(self.team):
+                self.dismiss(worker, "the job ends")
         return largest
 
     # The team
@@ -134,7 +139,7 @@ class Driver:
                 worker.retiring = True
                 self.progress.tell(f"node {worker.node[:8]} is draining: its worker takes no more")
             if worker.retiring and not worker.in_flight:
-                self.dismiss(worker)
+                self.dismiss(worker, "its node is draining")
         tasks = len(self.schedule) + sum(len(worker.in_flight) for worker in self.team)
         staying = sum(not worker.retiring for worker in self.team)
         for _ in range(min(room(self.workers, self.reserved), tasks) - staying):
@@ -151,10 +156,11 @@ class Driver:
         actor = remote(FitActor).remote(THREADS, self.storage_options)
         self.team.append(Worker(actor=actor, started=actor.start.remote(self.config.backend)))
 
-    def dismiss(self, worker: Worker) -> None:
+    def dismiss(self, worker: Worker, why: str) -> None:
         """Out of the team, and dead: a lost connection only looks like a death."""
         self.team.remove(worker)
         ray.kill(worker.actor)
+        self.progress.worker_left(f"a worker leaves: {why}", worker.worked, node=worker.node)
         self.resized = float("-inf")  # look at once whether there is room for another
 
     # Tasks and their outcomes
@@ -205,6 +211,7 @@ class Driver:
             task = worker.in_flight.pop(ref)
             unfinished = tuple(c for c in worker.state.shards if c.shard != task.ref.name)
             worker.state = WorkerState(shards=unfinished, pulse=outcome.pulse)
+            worker.worked = outcome.pulse
             worker.heard = time.monotonic()
             self.settle(task, outcome)
 
@@ -218,7 +225,7 @@ class Driver:
             raise BackendError(started.error)
         worker.started, worker.node, worker.heard = None, started.node, time.monotonic()
         self.start_deaths = 0
-        self.progress.worker_ready(started.backend)
+        self.progress.worker_ready(started.backend, node=started.node, pid=started.pid)
 
     def settle(self, task: Task, outcome: Outcome) -> None:
         """What follows from an outcome. Raises StorageError and UnavailableError."""
@@ -253,7 +260,7 @@ class Driver:
 
     def lost(self, worker: Worker, kind: RetryKind) -> None:
         """A worker is gone; its tasks go where they belong. Raises BackendError if none loads."""
-        self.dismiss(worker)
+        self.dismiss(worker, kind.replace("_", " "))
         loading = worker.started is not None
         node_gone = kind in ("node_death", "preempted")
         if loading and not node_gone:

@@ -27,11 +27,12 @@ from jobs.files import write_text
 from jobs.log import log, structured
 from jobs.metrics import Metrics
 from jobs.tally import RetryKind, Snapshot, Tally
+from pipeline.clock import Pulse
+from schemas.config import CPU_BACKENDS
 from schemas.errors import SplatshardError
 from schemas.shard import OK, ShardManifest, ShardRef
 
 PROGRESS_FILE = "_progress.json"
-CPU_BACKENDS = ("cpu", "reference")
 LINE_EVERY_S = 5.0
 LOCAL_FILE_EVERY_S = 5.0
 REMOTE_FILE_EVERY_S = 30.0
@@ -61,6 +62,8 @@ class Progress:
         self.workers = 0
         self.first_shard_s: float | None = None
         self.state: State = "running"
+        self.worker_s = 0.0
+        self.stage_s: Counter[str] = Counter()
         self._tally = Tally(work, done_before)
         self._started = started
         self._dst = dst
@@ -109,8 +112,10 @@ class Progress:
         self._tally.worker_ready(time.monotonic())
         log("worker_ready", "a worker is ready", detail=True, backend=backend, **fields)
 
-    def worker_left(self, message: str, **fields: Any) -> None:
-        """A worker ended or was dismissed."""
+    def worker_left(self, message: str, pulse: Pulse, **fields: Any) -> None:
+        """A worker ended or was dismissed; `pulse` is its last, as of the end of a shard."""
+        self.worker_s += pulse.up_s
+        self.stage_s.update(pulse.busy_s)
         log("worker_left", message, detail=True, **fields)
 
     def finished(self, ref: ShardRef, outcome: Outcome) -> None:
@@ -300,7 +305,11 @@ def run_summary(
     started: float,
     workers: int,
 ) -> dict[str, Any]:
-    """The `--json` object: figures of all done shards of this SRC, rates and times of this run."""
+    """The `--json` object: figures of all done shards of this SRC, rates and times of this run.
+
+    worker_s: seconds of all workers together, from being loaded to their last shard; stage_s: those
+    of them in which a stage was busy.
+    """
     wall_s = time.monotonic() - started
     converted = total_samples(progress.manifests)
     return {
@@ -312,6 +321,8 @@ def run_summary(
         "images_per_s": converted / wall_s if converted else None,
         "wall_s": wall_s,
         "time_to_first_shard_s": progress.first_shard_s,
+        "worker_s": progress.worker_s,
+        "stage_s": dict(sorted(progress.stage_s.items())),
         "retries": dict(sorted(progress.retries.items())),
         "backend": progress.backend or None,
         "workers": workers,

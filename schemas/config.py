@@ -199,6 +199,9 @@ class ConvertConfig:
         )
 
 
+CPU_BACKENDS = ("cpu", "reference")
+"""Backends that never use a GPU."""
+
 PRESETS: dict[str, ConvertConfig] = {
     "default": ConvertConfig(),
     "paper": ConvertConfig(

@@ -435,7 +435,7 @@ def test_json_logs_name_shard_and_uid(capsys: Capsys) -> None:
         progress.retried("oom", refs[0].name, "once more", node="n1")
         progress.finished(refs[0], done(refs[0], skipped, ok=8, corrupt=2))
         progress.finished(refs[1], failed(refs[1]))
-        progress.worker_left("it was dismissed", node="n1")
+        progress.worker_left("it was dismissed", Pulse(), node="n1")
     found = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
     by_event = {e["event"]: e for e in found}
     assert list(by_event) == [
