@@ -254,16 +254,25 @@ def test_every_kind_of_member_as_tarfile_has_it(members, style, common):
     assert listed(data) == listed_by_tarfile(data)
 
 
-@given(st.lists(MEMBERS, min_size=1, max_size=4), STYLES, st.data())
+def patched(data: bytes, header: int, at: int, new: bytes, checksum: bool = True) -> bytes:
+    """With `new` at byte `at` of the header at byte `header`, and its checksum made right."""
+    changed = bytearray(data)
+    changed[header + at : header + at + len(new)] = new
+    if checksum:
+        changed[header + 148 : header + 156] = b" " * 8
+        total = sum(changed[header : header + 512])
+        changed[header + 148 : header + 156] = b"%06o\0 " % total
+    return bytes(changed)
+
+
+@given(st.lists(MEMBERS, min_size=2, max_size=4), STYLES, st.data())
 def test_damage_is_an_error_or_reads_as_by_tarfile(members, style, draw):
-    data = bytearray(archive(members, style, {}))
-    header = 512 * draw.draw(st.integers(0, len(data) // 512 - 1))
-    at = header + draw.draw(st.one_of(st.integers(0, 511), st.sampled_from([124, 148, 156, 345])))
-    data[at : at + 1] = draw.draw(NUMBERS)
-    if draw.draw(st.booleans()):  # a header that was written so, and not damaged afterwards
-        data[header + 148 : header + 156] = b" " * 8
-        data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
-    data = bytes(data[: draw.draw(st.sampled_from([len(data), at, header]))])
+    data = archive(members, style, {})
+    blocks = range(0, len(data), 512)
+    header = draw.draw(st.sampled_from([i for i in blocks if data[i + 257 : i + 262] == b"ustar"]))
+    at = draw.draw(st.one_of(st.integers(0, 511), st.sampled_from([0, 124, 148, 156, 345])))
+    data = patched(data, header, at, draw.draw(NUMBERS), draw.draw(st.booleans()))
+    data = data[: draw.draw(st.sampled_from([len(data)] * 3 + [header + at, header]))]
     try:
         found = listed(data)
     except SourceError:
@@ -271,16 +280,48 @@ def test_damage_is_an_error_or_reads_as_by_tarfile(members, style, draw):
     assert found == listed_by_tarfile(data)
 
 
-@pytest.mark.parametrize("size", [b"\xff" * 12, b"\x80" + b"\x7f" * 11], ids=["-1", "10^26"])
-def test_impossible_sizes(size):
-    """For the second one tarfile's own stream would go on asking for more nearly for ever."""
-    members = [{"name": n, "data": b"1", "mtime": 0, "type": b"0", "uid": 0} for n in "ab"]
-    data = bytearray(archive([m | {"pax_headers": {}} for m in members], tarfile.GNU_FORMAT, {}))
-    data[1024 + 124 : 1024 + 136] = size
-    data[1024 + 148 : 1024 + 156] = b" " * 8
-    data[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(data[1024:1536])
+PLAIN = {"mtime": 1.5, "type": b"0", "uid": 0, "pax_headers": {}}
+SECOND, TIME, FILE = 2048, 2560, 3072
+"""Of an archive of one-block members: the second's extension header, its block, its header."""
+
+
+@pytest.mark.parametrize(
+    ("header", "at", "new", "whole"),
+    [
+        (FILE, 0, b"n" * 100, True),
+        (FILE, 0, b"\xff\xfe" * 40 + b".jpg\0", True),
+        (FILE, 0, b"\0", True),
+        (FILE, 124, b"          1 ", True),  # size
+        (FILE, 124, b"00000000009 ", False),
+        (FILE, 124, b"\x80" + bytes(10) + b"\1", True),
+        (FILE, 124, b"\xff" * 12, False),
+        (FILE, 124, b"\x80" + b"\x7f" * 11, False),
+        (FILE, 156, b"\0", True),  # type
+        (FILE, 156, b"7", True),
+        (FILE, 156, b"1", False),
+        (FILE, 329, b"x", False),  # device
+        (FILE, 345, b"folder", True),  # prefix of the name
+        (SECOND, 124, b"00000001000\0", True),  # twice the block: the next header is inside
+        (SECOND, 156, b"g", True),  # for all that follow
+        (TIME, 0, b"00", False),
+        (TIME, 0, b"16 path=of.jpg\n\0", True),
+    ],
+)
+def test_odd_headers(header, at, new, whole):
+    data = archive([PLAIN | {"name": f"{n}.jpg", "data": b"1"} for n in "abcd"], 2, {})
+    data = patched(data, header, at, new, checksum=header != TIME)
+    if whole:
+        assert listed(data) == listed_by_tarfile(data)
+    else:
+        with pytest.raises(SourceError, match=r"a\.tar.*download it again"):
+            listed(data)
+
+
+@pytest.mark.parametrize("header", [SECOND, FILE])
+def test_every_checksum_is_checked(header):
+    data = archive([PLAIN | {"name": f"{n}.jpg", "data": b"1"} for n in "abcd"], 2, {})
     with pytest.raises(SourceError, match=r"a\.tar.*download it again"):
-        listed(bytes(data))
+        listed(patched(data, header, 0, b"z", checksum=False))
 
 
 @pytest.mark.parametrize("mtime", [1795222803, 1795222803.3416364], ids=["plain", "webdataset"])
@@ -293,7 +334,7 @@ def test_plain_headers_do_not_need_tarfile(mtime, monkeypatch):
         return real(*args)
 
     real = tarfile.TarInfo.frombuf
-    fields = {"mtime": mtime, "type": b"0", "uid": 0, "pax_headers": {}, "data": bytes(5000)}
+    fields = PLAIN | {"mtime": mtime, "data": bytes(5000)}
     members = [fields | {"name": f"{i}.jpg"} for i in range(200)]
     data = archive(members, tarfile.PAX_FORMAT, {})
     monkeypatch.setattr(tarfile.TarInfo, "frombuf", frombuf)
