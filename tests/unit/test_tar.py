@@ -304,7 +304,7 @@ SECOND, TIME, FILE = 2048, 2560, 3072
         (SECOND, 124, b"00000001000\0", True),  # twice the block: the next header is inside
         (SECOND, 156, b"g", True),  # for all that follow
         (TIME, 0, b"00", False),
-        (TIME, 0, b"16 path=of.jpg\n\0", True),
+        (TIME, 0, b"13 path=1.25\n", True),
     ],
 )
 def test_odd_headers(header, at, new, whole):
