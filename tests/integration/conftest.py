@@ -1,4 +1,4 @@
-"""One Ray and one S3 server for all tests that run in this process."""
+"""One Ray and one S3 server for all tests that run in this process; the tally at their end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.chaos import TALLY, Arena, open_arena, ray_nodes, tally_lines
+from tests.integration.chaos import TALLY, Arena, open_arena, tally_lines
 from tests.integration.faults import Proxy, fault_proxy
-from tests.integration.stores import Store, moto_store
+from tests.integration.nodes import Nodes, ray_nodes
+from tests.integration.stores import Store, ceph_store, missing_ceph, moto_store
+
+Folders = pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
@@ -32,25 +35,49 @@ def shared_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def moto(tmp_path_factory: Folders) -> Iterator[Store]:
     """An S3 server that never fails; tests keep apart by bucket."""
     with moto_store(tmp_path_factory.mktemp("moto")) as store:
         yield store
 
 
 @pytest.fixture(scope="session")
+def ceph(tmp_path_factory: Folders) -> Iterator[Store]:
+    """Another, that checks signatures and clocks; skips where it is not installed."""
+    if reason := missing_ceph():
+        pytest.skip(reason)
+    with ceph_store(tmp_path_factory.mktemp("ceph")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
 def proxy(moto: Store) -> Iterator[Proxy]:
-    """A server in front of `moto` that fails as it is told; one test at a time."""
+    """A server in front of one of the stores that fails as it is told; one test at a time."""
     with fault_proxy(moto.endpoint) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def arena(moto: Store, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    """Conversions on a cluster of two nodes, from S3 to S3."""
-    folder = tmp_path_factory.mktemp("arena")
-    with ray_nodes(moto.environment(proxy.endpoint)) as nodes:
-        yield open_arena(moto, proxy, folder, nodes)
+def nodes(moto: Store, proxy: Proxy) -> Iterator[Nodes]:
+    """A cluster whose workers reach the stores through the proxy."""
+    with ray_nodes(moto.environment(proxy.endpoint)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def moto_arena(moto: Store, proxy: Proxy, nodes: Nodes, tmp_path_factory: Folders) -> Arena:
+    return open_arena(moto, proxy, tmp_path_factory.mktemp("arena"), nodes)
+
+
+@pytest.fixture(scope="session")
+def ceph_arena(ceph: Store, proxy: Proxy, nodes: Nodes, tmp_path_factory: Folders) -> Arena:
+    return open_arena(ceph, proxy, tmp_path_factory.mktemp("arena"), nodes)
+
+
+@pytest.fixture(params=["moto", pytest.param("ceph", marks=pytest.mark.slow)])
+def arena(request: pytest.FixtureRequest) -> Arena:
+    """Conversions on a cluster, from S3 to S3."""
+    return request.getfixturevalue(f"{request.param}_arena")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

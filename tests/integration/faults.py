@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -49,15 +50,22 @@ HOP_BY_HOP = frozenset(("connection", "content-length", "expect", "transfer-enco
 
 @dataclass(frozen=True, kw_only=True)
 class FaultPlan:
-    """Shares of requests, 0 to 1, that meet each fault; the others pass."""
+    """Shares of requests, 0 to 1, that meet each fault; the others pass.
+
+    `only` is a pattern that "METHOD /path" begins with, of the requests that are meant; each of
+    them is disturbed when asked for the first `times` times.
+    """
 
     seed: int = 0
     rates: Mapping[str, float] = field(default_factory=dict[str, float])
+    only: str = ""
+    times: int = sys.maxsize
 
     def kind(self, method: str, path: str, asked_before: int) -> str:
         """What becomes of one request."""
-        stable = re.sub(r"-[0-9a-f]{8}[0-9]+\.(parquet|tar)", r".\1", path)
-        text = f"{self.seed} {method} {stable} {asked_before}"
+        if asked_before >= self.times or not re.match(self.only, f"{method} {path}"):
+            return "pass"
+        text = f"{self.seed} {method} {path} {asked_before}"
         draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         for kind, rate in self.rates.items():
             if draw < rate:
@@ -92,6 +100,7 @@ class Proxy:
 
     def draw(self, method: str, path: str) -> str:
         """Decide on one request and count it."""
+        path = re.sub(r"-[0-9a-f]{8}[0-9]+\.(parquet|tar)", r".\1", path)  # no attempt id
         with self._lock:
             kind = self.plan.kind(method, path, self._asked[method, path])
             self._asked[method, path] += 1

@@ -28,7 +28,8 @@ DATA = bytes(range(256)) * 40
 def client(moto: Store, proxy: Proxy) -> Any:
     """Asks the proxy once, without retries."""
     moto.put("proxy", {})
-    moto.client().delete_object(**KEY)
+    for key in moto.objects("s3://proxy"):
+        moto.client().delete_object(Bucket="proxy", Key=key)
     proxy.begin(FaultPlan())
     return moto.client(proxy.endpoint, retries={"total_max_attempts": 1}, read_timeout=10)
 
@@ -115,5 +116,13 @@ def test_a_plan_depends_on_seed_and_request_alone() -> None:
     shares = {kind: n / len(kinds) for kind, n in Counter(kinds).items()}
     assert shares["pass"] == pytest.approx(0.7, abs=0.03)
     assert all(shares[kind] == pytest.approx(0.05, abs=0.02) for kind in FAULTS)
-    names = [f"/bucket/x-12345678-{attempt}.parquet" for attempt in ("0a1b2c3d1", "ffffffff12")]
-    assert len({FaultPlan(rates={"slow": 0.5}).kind("PUT", name, 0) for name in names}) == 1
+
+
+def test_a_plan_may_mean_some_requests_only(client: Any, moto: Store, proxy: Proxy) -> None:
+    proxy.begin(FaultPlan(rates={"slow_down": 1.0}, only="PUT .*[0-9]", times=1))
+    client.put_object(Bucket="proxy", Key="marker", Body=b"")
+    names = [f"{KEY['Key']}-12345678-{attempt}.parquet" for attempt in ("0a1b2c3d1", "ffffffff12")]
+    assert code(client.put_object, Bucket="proxy", Key=names[0], Body=b"") == "SlowDown"
+    client.put_object(Bucket="proxy", Key=names[1], Body=b"")  # the same but for the attempt
+    assert set(moto.objects("s3://proxy")) == {"marker", names[1]}
+    assert proxy.counts == {"pass": 2, "slow_down": 1}
