@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.staging import scratch, staged
@@ -84,7 +83,7 @@ def driver(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The driver for `url` and its name there. Raises SourceError when there is none, UsageError
     when it does not take the options."""
     if is_local(url):
-        return url_to_fs(url)
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
     scheme = scheme_of(url)
     try:
         cls = fsspec.get_filesystem_class(url.partition("://")[0])
@@ -334,7 +333,7 @@ def is_dir(url: str) -> bool:
 
 def exists(url: str) -> bool:
     """Raises SourceError when the store does not say, and UnavailableError."""
-    return local_path(url).exists() if is_local(url) else _info_or_none(url) is not None
+    return os.path.exists(driver(url)[1]) if is_local(url) else _info_or_none(url) is not None
 
 
 def list_folder(url: str) -> dict[str, Stat]:

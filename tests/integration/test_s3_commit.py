@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -43,7 +43,7 @@ from pipeline.shards import read_rows, verify_shard
 from pipeline.sources import list_shards
 from schemas.config import ConvertConfig, DecodeConfig, FitConfig
 from schemas.errors import SourceError, StorageError, UnavailableError, UsageError
-from schemas.shard import ShardManifest, ShardRef, to_json
+from schemas.shard import ShardManifest, to_json
 from tests.make import datacomp_tar, image_folder, image_parquet
 from tests.rows import config_of, make_ref, make_rows, write_shard
 
@@ -352,43 +352,31 @@ def test_another_configuration_is_refused(server: Server, dst: str) -> None:
     assert assert_one_shard(server, dst) == first
 
 
-def test_a_race_that_is_lost_after_the_upload(server: Server, dst: str) -> None:
-    """The other one's marker comes in between; also when it replaces what we were to replace."""
-    old = None
-    for attempt in (f"{JOB}1", f"{JOB}2"):
-        for config in (config_of("parquet"), config_of("webdataset")):
-            objects.keeps_conditions(dst)
-            others: list[ShardManifest] = []
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_race_that_is_lost_after_the_upload(
+    server: Server, dst: str, format: str, stale: bool
+) -> None:
+    """Another job's marker comes when our data are there already and our marker is on its way."""
+    old = commit_shard(dst, config=config_of("parquet", "q11")) if stale else None
+    objects.keeps_conditions(dst)
+    others: list[ShardManifest] = []
 
-            def interfere(
-                request: Request, others: Any = others, old: Any = old, attempt: str = attempt
-            ) -> str:
-                if request.method == "PUT" and request.key.endswith("00000000.json") and not others:
-                    others.append(commit_beside(server, dst, f"{OTHER_JOB}{attempt[-1]}", old))
-                return ""
-
-            server.fault = interfere
-            if config.pack.format == "parquet":
-                found = commit_shard(dst, attempt, config, old)
-                assert [found] == others
-            else:
-                with pytest.raises(StorageError, match=r"pack\.format"):
-                    commit_shard(dst, attempt, config, old)
+    def interfere(request: Request) -> str:
+        if request.method == "PUT" and request.key.endswith("00000000.json"):
             server.fault = lambda _: ""
-            assert assert_one_shard(server, dst).data_file == others[0].data_file
-            old = commit_shard(dst, f"{JOB}9{attempt[-1]}", config_of("parquet", "q11"), others[0])
+            with ThreadPoolExecutor(1) as pool:
+                other = pool.submit(commit_shard, dst, f"{OTHER_JOB}1", replaces=old)
+                others.append(other.result())
+        return ""
 
-
-def commit_beside(
-    server: Server, dst: str, attempt: str, replaces: ShardManifest | None
-) -> ShardManifest:
-    """What another job does while our request is being answered."""
-    fault, server.fault = server.fault, lambda _: ""
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(commit_shard, dst, attempt, None, replaces).result()
-    finally:
-        server.fault = fault
+    server.fault = interfere
+    if format == "parquet":
+        assert [commit_shard(dst, f"{JOB}2", replaces=old)] == others
+    else:
+        with pytest.raises(StorageError, match=r"pack\.format"):
+            commit_shard(dst, f"{JOB}2", config_of(format), old)
+    assert [assert_one_shard(server, dst)] == others
 
 
 def test_a_zombie_does_not_mark_a_done_shard_failed(server: Server, dst: str) -> None:
@@ -575,7 +563,7 @@ def test_troubles_that_pass_are_unavailable(server: Server, dst: str, code: str)
         lambda: list_shards(f"{dst}/*.tar"),
         lambda: list_shards(dst),
         lambda: storage.exists(f"{dst}/a"),
-        lambda: list(read(ref, __import__("hashlib").sha256())),
+        lambda: list(read(ref, hashlib.sha256())),
         lambda: commit_shard(dst),
         lambda: mark_failed(dst, make_ref(), config_of(), SourceError("cut")),
         lambda: storage.write_bytes(f"{dst}/_progress.json", b"{}"),
@@ -730,10 +718,3 @@ def test_threads_share_one_driver(server: Server, dst: str) -> None:
     if child == 0:
         os._exit(0 if storage.read_bytes(urls[0]) == urls[0].encode() else 1)
     assert os.waitpid(child, 0)[1] == 0
-
-
-def test_markers_are_json(server: Server, dst: str) -> None:
-    commit_shard(dst)
-    document = json.loads(storage.read_bytes(f"{dst}/00000000.json"))
-    assert document["data_file"] in server.names(dst)
-    assert isinstance(make_ref(), ShardRef)

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -323,6 +324,21 @@ def test_only_dead_processes_of_this_host_are_cleaned_up(tmp_path: Path) -> None
     clean_staging(str(tmp_path / "none"))
 
 
+def test_files_for_s3_are_staged_below_tmpdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sweeps what killed workers left there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with staged_file("s3://bucket/splats", "00000000") as path:
+        assert path.parent == tmp_path / f"splatshard-{os.getuid()}" / "_staging"
+        left = path.with_name(f"00000001-{socket.gethostname()}-{dead_pid()}-00ff")
+        left.touch()
+        with staged_file("s3://bucket/splats", "00000002"):
+            assert path.exists()
+            assert not left.exists()
+    assert not path.exists()
+
+
 def test_a_commit_that_is_under_way_is_left_alone(tmp_path: Path) -> None:
     """Its data file is in place, its marker not yet; another job starts on the folder."""
     commit_shard(tmp_path)
@@ -399,6 +415,23 @@ def test_a_destination_is_created_and_left_clean(tmp_path: Path) -> None:
     check_destination(str(tmp_path / "a" / "b"))
     check_destination(f"file://{tmp_path}/c")
     assert snapshot(tmp_path) == {"a": None, "a/b": None, "c": None}
+
+
+def test_a_destination_may_be_a_file_url(tmp_path: Path) -> None:
+    dst = f"file://{tmp_path}/splats/"
+    check_destination(dst)
+    with staged_file(dst, "00000000") as path:
+        assert path.parent == tmp_path / "splats" / "_staging"
+        write_shard(path, make_rows(4))
+        manifest = publish(dst, path, make_ref(), config_of(), DIGEST)
+    mark_failed(dst, make_ref("b"), config_of(), SourceError("cut"))
+    clean_staging(dst)
+    assert sorted(snapshot(tmp_path / "splats")) == [
+        manifest.data_file,
+        "00000000.json",
+        "b.failed.json",
+    ]
+    assert verify_shard(dst, manifest) == []
 
 
 @pytest.mark.parametrize("below", ["", "x", "x/y"])

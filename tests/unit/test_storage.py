@@ -267,6 +267,16 @@ def test_small_files_are_replaced_as_a_whole(
     assert (tmp_path / name).read_bytes() == b"two"
 
 
+def test_ways_to_name_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_bytes(b"x")
+    for url in ("a", "~/a", f"{tmp_path}/a", f"file://{tmp_path}/a"):
+        assert storage.exists(url)
+        assert storage.read_bytes(url) == b"x"
+        assert not storage.exists(f"{url}b")
+
+
 # HTTP sources
 
 
