@@ -5,10 +5,13 @@ Written whole or not at all, so that neither a reader nor a crash sees half a fi
 
 from __future__ import annotations
 
-from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_to_json
-from pipeline.storage import exists, read_bytes, write_bytes
+from collections.abc import Iterable
+from pathlib import Path
+
+from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
+from pipeline.storage import exists, open_read, read_bytes, stat, write_bytes
 from pipeline.store_errors import storage_errors
-from schemas.errors import UsageError
+from schemas.errors import SourceError, UsageError
 
 RUN_FILE = "_run.json"
 REPORT_FILE = "report.html"
@@ -36,12 +39,50 @@ def read_plan(dst: str) -> dict[str, PlannedShard]:
 
 
 def write_plan(dst: str, shards: dict[str, PlannedShard]) -> None:
-    """Merge `shards` into the plan of `dst`; leaves an unchanged file alone."""
-    before, text = read_text(dst, PLAN_FILE), plan_to_json(shards)
-    if before is not None and before != text:
-        text = plan_to_json(plan_from_json(before, f"{dst}/{PLAN_FILE}") | shards)
-    if before != text:
-        write_text(dst, PLAN_FILE, text)
+    """Merge `shards` into the plan of `dst`; leaves an unchanged file alone.
+
+    Raises CorruptShardError when the plan that is there cannot be read, StorageError and others.
+    """
+    from pipeline.commit import staged_file
+
+    url = f"{dst}/{PLAN_FILE}"
+    with staged_file(dst, "plan") as path:
+        write_lines(path, plan_lines(shards))
+        if _same(path, url):
+            return
+        if before := read_plan(dst):
+            write_lines(path, plan_lines(before | shards))
+        put_file(path, url)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a local file piece by piece: its whole text may be 100 MB. Raises StorageError."""
+    with storage_errors(path), path.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def put_file(path: Path, url: str) -> None:
+    """Put a finished local file (which may be moved) to `url`, unless the same is there already.
+
+    Raises StorageError and UnavailableError.
+    """
+    from pipeline.objects import upload
+
+    if not _same(path, url):
+        upload(path, url)
+
+
+def _same(path: Path, url: str) -> bool:
+    try:
+        if stat(url).size_bytes != path.stat().st_size:
+            return False
+        with open_read(url) as theirs, path.open("rb") as ours:
+            while block := ours.read(1 << 20):
+                if theirs.read(len(block)) != block:
+                    return False
+    except SourceError:  # nothing there
+        return False
+    return True
 
 
 def require_dataset(dst: str) -> str:

@@ -19,9 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from jobs.cli import say
+from jobs.files import put_file, write_lines
 from jobs.progress import dataset_figures
 from pipeline.storage import exists, open_read
-from pipeline.store_errors import storage_errors
 from pipeline.store_options import redact
 from schemas.errors import UnavailableError
 from schemas.manifest import (
@@ -84,7 +84,6 @@ class Catalog:
         """Write the file, unless it says all this already. Raises StorageError, UnavailableError
         and SourceError."""
         from pipeline.commit import staged_file
-        from pipeline.objects import upload
 
         now, url = head(self.manifests), f"{self._dst}/{MANIFEST_FILE}"
         if not self._changed and _same_dataset(now, url):
@@ -96,9 +95,8 @@ class Catalog:
             for name, manifest in self._manifests.items()
         }
         with staged_file(self._dst, "manifest") as path:
-            with storage_errors(path), path.open("w", encoding="utf-8") as file:
-                file.writelines(manifest_lines(now, entries))
-            upload(path, url)
+            write_lines(path, manifest_lines(now, entries))
+            put_file(path, url)
         self._changed = False
 
 

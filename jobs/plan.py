@@ -18,12 +18,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from sys import intern
 from typing import Any
 
-from schemas.config import ConvertConfig, describe_difference, identities, recipe_digest
+from schemas.config import (
+    ConvertConfig,
+    describe_difference,
+    identities,
+    recipe_digest,
+    source_of,
+)
 from schemas.errors import CorruptShardError, StaleShardError, UsageError
 from schemas.shard import FailedShard, ShardManifest, ShardRef, to_json
 from schemas.splats import canonical_json
@@ -206,11 +213,20 @@ def _few(names: list[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedShard:
-    """An entry of `_plan.json`: where a shard comes from, what its marker is expected to say."""
+    """An entry of `_plan.json`: where a shard comes from, what its marker is expected to say.
+
+    `recipe` and `source` are the fingerprint's inputs; None for the source that `ref` is now.
+    """
 
     ref: ShardRef
-    inputs: dict[str, Any]
+    recipe: dict[str, Any]
+    source: dict[str, Any] | None
     fingerprint: str
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """As in a marker."""
+        return {"recipe": self.recipe, "source": self.source or source_of(self.ref)}
 
 
 def planned(refs: Iterable[ShardRef], plan: Plan, config: ConvertConfig) -> dict[str, PlannedShard]:
@@ -220,60 +236,63 @@ def planned(refs: Iterable[ShardRef], plan: Plan, config: ConvertConfig) -> dict
     entries: dict[str, PlannedShard] = {}
     for ref in refs:
         inputs, fingerprint = expected.get(ref.name) or identity(ref)
-        entries[ref.name] = PlannedShard(ref=ref, inputs=inputs, fingerprint=fingerprint)
+        entries[ref.name] = PlannedShard(
+            ref=ref,
+            recipe=inputs["recipe"],
+            source=inputs["source"] if inputs["source"] != source_of(ref) else None,
+            fingerprint=fingerprint,
+        )
     return entries
 
 
 _REF_FIELDS = {f.name: f.default for f in dataclasses.fields(ShardRef)}
 
 
-def plan_to_json(shards: Mapping[str, PlannedShard]) -> str:
-    """JSON of all planned shards, sorted by name, one line each; defaults are left out."""
-    digests: dict[int, str] = {}
-    recipes: dict[str, str] = {}
-    lines: list[str] = []
+def plan_lines(shards: Mapping[str, PlannedShard]) -> Iterator[str]:
+    """`_plan.json`, piece by piece: all planned shards by name, a line each, without defaults."""
+    recipes = {id(shard.recipe): shard.recipe for shard in shards.values()}
+    digests = {number: recipe_digest(recipe) for number, recipe in recipes.items()}
+    texts = {digests[number]: canonical_json(recipe) for number, recipe in recipes.items()}
+    yield f'{{"plan_version":{PLAN_VERSION},\n"recipes":{{\n'
+    yield ",\n".join(f'"{digest}":{text}' for digest, text in sorted(texts.items()))
+    yield '\n},\n"shards":{\n'
+    separator = ""
     for name in sorted(shards):
         shard = shards[name]
-        recipe: dict[str, Any] = shard.inputs["recipe"]
-        if id(recipe) not in digests:
-            digest = digests[id(recipe)] = recipe_digest(recipe)
-            recipes[digest] = f'"{digest}":{canonical_json(recipe)}'
         values = {field: getattr(shard.ref, field) for field in _REF_FIELDS}
-        entry = {
+        entry: dict[str, Any] = {
             "ref": {k: v for k, v in values.items() if v != _REF_FIELDS[k]},
-            "recipe": digests[id(recipe)],
-            "source": shard.inputs["source"],
+            "recipe": digests[id(shard.recipe)],
             "fingerprint": shard.fingerprint,
         }
-        lines.append(f"{canonical_json(name)}:{canonical_json(entry)}")
-    return (
-        f'{{"plan_version":{PLAN_VERSION},\n"recipes":{{\n'
-        + ",\n".join(recipes[digest] for digest in sorted(recipes))
-        + '\n},\n"shards":{\n'
-        + ",\n".join(lines)
-        + "\n}}\n"
-    )
+        if shard.source:
+            entry["source"] = shard.source
+        yield f"{separator}{canonical_json(name)}:{canonical_json(entry)}"
+        separator = ",\n"
+    yield "\n}}\n"
 
 
 def plan_from_json(text: str, name: str) -> dict[str, PlannedShard]:
     """Parse `_plan.json`; `name` (its path) goes into messages. Raises CorruptShardError."""
     try:
-        document: dict[str, Any] = json.loads(text)
+        document: dict[str, Any] = json.loads(text, object_hook=_lean)
         version: int = document["plan_version"]
         if version > PLAN_VERSION:
             raise UsageError(
                 f"{name} has plan version {version}, this build reads up to {PLAN_VERSION}: "
                 "upgrade splatshard"
             )
-        shards: dict[str, PlannedShard] = {}
+        recipes, shards = document["recipes"], dict[str, PlannedShard]()
         for key, entry in document["shards"].items():
-            values: dict[str, Any] = entry["ref"]
-            urls, labels = tuple(values.pop("urls")), tuple(values.pop("labels", ()))
+            if not isinstance(entry["ref"], ShardRef):
+                raise TypeError(f"{key} has no urls")
             shards[key] = PlannedShard(
-                ref=ShardRef(urls=urls, labels=labels, **values),
-                inputs={"recipe": document["recipes"][entry["recipe"]], "source": entry["source"]},
+                ref=entry["ref"],
+                recipe=recipes[entry["recipe"]],
+                source=entry.get("source"),
                 fingerprint=entry["fingerprint"],
             )
+        return shards
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, UsageError):
             raise
@@ -281,7 +300,15 @@ def plan_from_json(text: str, name: str) -> dict[str, PlannedShard]:
             f"{name} cannot be read ({type(e).__name__}: {e}); delete it, the next convert "
             "writes it anew"
         ) from e
-    return shards
+
+
+def _lean(values: dict[str, Any]) -> dict[str, Any] | ShardRef:
+    """A ShardRef as soon as it is parsed, since it is much smaller than its dictionary."""
+    if "urls" not in values:
+        return values
+    urls, labels = tuple(values.pop("urls")), tuple(values.pop("labels", ()))
+    values["kind"] = intern(values["kind"])
+    return ShardRef(urls=urls, labels=labels, **values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -262,7 +262,8 @@ def _path(url: str) -> str:
 
 def _kind(url: str) -> str:
     """ ".tar", ".parquet" or empty."""
-    return next((end for end in (".tar", ".parquet") if _path(url).endswith(end)), "")
+    path = _path(url)
+    return ".tar" if path.endswith(".tar") else ".parquet" if path.endswith(".parquet") else ""
 
 
 def _stem(url: str) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -83,7 +83,7 @@ def driver(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The driver for `url` and its name there. Raises SourceError when there is none, UsageError
     when it does not take the options."""
     if is_local(url):
-        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
+        return _local_driver(), LocalFileSystem._strip_protocol(url)
     scheme = scheme_of(url)
     try:
         cls = fsspec.get_filesystem_class(url.partition("://")[0])
@@ -104,6 +104,10 @@ def driver(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         if key not in _drivers:
             _drivers[key] = _connect(scheme, cls, options | of_url)
         return _drivers[key], cls._strip_protocol(url)
+
+
+_local_driver = cache(LocalFileSystem)
+"""To look for it in fsspec's own cache takes longer than to list a file."""
 
 
 def _connect(scheme: str, cls: Any, options: dict[str, Any]) -> fsspec.AbstractFileSystem:

@@ -279,10 +279,11 @@ def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
     A folder's label numbers depend on all of its class directories, also those of other shards, so
     a digest of their names is part of the source.
     """
-    return {"recipe": recipe(config), "source": _source(ref)}
+    return {"recipe": recipe(config), "source": source_of(ref)}
 
 
-def _source(ref: ShardRef) -> dict[str, Any]:
+def source_of(ref: ShardRef) -> dict[str, Any]:
+    """The source's part of `inputs`."""
     source = {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit}
     if ref.labels:
         source["labels"] = hashlib.sha256(canonical_json(ref.labels).encode()).hexdigest()
@@ -304,7 +305,7 @@ def identities(config: ConvertConfig) -> Callable[[ShardRef], tuple[dict[str, An
     begin = f'{{"recipe":{canonical_json(shared)},"source":'
 
     def identity(ref: ShardRef) -> tuple[dict[str, Any], str]:
-        source = _source(ref)
+        source = source_of(ref)
         text = f"{begin}{canonical_json(source)}}}"
         digest = hashlib.sha256(text.encode()).hexdigest()
         return {"recipe": shared, "source": source}, digest

@@ -129,13 +129,14 @@ def manifest_from_json(text: str | bytes, name: str) -> ShardManifest:
 def manifest_of(values: dict[str, Any], name: str) -> ShardManifest:
     """A done marker from its parsed fields, checked; raises as `manifest_from_json`.
 
-    All markers share the strings of their inner keys, which would be a third of their memory.
+    All markers share the strings of inner keys and formats, which would be a third of their memory.
     """
     _checked(ShardManifest, values, name)
     inputs: dict[str, Any] = values["inputs"]
     values["inputs"] = _shared_keys(inputs | {"source": _shared_keys(inputs["source"])})
     for field in ("counts", "statistics"):
         values[field] = _shared_keys(values[field])
+    values["format"] = intern(values["format"])
     return ShardManifest(**values)
 
 
@@ -198,11 +199,11 @@ _FILE_PATTERN = re.compile(r"[^/\\\0]+\.(parquet|tar)")
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and value >= 0
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float)
 
 
 def _is_digest(value: object) -> bool:
@@ -213,18 +214,20 @@ def _is_counts(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     counts = cast("dict[str, object]", value)
-    return all(status in STATUSES and _is_count(count) for status, count in counts.items())
+    return STATUSES.issuperset(counts) and all(map(_is_count, counts.values()))
 
 
 def _is_statistics(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     statistics = cast("dict[str, object]", value)
-    if "psnr_histogram" in statistics and not statistics.keys() >= _HISTOGRAM_NEEDS:
-        return False
-    return all(
-        _is_histogram(number) if name == "psnr_histogram" else _is_number(number)
-        for name, number in statistics.items()
+    if "psnr_histogram" not in statistics:
+        return all(map(_is_number, statistics.values()))
+    numbers = statistics.copy()
+    return (
+        _is_histogram(numbers.pop("psnr_histogram"))
+        and statistics.keys() >= _HISTOGRAM_NEEDS
+        and all(map(_is_number, numbers.values()))
     )
 
 
