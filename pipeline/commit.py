@@ -31,10 +31,11 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline import objects, storage
-from pipeline.markers import DONE, FAILED, read_marker
+from pipeline.markers import DATA_FILE, DONE, FAILED, read_marker
 from pipeline.shards import survey
 from pipeline.staging import STAGING, scratch, staged, sweep
 from pipeline.storage import is_local, local_path
@@ -45,7 +46,6 @@ from schemas.errors import CorruptShardError, StorageError, UnavailableError, Us
 from schemas.shard import FailedShard, ShardManifest, ShardRef, to_json
 from schemas.splats import EXTENSIONS
 
-DATA_FILE = r"(.+)-[0-9a-f]{8}\.(?:parquet|tar)"
 SHARD_NAME = r"[^_./\\\0][^/\\\0]*"
 """Names with a leading underscore or dot are not shards (`_plan.json`, `_staging`)."""
 
@@ -172,8 +172,8 @@ def _verified(
 
 def _commit(dst: str, path: Path, ours: ShardManifest, replaces: str) -> ShardManifest:
     """Data, then marker, then the data that it replaces; the manifest that is in `dst` by then."""
-    data, marker = f"{dst}/{ours.data_file}", f"{dst}/{ours.name}{DONE}"
-    uploaded = False
+    marker = f"{dst}/{ours.name}{DONE}"
+    data, uploaded = "", False
     replaced: ShardManifest | None = None
     for _ in range(ROUNDS):
         tag, found = _current(dst, ours.name)
@@ -186,6 +186,8 @@ def _commit(dst: str, path: Path, ours: ShardManifest, replaces: str) -> ShardMa
                 return found
             raise StorageError(_other_job(marker, found, ours))
         if not uploaded:
+            ours = _under_free_name(ours, found)
+            data = f"{dst}/{ours.data_file}"
             objects.upload(path, data)
             uploaded = True
         replaced = found
@@ -197,6 +199,17 @@ def _commit(dst: str, path: Path, ours: ShardManifest, replaces: str) -> ShardMa
         with suppress(UnavailableError):
             objects.delete(f"{dst}/{replaced.data_file}")
     return ours
+
+
+def _under_free_name(ours: ShardManifest, found: ShardManifest | None) -> ShardManifest:
+    """Ours with a data file that `found` does not name, unless both hold the same bytes.
+
+    On a local disk one fingerprint is one name, but a quarantined or retried sample changes bytes.
+    """
+    if found is None or found.data_file != ours.data_file or found.sha256 == ours.sha256:
+        return ours
+    stem, dot, extension = ours.data_file.rpartition(".")
+    return replace(ours, data_file=f"{stem}-{ours.sha256[:8]}0{dot}{extension}")
 
 
 def _current(dst: str, name: str) -> tuple[str | None, ShardManifest | None]:
@@ -339,6 +352,6 @@ def _data_files(names: Iterable[str]) -> dict[str, list[str]]:
     """Names of local data files by shard name, committed or not."""
     files: dict[str, list[str]] = {}
     for file in names:
-        if match := re.fullmatch(DATA_FILE, file):
+        if match := DATA_FILE.fullmatch(file):
             files.setdefault(match[1], []).append(file)
     return files

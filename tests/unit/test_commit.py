@@ -173,6 +173,22 @@ def test_a_file_that_does_not_read_back_is_not_committed(tmp_path: Path) -> None
     assert_nothing_committed(tmp_path)
 
 
+# Several bytes of one fingerprint: samples that were quarantined, and are not any more
+
+MORE_ROWS = 12
+
+
+def test_other_bytes_of_the_same_fingerprint_get_a_name_of_their_own(tmp_path: Path) -> None:
+    first = commit_shard(tmp_path)
+    second = commit_shard(tmp_path, rows=make_rows(MORE_ROWS), replaces=first)
+    assert second.fingerprint == first.fingerprint
+    stem = first.data_file.removesuffix(".parquet")
+    assert second.data_file == f"{stem}-{second.sha256[:8]}0.parquet"
+    assert sorted(snapshot(tmp_path)) == [second.data_file, "00000000.json"]
+    assert commit_shard(tmp_path, replaces=second) == first
+    assert sorted(snapshot(tmp_path)) == [first.data_file, "00000000.json"]
+
+
 # Kills and errors at every step
 
 STEPS = ("replace", "fsync", "unlink", "open")
@@ -196,7 +212,11 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int, die: Callable[[], None]) 
 
 
 def killed_commit(
-    dst: Path, step: int, monkeypatch: pytest.MonkeyPatch, replaces: ShardManifest | None
+    dst: Path,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    replaces: ShardManifest | None,
+    rows: list[dict[str, Any]] | None,
 ) -> bool:
     """Commit in a child that SIGKILLs itself at `step`; whether it came so far."""
     child = os.fork()
@@ -204,13 +224,13 @@ def killed_commit(
         try:
             torch.set_num_threads(1)
             die_at(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            commit_shard(dst, replaces=replaces)
+            commit_shard(dst, rows=rows, replaces=replaces)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("before", ["nothing", "another shard"])
+@pytest.mark.parametrize("before", ["nothing", "another shard", "fewer rows"])
 def test_a_kill_at_any_step_is_repaired_by_running_again(
     tmp_path: Path, before: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,26 +238,29 @@ def test_a_kill_at_any_step_is_repaired_by_running_again(
         if before == "nothing":
             return None
         mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
+        if before == "fewer rows":
+            return commit_shard(dst)
         old = commit_shard(dst, config_of("webdataset", "q11"))
         mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
         return old
 
     old = prepare(tmp_path / "undisturbed")
-    commit_shard(tmp_path / "undisturbed", replaces=old)
+    rows = make_rows(MORE_ROWS) if before == "fewer rows" else None
+    new = commit_shard(tmp_path / "undisturbed", rows=rows, replaces=old)
     wanted = snapshot(tmp_path / "undisturbed")
     done = 0
     for step in itertools.count():
         old = prepare(dst := tmp_path / str(step))
-        if not killed_commit(dst, step, monkeypatch, old):
+        if not killed_commit(dst, step, monkeypatch, old, rows):
             break
         marker = read_markers(str(dst)).get("00000000")
         if isinstance(marker, ShardManifest):
             assert verify_shard(str(dst), marker) == []
         clean_staging(str(dst))
-        if isinstance(marker, ShardManifest) and marker.format == "parquet":
+        if marker == new:
             done += 1
         else:
-            commit_shard(dst, replaces=old)
+            commit_shard(dst, rows=rows, replaces=old)
         assert snapshot(dst) == wanted, step
     assert step >= 12
     assert done >= 1  # some kills came after the marker
