@@ -68,17 +68,18 @@ def reservation(backend: str) -> dict[str, float]:
     return {"num_cpus": 1}
 
 
-def room(workers: Workers, reserved: dict[str, float]) -> int:
+def room(workers: Workers, reserved: dict[str, float], leaving: set[str]) -> int:
     """How many workers there should be: the number that was asked for, else one per GPU (or core)
-    that the cluster has at this moment.
+    that the cluster has at this moment, without the nodes that are `leaving`.
 
     A number stays what it is when nodes leave: the workers that find no place wait, and an
     autoscaler sees them.
     """
     if isinstance(workers, int):
         return workers
-    total = ray.cluster_resources()
-    return int(total.get("GPU" if "num_gpus" in reserved else "CPU", 0))
+    resource = "GPU" if "num_gpus" in reserved else "CPU"
+    staying = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+    return sum(int(node["Resources"].get(resource, 0)) for node in staying)
 
 
 def draining_nodes() -> set[str]:

@@ -138,11 +138,14 @@ class Driver:
             if worker.node in leaving and not worker.retiring:
                 worker.retiring = True
                 self.progress.tell(f"node {worker.node[:8]} is draining: its worker takes no more")
-            if worker.retiring and not worker.in_flight:
-                self.dismiss(worker, "its node is draining")
-        tasks = len(self.schedule) + sum(len(worker.in_flight) for worker in self.team)
-        staying = sum(not worker.retiring for worker in self.team)
-        for _ in range(min(room(self.workers, self.reserved), tasks) - staying):
+            if worker.in_flight or worker.started is not None:
+                continue
+            if worker.retiring or not len(self.schedule):  # an autoscaler may have its place
+                self.dismiss(worker, "its node is draining" if worker.retiring else "no more work")
+        staying = [worker for worker in self.team if not worker.retiring]
+        wanted = len(self.schedule) + sum(bool(worker.in_flight) for worker in staying)
+        places = room(self.workers, self.reserved, leaving)
+        for _ in range(min(places, wanted) - len(staying)):
             self.hire()
 
     def hire(self) -> None:
