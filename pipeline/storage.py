@@ -5,36 +5,31 @@ our errors here (store_errors.py says which); messages hold no secrets.
 
 A process has one driver per kind of address, shared by its threads (`use_options` makes new ones).
 s3fs would retry a request five times in under two seconds, and requests inside of requests; here
-botocore alone retries requests, and `_patiently` what breaks while an answer is read, for a minute.
-What a stream returns before its end is all there is, or an error: never a shorter file.
+botocore alone retries requests, and patience.py what breaks while an answer is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import count
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.patience import Stream, patiently
 from pipeline.staging import scratch, staged
 from pipeline.store_errors import (
     as_error,
     driver_errors,
     is_absent,
-    is_transient,
     source_errors,
     storage_errors,
 )
@@ -42,8 +37,6 @@ from pipeline.store_options import PACKAGES, options_of, redact, scheme_of, set_
 from schemas.errors import SourceError, UsageError
 
 T = TypeVar("T")
-
-PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +119,11 @@ def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
     return "s3" in fs.protocol
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    """`call()`, again and again for PATIENCE_S while the reason why it fails may pass."""
-    end = time.monotonic() + PATIENCE_S
-    for attempt in count():
-        try:
-            return call()
-        except driver_errors() as e:
-            if not is_transient(e) or time.monotonic() > end:
-                raise
-        time.sleep(min(0.2 * 2**attempt, 8) * random.uniform(0.5, 1))
-    raise AssertionError("unreachable")
-
-
 def _asked(fs: fsspec.AbstractFileSystem, path: str, call: Callable[[], T]) -> T:
     """`call()`, patiently. What S3 says to a HEAD that it refuses has no body, so a listing is
     asked for the reason."""
     try:
-        return _patiently(call)
+        return patiently(call)
     except PermissionError:
         if _is_s3(fs):
             next(_s3_listing(fs, fs._parent(path)), None)
@@ -151,52 +131,6 @@ def _asked(fs: fsspec.AbstractFileSystem, path: str, call: Callable[[], T]) -> T
 
 
 # Reading
-
-
-class _Stream(io.RawIOBase):
-    """A remote file: reads go on where they broke, and raise SourceError or UnavailableError."""
-
-    def __init__(self, url: str, raw: Any) -> None:
-        self._url, self._raw = url, raw
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = -1 if size is None else size
-        blocks: list[bytes] = []
-        try:
-            while left and (block := _patiently(partial(self._block, left))):
-                blocks.append(block)
-                left -= len(block) if left > 0 else 0
-        except driver_errors() as e:
-            place = f"cannot read {self._url} at byte {self._raw.tell()}"
-            raise as_error(e, place, SourceError) from e
-        return b"".join(blocks)
-
-    def _block(self, size: int) -> bytes:
-        data = self._raw.read(size)
-        if not data and self._raw.tell() < (self._raw.size or 0):
-            raise ConnectionError(f"the data ended there, short of {self._raw.size} bytes")
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._raw.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._raw.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
 
 @contextmanager
@@ -210,7 +144,7 @@ def open_read(url: str) -> Iterator[BinaryIO]:
         raw = _asked(fs, path, lambda: fs.open(path, "rb"))
     except driver_errors() as e:
         raise as_error(e, f"cannot open {url}", SourceError) from e
-    with raw if is_local(url) else _Stream(url, raw) as stream:
+    with raw if is_local(url) else Stream(url, raw) as stream:
         yield cast("BinaryIO", stream)
 
 
@@ -288,7 +222,7 @@ def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> Iterable[dict[
     if _is_s3(fs):
         return _s3_listing(fs, path)
     try:
-        return _patiently(lambda: fs.ls(path, detail=True))
+        return patiently(lambda: fs.ls(path, detail=True))
     except FileNotFoundError as e:
         if is_absent(e):
             return []
@@ -352,7 +286,7 @@ def read_bytes(url: str) -> bytes:
     """All bytes of a small file. Raises FileNotFoundError and what else the driver raises: use it
     within `storage_errors`."""
     fs, path = driver(url)
-    return _patiently(lambda: fs.cat_file(path))
+    return patiently(lambda: fs.cat_file(path))
 
 
 def glob(pattern: str) -> dict[str, Stat]:

@@ -25,7 +25,7 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
-from pipeline import objects, storage
+from pipeline import objects, patience, storage
 from pipeline.commit import (
     check_destination,
     clean_attempts,
@@ -175,7 +175,7 @@ def server(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(storage, "PATIENCE_S", 0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0)
     storage.use_options({})
     yield running
     running.fault = lambda _: ""
@@ -657,7 +657,7 @@ def test_a_stream_goes_on_where_it_was_cut(
 ) -> None:
     data = datacomp_tar(tmp_path / "a.tar", 6).read_bytes()
     server.put(dst, {"a.tar": data})
-    monkeypatch.setattr(storage, "PATIENCE_S", 60)
+    monkeypatch.setattr(patience, "PATIENCE_S", 60)
     cuts = itertools.count()
     server.fault = lambda request: "cut" if request.method == "GET" and next(cuts) in (0, 1) else ""
     with storage.open_read(f"{dst}/a.tar") as stream:

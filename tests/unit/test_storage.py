@@ -20,7 +20,7 @@ import s3fs.errors
 import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
-from pipeline import storage
+from pipeline import patience, storage
 from pipeline.sources import list_shards
 from pipeline.store_errors import is_absent, source_errors, storage_errors
 from pipeline.store_options import options_of, redact
@@ -327,7 +327,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    monkeypatch.setattr(storage, "PATIENCE_S", 0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0)
     yield server
     storage.use_options({})
     server.shutdown()
@@ -365,7 +365,7 @@ def test_a_tar_that_is_cut_on_its_way(
         groups()
     if ranges:
         web.cuts = 1
-        monkeypatch.setattr(storage, "PATIENCE_S", 60)
+        monkeypatch.setattr(patience, "PATIENCE_S", 60)
         assert groups() == 3
 
 
@@ -380,9 +380,9 @@ def test_a_store_that_calls_a_part_the_whole(tmp_path: Path) -> None:
     fs = storage.driver("memory://b/short.tar")[0]
     with fs.open("/b/short.tar") as raw:
         short = Short(fs, "/b/short.tar", raw.read())
-    stream = storage._Stream("memory://b/short.tar", short)
+    stream = patience.Stream("memory://b/short.tar", short)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "PATIENCE_S", 0)
+        patch.setattr(patience, "PATIENCE_S", 0)
         with pytest.raises(UnavailableError, match=f"ended there, short of {len(data)} bytes"):
             list(read_groups("x", stream, hashlib.sha256()))
 
