@@ -23,8 +23,10 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD_PER_WORKER = 2
-"""Items submitted per thread of a pool: one in work, one waiting."""
+AHEAD_PER_WORKER = 16
+"""Items per thread of a pool that were submitted and not yet taken: one in work, and enough for as
+long as the consumer is busy. It needs 55 ms to put a batch of 512 images together, in which 16
+threads decode 275 at 3.2 ms each (two cores of a loaded Xeon; datacomp-sample)."""
 
 
 class _End:

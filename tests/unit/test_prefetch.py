@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.prefetch import map_ahead, prefetch
+from pipeline.prefetch import AHEAD_PER_WORKER, map_ahead, prefetch
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,15 @@ def test_the_source_runs_ahead_but_not_further_than_the_depth() -> None:
         until(lambda: len(taken) == 4)  # the one in hand, and three ahead
         time.sleep(0.02)
         assert len(taken) == 4
+
+
+def test_a_pool_goes_on_while_its_consumer_is_busy_but_not_for_ever() -> None:
+    done: list[int] = []
+    with closing(map_ahead(done.append, range(1000), 2)) as results:
+        next(results)
+        until(lambda: len(done) == 2 * AHEAD_PER_WORKER + 1)
+        time.sleep(0.02)
+        assert len(done) == 2 * AHEAD_PER_WORKER + 1
 
 
 def test_source_and_consumer_overlap() -> None:
