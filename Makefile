@@ -20,6 +20,7 @@ fmt: install  ## format the code
 	$(BIN)/ruff check --fix .
 
 check: install  ## lint, format and types, without changing anything
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
