@@ -40,7 +40,7 @@ from jobs.progress import Progress, run_summary
 from jobs.signals import StopSignals
 from pipeline.storage import absolute
 from schemas.config import PRESETS, ConvertConfig
-from schemas.errors import SourceError, UsageError
+from schemas.errors import SourceError, StorageError, UnavailableError, UsageError
 from schemas.shard import ShardRef
 
 Preset = Literal["default", "paper"]
@@ -205,7 +205,8 @@ def execute(
     write_plan(dst, planned(refs, plan, config))
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started, dst)
-    catalog = Catalog(dst, plan.done)
+    kept = [marker for marker in plan.others if marker.name not in plan.replaces]
+    catalog = Catalog(dst, [*plan.done, *kept])
     try:
         workers = drive(plan, config, dst, options, progress, catalog) if plan.work else 0
     finally:
@@ -266,7 +267,11 @@ def drive(
             kept = count(len(plan.done) + len(progress.manifests), "finished shard")
             raise Interrupted(e.code, f"{e} ({kept} kept)") from None
         finally:
-            clean_attempts(dst, driver.schedule.job, progress.manifests)
+            try:
+                old = [marker for marker in plan.others if marker.name in plan.replaces]
+                clean_attempts(dst, driver.schedule.job, progress.manifests, old)
+            except (StorageError, UnavailableError) as e:
+                say(f"some of this job's own leftovers stay in {dst}: {e}")
 
 
 def describe(plan: Plan, total: int) -> str:

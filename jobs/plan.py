@@ -16,7 +16,6 @@ all shards made by it share it; see benchmarks/plan_status.py.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from schemas.config import (
     source_of,
 )
 from schemas.errors import CorruptShardError, StaleShardError, UsageError
-from schemas.shard import FailedShard, ShardManifest, ShardRef, to_json
+from schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest
 from schemas.splats import canonical_json
 
 PLAN_FILE = "_plan.json"
@@ -58,8 +57,8 @@ class Plan:
 
     `work` is what a run converts, in source order: all but the done ones. Stale and corrupt ones
     are in it too; `refuse_stale` stops the run first unless the user wants them redone. `replaces`
-    maps those of `work` that have a done marker to its digest, see `digest_of`: a worker replaces
-    only what was planned to be replaced. `others` are the done markers of DST that are not in
+    maps those of `work` that have a done marker to its digest: a worker replaces only what was
+    planned to be replaced. `others` are the done markers of DST that are not in
     `done`: of shards that SRC does not name, and of stale ones.
     """
 
@@ -71,11 +70,6 @@ class Plan:
     work: tuple[ShardRef, ...]
     replaces: dict[str, str] = field(default_factory=dict[str, str])
     others: tuple[ShardManifest, ...] = ()
-
-
-def digest_of(marker: ShardManifest) -> str:
-    """SHA-256 (hex) of a done marker's bytes."""
-    return hashlib.sha256(to_json(marker).encode()).hexdigest()
 
 
 def make_plan(
@@ -105,7 +99,7 @@ def make_plan(
                 done.append(marker)
                 continue
             stale.append(StaleShard(name=name, differences=differences[name]))
-            replaces[name] = digest_of(marker)
+            replaces[name] = marker_digest(marker)
         elif isinstance(marker, FailedShard):
             failed.append(marker)
         elif isinstance(marker, CorruptShardError):

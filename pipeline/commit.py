@@ -25,7 +25,6 @@ belong to a commit that is under way: names of attempts say whose they are.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -43,7 +42,7 @@ from pipeline.store_errors import storage_errors
 from pipeline.store_options import redact
 from schemas.config import ConvertConfig, describe_difference, fingerprint, inputs
 from schemas.errors import CorruptShardError, StorageError, UnavailableError, UsageError
-from schemas.shard import FailedShard, ShardManifest, ShardRef, to_json
+from schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest, to_json
 from schemas.splats import EXTENSIONS
 
 SHARD_NAME = r"[^_./\\\0][^/\\\0]*"
@@ -124,11 +123,6 @@ def publish(
                 _delete_leftovers(dst, winner, _data_files(_names(dst)).get(ref.name, []))
             objects.delete(f"{dst}/{ref.name}{FAILED}")
     return winner
-
-
-def marker_digest(manifest: ShardManifest) -> str:
-    """SHA-256 (hex) of a done marker, by which `publish` knows what it may replace."""
-    return hashlib.sha256(to_json(manifest).encode()).hexdigest()
 
 
 def _verified(

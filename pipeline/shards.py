@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from schemas.config import fingerprint
-from schemas.errors import CorruptShardError, FormatVersionError, SourceError
+from schemas.errors import CorruptShardError, FormatVersionError, SourceError, StorageError
 from schemas.shard import OK, PSNR_STEP, STATUSES, ShardManifest
 from schemas.splats import (
     COLUMNS,
@@ -260,6 +260,16 @@ def row_problem(row: Row, codec: str) -> str:
     )
 
 
+def _is_refused(url: str, error: BaseException) -> bool:
+    """Whether a store refused access to the shard, which says nothing about the shard."""
+    while not isinstance(error, SourceError) and error.__cause__:
+        error = error.__cause__
+    refused = isinstance(error, SourceError)
+    return (
+        refused and not storage.is_local(url) and not isinstance(error.__cause__, FileNotFoundError)
+    )
+
+
 def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
     """Everything about the shard in `dst` that is not as its marker says; empty when all is well.
 
@@ -273,6 +283,8 @@ def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
     except FormatVersionError as e:
         return [str(e)]
     except (CorruptShardError, SourceError) as e:
+        if _is_refused(url, e):
+            raise StorageError(str(e)) from e
         problems = [str(e)]
     if not problems and manifest.fingerprint != fingerprint(manifest.inputs):
         return [

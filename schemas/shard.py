@@ -12,6 +12,7 @@ words and one more dependency.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -116,6 +117,11 @@ def to_json(marker: ShardManifest | FailedShard) -> str:
     """Canonical JSON: sorted keys, two-space indent, closing newline."""
     values = {name: getattr(marker, name) for name in _FIELDS[type(marker)]}
     return json.dumps(values, sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+
+def marker_digest(manifest: ShardManifest) -> str:
+    """SHA-256 (hex) of a done marker's bytes, by which an attempt knows what it may replace."""
+    return hashlib.sha256(to_json(manifest).encode()).hexdigest()
 
 
 def manifest_from_json(text: str | bytes, name: str) -> ShardManifest:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jobs.plan import (
     Marker,
     PlannedShard,
-    digest_of,
     make_plan,
+    marker_digest,
     plan_from_json,
     plan_lines,
     planned,
@@ -31,7 +31,7 @@ from schemas.config import (
     recipe,
 )
 from schemas.errors import CorruptShardError, StaleShardError, UsageError
-from schemas.shard import FailedShard, ShardManifest, ShardRef
+from schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest
 
 CONFIG = ConvertConfig()
 
@@ -132,7 +132,7 @@ def test_what_may_be_replaced_and_what_else_is_there(kinds: list[str]) -> None:
     refs, markers = markers_for([*kinds, "done", "failed", "corrupt"])
     plan = make_plan(refs[: len(kinds)], markers, CONFIG, same_content)
     stale = {shard.name: markers[shard.name] for shard in plan.stale}
-    assert plan.replaces == {name: digest_of(marker) for name, marker in stale.items()}
+    assert plan.replaces == {name: marker_digest(marker) for name, marker in stale.items()}
     assert set(plan.replaces) <= {ref.name for ref in plan.work}
     everything = {n for n, marker in markers.items() if isinstance(marker, ShardManifest)}
     names = [manifest.name for manifest in (*plan.done, *plan.others)]
