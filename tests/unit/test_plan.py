@@ -13,7 +13,6 @@ from jobs.plan import (
     Marker,
     PlannedShard,
     make_plan,
-    marker_digest,
     plan_from_json,
     plan_lines,
     planned,
