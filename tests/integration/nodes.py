@@ -24,6 +24,7 @@ HEALTH_CHECKS = {
     "health_check_failure_threshold": 3,
 }
 OBJECT_STORE = 80 * 2**20
+START_ATTEMPTS = 3
 
 
 @dataclass(kw_only=True)
@@ -39,9 +40,19 @@ class Nodes:
         return self.cluster.address
 
     def add(self, **arguments: Any) -> None:
-        """One more node, of one CPU unless `arguments` say otherwise."""
-        with mock.patch.dict(os.environ, self.environment):
-            self.cluster.add_node(object_store_memory=OBJECT_STORE, **{"num_cpus": 1} | arguments)
+        """One more node, of one CPU unless `arguments` say otherwise.
+
+        On a loaded machine a raylet gives up waiting for its agent after 15 s; another may not.
+        """
+        arguments = {"num_cpus": 1, "object_store_memory": OBJECT_STORE} | arguments
+        for attempt in range(START_ATTEMPTS):
+            try:
+                with mock.patch.dict(os.environ, self.environment):
+                    self.cluster.add_node(**arguments)
+                return
+            except Exception as e:  # Ray raises just that
+                if "timed out during startup" not in str(e) or attempt == START_ATTEMPTS - 1:
+                    raise
 
     def remove(self, node: Any) -> None:
         """What is left of a node whose raylet was killed, or all of it."""
