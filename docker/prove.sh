@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build docker/Dockerfile.cpu and convert in it, on a machine with neither an engine nor a registry.
 #
-#   docker/prove.sh      # as root, with buildah and debootstrap; ten minutes, 12 GB under TMPDIR
+#   docker/prove.sh      # as root, with buildah and debootstrap; minutes, and several GB under TMPDIR
 #
 # A Debian of minbase plus Python stands in for the base image, which is the only thing that this
 # does not prove. buildah runs the steps in a chroot. What pip is told on this machine (indexes,
