@@ -346,4 +346,4 @@ def pack_images(
 
 def planes(pixels: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W], 0 to 1."""
-    return pixels.permute(0, 3, 1, 2).float().div(255).contiguous()
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
