@@ -5,7 +5,7 @@
 #
 # A Debian of minbase plus Python stands in for the base image, which is the only thing that this
 # does not prove. buildah runs the steps in a chroot. What pip is told on this machine (indexes,
-# wheels, certificates) is mounted while building and leaves no trace in the image.
+# wheels, certificates) is mounted while building; empty mount points are all that stays of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
