@@ -10,6 +10,8 @@ JOBS = {
     "convert": "image dataset SRC to shards of 2D Gaussians in DST",
     "status": "what is done, failed, missing and stale in DST; reads the markers alone",
     "verify": "re-read everything in DST: checksums, counts, payloads",
+    "repair": "verify DST, then redo its bad, missing and failed shards",
+    "retry-failed": "redo failed shards, and those with samples worth a second try",
     "report": "one self-contained HTML page about DST, with pictures",
     "export": "one sample as .png, or as .ply for viewers of Gaussian splats",
 }
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code of the job named by the first argument."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
-        table = "\n".join(f"  {name:10}{what}" for name, what in JOBS.items())
+        table = "\n".join(f"  {name:14}{what}" for name, what in JOBS.items())
         print(HELP.format(jobs=table), end="", file=sys.stdout if args else sys.stderr)
         return 0 if args else 1
     if args[0] in ("-V", "--version"):
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return importlib.import_module(f"jobs.{args[0]}").main(args[1:])
+    return importlib.import_module(f"jobs.{args[0].replace('-', '_')}").main(args[1:])
 
 
 if __name__ == "__main__":

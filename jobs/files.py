@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
-from pipeline.storage import exists, open_read, read_bytes, stat, write_bytes
+from pipeline.storage import absolute, exists, open_read, read_bytes, stat, write_bytes
 from pipeline.store_errors import storage_errors
 from schemas.errors import SourceError, UsageError
 
@@ -87,7 +87,7 @@ def _same(path: Path, url: str) -> bool:
 
 def require_dataset(dst: str) -> str:
     """`dst` without a closing slash. Raises UsageError when nothing is there."""
-    dst = dst.rstrip("/") or "/"
+    dst = absolute(dst).rstrip("/") or "/"
     if not exists(dst):
         raise UsageError(f"{dst}: no such folder; give the DST of a splatshard convert")
     return dst

@@ -3,7 +3,7 @@
     catalog = Catalog(dst, done)        the done shards that are there before this run
     catalog.add(manifest)               one more, or one that replaces another
     catalog.write_if_due()              once a minute at most, and at most 3 % of the time
-    catalog.write()                     at the end
+    catalog.write()                     at the end, with the dataset card
 
 All of it but `provenance` is a pure function of the markers. The file may lag behind them, so
 nothing is lost when it is not written; see `pipeline.markers` for how it is believed.
@@ -18,15 +18,18 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from jobs.card import CARD_FILE, card
 from jobs.cli import say
-from jobs.files import put_file, write_lines
+from jobs.files import put_file, write_lines, write_text
 from jobs.progress import dataset_figures
 from pipeline.storage import exists, open_read
 from pipeline.store_options import redact
+from schemas.config import recipe_digest
 from schemas.errors import UnavailableError
 from schemas.manifest import (
     MANIFEST_FILE,
     Entry,
+    dataset_content,
     dataset_fingerprint,
     manifest_lines,
     read_head,
@@ -52,6 +55,7 @@ class Catalog:
     def __init__(self, dst: str, done: Iterable[ShardManifest]) -> None:
         self._dst = dst
         self._manifests = {manifest.name: manifest for manifest in done}
+        self._recipes: dict[str, dict[str, Any]] = {}
         self._marker_bytes: dict[str, int] = {}
         self._due = time.monotonic() + EVERY_S
         self._changed = False
@@ -62,7 +66,10 @@ class Catalog:
         return [self._manifests[name] for name in sorted(self._manifests)]
 
     def add(self, manifest: ShardManifest) -> None:
-        """A shard is done."""
+        """A shard is done. Its recipe is that of the others from now on: each worker sends a copy,
+        and 100,000 would fill the driver."""
+        recipe = manifest.inputs["recipe"]
+        manifest.inputs["recipe"] = self._recipes.setdefault(recipe_digest(recipe), recipe)
         self._manifests[manifest.name] = manifest
         self._marker_bytes.pop(manifest.name, None)
         self._changed = True
@@ -74,20 +81,25 @@ class Catalog:
         if not self._changed or begin < self._due:
             return
         try:
-            self.write()
+            self._write(head(self.manifests))
         except UnavailableError as e:
             say(f"{MANIFEST_FILE} was not written, this is tried again: {e}")
         now = time.monotonic()
         self._due = now + max(EVERY_S, (now - begin) / SHARE)
 
     def write(self) -> None:
-        """Write the file, unless it says all this already. Raises StorageError, UnavailableError
-        and SourceError."""
+        """Write the file and the dataset card, unless they say all this already.
+
+        Raises StorageError, UnavailableError and SourceError.
+        """
+        now = head(self.manifests)
+        if self._changed or not _same_dataset(now, f"{self._dst}/{MANIFEST_FILE}"):
+            self._write(now)
+            write_text(self._dst, CARD_FILE, card(self._dst, now, self.manifests))
+
+    def _write(self, now: dict[str, Any]) -> None:
         from pipeline.commit import staged_file
 
-        now, url = head(self.manifests), f"{self._dst}/{MANIFEST_FILE}"
-        if not self._changed and _same_dataset(now, url):
-            return
         for name in self._manifests.keys() - self._marker_bytes.keys():
             self._marker_bytes[name] = len(to_json(self._manifests[name]).encode())
         entries = {
@@ -96,7 +108,7 @@ class Catalog:
         }
         with staged_file(self._dst, "manifest") as path:
             write_lines(path, manifest_lines(now, entries))
-            put_file(path, url)
+            put_file(path, f"{self._dst}/{MANIFEST_FILE}")
         self._changed = False
 
 
@@ -105,7 +117,7 @@ def _same_dataset(head: dict[str, Any], url: str) -> bool:
         return False
     with open_read(url) as stream:
         before = read_head(stream.read(1 << 20).partition(b"\n")[0])
-    return all(before.get(key) == head[key] for key in ("fingerprint", "totals"))
+    return before.get("content") == head["content"]
 
 
 def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
@@ -113,6 +125,7 @@ def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
     codecs = sorted({manifest.inputs["recipe"]["pack"]["codec"] for manifest in manifests})
     return {
         "fingerprint": dataset_fingerprint(manifests),
+        "content": dataset_content(manifests),
         "totals": {
             "shards": len(manifests),
             **dataset_figures(manifests),

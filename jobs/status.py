@@ -1,36 +1,40 @@
 """The status job: what is done, failed, missing and stale in DST, from `_plan.json` and markers.
 
-One listing and the markers' few bytes; no shard is opened, so it is quick on a large DST and may
-run beside a conversion. Whether the sources have changed since is a question for `convert`.
+One listing, `_manifest.json` in place of the markers it stands for, and the rest of the markers; no
+shard is opened, so it is quick on a large DST and may run beside a conversion, whose
+`_progress.json` it shows. Whether the sources have changed since is a question for `convert`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.cli import EXIT_OK, Switch, parse, print_json, run, size
-from jobs.files import read_plan, require_dataset
+from jobs.cli import EXIT_OK, count, duration, parse, print_json, run, say, size
+from jobs.dataset import DatasetOptions, open_dataset
+from jobs.files import read_plan, read_text
+from jobs.manifest import psnr_quantiles
 from jobs.plan import Status, status
-from jobs.progress import dataset_figures
+from jobs.progress import PROGRESS_FILE, dataset_figures
 
 MAX_NAMED = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class StatusOptions:
-    """Show what is done, failed, missing and stale in DST, from the markers alone."""
+SILENT_S = 120.0
+"""A job that has not written its progress for so long has probably died."""
 
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder given to splatshard convert."""
-    json: Switch = False
-    """End standard output with one JSON line."""
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions(DatasetOptions):
+    """Show what is done, failed, missing and stale in DST, from the markers alone."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,13 +46,42 @@ def show(options: StatusOptions) -> int:
     """Print the state of DST."""
     from pipeline.markers import read_markers
 
-    dst = require_dataset(options.dst)
+    dst = open_dataset(options)
     state = status(read_plan(dst), read_markers(dst))
-    figures = dataset_figures(state.done)
+    figures = dataset_figures(state.done) | {"psnr_quantiles": psnr_quantiles(state.done)}
+    progress = read_progress(dst)
     print_table(dst, state, figures)
+    if progress.get("state") == "running":
+        say(running(progress, datetime.now(UTC)))
     if options.json:
-        print_json(as_dict(state, figures))
+        print_json(as_dict(state, figures) | {"progress": progress or None})
     return EXIT_OK
+
+
+def read_progress(dst: str) -> dict[str, Any]:
+    """What the last job in `dst` wrote about itself; empty when there is nothing to read."""
+    try:
+        progress = json.loads(read_text(dst, PROGRESS_FILE) or "{}")
+    except ValueError:
+        return {}
+    return progress if isinstance(progress, dict) else {}
+
+
+def running(progress: Mapping[str, Any], now: datetime) -> str:
+    """`a job is running, 3 s ago: 3/4 shards, 4.1 images/s, 20 s left`, or that it seems dead."""
+    try:
+        silent_s = (now - datetime.fromisoformat(progress["updated"])).total_seconds()
+        finished = progress["shards_done"] + progress["shards_failed"]
+        parts = [f"{finished:,}/{count(progress['shards'], 'shard')}"]
+        parts.append(f"{progress['images_per_s']:.1f} images/s")
+        if progress["eta_s"] is not None:
+            parts.append(f"{duration(progress['eta_s'])} left")
+    except (KeyError, TypeError, ValueError):
+        return f"a job may be running ({PROGRESS_FILE} cannot be understood)"
+    ago = f"{duration(max(0.0, silent_s))} ago"
+    if silent_s > SILENT_S:
+        return f"a job was running and told nothing since {ago}: {', '.join(parts)}"
+    return f"a job is running; {ago}: {', '.join(parts)}"
 
 
 def as_dict(state: Status, figures: dict[str, Any]) -> dict[str, Any]:
@@ -81,10 +114,13 @@ def print_table(dst: str, state: Status, figures: dict[str, Any]) -> None:
         f"{figures['ok']:,} images ok, {skipped:,} skipped, {size(figures['shard_bytes'])}"
         + (f", PSNR {figures['psnr_mean']:.2f} dB" if figures["ok"] else ""),
     )
+    if quantiles := figures["psnr_quantiles"]:
+        spread = ", ".join(f"{n[1:]} % below {value:.1f}" for n, value in quantiles.items())
+        table.add_row("", "", f"PSNR in dB: {spread}")
     table.add_row("failed", f"{len(state.failed):,}", "the next convert retries them")
     table.add_row("missing", f"{len(state.missing):,}", "the next convert makes them")
     table.add_row("stale", f"{len(state.stale):,}", "redone by convert --overwrite-stale")
-    table.add_row("corrupt", f"{len(state.corrupt):,}", "broken markers")
+    table.add_row("corrupt", f"{len(state.corrupt):,}", "broken markers; repair redoes them")
     if state.unplanned:
         table.add_row("unplanned", f"{len(state.unplanned):,}", "markers that no plan mentions")
     console.print(table)

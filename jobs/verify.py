@@ -1,37 +1,42 @@
 """The verify job: re-read every shard of DST and compare it with its marker.
 
 Checks size and SHA-256 of the data file, the number of rows and of each status, and every payload.
-Orphan data files (left by a killed worker; no marker names them) are notes, not errors: readers
-never see them. Missing and failed shards are errors, since the dataset is not whole.
+Every marker is read; `_manifest.json` is not believed, but compared with them. Orphan data files
+(left by a killed worker; no marker names them) are notes, not errors: readers never see them.
+Missing and failed shards are errors, since the dataset is not whole.
+
+A shard in a remote store is downloaded once, several at a time.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import partial
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 
-from jobs.cli import EXIT_ERROR, EXIT_OK, Switch, count, parse, print_json, run, say
-from jobs.files import read_plan, require_dataset
-from jobs.plan import Status, status
-from pipeline.storage import find
+from jobs.cli import EXIT_ERROR, EXIT_OK, count, parse, print_json, run, say
+from jobs.dataset import DatasetOptions, open_dataset
+from jobs.files import read_plan
+from jobs.plan import Marker, Status, status
+from schemas.errors import SplatshardError
+from schemas.manifest import MANIFEST_FILE
+from schemas.shard import ShardManifest
 from schemas.splats import EXTENSIONS
 
 MAX_NOTES = 20
+DOWNLOADS = 8
+"""Shards of a remote store that are verified at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(DatasetOptions):
     """Re-read everything in DST: checksums, counts, payloads. Exit code 1 names what is wrong."""
-
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder given to splatshard convert."""
-    json: Switch = False
-    """End standard output with one JSON line."""
 
 
 @dataclass(kw_only=True)
@@ -53,9 +58,9 @@ def verify(options: VerifyOptions) -> int:
     """Verify DST and print the findings; returns the exit code."""
     from pipeline.markers import read_markers
 
-    dst = require_dataset(options.dst)
-    state = status(read_plan(dst), read_markers(dst))
-    findings = check(dst, state)
+    dst = open_dataset(options)
+    markers = read_markers(dst, trust_manifest=False)
+    findings = check(dst, markers, status(read_plan(dst), markers))
     for note in findings.notes[:MAX_NOTES]:
         say(f"note: {note}")
     if len(findings.notes) > MAX_NOTES:
@@ -64,7 +69,10 @@ def verify(options: VerifyOptions) -> int:
         say(f"wrong: {problem}")
     checked = f"{count(findings.shards, 'shard')}, {count(findings.samples, 'sample')}"
     if findings.problems:
-        say(f"splatshard: error: {count(len(findings.problems), 'problem')} in {checked}")
+        say(
+            f"splatshard: error: {count(len(findings.problems), 'problem')} in {checked} "
+            f"(splatshard repair {dst} redoes bad, missing and failed shards)"
+        )
     else:
         say(f"all good: {checked} read back as their markers say")
     if options.json:
@@ -80,23 +88,16 @@ def verify(options: VerifyOptions) -> int:
     return EXIT_ERROR if findings.problems else EXIT_OK
 
 
-def check(dst: str, state: Status) -> Findings:
+def check(dst: str, markers: Mapping[str, Marker], state: Status) -> Findings:
     """Re-read all done shards; list everything else that keeps the dataset from being whole."""
-    from pipeline.shards import verify_shard
+    from pipeline.storage import list_folder
+    from pipeline.store_errors import storage_errors
 
     findings = Findings()
-    console = Console(stderr=True)
-    shards = track(
-        state.done,
-        description="verifying",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for manifest in shards:
+    for manifest, problems in verified(dst, state.done):
         findings.shards += 1
         findings.samples += manifest.samples
-        findings.problems += verify_shard(dst, manifest)
+        findings.problems += problems
     for name, message in state.corrupt:
         findings.problems.append(f"shard {name}: {message}")
     for failed in state.failed:
@@ -110,21 +111,66 @@ def check(dst: str, state: Status) -> Findings:
         )
     if not state.done and not findings.problems:
         findings.problems.append(f"{dst} holds no shard")
-    findings.notes += orphans(dst, state)
+    with storage_errors(dst, "read"):
+        files = list_folder(dst)
+    findings.notes += [
+        f"{file}: no marker names this data file; readers ignore it and it can be deleted"
+        for file in orphans(files, markers)
+    ]
+    findings.notes += manifest_notes(dst, markers)
     return findings
 
 
-def orphans(dst: str, state: Status) -> list[str]:
-    """Data files that no marker names. After a stale or corrupt marker nobody can tell."""
-    if state.stale or state.corrupt:
+def verified(
+    dst: str, manifests: Sequence[ShardManifest]
+) -> Iterator[tuple[ShardManifest, list[str]]]:
+    """Each shard, re-read, with what is wrong with it; in order."""
+    from pipeline.shards import verify_shard
+    from pipeline.storage import is_local
+
+    console = Console(stderr=True)
+    with nullcontext() if is_local(dst) else ThreadPoolExecutor(DOWNLOADS) as pool:
+        problems = (pool.map if pool else map)(partial(verify_shard, dst), manifests)
+        shards = zip(manifests, problems, strict=True)
+        yield from track(
+            shards,
+            description="verifying",
+            total=len(manifests),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+
+def orphans(files: Iterable[str], markers: Mapping[str, Marker]) -> list[str]:
+    """Data files that no marker names. Of a shard with a corrupt marker nobody can tell."""
+    from pipeline.markers import shard_of
+
+    named = {m.data_file for m in markers.values() if isinstance(m, ShardManifest)}
+    unclear = {n for n, marker in markers.items() if isinstance(marker, SplatshardError)}
+    data = [f for f in files if f.endswith(tuple(f".{e}" for e in EXTENSIONS.values()))]
+    return [file for file in data if file not in named and shard_of(file) not in unclear]
+
+
+def manifest_notes(dst: str, markers: Mapping[str, Marker]) -> list[str]:
+    """Where the run-level manifest, if there is one, does not say what the markers say."""
+    from pipeline.markers import read_manifest
+    from pipeline.storage import exists
+
+    url = f"{dst}/{MANIFEST_FILE}"
+    if not exists(url):
         return []
-    named = {manifest.data_file for manifest in state.done}
-    extensions = tuple(f".{extension}" for extension in EXTENSIONS.values())
-    files = [url.rsplit("/", 1)[-1] for url in find(dst)]
+    try:
+        listed = {name: entry.manifest for name, entry in read_manifest(url).items()}
+    except SplatshardError as e:
+        return [str(e)]
+    done = {name: m for name, m in markers.items() if isinstance(m, ShardManifest)}
+    different = [name for name in done.keys() | listed.keys() if done.get(name) != listed.get(name)]
+    if not different:
+        return []
     return [
-        f"{file}: no marker names this data file; readers ignore it and it can be deleted"
-        for file in sorted(files)
-        if file.endswith(extensions) and file not in named
+        f"{url} differs from the markers in {count(len(different), 'shard')} ({min(different)}, "
+        "...); markers count, the next convert brings it up to date"
     ]
 
 

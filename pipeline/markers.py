@@ -119,7 +119,13 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 def data_files_by_shard(files: Iterable[str]) -> Counter[str]:
     """How many of `files` are data files of each shard, committed or not."""
-    return Counter(match[1] for match in map(DATA_FILE.fullmatch, files) if match)
+    return Counter(shard for file in files if (shard := shard_of(file)))
+
+
+def shard_of(file: str) -> str:
+    """The shard whose data file has that name; empty for files that are none."""
+    match = DATA_FILE.fullmatch(file)
+    return match[1] if match else ""
 
 
 def _read_all(dst: str, files: Mapping[str, str]) -> Iterator[tuple[str, Marker]]:

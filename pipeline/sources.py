@@ -233,19 +233,40 @@ def _cut(root: str, files: dict[str, Stat], samples_per_shard: int) -> list[Shar
     refs = []
     for number, start in enumerate(range(0, len(keys), samples_per_shard)):
         urls = [u for key in keys[start : start + samples_per_shard] for u in samples[key]]
-        identity = "".join(f"{u[len(root) + 1 :]} {files[u]}\n" for u in urls)
         refs.append(
             ShardRef(
                 name=f"{basename(root)}-{number:05d}",
                 kind="folder",
                 urls=tuple(urls),
                 size_bytes=sum(files[u].size_bytes for u in urls),
-                etag=hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()[:32],
+                etag=_etag_of(root, urls, files),
                 root=root,
                 labels=tuple(labels),
             )
         )
     return refs
+
+
+def _etag_of(root: str, urls: Iterable[str], files: dict[str, Stat]) -> str:
+    identity = "".join(f"{u[len(root) + 1 :]} {files[u]}\n" for u in urls)
+    return hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()[:32]
+
+
+def current(refs: Iterable[ShardRef]) -> list[ShardRef]:
+    """`refs` with the sizes and etags that their files have now; as it was where one is gone.
+
+    Raises SourceError when a place cannot be read, and UnavailableError.
+    """
+    refs = list(refs)
+    found = storage.stats(url for ref in refs for url in ref.urls)
+    return [_current(ref, found) if all(u in found for u in ref.urls) else ref for ref in refs]
+
+
+def _current(ref: ShardRef, found: dict[str, Stat]) -> ShardRef:
+    size_bytes = sum(found[url].size_bytes for url in ref.urls)
+    if ref.kind == "folder":
+        return replace(ref, size_bytes=size_bytes, etag=_etag_of(ref.root, ref.urls, found))
+    return replace(ref, size_bytes=size_bytes, etag=found[ref.urls[0]].etag)
 
 
 def _is_image(url: str) -> bool:

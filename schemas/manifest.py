@@ -1,6 +1,7 @@
 """The run-level manifest `_manifest.json`: a whole dataset in one file.
 
-    {"manifest_version": 1, "fingerprint": ..., "totals": ..., "schema": ..., "provenance": ...,
+    {"manifest_version": 1, "fingerprint": ..., "content": ..., "totals": ..., "schema": ...,
+     "provenance": ...,           (all on the first line)
     "recipes":{
     digest: recipe,
     },
@@ -42,6 +43,13 @@ class Entry(NamedTuple):
 def dataset_fingerprint(manifests: Iterable[ShardManifest]) -> str:
     """SHA-256 (hex) of the sorted fingerprints of all shards, a line each."""
     lines = sorted(f"{manifest.fingerprint}\n" for manifest in manifests)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def dataset_content(manifests: Iterable[ShardManifest]) -> str:
+    """SHA-256 (hex) of the sorted names, data files and their digests of all shards, a line
+    each."""
+    lines = sorted(f"{m.name} {m.data_file} {m.sha256}\n" for m in manifests)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -104,7 +104,7 @@ def test_no_job_and_unknown_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
     capsys.readouterr()
     assert main(["train"]) == 1
-    assert "no job 'train'; choose convert, status, verify, report" in capsys.readouterr().err
+    assert "no job 'train'; choose convert, status, verify, repair" in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("splatshard ")
 

@@ -250,13 +250,13 @@ def test_it_is_written_once_a_minute_and_seldom_when_it_takes_long(
     shard = commit(tmp_path, "a")
     catalog = Catalog(str(tmp_path), [])
 
-    def write() -> None:
+    def write(head: Any) -> None:
         nonlocal now
         writes.append(now)
         now += 6.0  # it takes that long
         catalog._changed = False
 
-    monkeypatch.setattr(catalog, "write", write)
+    monkeypatch.setattr(catalog, "_write", write)
 
     def until(end: float) -> list[float]:
         nonlocal now

@@ -1,0 +1,100 @@
+"""Status: figures from markers, what a running job says of itself, and what is no progress file."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import status
+from jobs.files import write_plan
+from jobs.manifest import Catalog
+from jobs.plan import make_plan, planned
+from jobs.progress import PROGRESS_FILE
+from jobs.status import running
+from pipeline.commit import mark_failed, publish, staged_file
+from tests.rows import config_of, make_ref, make_rows, write_shard
+
+CONFIG = config_of()
+NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
+PROGRESS: dict[str, Any] = {
+    "state": "running",
+    "updated": "2026-01-31T11:59:57Z",
+    "shards": 1288,
+    "shards_done": 511,
+    "shards_failed": 1,
+    "images_per_s": 41.26,
+    "eta_s": 7260.0,
+}
+
+
+@pytest.fixture
+def dst(tmp_path: Path) -> Path:
+    """Two done shards, a failed and a missing one."""
+    refs = [make_ref(name) for name in "abcd"]
+    for ref in refs[:2]:
+        with staged_file(str(tmp_path), ref.name) as path:
+            write_shard(path, make_rows(4))
+            publish(str(tmp_path), path, ref, CONFIG, "")
+    mark_failed(str(tmp_path), refs[2], CONFIG, ValueError("cut off"))
+    write_plan(str(tmp_path), planned(refs, make_plan(refs, {}, CONFIG, str), CONFIG))
+    return tmp_path
+
+
+def status_of(dst: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    capsys.readouterr()
+    assert status.main([str(dst), "--json"]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_it_is_the_same_with_and_without_the_manifest(
+    dst: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, err = status_of(dst, capsys)
+    assert (found["shards_done"], found["shards_failed"], found["missing"]) == (2, 1, ["d"])
+    assert (found["samples"], found["ok"], found["skipped"]) == (8, 6, {"corrupt_image": 2})
+    assert found["psnr_quantiles"]["p50"] == pytest.approx(26.4, abs=0.3)
+    assert found["progress"] is None
+    assert "50 % below 26." in err
+    assert "failed  c: ValueError: cut off" in err
+    from pipeline.markers import ShardManifest, read_markers
+
+    done = [m for m in read_markers(str(dst)).values() if isinstance(m, ShardManifest)]
+    Catalog(str(dst), done).write()
+    assert status_of(dst, capsys) == (found, err)
+
+
+def test_a_running_job_is_shown(dst: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dst / PROGRESS_FILE).write_text(json.dumps(PROGRESS))
+    found, err = status_of(dst, capsys)
+    assert found["progress"] == PROGRESS
+    assert "512/1,288 shards, 41.3 images/s, 2 h 01 min left" in err
+    (dst / PROGRESS_FILE).write_text(json.dumps(PROGRESS | {"state": "done"}))
+    assert "images/s" not in status_of(dst, capsys)[1]
+
+
+def test_a_job_that_went_silent_is_not_called_running() -> None:
+    told = "512/1,288 shards, 41.3 images/s, 2 h 01 min left"
+    assert running(PROGRESS, NOW) == f"a job is running; 3.0 s ago: {told}"
+    hour = NOW + timedelta(hours=1)
+    assert running(PROGRESS, hour).startswith("a job was running and told nothing since 1 h 00 min")
+    behind = NOW - timedelta(hours=1)  # its clock is ahead of ours
+    assert running(PROGRESS, behind) == f"a job is running; 0.0 s ago: {told}"
+    assert running(PROGRESS | {"eta_s": None}, NOW).endswith("41.3 images/s")
+
+
+@pytest.mark.parametrize("change", [{"updated": "soon"}, {"updated": 3}, {"images_per_s": "many"}])
+def test_progress_that_cannot_be_understood_is_no_error(change: dict[str, Any]) -> None:
+    assert "cannot be understood" in running(PROGRESS | change, NOW)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"state": "running"}'])
+def test_a_broken_progress_file_is_no_error(
+    dst: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (dst / PROGRESS_FILE).write_text(text)
+    assert status_of(dst, capsys)[0]["shards_done"] == 2
