@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jobs import repair, retry_failed, status, verify
 from pipeline.commit import publish, staged_file
 from pipeline.markers import read_marker
 from pipeline.sources import list_shards
+from pipeline.storage import use_options
 from pipeline.write import open_writer
 from schemas.config import config_from_recipe, recipe
 from schemas.shard import ShardManifest, marker_digest
@@ -25,6 +27,7 @@ from tests.integration.running import (
     run_json,
     tars,
 )
+from tests.integration.stores import ACCESS_KEY, REGION, SECRET_KEY, Store
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
 
@@ -171,6 +174,61 @@ def test_orphans_are_listed_and_deleted_on_request(
     for path in foreign:
         path.unlink()
     assert files(dst) == before
+
+
+# The same on S3
+
+
+@pytest.fixture
+def options(moto: Store) -> Iterator[str]:
+    """`--storage-options` for the S3 server, which no later test in this process inherits."""
+    yield json.dumps(
+        {
+            "key": ACCESS_KEY,
+            "secret": SECRET_KEY,
+            "client_kwargs": {"endpoint_url": moto.endpoint, "region_name": REGION},
+        }
+    )
+    use_options({})
+
+
+def test_damage_on_s3_is_found_and_repaired(
+    tmp_path: Path, capsys: Capsys, moto: Store, options: str
+) -> None:
+    flag = f"--storage-options={options}"
+    moto.put("repair", {})
+    src, dst, s3 = tars(tmp_path / "in", SHARDS), "s3://repair/out", moto.client()
+    code, _, err = convert_json(capsys, src, dst, flag)
+    assert code == 0, err
+    before = moto.objects(dst, ".parquet")
+    names = sorted(name for name in before if name.endswith(".parquet"))
+    assert run_json(capsys, verify, dst, flag)[1]["notes"] == []
+    data = bytearray(before[names[0]])
+    data[len(data) // 2] ^= 1
+    s3.put_object(Bucket="repair", Key=f"out/{names[0]}", Body=bytes(data))
+    s3.delete_object(Bucket="repair", Key=f"out/{names[1]}")
+    s3.put_object(Bucket="repair", Key="out/00000002.json", Body=b"{")
+    s3.delete_object(Bucket="repair", Key="out/00000003.json")
+    code, found, _ = run_json(capsys, verify, dst, flag)
+    assert code == 1
+    assert [p for p in found["problems"] if "SHA-256" in p and f"{dst}/{names[0]}" in p]
+    state = run_json(capsys, status, dst, flag)[1]
+    assert (state["shards_done"], state["shards_corrupt"], state["missing"]) == (
+        *(SHARDS - 2, 1),
+        ["00000003"],
+    )
+    code, found, err = run_json(capsys, repair, dst, flag)
+    assert (code, found["redone"]) == (0, [f"{i:08d}" for i in range(4)]), err
+    code, found, err = run_json(capsys, repair, dst, flag, "--delete-orphans")
+    assert (code, found["bad"]) == (0, {}), err
+    code, found, err = run_json(capsys, verify, dst, flag)
+    assert (code, found["problems"], found["notes"]) == (0, [], [])
+    after = moto.objects(dst, ".parquet")
+    rows = {name.partition("-")[0]: data for name, data in after.items() if "parquet" in name}
+    assert rows == {n.partition("-")[0]: d for n, d in before.items() if "parquet" in n}
+    assert names[4] in after
+    texts = {name: text for name, text in moto.objects(dst).items() if "json" in name}
+    assert not any(SECRET_KEY.encode() in text for text in texts.values())
 
 
 def quarantine(src: str, dst: Path, name: str, status: str = "quarantined") -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs import manifest as job
+from jobs.card import CARD_FILE
 from jobs.manifest import Catalog, psnr_quantiles
 from pipeline import markers as readers
 from pipeline.commit import mark_failed, publish, staged_file
 from pipeline.markers import data_files_by_shard, read_manifest, read_markers
+from pipeline.storage import use_options
 from schemas.errors import CorruptShardError, FormatVersionError, UnavailableError
 from schemas.manifest import MANIFEST_FILE, dataset_fingerprint, manifest_lines
 from schemas.shard import FailedShard, ShardManifest, to_json
@@ -69,11 +72,14 @@ def url(dst: Path) -> str:
 
 
 def test_it_says_what_the_dataset_is(dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = "s3://user:password@host/data"
-    monkeypatch.setattr("sys.argv", ["jobs/convert.py", secret, "out"])
+    options = '{"key": "an-id", "secret": "hunter22"}'
+    use_options(json.loads(options))
+    argv = ["jobs/convert.py", "s3://user:password@host/data", "out", "--storage-options", options]
+    monkeypatch.setattr("sys.argv", argv)
     found = list(read_markers(str(dst)).values())
     Catalog(str(dst), found[1:]).write()
     Catalog(str(dst), found).write()
+    use_options({})
     document = json.loads(text_of(dst))
     assert document["manifest_version"] == 1
     assert document["fingerprint"] == dataset_fingerprint(found)
@@ -88,7 +94,8 @@ def test_it_says_what_the_dataset_is(dst: Path, monkeypatch: pytest.MonkeyPatch)
     assert document["shards"]["00000000"]["inputs"]["source"]["etag"] == "e"
     provenance = document["provenance"]
     assert provenance["command"][2] == "out"
-    assert "password" not in text_of(dst)
+    for file in (MANIFEST_FILE, CARD_FILE):
+        assert not re.search("password|hunter22|an-id", (dst / file).read_text())
     assert provenance["versions"].keys() >= {"splatshard", "python", "torch", "ray", "pyarrow"}
 
 
