@@ -92,7 +92,10 @@ def put_if(url: str, data: bytes, tag: str | None) -> bool:
         write(url, data)
         return True
     if keeps_conditions(url.rpartition("/")[0]):
-        return _put(url, data, {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag})
+        if tag is None:
+            return _put(url, data, {"IfNoneMatch": "*"})
+        # Ceph compares with the etag without quotes, and so refuses the form of the standard
+        return any(_put(url, data, {"IfMatch": form}) for form in (tag, tag.strip('"')))
     now = head(url)
     return (now.etag if now else None) == tag and _put(url, data, {})
 

@@ -407,7 +407,7 @@ def test_the_lost_answer_of_a_marker_is_recognised(
 
     server.fault = lose
     manifest = commit_shard(dst, f"{OTHER_JOB}1", replaces=old)
-    assert len(lost) == 2
+    assert len(lost) == 2 + stale  # a refused etag is offered once more, without its quotes
     assert assert_one_shard(server, dst) == manifest
 
 
