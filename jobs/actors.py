@@ -130,17 +130,10 @@ class FitActor:
         self._clock = StageClock()
         self._counters: dict[str, Counters] = {}
         self._backend: Backend | None = None
-        self._loaded = threading.Event()
         self._turns = threading.Semaphore(1)
 
     def start(self, backend: str) -> Started:
-        """Load everything; `convert` waits for it on its own threads."""
-        try:
-            return self._load(backend)
-        finally:
-            self._loaded.set()
-
-    def _load(self, backend: str) -> Started:
+        """Load everything; comes before any `convert`."""
         import ray
         import torch
 
@@ -161,9 +154,7 @@ class FitActor:
 
     def convert(self, task: Task, config: ConvertConfig, dst: str) -> Outcome:
         """Convert and commit one shard, or write its failed marker; or try some of its samples."""
-        self._loaded.wait()
-        if self._backend is None:
-            return Outcome(name=task.ref.name, kind="stopped")  # the driver hears why from `start`
+        assert self._backend is not None, "start() comes first"
         self._counters[task.ref.name] = Counters(shard=task.ref.name)
         try:
             outcome = self._attempt(task, config, dst, self._backend)

@@ -56,7 +56,7 @@ class RunOptions:
     """Worker processes. auto: one per GPU, or per core without GPUs, following the cluster as nodes
     come and go."""
     sample_timeout: Annotated[float, tyro.conf.arg(metavar="S")] = 300.0
-    """Seconds that one sample may keep a worker busy before it is taken for hung; see README."""
+    """Seconds that one sample may keep a worker busy before it is taken for hung."""
     storage_options: Annotated[
         str, tyro.conf.arg(metavar="JSON", help_behavior_hint="(default: the usual environment)")
     ] = ""
@@ -126,7 +126,12 @@ def parse_options(argv: list[str] | None) -> ConvertOptions:
     default = ConvertOptions(
         src=tyro.MISSING, dst=tyro.MISSING, preset=preset, config=PRESETS[preset]
     )
-    return parse(ConvertOptions, "convert", args, default)
+    try:
+        return parse(ConvertOptions, "convert", args, default)
+    except UsageError as e:
+        if sum(arg.endswith((".tar", ".parquet")) for arg in args) > 1:
+            raise UsageError(f"{e}; if the shell expanded a pattern, quote it") from None
+        raise
 
 
 def preset_in(args: list[str]) -> Any:

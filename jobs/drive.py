@@ -42,6 +42,8 @@ RESIZE_S = 5.0
 STOP_GRACE_S = 10.0
 START_DEATHS = 4
 """Workers in a row that may die before they have loaded."""
+PATIENCE_S = 60.0
+"""Without any worker; then the user is told what the job waits for."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -95,6 +97,7 @@ class Driver:
         self.reserved = reservation(config.backend)
         self.team: list[Worker] = []
         self.resized = float("-inf")
+        self.impatient = time.monotonic() + PATIENCE_S
         self.start_deaths = 0
         self.in_vain = 0
 
@@ -147,6 +150,13 @@ class Driver:
         places = room(self.workers, self.reserved, leaving)
         for _ in range(min(places, wanted) - len(staying)):
             self.hire()
+        if any(worker.started is None for worker in self.team):
+            self.impatient = now + PATIENCE_S
+        elif now > self.impatient:
+            self.impatient = float("inf")
+            self.progress.tell(
+                f"still no worker: each needs {needs(self.reserved)}, and the cluster has none free"
+            )
 
     def hire(self) -> None:
         """A new worker; its loading starts at once."""
@@ -169,9 +179,12 @@ class Driver:
     # Tasks and their outcomes
 
     def assign(self) -> None:
-        """Fill the workers breadth first; the last shards are not queued behind a busy worker."""
+        """Fill the workers breadth first; the last shards are not queued behind a busy worker.
+
+        A worker that has not loaded gets nothing: it may be waiting for a place in the cluster.
+        """
         now = time.monotonic()
-        team = [worker for worker in self.team if not worker.retiring]
+        team = [w for w in self.team if w.started is None and not w.retiring]
         for worker in team:
             if not worker.in_flight and (task := self.schedule.take(now)):
                 self.give(worker, task)
@@ -264,9 +277,8 @@ class Driver:
     def lost(self, worker: Worker, kind: RetryKind) -> None:
         """A worker is gone; its tasks go where they belong. Raises BackendError if none loads."""
         self.dismiss(worker, kind.replace("_", " "))
-        loading = worker.started is not None
         node_gone = kind in ("node_death", "preempted")
-        if loading and not node_gone:
+        if worker.started is not None and not node_gone:
             self.start_deaths += 1
             if self.start_deaths >= START_DEATHS:
                 raise BackendError(
@@ -279,7 +291,7 @@ class Driver:
                 self.unavailable(
                     task, Outcome(name=task.ref.name, kind="unavailable", message=message)
                 )
-            elif loading or node_gone:
+            elif node_gone:
                 self.schedule.innocent(task, kind)
             elif reason := self.schedule.died(task, kind):
                 self.give_up(task, SplatshardError(reason))
@@ -348,6 +360,12 @@ class Driver:
                 continue
             if outcome.kind in ("done", "failed"):
                 self.finish(waiting[ref], outcome)
+
+
+def needs(reserved: dict[str, float]) -> str:
+    """`1 CPU and 1 GPU`."""
+    units = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    return " and ".join(f"{number:g} {units[name]}" for name, number in reserved.items())
 
 
 def is_ready(ref: Any) -> bool:

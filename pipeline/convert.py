@@ -5,10 +5,10 @@
 Start here. Everything is a direct call; nothing here knows of Ray, and the same function runs in a
 test, in a local worker and on a GPU actor.
 
-On a GPU three threads work at once: one reads and decodes the next batch (with a pool of its own),
-one keeps the device fitting, and the caller's packs, checks and writes the previous batch. A CPU
-worker owns one core, so there the same generators run one after another; only a remote source is
-read ahead. Memory is bounded by four batches on a GPU, by one elsewhere, plus one row group.
+On a GPU four threads work at once: one reads, one gathers the next batch (decoded by a pool of its
+own), one keeps the device fitting, and the caller's packs, checks and writes the previous batch. A
+CPU worker owns one core, so there the same generators run one after another; only a remote source
+is read ahead. Memory is bounded by four batches on a GPU, by one elsewhere, plus one row group.
 
 A worker runs two shards at once, so that neither the start of a shard nor its upload leaves the
 device idle: `turn` decides how many of them may be between read and write.
@@ -54,7 +54,7 @@ MAX_DECODERS = 16
 CHECKED_TOGETHER = 256
 """Images rendered at once to measure their PSNR, beside a batch that fills the device."""
 READ_AHEAD = 16
-"""Samples of a remote source that wait in memory while others are fitted."""
+"""Samples that wait in memory, of a remote source or beside a GPU."""
 
 
 def convert_shard(
@@ -88,7 +88,7 @@ def convert_shard(
     samples_in = 0
     with staged_file(dst, ref.name) as path:
         with turn or nullcontext(), open_writer(path, config.pack.format, metadata) as writer:
-            samples = read_samples(ref, digest, quarantine or {}, clock)
+            samples = read_samples(ref, digest, quarantine or {}, clock, backend.device)
             batches = convert_samples(samples, config, backend, clock)
             with closing(samples), closing(batches):
                 for rows in batches:
@@ -114,7 +114,7 @@ def try_samples(
 ) -> Iterator[list[Row]]:
     """The rows of the samples from span[0] to span[1] of a shard, written nowhere; to find the one
     that kills a worker."""
-    samples = read_samples(ref, hashlib.sha256(), quarantine, clock)
+    samples = read_samples(ref, hashlib.sha256(), quarantine, clock, backend.device)
     with closing(samples):
         yield from convert_samples(islice(samples, *span), config, backend, clock)
 
@@ -126,9 +126,14 @@ def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Back
 
 
 def read_samples(
-    ref: ShardRef, digest: hashlib._Hash, quarantine: Mapping[int, str], clock: StageClock
+    ref: ShardRef,
+    digest: hashlib._Hash,
+    quarantine: Mapping[int, str],
+    clock: StageClock,
+    device: torch.device,
 ) -> Iterator[RawSample]:
-    """The samples of a shard; those in quarantine carry it as their error."""
+    """The samples of a shard, read ahead of those that are worked on where that helps; those in
+    quarantine carry it as their error."""
 
     def timed() -> Iterator[RawSample]:
         with closing(read(ref, digest)) as samples:
@@ -143,8 +148,8 @@ def read_samples(
                 yield sample
                 number += 1
 
-    remote = "://" in ref.urls[0]
-    return prefetch(timed(), READ_AHEAD) if remote else timed()
+    ahead = overlaps(device) or "://" in ref.urls[0]
+    return prefetch(timed(), READ_AHEAD) if ahead else timed()
 
 
 def convert_samples(
