@@ -35,7 +35,7 @@ from schemas.manifest import (
     read_head,
 )
 from schemas.shard import PSNR_STEP, ShardManifest, to_json
-from schemas.splats import CODECS, COLUMNS, FORMAT_VERSION, HEADER_BYTES
+from schemas.splats import CODECS, COLUMNS, FORMAT_VERSION, HEADER_BYTES, MAX_PSNR
 
 EVERY_S = 60.0
 SHARE = 0.03
@@ -92,10 +92,18 @@ class Catalog:
 
         Raises StorageError, UnavailableError and SourceError.
         """
-        now = head(self.manifests)
-        if self._changed or not _same_dataset(now, f"{self._dst}/{MANIFEST_FILE}"):
+        if self._changed or not self._is_written():
+            now = head(self.manifests)
             self._write(now)
             write_text(self._dst, CARD_FILE, card(self._dst, now, self.manifests))
+
+    def _is_written(self) -> bool:
+        url = f"{self._dst}/{MANIFEST_FILE}"
+        if not exists(url):
+            return False
+        with open_read(url) as stream:
+            before = read_head(stream.read(1 << 20).partition(b"\n")[0])
+        return before.get("content") == dataset_content(self._manifests.values())
 
     def _write(self, now: dict[str, Any]) -> None:
         from pipeline.commit import staged_file
@@ -110,14 +118,6 @@ class Catalog:
             write_lines(path, manifest_lines(now, entries))
             put_file(path, f"{self._dst}/{MANIFEST_FILE}")
         self._changed = False
-
-
-def _same_dataset(head: dict[str, Any], url: str) -> bool:
-    if not exists(url):
-        return False
-    with open_read(url) as stream:
-        before = read_head(stream.read(1 << 20).partition(b"\n")[0])
-    return before.get("content") == head["content"]
 
 
 def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def psnr_quantiles(manifests: Iterable[ShardManifest]) -> dict[str, float] | Non
     Within a step of PSNR_STEP dB images are taken to be evenly spread, so that a quantile is off by
     less than a step. None where there is no image, or a marker without a histogram.
     """
-    steps: dict[int, int] = {}
+    steps = [0] * (round(MAX_PSNR / PSNR_STEP) + 1)
     low, high = float("inf"), float("-inf")
     for manifest in manifests:
         statistics = manifest.statistics
@@ -169,19 +169,19 @@ def psnr_quantiles(manifests: Iterable[ShardManifest]) -> dict[str, float] | Non
         if "psnr_histogram" not in statistics:
             return None
         first = round(statistics["psnr_histogram_from"] / PSNR_STEP)
-        for step, images in enumerate(statistics["psnr_histogram"].split(), first):
-            steps[step] = steps.get(step, 0) + int(images)
+        for step, images in enumerate(map(int, statistics["psnr_histogram"].split()), first):
+            steps[min(max(step, 0), len(steps) - 1)] += images
         low, high = min(low, statistics["psnr_min"]), max(high, statistics["psnr_max"])
-    total = sum(steps.values())
+    total = sum(steps)
     if not total:
         return None
     found: dict[str, float] = {}
     for percent in QUANTILES:
         wanted, below = total * percent / 100, 0
-        for step in sorted(steps):
-            if below + steps[step] >= wanted and steps[step]:
-                value = (step + (wanted - below) / steps[step]) * PSNR_STEP
+        for step, images in enumerate(steps):
+            if images and below + images >= wanted:
+                value = (step + (wanted - below) / images) * PSNR_STEP
                 found[f"p{percent}"] = min(max(value, low), high)
                 break
-            below += steps[step]
+            below += images
     return found

@@ -83,4 +83,7 @@ def arrow_schema(metadata: dict[str, object]) -> pa.Schema:
 
 def canonical_json(value: object) -> str:
     """Sorted keys, no spaces; raises ValueError for NaN and infinities, which are not JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
