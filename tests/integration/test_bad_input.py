@@ -184,7 +184,7 @@ TASK = Task(ref=REF, attempt="0badc0de0")
 def test_the_worker_tells_whose_error_it_is(
     error: Exception, kind: str, marked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*arguments: object) -> None:
+    def fails(*arguments: object, **named: object) -> None:
         raise error
 
     actor = FitActor({})
