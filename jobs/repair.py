@@ -62,7 +62,7 @@ def repair(options: RepairOptions, started: float) -> int:
     looked = "looked at" if options.quick else "verified"
     say(f"{count(len(state.done), 'done shard')} {looked}; {len(bad):,} to redo")
     name_some("bad", bad)
-    code, left = EXIT_OK, bad
+    code, left = EXIT_OK, dict(bad)
     if redoable := bad.keys() & shards.keys():
         code = redo(dst, redoable, shards, options, started)
         state = status(read_plan(dst), read_markers(dst, trust_manifest=False))
