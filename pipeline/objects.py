@@ -188,7 +188,8 @@ def _locked(path: Path, end: float) -> tuple[int, bool]:
     """A descriptor of the locked file at `path`. Its last holder deletes it, so a lock is good only
     if the file is still the one at `path`."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # see staging
+            path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the folder vanished
             number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:

@@ -42,7 +42,8 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
 def _create(path: Path) -> None:
     """An empty new file, and its folder, which another process may be deleting meanwhile."""
     for _ in range(100):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # mkdir met the folder, then found it gone
+            path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             return path.open("xb").close()
     raise FileNotFoundError(errno.ENOENT, "the folder vanishes again and again", str(path.parent))

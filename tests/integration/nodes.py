@@ -64,8 +64,8 @@ class Nodes:
 
 
 @contextmanager
-def ray_nodes(environment: dict[str, str]) -> Iterator[Nodes]:
-    """A cluster of two nodes, in whose processes `environment` is set."""
+def ray_nodes(environment: dict[str, str], number: int = 2) -> Iterator[Nodes]:
+    """A cluster of so many nodes, in whose processes `environment` is set."""
     from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
@@ -73,8 +73,8 @@ def ray_nodes(environment: dict[str, str]) -> Iterator[Nodes]:
     nodes = Nodes(cluster=Cluster(), environment=environment | quiet)
     try:
         nodes.add(num_cpus=0, include_dashboard=False, _system_config=HEALTH_CHECKS)
-        nodes.add()
-        nodes.add()
+        for _ in range(number):
+            nodes.add()
         yield nodes
     finally:
         nodes.cluster.shutdown()

@@ -23,8 +23,7 @@ SLOW = [flag for flag in LONG if not flag.startswith("--workers")]
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    with ray_nodes({}) as cluster:
-        cluster.remove(cluster.members()[1])
+    with ray_nodes({}, number=1) as cluster:
         yield cluster
 
 
@@ -63,6 +62,7 @@ def test_workers_follow_the_nodes(
         out, _ = job.communicate(timeout=240)
     finally:
         job.kill()
+        job.communicate()
     assert job.returncode == 0, log.read_text()
     found = json.loads(out.splitlines()[-1])
     assert (found["shards_done"], found["retries"], found["workers"]) == (8, {}, 2)
