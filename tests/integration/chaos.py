@@ -46,7 +46,8 @@ Shards = dict[str, tuple[dict[str, Any], bytes]]
 class Arena:
     """Where conversions run: a store behind a proxy, the source in it, an undisturbed run.
 
-    `normal_s` is what the undisturbed run took. `nodes` is the cluster that drivers join.
+    `normal_requests` is how often the undisturbed run asked S3. `nodes` is the cluster that drivers
+    join.
     """
 
     store: Store
@@ -56,7 +57,7 @@ class Arena:
     src: str = "s3://source/{00000000..00000007}.tar"
     out: str = "s3://target"
     undisturbed: Shards = field(default_factory=Shards)
-    normal_s: float = 0.0
+    normal_requests: int = 0
 
     def begin(self, plan: FaultPlan | None = None) -> None:
         """What S3 does from now on: by default, what it should."""
@@ -67,14 +68,15 @@ class Arena:
 class Moment:
     """One line of the tally: what was done, to whom, how it went on.
 
-    `struck` names the victim of a kill. `exits` are the exit codes of all runs, `done_before` the
-    shards that were done after the first, `orphans` the data files at the end that nobody needs.
+    `at` is the number of requests before a strike, `struck` its victim. `exits` are the exit codes
+    of all runs, `done_before` the shards that were done after the first, `orphans` the data files
+    at the end that nobody needs.
     """
 
     what: str
     seed: int
     store: str
-    at_s: float = 0.0
+    at: int = 0
     struck: str = ""
     exits: list[int] = field(default_factory=list[int])
     done_before: int = 0
@@ -96,9 +98,8 @@ def open_arena(store: Store, proxy: Proxy, folder: Path, nodes: Nodes) -> Arena:
     arena = Arena(store=store, proxy=proxy, folder=folder, nodes=nodes)
     arena.begin()
     dst, log = f"{arena.out}/undisturbed", folder / "undisturbed.log"
-    begun = time.monotonic()
     assert ended(launch(arena, dst, log=log), log) == 0, tail(log)
-    arena.normal_s = time.monotonic() - begun
+    arena.normal_requests = proxy.requests()
     arena.undisturbed = shards(holdings(arena, dst))
     assert len(arena.undisturbed) == SHARDS
     return arena
@@ -264,14 +265,14 @@ def verify(arena: Arena, dst: str) -> None:
 def tally_lines() -> list[str]:
     """The tally as a table, and its sums."""
     lines = [
-        f"{'what':<10}{'seed':>5} {'store':<6}{'at':>7}  {'exits':<12}{'done':>5}"
+        f"{'what':<10}{'seed':>5} {'store':<6}{'request':>8}  {'exits':<12}{'done':>5}"
         f"{'orphans':>8}{'time':>8}  retries; faults"
     ]
     for m in TALLY:
-        at = f"{m.at_s:.1f} s" if m.at_s else "-"
+        at = str(m.at) if m.at else "-"
         told = ", ".join(f"{n} {kind}" for kind, n in (*m.retries.items(), *m.faults.items()))
         lines.append(
-            f"{m.what:<10}{m.seed:>5} {m.store:<6}{at:>7}  {' '.join(map(str, m.exits)):<12}"
+            f"{m.what:<10}{m.seed:>5} {m.store:<6}{at:>8}  {' '.join(map(str, m.exits)):<12}"
             f"{m.done_before:>5}{m.orphans:>8}{m.seconds:>6.0f} s  {told}"
             + ("" if m.ok else "  FAILED")
         )

@@ -107,6 +107,10 @@ class Proxy:
             self.counts[kind] += 1
         return kind
 
+    def requests(self) -> int:
+        """How many there were since `begin`."""
+        return sum(self.counts.values())
+
     def faults(self) -> dict[str, int]:
         """Requests by fault, without those that passed."""
         return {kind: n for kind, n in sorted(self.counts.items()) if kind != "pass"}

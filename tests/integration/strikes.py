@@ -6,8 +6,9 @@
     driver     SIGKILL to the driver alone; its workers may still write while the next run begins
     machine    SIGKILL to a driver, its own Ray and all workers at once
 
-A moment is a share of the time that the undisturbed run took, drawn from its seed, so that it falls
-into the start of the workers, between two shards or into a commit alike.
+A moment is a request to S3, of those that the undisturbed run took, and up to a second after it,
+both drawn from the seed. So moments crowd where jobs read and commit, on a slow machine as on a
+fast one; seconds from the start would nearly all fall into the loading of the workers.
 """
 
 from __future__ import annotations
@@ -54,17 +55,15 @@ def ordeal(arena: Arena, what: str, seed: int, plan: FaultPlan | None = None) ->
 
 def struck_run(arena: Arena, dst: str, moment: Moment, chance: random.Random, log: Path) -> int:
     """One run, struck at a moment that `chance` draws; its exit code."""
-    begun = time.monotonic()
+    moment.at, later_s = chance.randint(1, arena.normal_requests), chance.choice((0, 0.1, 1))
     process = launch(arena, dst, log=log, alone=moment.what == "machine")
-    moment.at_s = chance.uniform(0.05, 0.95) * arena.normal_s
+    while arena.proxy.requests() < moment.at and process.poll() is None:
+        time.sleep(0.005)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(moment.at_s)
+        process.wait(chance.uniform(0, later_s))
     if process.returncode is None and STRIKES[moment.what](arena, process, chance):
         moment.struck = moment.what
-    code = ended(process, log)
-    if not moment.struck:
-        arena.normal_s = min(arena.normal_s, time.monotonic() - begun)
-    return code
+    return ended(process, log)
 
 
 Strike = Callable[[Arena, subprocess.Popen[bytes], random.Random], bool]
