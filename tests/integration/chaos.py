@@ -169,16 +169,19 @@ def summary(log: Path) -> dict[str, Any]:
 
 
 def finish(arena: Arena, dst: str, moment: Moment, log: Path) -> None:
-    """The same command until it says that all is done, MAX_RUNS times at most; what was finished
-    before stays as it is. Then `compare`."""
-    after = markers(arena, dst)
-    moment.done_before = len(after)
-    while moment.exits[-1:] != [0] or len(moment.exits) < 2:
+    """The same command again until it ends well, MAX_RUNS times at most; what was finished before
+    stays as it is, and an exit code of 0 is never a lie. Then `compare`."""
+    done = markers(arena, dst)
+    moment.done_before = len(done)
+    code = None
+    while code != 0:
+        assert 0 not in moment.exits[-1:] or len(done) == SHARDS, f"not all is done:\n{tail(log)}"
         assert len(moment.exits) < MAX_RUNS, f"exit codes {moment.exits}:\n{tail(log)}"
-        before = after
-        moment.exits.append(ended(launch(arena, dst, log=log), log))
-        after = markers(arena, dst)
-        redone = [name for name, marker in before.items() if after.get(name) != marker]
+        before = done
+        code = ended(launch(arena, dst, log=log), log)
+        moment.exits.append(code)
+        done = markers(arena, dst)
+        redone = [name for name, marker in before.items() if done.get(name) != marker]
         assert not redone, f"finished shards were redone: {redone}\n{tail(log)}"
         moment.retries.update(summary(log).get("retries", {}))
     moment.orphans = compare(arena, dst)
