@@ -210,8 +210,7 @@ def execute(
     write_plan(dst, planned(refs, plan, config))
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started, dst)
-    kept = [marker for marker in plan.others if marker.name not in plan.replaces]
-    catalog = Catalog(dst, [*plan.done, *kept])
+    catalog = Catalog(dst, [*plan.done, *plan.others])  # what is replaced stays until it is
     try:
         workers = drive(plan, config, dst, options, progress, catalog) if plan.work else 0
     finally:

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from jobs import convert
 from jobs import manifest as job
+from jobs.actors import Outcome
 from jobs.card import CARD_FILE
 from jobs.manifest import Catalog, psnr_quantiles
+from jobs.plan import Plan, make_plan
 from pipeline import markers as readers
 from pipeline.commit import mark_failed, publish, staged_file
 from pipeline.markers import data_files_by_shard, read_manifest, read_markers
@@ -228,6 +231,40 @@ def test_an_empty_dataset_has_one_too(tmp_path: Path) -> None:
     Catalog(str(tmp_path), []).write()
     assert json.loads(text_of(tmp_path))["shards"] == {}
     assert read_manifest(url(tmp_path)) == {}
+
+
+def test_a_stale_shard_whose_redo_failed_stays_in_it(
+    dst: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of four are to be redone by another recipe: one is, the other fails."""
+    other = config_of(codec="q11")
+    refs = [make_ref(name) for name in NAMES[:2]]
+    plan = make_plan(refs, read_markers(str(dst)), other, lambda ref: "")
+    assert sorted(plan.replaces) == sorted(NAMES[:2])
+
+    def drive(
+        plan: Plan, config: Any, dst: str, options: Any, progress: Any, catalog: Catalog
+    ) -> int:
+        assert [m.name for m in catalog.manifests] == sorted(NAMES)
+        mark_failed(dst, refs[1], config, ValueError("no"))
+        progress.failures[NAMES[1]] = Outcome(
+            name=NAMES[1], kind="failed", error="ValueError", message="no"
+        )
+        with staged_file(dst, NAMES[0]) as path:
+            write_shard(path, make_rows(3, codec="q11"), codec="q11")
+            digest = plan.replaces[NAMES[0]]
+            catalog.add(publish(dst, path, refs[0], other, "cd" * 32, replaces=digest))
+        return 1
+
+    monkeypatch.setattr(convert, "drive", drive)
+    code = convert.execute(plan, refs, other, str(dst), convert.RunOptions(), 0.0)
+    assert (code, "1 shard failed" in capsys.readouterr().err) == (3, True)
+    found = {name: entry.manifest for name, entry in read_manifest(url(dst)).items()}
+    assert found == read_markers(str(dst), trust_manifest=False)
+    assert sorted(found) == sorted(NAMES)
+    codecs = [found[name].inputs["recipe"]["pack"]["codec"] for name in NAMES]
+    assert codecs == ["q11", "fp16", "fp16", "fp16"]
+    assert json.loads(text_of(dst))["totals"]["shards"] == 4
 
 
 # When it is written
