@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cli import EXIT_OK, parse, run, say
-from jobs.files import read_plan, require_dataset
+from jobs.cli import EXIT_OK, parse, print_json, run, say
+from jobs.dataset import DatasetOptions, open_dataset
+from jobs.files import read_plan
 from jobs.plan import status
 from schemas.errors import UsageError
 from schemas.shard import OK, ShardManifest
@@ -27,11 +28,9 @@ SUFFIXES = (".ply", ".png")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(DatasetOptions):
     """Write one sample: .png as splatshard renders it, .ply for viewers of Gaussian splats."""
 
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder given to splatshard convert."""
     key: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="KEY")]
     """Key or uid of the sample."""
     output: Annotated[str, tyro.conf.arg(metavar="PATH")]
@@ -54,7 +53,7 @@ def export(options: ExportOptions) -> int:
     from pipeline.commit import storage_errors
     from pipeline.pack import unpack
 
-    manifest, row = find(require_dataset(options.dst), options.key)
+    manifest, row = find(open_dataset(options), options.key)
     if row["status"] != OK:
         raise UsageError(
             f"sample {options.key} of shard {manifest.name} was skipped as {row['status']}, so it "
@@ -80,6 +79,9 @@ def export(options: ExportOptions) -> int:
         f"{width}x{height} px, {row['psnr']:.2f} dB"
     )
     print(options.output, flush=True)
+    if options.json:
+        figures = {name: row[name] for name in ("key", "num_gaussians", "width", "height", "psnr")}
+        print_json({"output": options.output, "shard": manifest.name, **figures})
     return EXIT_OK
 
 

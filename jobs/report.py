@@ -24,11 +24,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cli import EXIT_OK, Switch, parse, run, say
-from jobs.files import REPORT_FILE, RUN_FILE, read_plan, read_text, require_dataset, write_text
+from jobs.cli import EXIT_OK, Switch, parse, print_json, run, say
+from jobs.dataset import DatasetOptions, open_dataset
+from jobs.files import REPORT_FILE, RUN_FILE, read_plan, read_text, write_text
 from jobs.plan import PlannedShard, status
 from jobs.progress import dataset_figures
 from jobs.report_page import JpegFigures, Picture, ReportData, Skip, page
+from pipeline.storage import is_local
 from schemas.config import DecodeConfig
 from schemas.errors import SampleError, SplatshardError, UsageError
 from schemas.shard import OK, ShardManifest
@@ -40,11 +42,9 @@ JPEG_QUALITY = 75
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(DatasetOptions):
     """Write one self-contained HTML page about DST: pictures, key figures, histograms."""
 
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder given to splatshard convert."""
     samples: Annotated[int, tyro.conf.arg(metavar="N")] = 12
     """Pictures in the gallery, from the worst PSNR to the best."""
     output: Annotated[
@@ -59,6 +59,8 @@ class ReportOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.samples <= 1000:
             raise UsageError(f"--samples {self.samples}: choose 0 to 1000")
+        if self.open and not (self.output or is_local(self.dst)):
+            raise UsageError(f"--open: a browser cannot read {self.dst}; say --output PATH, too")
 
 
 @dataclass(kw_only=True)
@@ -80,7 +82,7 @@ def report(options: ReportOptions) -> int:
     """Write the page and print its path on standard output."""
     from pipeline.commit import storage_errors
 
-    dst = require_dataset(options.dst)
+    dst = open_dataset(options)
     data = gather(dst, options.samples, options.backend)
     path = options.output or f"{dst}/{REPORT_FILE}"
     if options.output:
@@ -89,6 +91,8 @@ def report(options: ReportOptions) -> int:
     else:
         write_text(dst, REPORT_FILE, page(data))
     print(path, flush=True)
+    if options.json:
+        print_json({"output": path, "pictures": len(data.pictures), **data.figures})
     if options.open:
         webbrowser.open(Path(path).absolute().as_uri())
     return EXIT_OK

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs import repair, retry_failed, status, verify
+from jobs import export, repair, report, retry_failed, status, verify
 from pipeline.commit import publish, staged_file
 from pipeline.markers import read_marker
 from pipeline.sources import list_shards
@@ -227,6 +227,12 @@ def test_damage_on_s3_is_found_and_repaired(
     rows = {name.partition("-")[0]: data for name, data in after.items() if "parquet" in name}
     assert rows == {n.partition("-")[0]: d for n, d in before.items() if "parquet" in n}
     assert names[4] in after
+    png, page = tmp_path / "sample.png", tmp_path / "page.html"
+    key = f"{SHARDS:012d}"
+    code, found, err = run_json(capsys, export, dst, key, f"--output={png}", flag)
+    assert (code, found["key"], png.read_bytes()[:4]) == (0, key, b"\x89PNG"), err
+    code, found, err = run_json(capsys, report, dst, "--samples=2", f"--output={page}", flag)
+    assert (code, found["output"], found["pictures"]) == (0, str(page), 2), err
     texts = {name: text for name, text in moto.objects(dst).items() if "json" in name}
     assert not any(SECRET_KEY.encode() in text for text in texts.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipeline.ply import ply_bytes
 from pipeline.shards import read_rows
 from pipeline.sources import list_shards
 from pipeline.splats import Splats
+from pipeline.storage import use_options
+from pipeline.store_options import options_of
 from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
 from tests.make import datacomp_sample, write_tar
 
@@ -147,6 +150,29 @@ def test_wrong_questions_get_one_line(
     assert (code, out) == (1, "")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_the_json_line_and_the_options_of_the_store(
+    dst: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sample.png"
+    options = '--storage-options={"anon": true}'
+    try:
+        code, out, _ = export(capsys, dst, KEY, "--output", path, options, "--json")
+        assert code == 0
+        assert options_of("s3")["anon"] is True
+    finally:
+        use_options({})
+    first, last = out.splitlines()
+    assert first == str(path)
+    row = row_of(dst, KEY)
+    assert json.loads(last) == {
+        "output": str(path),
+        "shard": "00000000",
+        **{name: row[name] for name in ("key", "num_gaussians", "width", "height", "psnr")},
+    }
+    code, _, err = export(capsys, dst, KEY, "--output", path, "--storage-options=secrt")
+    assert (code, "not JSON" in err, "secrt" in err) == (1, True, False)
 
 
 def test_a_folder_without_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

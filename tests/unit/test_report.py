@@ -12,7 +12,7 @@ import pytest
 
 from jobs.plan import StaleShard, Status
 from jobs.progress import dataset_figures
-from jobs.report import encode, jpeg_figures, spread
+from jobs.report import ReportOptions, encode, jpeg_figures, main, spread
 from jobs.report_page import MAX_ELLIPSES, Picture, ReportData, Skip, page
 from schemas.config import ConvertConfig, recipe
 from schemas.shard import FailedShard, ShardManifest
@@ -192,6 +192,12 @@ def test_spread_takes_both_ends_and_nothing_twice(number: int) -> None:
     assert chosen == sorted(set(chosen))
     if number >= 2:
         assert (chosen[0], chosen[-1]) == (0, 9)
+
+
+def test_a_page_on_s3_is_not_opened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["s3://bucket/out", "--open"]) == 1
+    assert "--open: a browser cannot read s3://bucket/out; say --output" in capsys.readouterr().err
+    assert ReportOptions(dst="s3://bucket/out", open=True, output="page.html").open
 
 
 def test_jpeg_figures_are_those_of_the_crops() -> None:
