@@ -7,7 +7,8 @@ moving a dataset does not redo a thousand shards.
 
 `_plan.json` remembers every shard ever planned for DST, so that `status` can name what is missing
 from a listing alone: a line per shard, recipes once. Left out: sample counts (unknown until a tar
-is read) and times (the file is deterministic).
+is read), times (the file is deterministic), and the secrets in URLs, since DST may be shared:
+`repair` cannot read such a source again, `convert` is told it anew.
 
 A plan for 100,000 shards is to take seconds and little memory. So a recipe is serialised once, and
 all shards made by it share it; see benchmarks/plan_status.py.
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from sys import intern
 from typing import Any
 
+from pipeline.store_options import redact_urls
 from schemas.config import (
     ConvertConfig,
     describe_difference,
@@ -254,6 +256,8 @@ def plan_lines(shards: Mapping[str, PlannedShard]) -> Iterator[str]:
     for name in sorted(shards):
         shard = shards[name]
         values = {field: getattr(shard.ref, field) for field in _REF_FIELDS}
+        values["urls"] = tuple(map(redact_urls, shard.ref.urls))
+        values["root"] = redact_urls(shard.ref.root)
         entry: dict[str, Any] = {
             "ref": {k: v for k, v in values.items() if v != _REF_FIELDS[k]},
             "recipe": digests[id(shard.recipe)],
@@ -287,7 +291,7 @@ def plan_from_json(text: str, name: str) -> dict[str, PlannedShard]:
                 fingerprint=entry["fingerprint"],
             )
         return shards
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, UsageError):
             raise
         raise CorruptShardError(

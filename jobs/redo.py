@@ -18,7 +18,9 @@ import tyro
 from jobs.cli import EXIT_OK, say
 from jobs.convert import RunOptions, execute
 from jobs.plan import Marker, Plan, PlannedShard, status
+from pipeline.store_options import is_redacted
 from schemas.config import ConvertConfig, config_from_recipe, recipe_digest
+from schemas.errors import UsageError
 from schemas.shard import ShardManifest, ShardRef, marker_digest
 
 
@@ -42,11 +44,18 @@ def redo(
     """Convert the shards `names` (all of them planned ones) again; returns the exit code.
 
     Their old markers and data stay until the new ones are there. Raises UsageError for a recipe
-    that this build cannot repeat, before anything is done.
+    that this build cannot repeat, or a source whose address was a secret, before anything is done.
     """
     from pipeline.markers import read_markers
     from pipeline.sources import current
 
+    for name in sorted(names):
+        for url in filter(is_redacted, shards[name].ref.urls):
+            raise UsageError(
+                f"the source of {name} is {url}, whose signature or password is not kept in "
+                "_plan.json: give it to splatshard convert again, which redoes missing and failed "
+                "shards, and damaged ones whose markers were deleted"
+            )
     code = EXIT_OK
     left = set(names)
     for config, group in list(by_recipe(names, shards, options.backend)):

@@ -114,4 +114,18 @@ def redact(text: str) -> str:
     for secret in (*_secrets, *known):
         if len(secret) > 3:
             text = text.replace(secret, "***")
+    return redact_urls(text)
+
+
+def redact_urls(text: str) -> str:
+    """`text` without user and password in URLs and without the query strings of signed URLs.
+
+    What has none stays as it is, whatever the storage options are: good for addresses that are
+    to be read again.
+    """
     return SIGNED.sub(r"\1?***", USER_INFO.sub("***@", text)) if "://" in text else text
+
+
+def is_redacted(url: str) -> bool:
+    """Whether `redact_urls` has taken something from `url`, so that it cannot be read."""
+    return "://***@" in url or url.endswith("?***")

@@ -221,6 +221,24 @@ def test_another_limit_is_another_shard() -> None:
     assert plan.stale[0].differences == ("source.limit: None -> 2",)
 
 
+def test_the_plan_file_keeps_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "file")  # a secret that is also a word
+    urls = ("https://me:hunter2@host/file.tar", "https://host/b.tar?X-Amz-Signature=hunter2")
+    refs = [
+        dataclasses.replace(make_ref(name), urls=(url,), root=url)
+        for name, url in zip("ab", urls, strict=True)
+    ]
+    shards = planned(refs, make_plan(refs, {}, CONFIG, never), CONFIG)
+    text = plan_text(shards)
+    assert "hunter2" not in text
+    found = plan_from_json(text, "_plan.json")
+    wanted = ["https://***@host/file.tar", "https://host/b.tar?***"]
+    assert [found[name].ref.urls[0] for name in "ab"] == wanted
+    assert [found[name].ref.root for name in "ab"] == wanted
+    assert [found[name].fingerprint for name in "ab"] == [shards[n].fingerprint for n in "ab"]
+    assert plan_text(found | shards) == plan_text(found) == text
+
+
 def test_status_knows_markers_without_a_plan() -> None:
     _, markers = markers_for(["done", "failed"])
     state = status({}, markers)

@@ -10,9 +10,9 @@ from typing import get_args
 
 import pytest
 
-from jobs.plan import Marker, make_plan, planned, status
-from jobs.redo import by_recipe, redo_plan
-from jobs.repair import to_redo
+from jobs.plan import Marker, make_plan, plan_from_json, plan_lines, planned, status
+from jobs.redo import by_recipe, redo, redo_plan
+from jobs.repair import RepairOptions, to_redo
 from jobs.retry_failed import SkipStatus, samples, told, worth_retrying
 from jobs.verify import orphans
 from pipeline.sources import current, list_shards
@@ -59,6 +59,18 @@ def test_stale_shards_are_neither_done_nor_redone() -> None:
     plan = redo_plan(REFS[4:], {"missing"}, SHARDS, MARKERS | {"good": stale})
     assert [manifest.name for manifest in plan.done] == ["bad", "elsewhere"]
     assert plan.others == (stale,)
+
+
+def test_a_source_whose_address_was_a_secret_cannot_be_redone(tmp_path: Path) -> None:
+    """`_plan.json` does not keep the signature; nothing is begun."""
+    url = "https://host/a.tar?X-Amz-Signature=hunter2"
+    refs = [make_ref("a"), dataclasses.replace(make_ref("b"), urls=(url,))]
+    shards = planned(refs, make_plan(refs, {}, CONFIG, str), CONFIG)
+    shards = plan_from_json("".join(plan_lines(shards)), "_plan.json")
+    options = RepairOptions(dst=str(tmp_path))
+    with pytest.raises(UsageError, match=r"source of b is https://host/a\.tar\?\*\*\*, .*convert"):
+        redo(str(tmp_path), ["a", "b"], shards, options, 0.0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_recipe_gets_its_configuration() -> None:

@@ -23,7 +23,7 @@ from botocore.parsers import ResponseParserError
 from pipeline import patience, storage
 from pipeline.sources import list_shards
 from pipeline.store_errors import is_absent, source_errors, storage_errors
-from pipeline.store_options import options_of, redact
+from pipeline.store_options import is_redacted, options_of, redact, redact_urls
 from pipeline.tar import read_groups
 from schemas.errors import SourceError, StorageError, UnavailableError, UsageError
 from tests.make import datacomp_tar
@@ -170,6 +170,9 @@ def test_our_own_bugs_are_not_the_stores() -> None:
 def test_secrets_in_urls(text: str, wanted: str) -> None:
     assert redact(text) == wanted
     assert redact(wanted) == wanted
+    assert redact_urls(text) == wanted
+    if " " not in text and text.startswith("http"):
+        assert is_redacted(wanted) == (wanted != text)
 
 
 def test_secrets_of_the_options_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
