@@ -1,0 +1,130 @@
+"""Data files of remote shards on a local disk: whole, checked, and never more than `max_bytes`.
+
+    {folder}/{sha256 of URL and etag}    a file, by its full URL (a basename is not enough: two
+                                         folders have shards of one name) and its version
+    {folder}/_staging/                   files that are being fetched
+    {folder}/_locks/                     for processes that use the folder together
+
+A file is renamed into place once its bytes have the digest of the shard's marker, so what lies
+there is whole, and is not hashed again. The longest unused (by modification time, which a use
+renews) go first. A file that is being read may go, too: whoever has it open keeps it (POSIX), and
+its room is free when it is closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline import storage
+from pipeline.staging import STAGING, staged, sweep
+from pipeline.store_errors import storage_errors
+from schemas.errors import CorruptShardError, StorageError, UsageError
+
+LOCKS = "_locks"
+
+
+class ShardCache:
+    """A folder of at most `max_bytes` that processes and threads may share."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+
+    def open(self, url: str, etag: str, size_bytes: int, sha256: str) -> BinaryIO:
+        """The file at `url`, fetched unless it is here already.
+
+        Raises CorruptShardError when its bytes are not those of `sha256`, UsageError when it is
+        larger than the cache may be, StorageError when there is no room on the disk, SourceError
+        and UnavailableError.
+        """
+        if size_bytes > self.max_bytes:
+            raise UsageError(
+                f"cache_bytes is {self.max_bytes}, but {url} alone has {size_bytes}: give the "
+                "shard cache more"
+            )
+        path = self.folder / hashlib.sha256(f"{url}\0{etag or size_bytes}".encode()).hexdigest()
+        while True:
+            with suppress(FileNotFoundError):
+                stream = path.open("rb")
+                os.utime(path)
+                return stream
+            with self._locked(path.name[:2]):  # of all who want this file, one fetches it
+                if not path.exists():
+                    self._fetch(url, path, size_bytes, sha256)
+
+    def _fetch(self, url: str, path: Path, size_bytes: int, sha256: str) -> None:
+        with self._full_disk(), staged(self.folder, path.name) as new:
+            with self._locked("room"):
+                self._make_room(size_bytes)
+                os.truncate(new, size_bytes)  # from now on it counts as being there
+            digest, size = hashlib.sha256(), 0
+            with storage.open_read(url) as stream, new.open("r+b") as file:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+                    size += len(block)
+                    if size > size_bytes:
+                        break
+                    with storage_errors(new):
+                        file.write(block)
+            if digest.hexdigest() != sha256:
+                raise CorruptShardError(
+                    f"{url} is not what its marker says ({size} bytes with another SHA-256): run "
+                    f"splatshard repair {url.rpartition('/')[0]}"
+                )
+            os.replace(new, path)
+
+    def _make_room(self, size_bytes: int) -> None:
+        """Delete the longest unused files until `size_bytes` more fit."""
+        with suppress(FileNotFoundError):
+            sweep_finished(self.folder)
+        files, total = [], size_bytes
+        for folder in (self.folder, self.folder / STAGING):
+            with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        if entry.is_file():
+                            info = entry.stat()
+                            total += info.st_size
+                            if folder == self.folder:
+                                files.append((info.st_mtime_ns, info.st_size, entry.path))
+        for _, size, path in sorted(files):
+            if total <= self.max_bytes:
+                return
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            total -= size
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Held by one thread of one process at a time; freed by the system if that dies."""
+        path = self.folder / LOCKS / name
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.open("ab")
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (StorageError, OSError) as e:
+            cause = e if isinstance(e, OSError) else e.__cause__
+            if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageError(
+                f"the shard cache {self.folder} finds no space left on its disk: lower "
+                f"cache_bytes (now {self.max_bytes}), or choose another cache_dir"
+            ) from e
+
+
+def sweep_finished(folder: Path) -> None:
+    """Delete what killed processes were fetching."""
+    sweep(folder)

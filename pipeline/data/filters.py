@@ -1,0 +1,166 @@
+"""Which rows a filter leaves: conditions on scalar columns, evaluated where the columns are.
+
+    filter=(("psnr", ">=", 25), ("caption_length", ">", 5))
+
+keeps the samples for which all conditions hold; a condition on a value that is not there does not
+hold. Of a Parquet file only these columns are read, over the network, too, and of them only the row
+groups whose statistics leave it open. A tar is read whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.data.catalog import Shard, Source
+from pipeline.data.files import ShardFiles, shard_errors
+from pipeline.data.read_tar import tar_rows
+from schemas.errors import CorruptShardError, UsageError
+from schemas.shard import OK
+
+log = logging.getLogger(__name__)
+
+Condition = tuple[str, str, float]
+Filter = tuple[Condition, ...]
+
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+NUMBERS = ("label", "width", "height", "original_width", "original_height", "num_gaussians", "psnr")
+CAPTION_LENGTH = "caption_length"
+"""Characters of the caption."""
+
+SCANNERS = 16
+PATIENCE_S = 10.0
+"""After so long the log tells how far the scan is, and again each time as much has passed."""
+
+
+def checked_filter(conditions: Sequence[Sequence[Any]]) -> Filter:
+    """`conditions` as a filter. Raises UsageError for one that is none."""
+    found = []
+    for condition in conditions:
+        if isinstance(condition, str) or len(condition) != 3:
+            raise UsageError(
+                f"filter has {condition!r}: give (column, operator, number), as in "
+                '("psnr", ">=", 25)'
+            )
+        column, comparison, value = condition
+        if column not in NUMBERS and column != CAPTION_LENGTH:
+            raise UsageError(
+                f"filter names the column {column!r}: choose one of "
+                f"{', '.join((*NUMBERS, CAPTION_LENGTH))}"
+            )
+        if comparison not in OPERATORS:
+            raise UsageError(
+                f"filter has the operator {comparison!r}: choose one of {' '.join(OPERATORS)}"
+            )
+        if type(value) not in (int, float) or value != value:
+            raise UsageError(f"filter compares {column} with {value!r}: give a number")
+        found.append((column, comparison, value))
+    return tuple(found)
+
+
+def apply_filter(source: Source, conditions: Filter, files: ShardFiles) -> None:
+    """Set `source.kept` and `source.counts` to the rows that `conditions` leave.
+
+    Raises CorruptShardError, SourceError and UnavailableError.
+    """
+    begin = said = time.monotonic()
+    with ThreadPoolExecutor(SCANNERS, thread_name_prefix="filter") as pool:
+        found = pool.map(lambda shard: rows_left(shard, conditions, files), source.shards)
+        for i, kept in enumerate(found):
+            source.counts[i] = int(kept.sum())
+            source.kept[i] = np.packbits(kept)
+            if time.monotonic() - said > PATIENCE_S:
+                said = time.monotonic()
+                log.warning(
+                    "filter: %d of %d shards read in %.0f s", i + 1, len(source.shards),
+                    said - begin,
+                )  # fmt: skip
+
+
+def rows_left(shard: Shard, conditions: Filter, files: ShardFiles) -> NDArray[np.bool_]:
+    """bool [samples]: which rows are samples and fulfil `conditions`. Raises as `apply_filter`."""
+    if shard.format == "webdataset":
+        with shard_errors(shard), files.open(shard) as stream:
+            rows = tar_rows(np.frombuffer(stream.read(), np.uint8), shard)
+        table = pa.table(_columns_of(rows))
+        return _left(table, conditions)
+    with shard_errors(shard), storage.open_read(shard.url) as stream:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        if file.metadata.num_rows != shard.samples:
+            raise CorruptShardError(
+                f"{shard.url} has {file.metadata.num_rows} rows, its marker says {shard.samples}: "
+                f"{shard.remedy}"
+            )
+        names = sorted({_stored(column) for column, _, _ in conditions} | {"status"})
+        return np.concatenate(
+            [np.empty(0, bool)]
+            + [_group_left(file, group, names, conditions) for group in range(file.num_row_groups)]
+        )
+
+
+def _stored(column: str) -> str:
+    return "caption" if column == CAPTION_LENGTH else column
+
+
+def _columns_of(rows: list[dict[str, Any]]) -> dict[str, pa.Array]:
+    types = {name: pa.float64() if name == "psnr" else pa.int64() for name in NUMBERS}
+    types |= {"caption": pa.string(), "status": pa.string()}
+    return {name: pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()}
+
+
+def _group_left(
+    file: pq.ParquetFile, group: int, names: list[str], conditions: Filter
+) -> NDArray[np.bool_]:
+    info = file.metadata.row_group(group)
+    ranges = {}
+    for i in range(info.num_columns):
+        column = info.column(i)
+        if column.path_in_schema in NUMBERS and column.statistics is not None:
+            ranges[column.path_in_schema] = column.statistics
+    if any(_impossible(ranges.get(name), op, value) for name, op, value in conditions):
+        return np.zeros(info.num_rows, bool)
+    return _left(file.read_row_group(group, names, use_threads=False), conditions)
+
+
+def _impossible(statistics: pq.Statistics | None, comparison: str, value: float) -> bool:
+    """Whether no value between a row group's least and largest fulfils a condition."""
+    if statistics is None or not statistics.has_min_max:
+        return False
+    least, largest = statistics.min, statistics.max
+    if comparison == "==":
+        return not least <= value <= largest
+    if comparison == "!=":
+        return least == largest == value
+    return not OPERATORS[comparison](least if comparison[0] == "<" else largest, value)
+
+
+def _left(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
+    left = pc.equal(table.column("status"), OK).to_numpy()
+    for column, comparison, value in conditions:
+        values = table.column(_stored(column))
+        if column == CAPTION_LENGTH:
+            values = pc.utf8_length(values)
+        if column == "psnr":  # a tar has it as a double; compare the same in both
+            values = pc.cast(values, pa.float64())
+        there = pc.is_valid(values).to_numpy()
+        numbers = pc.fill_null(values, 0).to_numpy()
+        left = left & there & OPERATORS[comparison](numbers, value)
+    return left

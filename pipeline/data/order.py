@@ -1,0 +1,309 @@
+"""In which order samples are read: a pure function of (seed, epoch), computed where it is needed.
+
+    line      all shards, shuffled, end to end: each sample has a place on it
+    regions   the line cut into `lanes` equal parts, and a rest
+    windows   `shuffle_shards` consecutive shards of a region, whose samples are permuted together
+    order     `grain` samples of lane 0, as many of lane 1, ..., again of lane 0, ...; then the rest
+
+Rank and worker take batches of that one order in turn, so it does not depend on how many of them
+there are. A reader of every R-th batch meets only lanes of its own where `lanes` is a multiple of
+R and the batch is a grain: then no shard is read twice, but for those that lie across two regions.
+With one lane every reader reads all shards, and leaves out all but its own samples.
+
+Nothing here has a size of the number of samples: per shard an offset, per window a permutation.
+The random numbers are splitmix64's (Steele, Lea and Flood, OOPSLA 2014), hashed from what they are
+for and sorted, since numpy does not promise that its own generators stay as they are, and an order
+must outlive an upgrade in the middle of an epoch.
+
+Known bias: samples of a shard stay within `shuffle_shards` shards of one another.
+
+Mixtures. Every lane chooses a source for each of its grains, in proportion to the weights and as
+evenly as they allow; each source has a line of its own, of which every lane owns an equal part, and
+begins it anew, shuffled anew, when it is through. An epoch is as many samples as it is said to be,
+and begins every line anew: within it a sample comes a second time only after all of its lane's
+part came once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+
+PERIOD = 4096
+"""Grains of a lane after which the choice of sources repeats; weights are rounded to 1 / PERIOD."""
+
+
+class WindowKey(NamedTuple):
+    """Window number `number` of a lane's part of a source; `lane` is `lanes` for the rest.
+
+    `turn` counts how often the epoch has been through that part.
+    """
+
+    source: int
+    lane: int
+    turn: int
+    number: int
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        """Windows of one stream are used one after the other."""
+        return self.source, self.lane
+
+
+class Span(NamedTuple):
+    """Places `begin` to `end` of a window's permutation."""
+
+    window: WindowKey
+    begin: int
+    end: int
+
+
+class Piece(NamedTuple):
+    """Samples `begin` to `end` of a shard, counted among those that are read at all."""
+
+    shard: int
+    begin: int
+    end: int
+
+
+class Window(NamedTuple):
+    """What lies in a window, and in which order: `permutation` [n] are places in `pieces`."""
+
+    source: int
+    pieces: list[Piece]
+    permutation: NDArray[np.int64]
+
+
+class Line(NamedTuple):
+    """`shards` [S] in order, all of which have samples; shard i's are `starts[i]:starts[i + 1]`."""
+
+    shards: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+class EpochOrder:
+    """The order of one epoch.
+
+    `counts` are the samples of each shard, an int64 array per source. `weights` (several sources
+    only) are positive; `epoch_samples` is the length of a mixture's epoch, by default as many as
+    there are samples.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[NDArray[np.int64]],
+        epoch: int,
+        *,
+        seed: int,
+        grain: int,
+        lanes: int = 1,
+        shuffle: bool = True,
+        shuffle_shards: int = 2,
+        weights: Sequence[float] | None = None,
+        epoch_samples: int | None = None,
+    ) -> None:
+        self.counts = counts
+        self.key = (seed, epoch)
+        self.grain, self.lanes = grain, lanes
+        self.shuffle, self.shuffle_shards = shuffle, shuffle_shards
+        self.sizes = [int(c.sum()) for c in counts]
+        self.choice = None if weights is None else choices(tuple(weights))
+        # samples in lanes; the rest of a single source is shorter than a grain of every lane
+        self.per_lane = self.sizes[0] // (lanes * grain) * grain
+        self.total = sum(self.sizes) if epoch_samples is None else epoch_samples
+        # lanes of a mixture may be at the end of one line and at the beginning of the next
+        self._line = lru_cache(maxsize=4 * len(counts))(self._new_line)
+
+    def spans(self, begin: int, end: int) -> list[Span]:
+        """Where the samples `begin` to `end` of the order are."""
+        found: list[Span] = []
+        while begin < end:
+            grain, skipped = divmod(begin, self.grain)
+            turn, lane = divmod(grain, self.lanes)
+            size = min(end, begin + self.grain - skipped) - begin
+            if self.choice is not None:
+                source, number = self.choice.at(lane, turn)
+                found += self._looped(source, lane, number * self.grain + skipped, size)
+            elif begin < self.per_lane * self.lanes:
+                found += self._windows(0, lane, 0, turn * self.grain + skipped, size)
+            else:
+                size = end - begin
+                offset = begin - self.per_lane * self.lanes
+                found += self._windows(0, self.lanes, 0, offset, size)
+            begin += size
+        return found
+
+    def window(self, key: WindowKey) -> Window:
+        """The samples of a window, and their order."""
+        begin, end = self._window_bounds(key)
+        line = self._line(key.source, key.turn)
+        first = int(np.searchsorted(line.starts, begin, "right")) - 1
+        last = int(np.searchsorted(line.starts, end, "left"))
+        pieces = []
+        for i in range(first, last):
+            start, stop = int(line.starts[i]), int(line.starts[i + 1])
+            shard = int(line.shards[i])
+            pieces.append(Piece(shard, max(begin, start) - start, min(end, stop) - start))
+        key_numbers = (*self.key, key.source, key.turn, key.lane + 1, key.number)
+        order = permutation(end - begin, *key_numbers) if self.shuffle else np.arange(end - begin)
+        return Window(key.source, pieces, order)
+
+    def _looped(self, source: int, lane: int, offset: int, size: int) -> Iterator[Span]:
+        """`size` samples from `offset` on of a lane's part, which begins anew at its end."""
+        begin, end = self._region(source, lane)
+        while size:
+            turn, place = divmod(offset, end - begin)
+            part = min(size, end - begin - place)
+            yield from self._windows(source, lane, turn, place, part)
+            offset, size = offset + part, size - part
+
+    def _windows(self, source: int, lane: int, turn: int, offset: int, size: int) -> Iterator[Span]:
+        """`size` samples from `offset` on of a region, cut where a window ends."""
+        begin, _ = self._region(source, lane)
+        starts = self._line(source, turn).starts
+        first = int(np.searchsorted(starts, begin, "right")) - 1
+        while size:
+            place = int(np.searchsorted(starts, begin + offset, "right")) - 1
+            key = WindowKey(source, lane, turn, (place - first) // self.shuffle_shards)
+            start, stop = self._window_bounds(key)
+            part = min(size, stop - begin - offset)
+            at = begin + offset - start
+            yield Span(key, at, at + part)
+            offset, size = offset + part, size - part
+
+    def _region(self, source: int, lane: int) -> tuple[int, int]:
+        """Where a lane's part of a source's line begins and ends."""
+        size = self.sizes[source]
+        if self.choice is not None:
+            return size * lane // self.lanes, size * (lane + 1) // self.lanes
+        end = size if lane == self.lanes else self.per_lane * (lane + 1)
+        return self.per_lane * lane, end
+
+    def _window_bounds(self, key: WindowKey) -> tuple[int, int]:
+        begin, end = self._region(key.source, key.lane)
+        starts = self._line(key.source, key.turn).starts
+        first = int(np.searchsorted(starts, begin, "right")) - 1 + key.number * self.shuffle_shards
+        last = min(first + self.shuffle_shards, len(starts) - 1)
+        return max(begin, int(starts[first])), min(end, int(starts[last]))
+
+    def _new_line(self, source: int, turn: int) -> Line:
+        shards = np.flatnonzero(self.counts[source])
+        if self.shuffle:
+            shards = shards[permutation(len(shards), *self.key, source, turn, 0)]
+        starts = np.concatenate(([0], np.cumsum(self.counts[source][shards])))
+        return Line(shards, starts.astype(np.int64))
+
+
+class Choices:
+    """Which source each grain of a lane comes from."""
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        quotas = _quotas(weights)
+        # the k-th of q grains belongs at (k + 1/2) / q of the period: as even as it can be
+        times = np.concatenate([(np.arange(q) + 0.5) / q for q in quotas])
+        sources = np.repeat(np.arange(len(quotas)), quotas)
+        self.sources = sources[np.argsort(times, kind="stable")]
+        chosen = self.sources[:, None] == np.arange(len(quotas))
+        self.before = np.concatenate((np.zeros((1, len(quotas)), np.int64), chosen.cumsum(0)))
+
+    def at(self, lane: int, turn: int) -> tuple[int, int]:
+        """The source of a lane's grain `turn`, and how many of its grains before that are that
+        source's. Lanes begin at different phases, so that a step mixes the sources."""
+        phase = lane * GOLDEN % (1 << 64) * PERIOD >> 64
+        source = int(self.sources[(phase + turn) % PERIOD])
+        return source, self._count(source, phase + turn) - self._count(source, phase)
+
+    def _count(self, source: int, place: int) -> int:
+        periods, rest = divmod(place, PERIOD)
+        return int(periods * self.before[PERIOD, source] + self.before[rest, source])
+
+
+choices = lru_cache(maxsize=8)(Choices)
+
+
+def _quotas(weights: tuple[float, ...]) -> NDArray[np.int64]:
+    """Whole numbers in proportion to `weights` that add up to PERIOD, by largest remainders, at
+    least 1 each."""
+    shares = np.array(weights, np.float64)
+    exact = shares / shares.sum() * PERIOD
+    quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
+    by_remainder = np.argsort(quotas - exact, kind="stable")
+    for i in range(abs(missing := PERIOD - int(quotas.sum()))):
+        quotas[by_remainder[i % len(quotas)] if missing > 0 else np.argmax(quotas)] += np.sign(
+            missing
+        )
+    return quotas
+
+
+def permutation(n: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of n places, int64 [n], that depends on `key` only."""
+    seed = np.uint64(_hash(*key))
+    with np.errstate(over="ignore"):
+        numbers = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN) + seed
+        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(numbers ^ (numbers >> np.uint64(31)), kind="stable")
+
+
+def _hash(*numbers: int) -> int:
+    """64 bits of all of `numbers`, by splitmix64's steps."""
+    z = 0
+    for number in numbers:
+        z = (z + GOLDEN + number) & MASK
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+        z ^= z >> 31
+    return z
+
+
+class Reader(NamedTuple):
+    """Who reads: worker `worker` of `workers` on rank `rank` of `world_size`."""
+
+    rank: int = 0
+    world_size: int = 1
+    worker: int = 0
+    workers: int = 1
+
+
+class Share(NamedTuple):
+    """One batch of one rank: samples `begin` to `end` of the order, and where the order is once
+    all ranks have taken this step's."""
+
+    begin: int
+    end: int
+    after: int
+
+
+def steps_of(samples: int, batch_size: int, world_size: int, drop_last: bool) -> int:
+    """Batches that every rank gets of `samples` samples."""
+    together = batch_size * world_size
+    return samples // together if drop_last else -(-samples // together)
+
+
+def shares(
+    start: int, total: int, batch_size: int, drop_last: bool, reader: Reader, taken: int = 0
+) -> Iterator[Share]:
+    """The batches of `reader` in an order of `total` samples that begins at `start`, without its
+    first `taken`.
+
+    Step k is of worker k % workers, which is how torch's DataLoader asks its workers. What a last
+    step lacks it lacks on all ranks alike: they share what is left evenly.
+    """
+    together = batch_size * reader.world_size
+    steps = steps_of(total - start, batch_size, reader.world_size, drop_last)
+    for step in range(reader.worker + taken * reader.workers, steps, reader.workers):
+        begin = start + step * together
+        left = min(together, total - begin)
+        if left == together:
+            first = begin + reader.rank * batch_size
+            yield Share(first, first + batch_size, begin + together)
+        else:
+            cuts = [begin + left * r // reader.world_size for r in (reader.rank, reader.rank + 1)]
+            yield Share(cuts[0], cuts[1], total)

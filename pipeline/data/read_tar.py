@@ -1,0 +1,169 @@
+"""Blocks of a WebDataset shard: the whole tar in memory, indexed in one pass over its headers.
+
+The columns are in a small JSON member per sample, whose parsing takes most of the time (as in every
+reader of tars); payloads stay where they are in the archive. Nearly all headers are plain and are
+recognised by one regular expression; tarfile reads the others.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from tarfile import BLOCKSIZE
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.data.block import Block, Part
+from pipeline.data.catalog import Shard, check_layout
+from pipeline.data.codecs import Plane, split_member
+from pipeline.data.read_parquet import checked
+from pipeline.shards import _checked_metadata
+from pipeline.tar import match_file
+from schemas.errors import CorruptShardError
+from schemas.shard import OK
+from schemas.splats import METADATA_MEMBER
+
+Member = tuple[str, int, int]
+"""Name, and where its bytes begin and end."""
+
+Row = dict[str, Any]
+"""The columns of a sample, and where its payloads are: `{"splat": (begin, end)}` under MEMBERS."""
+
+MEMBERS = "__members__"
+
+
+def tar_blocks(
+    stream: BinaryIO, shard: Shard, kept: NDArray[np.int64] | None, begin: int, end: int
+) -> list[Block]:
+    """Samples `begin` to `end` of a shard as one block; arguments and errors as those of
+    `parquet_blocks`, and tarfile's."""
+    data = np.frombuffer(stream.read(), np.uint8)
+    rows = tar_rows(data, shard)
+    numbers = ok_rows(rows, shard) if kept is None else kept
+    chosen = [rows[i] for i in numbers[begin:end]]
+    return [_block(data, shard, chosen)] if chosen else []
+
+
+def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
+    """All rows of the archive in `data`, in order. Raises as `parquet_blocks`."""
+    view = memoryview(data)
+    members = _members(view)
+    name, start, stop = next(members, ("", 0, 0))
+    text = bytes(view[start:stop]) if name == METADATA_MEMBER else None
+    metadata = _checked_metadata(text, shard.url)
+    check_layout(metadata, shard)
+    layout = shard.layout
+    payloads = {member_of(column) for column, _, _ in layout.columns}
+    rows: list[Row] = []
+    for name, start, stop in members:
+        suffix = name.rpartition("/")[2].partition(".")[2]
+        if suffix == "splat.json":
+            rows.append(_parsed(bytes(view[start:stop]), name))
+        elif suffix in payloads and rows:
+            rows[-1][MEMBERS].setdefault(suffix, (start, stop))
+    if len(rows) != shard.samples:
+        raise CorruptShardError(
+            f"{shard.url} has {len(rows)} rows, its marker says {shard.samples}: {shard.remedy}"
+        )
+    return rows
+
+
+def ok_rows(rows: list[Row], shard: Shard) -> NDArray[np.int64]:
+    """As the one of read_parquet."""
+    numbers = np.array([i for i, row in enumerate(rows) if row.get("status") == OK], np.int64)
+    if len(numbers) != shard.ok:
+        raise CorruptShardError(
+            f"{shard.url} has {len(numbers)} ok rows, its marker says {shard.ok}"
+        )
+    return numbers
+
+
+def member_of(column: str) -> str:
+    """The suffix of the tar members that hold a Parquet column of payloads."""
+    return column.replace("splats", "splat", 1)
+
+
+def _parsed(text: bytes, name: str) -> Row:
+    row = json.loads(text)
+    if not isinstance(row, dict):
+        raise ValueError(f"member {name} is no JSON object")
+    row[MEMBERS] = {}
+    return row
+
+
+def _members(view: memoryview) -> Iterator[Member]:
+    """The regular files of an archive. Raises tarfile's errors and ValueError."""
+    archive, offset = None, 0
+    while True:
+        match = match_file(view, offset)
+        if match:
+            name, size = match["name"].decode(), int(match["size"], 8)
+            offset += BLOCKSIZE
+        else:
+            if archive is None:
+                archive = tarfile.TarFile(fileobj=io.BytesIO(view), encoding="utf-8")
+            archive.firstmember, archive.offset = None, offset
+            info = archive.next()
+            if info is None:
+                return
+            if not info.isreg():
+                raise ValueError(f"member {info.name} is not a regular file")
+            archive.members.clear()
+            name, size, offset = info.name, info.size, info.offset_data
+        if offset + size > len(view):
+            raise tarfile.ReadError("unexpected end of data")
+        yield name, offset, offset + size
+        offset += -(-size // BLOCKSIZE) * BLOCKSIZE
+
+
+def _block(data: NDArray[np.uint8], shard: Shard, rows: list[Row]) -> Block:
+    def numbers(name: str, null: int, dtype: type) -> NDArray:
+        return np.array([null if (v := row.get(name)) is None else v for row in rows], dtype)
+
+    def strings(name: str) -> pa.Array:
+        return pa.array([row.get(name) for row in rows], pa.string())
+
+    codec = shard.layout.codec
+    block = Block(
+        url=shard.url,
+        codec=codec,
+        parts=tuple(
+            Part(begin, end, _planes(codec, data, [_place(row, column) for row in rows]))
+            for column, begin, end in shard.layout.columns
+        ),
+        rows=np.arange(len(rows)),
+        counts=numbers("num_gaussians", 0, np.int32),
+        heights=numbers("height", 0, np.int32),
+        widths=numbers("width", 0, np.int32),
+        labels=numbers("label", -1, np.int64),
+        keys=strings("key"),
+        captions=strings("caption"),
+    )
+    return checked(block, shard)
+
+
+def _place(row: Row, column: str) -> tuple[int, int]:
+    place = row[MEMBERS].get(member_of(column))
+    if place is None:
+        raise ValueError(f"sample {row.get('key')!r} has no member .{member_of(column)}")
+    return place
+
+
+def _planes(codec: str, data: NDArray[np.uint8], places: list[tuple[int, int]]) -> dict[str, Plane]:
+    """The payloads at `places` as the codec's planes, by copying them: a plane has its rows end to
+    end, the archive has headers between them."""
+    planes: dict[str, list[bytes]] = {}
+    for begin, end in places:
+        for name, part in split_member(codec, data[begin:end].tobytes()).items():
+            planes.setdefault(name, []).append(part)
+    return {name: _joined(parts) for name, parts in planes.items()}
+
+
+def _joined(parts: list[bytes]) -> Plane:
+    offsets = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
+    return Plane(np.frombuffer(b"".join(parts), np.uint8), offsets.astype(np.int64))

@@ -1,0 +1,75 @@
+"""Where reading is, as plain data, and whether that fits a dataset.
+
+A state is what the order depends on and how much of it was taken:
+
+    version, epoch, samples          samples of the epoch's order that all ranks have taken
+    lanes, grain                     of the epoch's order; a dataset that is given the state ends
+                                     the epoch with them, and begins the next one with its own
+    seed, shuffle, shuffle_shards    must be those of the dataset
+    filter, data, weights            what is read; `data` has a digest per source
+    reader                           only within a DataLoader worker: who it is, where the epoch's
+                                     samples began, and how many batches it has delivered
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pipeline.data.order import Reader
+from schemas.errors import UsageError
+
+VERSION = 1
+
+
+class Start(NamedTuple):
+    """Where an epoch's reading begins, and the lanes and grain of its order."""
+
+    epoch: int
+    samples: int
+    lanes: int
+    grain: int
+
+
+def state_of(start: Start, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"version": VERSION, **start._asdict(), **settings}
+
+
+def worker_state_of(
+    start: Start, settings: Mapping[str, Any], reader: Reader, taken: int
+) -> dict[str, Any]:
+    """The state of one DataLoader worker, which has delivered `taken` batches since `start`."""
+    return state_of(start, settings) | {"reader": {**reader._asdict(), "taken": taken}}
+
+
+def start_of(
+    state: Mapping[str, Any], settings: Mapping[str, Any], reader: Reader
+) -> tuple[Start, int]:
+    """Where `state` says to begin, and how many batches this reader has had since.
+
+    Raises UsageError for a state of other data, settings or, if it is a worker's, another reader.
+    """
+    expected = {"version", *Start._fields, *settings}
+    if not isinstance(state, Mapping) or not expected <= state.keys() <= expected | {"reader"}:
+        raise UsageError(
+            f"this is no state of a SplatDataset: it must have the fields {sorted(expected)}"
+        )
+    for name, value in {"version": VERSION, **settings}.items():
+        if state[name] != value:
+            raise UsageError(
+                f"the state was saved with {name} {state[name]!r}, this dataset has {value!r}: "
+                "make the dataset as it was, or begin a new epoch without the state"
+            )
+    start = Start(*(state[name] for name in Start._fields))
+    if not all(type(n) is int and n >= least for n, least in zip(start, (0, 0, 1, 1), strict=True)):
+        raise UsageError(f"the state says {start._asdict()}, which no dataset saves")
+    if "reader" not in state:
+        return start, 0
+    saved = dict(state["reader"])
+    taken = saved.pop("taken", None)
+    if saved != reader._asdict() or type(taken) is not int or taken < 0:
+        raise UsageError(
+            f"the state is one of DataLoader worker {saved}, this is {reader._asdict()}: to go on "
+            "with other ranks or workers save dataset.state_after(batch) and load that"
+        )
+    return start, taken
