@@ -22,11 +22,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from schemas.config import recipe_digest
 from schemas.errors import CorruptShardError, FormatVersionError
-from schemas.shard import MARKER_FIELDS, ShardManifest, finite, manifest_of
+from schemas.shard import MARKER_FIELDS, ShardManifest, manifest_of, strict_json
 from schemas.splats import canonical_json
 
 MANIFEST_FILE = "_manifest.json"
@@ -134,7 +134,4 @@ def _section(lines: Iterator[bytes], first: bytes, last: bytes) -> Iterator[tupl
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    return _DECODER.decode(text.decode())
-
-
-_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
+    return cast("dict[str, Any]", strict_json(text))

@@ -157,7 +157,7 @@ def failed_from_json(text: str | bytes, name: str) -> FailedShard:
 
 def _document(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        document: object = json.loads(text, parse_constant=finite, parse_float=finite)
+        document = strict_json(text)
     except (ValueError, RecursionError) as e:
         raise CorruptShardError(f"marker {name} is not JSON ({e}); {_REMEDY}") from e
     if not isinstance(document, dict):
@@ -165,12 +165,34 @@ def _document(text: str | bytes, name: str) -> dict[str, Any]:
     return cast("dict[str, Any]", document)
 
 
-def finite(text: str) -> float:
-    """The number that `text` is. Raises ValueError for NaN and 1e999: Python's JSON, not ours."""
+def strict_json(text: str | bytes) -> object:
+    """What `text` says, in UTF-8. Raises ValueError and RecursionError, also for what only Python
+    takes for JSON: NaN, 1e999, and halves of characters, which no file and no log could hold."""
+    text = text.decode() if isinstance(text, bytes) else text
+    document: object = _DECODER.decode(text)
+    if "\\ud" in text or "\\uD" in text:  # a half, or a pair as json.dumps writes it
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
+
+
+def is_text(value: object) -> bool:
+    """A string that UTF-8 has bytes for."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{reprlib.repr(text)} is no finite number")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 def _checked(
@@ -178,7 +200,7 @@ def _checked(
 ) -> dict[str, Any]:
     """`values` if they are the fields of `cls`; raises as `manifest_from_json`."""
     version = values.get("format_version")
-    if _is_count(version) and version > FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise FormatVersionError(
             f"marker {name} has format version {reprlib.repr(version)}, this build reads up to "
             f"{FORMAT_VERSION}: upgrade splatshard or choose another DST"
@@ -199,17 +221,19 @@ def _checked(
 
 
 _REMEDY = "delete it and run convert again"
+LIMIT = 1 << 63
+"""Numbers in markers are below: sums and means of them are numbers, too."""
 _DIGEST_PATTERN = re.compile("[0-9a-f]{64}")
 _HISTOGRAM_PATTERN = re.compile("[0-9]{1,18}( [0-9]{1,18}){0,999}")
 _FILE_PATTERN = re.compile(r"[^/\\\0]+\.(parquet|tar)")
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < LIMIT
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < LIMIT
 
 
 def _is_digest(value: object) -> bool:
@@ -255,11 +279,7 @@ def _is_inputs(value: object) -> bool:
     return all(isinstance(parts.get(key), dict) for key in ("recipe", "source"))
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-_TEXT = (_is_text, "a string")
+_TEXT = (is_text, "a string")
 _COUNT = (_is_count, "a whole number")
 _DIGEST = (_is_digest, "64 hex digits")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
