@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from schemas.config import fingerprint
 from schemas.errors import CorruptShardError, FormatVersionError, SourceError, StorageError
-from schemas.shard import OK, PSNR_STEP, STATUSES, ShardManifest
+from schemas.shard import OK, PSNR_STEP, STATUSES, ShardManifest, is_text
 from schemas.splats import (
     COLUMNS,
     EXTENSIONS,
@@ -40,7 +40,12 @@ from schemas.splats import (
 Row = dict[str, Any]
 
 BATCH_ROWS = 64
+BATCH_BYTES = 64 << 20
+LARGE = ("metadata", "members", "splats")
+"""What the names of columns with large values begin with."""
 MAX_PROBLEMS = 10
+MAX_FLOAT = (2 - 2**-23) * 2.0**127
+"""The largest finite single."""
 
 
 def read_rows(url: str, format: str | None = None) -> Iterator[Row]:
@@ -89,9 +94,23 @@ def _reading(url: str) -> Iterator[BinaryIO]:
 def _parquet_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
     file = pq.ParquetFile(stream, page_checksum_verification=True)
     _parquet_metadata(file, url)
-    for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+    for batch in file.iter_batches(_batch_rows(file.metadata), use_threads=False):
         for row in batch.to_pylist():
             yield row | {"members": row["members"] or []}
+
+
+def _batch_rows(footer: pq.FileMetaData) -> int:
+    """Rows to read at once: fewer where they are large, and one where large values come from a
+    dictionary, by which a small file can have any number of copies of them."""
+    rows = BATCH_ROWS
+    for i in range(footer.num_row_groups):
+        group = footer.row_group(i)
+        columns = [group.column(j) for j in range(group.num_columns)]
+        large = [c for c in columns if c.path_in_schema.startswith(LARGE)]
+        if any(c.has_dictionary_page for c in large):
+            return 1
+        rows = min(rows, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
+    return max(1, rows)
 
 
 def _parquet_metadata(file: pq.ParquetFile, url: str) -> dict[str, Any]:
@@ -119,7 +138,7 @@ def _checked_metadata(text: bytes | None, url: str) -> dict[str, Any]:
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     for member in tar:
-        if not member.isreg():
+        if not member.isreg() or member.issparse() or member.size < 0:  # holes may be of any size
             raise ValueError(f"member {member.name} is not a regular file")
         yield member.name, cast("BinaryIO", tar.extractfile(member)).read()
         tar.members.clear()  # tarfile would keep every header until the end
@@ -153,7 +172,7 @@ def _tar_row(base: str, group: list[tuple[str, bytes]]) -> Row:
     """A row from the members of one sample, in file order. Raises ValueError."""
     document = json.loads(group[0][1])
     names = document.pop("members", None) if isinstance(document, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(map(is_text, names)):
         raise ValueError(f"{base}.splat.json has no list of members")
     own, further = group[1 : len(group) - len(names)], group[len(group) - len(names) :]
     if len(names) > len(group) - 1 or document.keys() - set(SCALARS):
@@ -175,9 +194,9 @@ def _is_of(value: object, column: pa.Field) -> bool:
     if value is None:
         return column.nullable
     if pa.types.is_string(column.type):
-        return isinstance(value, str)
+        return is_text(value)
     if pa.types.is_floating(column.type):
-        return type(value) in (int, float)
+        return type(value) in (int, float) and not MAX_FLOAT < abs(value) < math.inf
     limit = 1 << (column.type.bit_width - 1)
     return type(value) is int and -limit <= value < limit
 
@@ -242,7 +261,7 @@ def row_problem(row: Row, codec: str) -> str:
     if row["status"] != OK:
         kept = row["splats"] is not None or row["num_gaussians"]
         return f"status {row['status']}, yet it has splats" if kept else ""
-    if row["splats"] is None or not row["width"] or not row["height"]:
+    if row["splats"] is None or (row["width"] or 0) < 1 or (row["height"] or 0) < 1:
         return "status ok, but no splats, width or height"
     if row["psnr"] is None or not math.isfinite(row["psnr"]):
         return f"PSNR is {row['psnr']}"
