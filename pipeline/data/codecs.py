@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from pipeline.codec import Plane, decode_rows, split_member
+    from pipeline.codec import Plane, decode_rows
 except ImportError:
     from typing import NamedTuple
 
@@ -29,8 +29,9 @@ except ImportError:
             out[i, start : start + n, 2:5] = s.cholesky[0]
             out[i, start : start + n, 5:] = s.colors[0]
 
-    def split_member(codec, data):
-        return {"": data}
+
+def split_member(codec: str, data: bytes) -> dict[str, bytes]:
+    return {"": data}
 
 
 __all__ = ["Plane", "decode_rows", "split_member"]

@@ -63,7 +63,7 @@ class SplatDataset(IterableDataset[TrainBatch]):
     filter          conditions (column, operator, number) that samples must fulfil: see filters.py
     epoch_samples   length of a mixture's epoch; as many samples as there are by default
     checksum        compare SHA-256 of each local file when this process first opens it (remote
-                    ones always are); else pages' checksums are compared at every reading
+                    ones always are, as they are fetched)
     cache_dir, cache_bytes  where and how many bytes of remote shards are kept
     prefetch_windows  loaded ahead on a thread; 0 for none
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,10 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-NUMBERS = ("label", "width", "height", "original_width", "original_height", "num_gaussians", "psnr")
+INTEGERS = ("label", "width", "height", "original_width", "original_height", "num_gaussians")
+PSNR = re.compile("psnr(_loss|_[0-9]+)?")
+"""dB: of all Gaussians, what the codec took, of a nested budget."""
+
 CAPTION_LENGTH = "caption_length"
 """Characters of the caption."""
 
@@ -61,10 +65,10 @@ def checked_filter(conditions: Sequence[Sequence[Any]]) -> Filter:
                 '("psnr", ">=", 25)'
             )
         column, comparison, value = condition
-        if column not in NUMBERS and column != CAPTION_LENGTH:
+        if column not in (*INTEGERS, CAPTION_LENGTH) and not PSNR.fullmatch(column):
             raise UsageError(
                 f"filter names the column {column!r}: choose one of "
-                f"{', '.join((*NUMBERS, CAPTION_LENGTH))}"
+                f"{', '.join((*INTEGERS, CAPTION_LENGTH))}, psnr, psnr_loss, or psnr_400 and so on"
             )
         if comparison not in OPERATORS:
             raise UsageError(
@@ -100,8 +104,9 @@ def rows_left(shard: Shard, conditions: Filter, files: ShardFiles) -> NDArray[np
     if shard.format == "webdataset":
         with shard_errors(shard), files.open(shard) as stream:
             rows = tar_rows(np.frombuffer(stream.read(), np.uint8), shard)
-        table = pa.table(_columns_of(rows))
-        return _left(table, conditions)
+        names = _stored(conditions)
+        _check_there(names, {name for row in rows for name in row} | {"caption"}, shard)
+        return _left(_table_of(rows, names), conditions)
     with shard_errors(shard), storage.open_read(shard.url) as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         if file.metadata.num_rows != shard.samples:
@@ -109,21 +114,33 @@ def rows_left(shard: Shard, conditions: Filter, files: ShardFiles) -> NDArray[np
                 f"{shard.url} has {file.metadata.num_rows} rows, its marker says {shard.samples}: "
                 f"{shard.remedy}"
             )
-        names = sorted({_stored(column) for column, _, _ in conditions} | {"status"})
+        names = _stored(conditions)
+        _check_there(names, set(file.schema_arrow.names), shard)
         return np.concatenate(
             [np.empty(0, bool)]
             + [_group_left(file, group, names, conditions) for group in range(file.num_row_groups)]
         )
 
 
-def _stored(column: str) -> str:
-    return "caption" if column == CAPTION_LENGTH else column
+def _stored(conditions: Filter) -> list[str]:
+    """The columns that must be read."""
+    names = {"caption" if column == CAPTION_LENGTH else column for column, _, _ in conditions}
+    return sorted(names | {"status"})
 
 
-def _columns_of(rows: list[dict[str, Any]]) -> dict[str, pa.Array]:
-    types = {name: pa.float64() if name == "psnr" else pa.int64() for name in NUMBERS}
-    types |= {"caption": pa.string(), "status": pa.string()}
-    return {name: pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()}
+def _check_there(names: list[str], found: set[str], shard: Shard) -> None:
+    missing = [name for name in names if PSNR.fullmatch(name) and name not in found and shard.ok]
+    if missing:
+        raise UsageError(f"filter names the column {missing[0]!r}, which {shard.url} does not have")
+
+
+def _table_of(rows: list[dict[str, Any]], names: list[str]) -> pa.Table:
+    types = {"caption": pa.string(), "status": pa.string(), **dict.fromkeys(INTEGERS, pa.int64())}
+    columns = {
+        name: pa.array([row.get(name) for row in rows], types.get(name, pa.float64()))
+        for name in names
+    }
+    return pa.table(columns)
 
 
 def _group_left(
@@ -133,7 +150,7 @@ def _group_left(
     ranges = {}
     for i in range(info.num_columns):
         column = info.column(i)
-        if column.path_in_schema in NUMBERS and column.statistics is not None:
+        if column.path_in_schema in names and column.statistics is not None:
             ranges[column.path_in_schema] = column.statistics
     if any(_impossible(ranges.get(name), op, value) for name, op, value in conditions):
         return np.zeros(info.num_rows, bool)
@@ -155,10 +172,11 @@ def _impossible(statistics: pq.Statistics | None, comparison: str, value: float)
 def _left(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
     left = pc.equal(table.column("status"), OK).to_numpy()
     for column, comparison, value in conditions:
-        values = table.column(_stored(column))
         if column == CAPTION_LENGTH:
-            values = pc.utf8_length(values)
-        if column == "psnr":  # a tar has it as a double; compare the same in both
+            values = pc.utf8_length(table.column("caption"))
+        else:
+            values = table.column(column)
+        if PSNR.fullmatch(column):  # a tar has it as a double; compare the same in both
             values = pc.cast(values, pa.float64())
         there = pc.is_valid(values).to_numpy()
         numbers = pc.fill_null(values, 0).to_numpy()

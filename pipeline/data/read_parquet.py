@@ -31,14 +31,13 @@ def parquet_blocks(
     end: int,
     *,
     threads: bool = False,
-    checksum: bool = True,
 ) -> list[Block]:
     """Samples `begin` to `end` of a shard, counted among its rows `kept`, or if None among all
-    that are ok. `checksum`: whether pages are checked, too.
+    that are ok. `threads`: whether Arrow may use more than one.
 
     Raises CorruptShardError, ValueError and pyarrow's errors.
     """
-    file = pq.ParquetFile(stream, page_checksum_verification=checksum)
+    file = pq.ParquetFile(stream)
     metadata = _parquet_metadata(file, shard.url)
     check_layout(metadata, shard)
     layout = shard.layout

@@ -114,10 +114,7 @@ class Loader:
         with shard_errors(shard), self.files.open(shard) as stream:
             if shard.format == "webdataset":
                 return tar_blocks(stream, shard, kept, piece.begin, piece.end)
-            return parquet_blocks(
-                stream, shard, kept, piece.begin, piece.end, threads=self.threads,
-                checksum=not self.files.checksum,
-            )  # fmt: skip
+            return parquet_blocks(stream, shard, kept, piece.begin, piece.end, threads=self.threads)
 
 
 def _spans(order: EpochOrder, share: Share) -> list[Span]:
