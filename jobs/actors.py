@@ -62,7 +62,6 @@ class Counters:
     samples: int = 0
     ok: int = 0
     psnr_sum: float = 0.0
-    payload_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +247,6 @@ class FitActor:
             samples=c.samples + len(rows),
             ok=c.ok + len(ok),
             psnr_sum=c.psnr_sum + sum(row["psnr"] for row in ok),
-            payload_bytes=c.payload_bytes + sum(len(row["splats"]) for row in ok),
         )
 
     def state(self) -> WorkerState:

@@ -160,10 +160,14 @@ class _ByteCount:
 
 
 def row_bytes(row: dict[str, Any]) -> int:
-    """Bytes of a row's large columns: the payload and what travels through."""
+    """Bytes of a row's large columns: the payload, compressed, and what travels through."""
+    from pipeline.codec.planes import join
+
     members = sum(len(member["data"]) for member in row["members"])
     texts = sum(len(row.get(name) or "") for name in ("caption", "metadata"))
-    return len(row.get("splats") or b"") + members + texts
+    payloads = [row.get(name) or b"" for name in row if name.startswith("splats")]
+    stored = [len(join(one) if isinstance(one, dict) else one) for one in payloads]
+    return sum(stored) + members + texts
 
 
 def tell(estimate: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from jobs.files import read_plan
 from jobs.plan import status
 from schemas.errors import UsageError
 from schemas.shard import OK, ShardManifest
+from schemas.splats import shard_metadata
 
 SUFFIXES = (".ply", ".png")
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def export(options: ExportOptions) -> int:
     """Write the file and print its path on standard output."""
     from pipeline.commit import storage_errors
-    from pipeline.pack import unpack
+    from pipeline.pack import splats_of
 
     manifest, row = find(open_dataset(options), options.key)
     if row["status"] != OK:
@@ -61,7 +62,8 @@ def export(options: ExportOptions) -> int:
         )
     recipe = manifest.inputs["recipe"]
     height, width = row["height"], row["width"]
-    splats = unpack([row["splats"]], height, width, recipe["pack"]["codec"])
+    metadata = shard_metadata(recipe["pack"]["codec"], recipe["fit"]["cutoff"], recipe)
+    splats = splats_of(row, metadata)
     if options.output.lower().endswith(".ply"):
         from pipeline.ply import ply_bytes
 

@@ -24,7 +24,7 @@ from jobs.files import put_file, write_lines, write_text
 from jobs.progress import dataset_figures
 from pipeline.storage import exists, open_read
 from pipeline.store_options import redact
-from schemas.config import recipe_digest
+from schemas.config import ConvertConfig, recipe, recipe_digest
 from schemas.errors import UnavailableError
 from schemas.manifest import (
     MANIFEST_FILE,
@@ -35,7 +35,7 @@ from schemas.manifest import (
     read_head,
 )
 from schemas.shard import PSNR_STEP, ShardManifest, to_json
-from schemas.splats import CODECS, COLUMNS, FORMAT_VERSION, HEADER_BYTES, MAX_PSNR
+from schemas.splats import FORMAT_VERSION, MAX_PSNR, columns, shard_metadata
 
 EVERY_S = 60.0
 SHARE = 0.03
@@ -122,7 +122,9 @@ class Catalog:
 
 def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
     """What the manifest says about the dataset as a whole."""
-    codecs = sorted({manifest.inputs["recipe"]["pack"]["codec"] for manifest in manifests})
+    recipes = [manifest.inputs["recipe"] for manifest in manifests]
+    one = recipes[0] if recipes else recipe(ConvertConfig())
+    metadata = shard_metadata(one["pack"]["codec"], one["fit"]["cutoff"], one)
     return {
         "fingerprint": dataset_fingerprint(manifests),
         "content": dataset_content(manifests),
@@ -133,11 +135,8 @@ def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
         },
         "schema": {
             "format_version": FORMAT_VERSION,
-            "columns": {field.name: str(field.type) for field in COLUMNS},
-            "codecs": {
-                name: {"bytes_per_gaussian": CODECS[name], "header_bytes": HEADER_BYTES[name]}
-                for name in codecs
-            },
+            "columns": {field.name: str(field.type) for field in columns(metadata)},
+            "codecs": sorted({each["pack"]["codec"] for each in recipes}),
         },
         "provenance": provenance(),
     }

@@ -34,6 +34,7 @@ from pipeline.storage import is_local
 from schemas.config import DecodeConfig
 from schemas.errors import SampleError, SplatshardError, UsageError
 from schemas.shard import OK, ShardManifest
+from schemas.splats import payload_bytes, shard_metadata
 
 MAX_SHARDS = 16
 MAX_SKIPS = 500
@@ -149,9 +150,10 @@ def survey(
     skips: list[Skip] = []
     skipped: Counter[str] = Counter()
     for manifest in manifests:
+        first = len(entries)
         for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
             if row["status"] == OK:
-                size = len(row["splats"])
+                size = payload_bytes(row)
                 entries.append(
                     Entry(shard=manifest, index=index, psnr=row["psnr"], payload_bytes=size)
                 )
@@ -166,7 +168,16 @@ def survey(
                         message=row["error"] or "",
                     )
                 )
+        share_out(manifest, entries[first:])
     return entries, skips, dict(skipped.most_common())
+
+
+def share_out(manifest: ShardManifest, entries: Sequence[Entry]) -> None:
+    """Scale the entries' payload sizes, so that they add up to what the shard stores."""
+    whole = sum(entry.payload_bytes for entry in entries)
+    for entry in entries:
+        stored = entry.payload_bytes * manifest.statistics["payload_bytes"]
+        entry.payload_bytes = round(stored / whole) if whole else 0
 
 
 def place(entry: Entry) -> tuple[str, int]:
@@ -221,22 +232,23 @@ def pictures(
         for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
             if index in wanted:
                 key = manifest.name, index
-                done[key] = picture(manifest, row, originals.get(key), backend)
+                done[key] = picture(wanted[index], row, originals.get(key), backend)
             if index >= max(wanted):
                 break
     return [done[place(entry)] for entry in entries]
 
 
-def picture(manifest: ShardManifest, row: dict[str, Any], original: Any, backend: Any) -> Picture:
+def picture(entry: Entry, row: dict[str, Any], original: Any, backend: Any) -> Picture:
     """One gallery entry: pixels as PNG, ellipses as numbers."""
     import numpy as np
 
-    from pipeline.pack import unpack
+    from pipeline.pack import splats_of
     from pipeline.splats import scales_and_angles
 
-    recipe = manifest.inputs["recipe"]
+    recipe = entry.shard.inputs["recipe"]
     width, height = row["width"], row["height"]
-    splats = unpack([row["splats"]], height, width, recipe["pack"]["codec"]).to(backend.device)
+    metadata = shard_metadata(recipe["pack"]["codec"], recipe["fit"]["cutoff"], recipe)
+    splats = splats_of(row, metadata).to(backend.device)
     image = backend.render(splats, height, width, recipe["fit"]["cutoff"])[0]
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     scales, angles = scales_and_angles(splats.cholesky[0])
@@ -244,12 +256,12 @@ def picture(manifest: ShardManifest, row: dict[str, Any], original: Any, backend
     backdrop = original if original is not None else pixels
     label = row.get("label")
     return Picture(
-        shard=manifest.name,
+        shard=entry.shard.name,
         key=row["key"],
         caption=row.get("caption") or (f"label {label}" if label is not None else ""),
         psnr=row["psnr"],
         num_gaussians=row["num_gaussians"],
-        payload_bytes=len(row["splats"]),
+        payload_bytes=entry.payload_bytes,
         width=width,
         height=height,
         original=encode(original, "PNG") if original is not None else None,

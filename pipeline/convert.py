@@ -19,12 +19,13 @@ A bad sample becomes a row with a status; a bad source raises and commits nothin
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -41,18 +42,18 @@ from pipeline.pack import finite_images, pack, unpack
 from pipeline.prefetch import map_ahead, prefetch
 from pipeline.prune import prune
 from pipeline.read import RawSample, read
-from pipeline.splats import Splats
+from pipeline.splats import Splats, first
 from pipeline.write import open_writer
 from schemas.config import ConvertConfig, recipe
 from schemas.errors import SampleError
 from schemas.shard import OK, ShardManifest, ShardRef
-from schemas.splats import MAX_PSNR, shard_metadata
+from schemas.splats import MAX_PSNR, psnr_columns, shard_metadata
 
 Row = dict[str, Any]
 
 MAX_DECODERS = 16
-CHECKED_TOGETHER = 256
-"""Images rendered at once to measure their PSNR, beside a batch that fills the device."""
+PACKED_TOGETHER = 256
+"""Images quantised and rendered at once, beside a batch that fills the device."""
 READ_AHEAD = 16
 """Samples that wait in memory, of a remote source or beside a GPU."""
 
@@ -295,7 +296,12 @@ def fit_batches(
         together = overlaps(backend.device)  # a GPU fits all of them in the time of a few
         with clock.stage("fit", 1 if together else len(images.rows)):
             target = planes(images.pixels)
-            splats, steps = fit(target, config.fit, backend)
+            if config.fit.nested:
+                from pipeline.nested import fit_nested
+
+                splats, steps = fit_nested(target, config.fit.budgets, config.fit, backend)
+            else:
+                splats, steps = fit(target, config.fit, backend)
             splats = prune(splats, target, config, backend)
             return images, splats.to(torch.device("cpu")), steps.cpu()
 
@@ -318,35 +324,48 @@ def pack_batch(batch: FittedBatch, config: ConvertConfig, backend: Backend) -> l
 def pack_images(
     images: Images, splats: Splats, steps: Tensor, config: ConvertConfig, backend: Backend
 ) -> None:
-    """Put the Gaussian half into the images' rows; PSNR is that of the packed bytes, as a reader
+    """Put the Gaussian half into the images' rows; PSNRs are those of the packed bytes, as a reader
     gets them."""
-    height, width = images.pixels.shape[1:3]
     finite = finite_images(splats)  # a diverged fit keeps no Gaussian and its row says so
     splats = replace(splats, mask=splats.mask & finite[:, None])
-    payloads = pack(splats, height, width, config.pack.codec)
-    stored = unpack(payloads, height, width, config.pack.codec)
 
-    def check(part: slice) -> Tensor:
-        with own_stream(backend.device):
-            image = backend.render(
-                stored[part].to(backend.device), height, width, config.fit.cutoff
-            )
-            return psnr(image, planes(images.pixels[part])).cpu()
+    def pack_part(part: slice) -> list[Row]:
+        return packed_rows(planes(images.pixels[part]), splats[part], config, backend)
 
-    parts = list(BatchLimit(CHECKED_TOGETHER).in_parts(len(images.rows), check))
-    quality = torch.cat(parts).clamp(max=MAX_PSNR)
-    finite &= quality.isfinite()
-    for i, row in enumerate(images.rows):
+    packed = chain.from_iterable(BatchLimit(PACKED_TOGETHER).in_parts(len(images.rows), pack_part))
+    height, width = images.pixels.shape[1:3]
+    for row, own, is_finite, taken in zip(images.rows, packed, finite, steps, strict=True):
         row |= {"width": width, "height": height}
-        if finite[i]:
-            row |= {
-                "num_gaussians": int(stored.num_gaussians[i]),
-                "psnr": float(quality[i]),
-                "steps": int(steps[i]),
-                "splats": payloads[i],
-            }
+        if is_finite and math.isfinite(own["psnr"]):
+            row |= own | {"steps": int(taken)}
         else:
             row |= {"status": "fit_diverged", "error": "the fit gave splats that are not finite"}
+
+
+def packed_rows(
+    target: Tensor, splats: Splats, config: ConvertConfig, backend: Backend
+) -> list[Row]:
+    """Payloads, number of Gaussians and PSNRs of images `target` [B, 3, H, W]."""
+    budgets, cutoff, codec = config.fit.budgets, config.fit.cutoff, config.pack.codec
+    height, width = target.shape[2:]
+    splats = splats.to(backend.device)
+    payloads = pack(splats, target, codec, cutoff, backend, budgets)
+    stored = unpack(payloads, height, width, codec)
+
+    def quality(shown: Splats) -> Tensor:
+        image = backend.render(shown.to(backend.device), height, width, cutoff)
+        return psnr(image, target).clamp(max=MAX_PSNR).cpu()
+
+    whole = quality(stored)
+    found = {"psnr": whole, "psnr_loss": quality(splats) - whole}
+    for name, budget in zip(psnr_columns(budgets), budgets, strict=False):
+        found[name] = quality(first(stored, budget))
+    return [
+        payload
+        | {"num_gaussians": int(stored.num_gaussians[i])}
+        | {name: float(values[i]) for name, values in found.items()}
+        for i, payload in enumerate(payloads)
+    ]
 
 
 def planes(pixels: Tensor) -> Tensor:

@@ -27,14 +27,19 @@ from schemas.config import fingerprint
 from schemas.errors import CorruptShardError, FormatVersionError, SourceError, StorageError
 from schemas.shard import OK, PSNR_STEP, STATUSES, ShardManifest, is_text
 from schemas.splats import (
-    COLUMNS,
+    CODECS,
     EXTENSIONS,
     FORMAT_VERSION,
     MAX_PSNR,
     METADATA_KEY,
     METADATA_MEMBER,
-    NAMES,
-    SCALARS,
+    PLANAR,
+    columns,
+    payload_bytes,
+    psnr_columns,
+    scalars,
+    splat_columns,
+    splat_suffix,
 )
 
 Row = dict[str, Any]
@@ -49,10 +54,11 @@ MAX_FLOAT = (2 - 2**-23) * 2.0**127
 
 
 def read_rows(url: str, format: str | None = None) -> Iterator[Row]:
-    """The rows of the shard at `url` (path or URL), one dict with all of COLUMNS' names each.
+    """The rows of the shard at `url` (path or URL), one dict each with the names of its columns.
 
-    `format` is that of the file's extension if None. Raises CorruptShardError for a missing,
-    damaged or foreign file and FormatVersionError for a newer one.
+    Payloads are bytes, or a dict of planes (see `schemas.splats.PLANAR`). `format` is that of the
+    file's extension if None. Raises CorruptShardError for a missing, damaged or foreign file and
+    FormatVersionError for a newer one.
     """
     with _reading(url) as stream:
         rows = _parquet_rows if _format_of(url, format) == "parquet" else _tar_rows
@@ -116,8 +122,8 @@ def _batch_rows(footer: pq.FileMetaData) -> int:
 def _parquet_metadata(file: pq.ParquetFile, url: str) -> dict[str, Any]:
     schema = file.schema_arrow
     metadata = _checked_metadata((schema.metadata or {}).get(METADATA_KEY), url)
-    if not schema.equals(COLUMNS):
-        raise CorruptShardError(f"{url} has the columns {schema.names}, not {list(NAMES)}")
+    if not schema.equals(wanted := columns(metadata)):
+        raise CorruptShardError(f"{url} has the columns {schema.names}, not {wanted.names}")
     return metadata
 
 
@@ -131,7 +137,16 @@ def _checked_metadata(text: bytes | None, url: str) -> dict[str, Any]:
             f"{url} has format version {version}, this build reads up to {FORMAT_VERSION}: "
             "upgrade splatshard"
         )
-    if type(version) is not int or version < 1 or not isinstance(metadata.get("codec"), str):
+    codecs = CODECS if version != 1 else ("fp16", "q11")
+    budgets = metadata.get("budgets", []) if isinstance(metadata, dict) else None
+    known = (
+        type(version) is int
+        and version >= 1
+        and metadata.get("codec") in codecs
+        and isinstance(budgets, list)
+        and all(type(b) is int and a < b for a, b in zip([0, *budgets], budgets, strict=False))
+    )
+    if not known:
         raise CorruptShardError(f"{url} is not a splat shard: its metadata are {str(text)[:200]}")
     return metadata
 
@@ -152,38 +167,44 @@ def _tar_metadata(members: Iterator[tuple[str, bytes]], url: str) -> dict[str, A
 def _tar_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         members = _tar_members(tar)
-        _tar_metadata(members, url)
+        metadata = _tar_metadata(members, url)
         base, group = "", list[tuple[str, bytes]]()
         for name, data in members:
             folder, slash, last = name.rpartition("/")
             stem, _, suffix = last.partition(".")
             if suffix == "splat.json":
                 if group:
-                    yield _tar_row(base, group)
+                    yield tar_row(base, group, metadata)
                 base, group = folder + slash + stem, []
             if folder + slash + stem != base or (not group and suffix != "splat.json"):
                 raise ValueError(f"member {name} belongs to no sample")
             group.append((suffix, data))
         if group:
-            yield _tar_row(base, group)
+            yield tar_row(base, group, metadata)
 
 
-def _tar_row(base: str, group: list[tuple[str, bytes]]) -> Row:
-    """A row from the members of one sample, in file order. Raises ValueError."""
+def tar_row(base: str, group: list[tuple[str, bytes]], metadata: dict[str, Any]) -> Row:
+    """A row from the members (suffix, bytes) of one sample, in file order. Raises ValueError and
+    CorruptShardError."""
+    from pipeline.codec.planes import split
+
     document = json.loads(group[0][1])
     names = document.pop("members", None) if isinstance(document, dict) else None
-    if not isinstance(names, list) or not all(map(is_text, names)):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{base}.splat.json has no list of members")
     own, further = group[1 : len(group) - len(names)], group[len(group) - len(names) :]
-    if len(names) > len(group) - 1 or document.keys() - set(SCALARS):
+    if len(names) > len(group) - 1 or document.keys() - set(scalars(metadata)):
         raise ValueError(f"{base}.splat.json does not fit its sample")
-    columns = dict(own)
-    row: Row = dict.fromkeys(NAMES) | document
-    for name in SCALARS:
-        if not _is_of(row[name], COLUMNS.field(name)):
+    found = dict(own)
+    schema = columns(metadata)
+    row: Row = dict.fromkeys(schema.names) | document
+    for name in scalars(metadata):
+        if not _is_of(row[name], schema.field(name)):
             raise ValueError(f"{base}.splat.json: {name} is {row[name]!r}")
-    row["metadata"] = columns["json"].decode() if "json" in columns else None
-    row["splats"] = columns.get("splat")
+    row["metadata"] = found["json"].decode() if "json" in found else None
+    for name in splat_columns(metadata.get("budgets", [])):
+        data = found.get(splat_suffix(name))
+        row[name] = split(data) if metadata["codec"] in PLANAR and data is not None else data
     row["members"] = [
         {"name": name, "data": data} for name, (_, data) in zip(names, further, strict=True)
     ]
@@ -217,21 +238,25 @@ def survey(url: str, format: str | None = None) -> Survey:
     metadata = shard_metadata_of(url, format)
     result = Survey()
     psnr: list[float] = []
-    num_gaussians = payload_bytes = wrong = 0
+    losses: list[float] = []
+    num_gaussians = unpacked_bytes = wrong = 0
     for row in read_rows(url, format):
         result.samples += 1
         result.counts[row["status"]] += 1
-        if problem := row_problem(row, metadata["codec"]):
+        if problem := row_problem(row, metadata):
             wrong += 1
             if wrong <= MAX_PROBLEMS:
                 result.problems.append(f"row {result.samples - 1} ({row['key']}): {problem}")
         elif row["status"] == OK:
             psnr.append(row["psnr"])
+            losses.append(row.get("psnr_loss") or 0.0)
             num_gaussians += row["num_gaussians"]
-            payload_bytes += len(row["splats"])
+            unpacked_bytes += payload_bytes(row)
     if wrong > MAX_PROBLEMS:
         result.problems.append(f"and {wrong - MAX_PROBLEMS} more rows")
-    result.statistics = {"payload_bytes": payload_bytes}
+    first_version = metadata["format_version"] == 1  # it counted bytes before compression
+    stored = unpacked_bytes if first_version else stored_payload_bytes(url, format)
+    result.statistics = {"payload_bytes": stored}
     if psnr:
         result.statistics |= {
             "psnr_mean": math.fsum(psnr) / len(psnr),
@@ -240,7 +265,30 @@ def survey(url: str, format: str | None = None) -> Survey:
             "num_gaussians_mean": num_gaussians / len(psnr),
             **_histogram(psnr),
         }
+        if not first_version:
+            result.statistics["psnr_loss_mean"] = math.fsum(losses) / len(losses)
     return result
+
+
+def stored_payload_bytes(url: str, format: str | None = None) -> int:
+    """What the payloads take in the file: compressed columns, or tar members without headers."""
+    with _reading(url) as stream:
+        if _format_of(url, format) == "parquet":
+            file = pq.ParquetFile(stream).metadata
+            groups = [file.row_group(i) for i in range(file.num_row_groups)]
+            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+            splats = [chunk for chunk in chunks if chunk.path_in_schema.startswith("splats")]
+            return sum(chunk.total_compressed_size for chunk in splats)
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            metadata = _tar_metadata(_tar_members(tar), url)
+            names = map(splat_suffix, splat_columns(metadata.get("budgets", [])))
+            ends = tuple(f".{name}" for name in names)
+            size = 0
+            for member in tar:
+                tar.members.clear()
+                last = member.name.rpartition("/")[2]
+                size += member.size if last[last.find(".") :] in ends else 0
+            return size
 
 
 def _histogram(psnr: list[float]) -> dict[str, Any]:
@@ -252,21 +300,24 @@ def _histogram(psnr: list[float]) -> dict[str, Any]:
     }
 
 
-def row_problem(row: Row, codec: str) -> str:
-    """What is wrong with a row; empty when nothing is."""
-    from pipeline.pack import finite_images, unpack  # torch; a driver only reads markers
+def row_problem(row: Row, metadata: dict[str, Any]) -> str:
+    """What is wrong with a row of a shard with these metadata; empty when nothing is."""
+    from pipeline.pack import finite_images, splats_of  # torch; a driver only reads markers
 
+    budgets = metadata.get("budgets", [])
+    payloads = [row[name] for name in splat_columns(budgets)]
     if row["status"] not in STATUSES:
         return f"unknown status {row['status']!r}"
     if row["status"] != OK:
-        kept = row["splats"] is not None or row["num_gaussians"]
+        kept = any(payload is not None for payload in payloads) or row["num_gaussians"]
         return f"status {row['status']}, yet it has splats" if kept else ""
-    if row["splats"] is None or (row["width"] or 0) < 1 or (row["height"] or 0) < 1:
+    if any(payload is None for payload in payloads) or not row["width"] or not row["height"]:
         return "status ok, but no splats, width or height"
-    if row["psnr"] is None or not math.isfinite(row["psnr"]):
-        return f"PSNR is {row['psnr']}"
+    for name in ("psnr", *psnr_columns(budgets)):
+        if row[name] is None or not math.isfinite(row[name]):
+            return f"{'PSNR' if name == 'psnr' else name} is {row[name]}"
     try:
-        splats = unpack([row["splats"]], row["height"], row["width"], codec)
+        splats = splats_of(row, metadata)
     except CorruptShardError as e:
         return str(e)
     found = int(splats.num_gaussians[0])

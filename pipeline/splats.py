@@ -49,6 +49,12 @@ class Splats:
         return Splats(*(x[index] for x in (self.means, self.cholesky, self.colors, self.mask)))
 
 
+def first(splats: Splats, count: int) -> Splats:
+    """The first `count` Gaussians of every image."""
+    parts = (splats.means, splats.cholesky, splats.colors, splats.mask)
+    return Splats(*(x[:, :count].contiguous() for x in parts))
+
+
 def covariances(cholesky: Tensor) -> Tensor:
     """[..., 3] factors in px to covariances [..., 3] = (xx, xy, yy) in px^2."""
     l11, l21, l22 = cholesky.unbind(-1)

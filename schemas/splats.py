@@ -11,17 +11,27 @@ One row per source sample, in source order, skipped samples included (`status` s
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-CODECS = {"fp16": 16, "q11": 11}
-"""Payload codecs and their bytes per Gaussian (the compact codec will be a third)."""
+CODECS = ("fp16", "balanced", "compact")
+"""Payload codecs that are written; format version 1 also had q11."""
 
-HEADER_BYTES = {"fp16": 0, "q11": 4}
-"""Bytes before the first Gaussian. A payload without Gaussians is empty in every codec."""
+PLANAR = ("balanced", "compact")
+"""Codecs whose payloads are several columns, those of PLANES."""
+
+PLANES = ("gap", "c0", "c1", "c2", "size", "ratio", "shear", "bits")
+
+MAX_LOSS_DB = {"balanced": 0.2, "compact": 1.0}
+"""dB that a codec may take from an image; fp16 takes less than 0.2 and is not steered."""
+
+MAX_GAUSSIANS = 1 << 20
+"""Of one payload."""
 
 EXTENSIONS = {"parquet": "parquet", "webdataset": "tar"}
 """Container formats and the extension of their data files."""
@@ -37,48 +47,95 @@ METADATA_MEMBER = "__splatshard__"
 
 MEMBER = pa.struct([pa.field("name", pa.string()), pa.field("data", pa.binary())])
 
-COLUMNS = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),  # WebDataset __key__, as in the source
-        pa.field("uid", pa.string()),  # DataComp's 32 hex digits, kept as given
-        pa.field("caption", pa.string()),
-        pa.field("label", pa.int64()),
-        pa.field("status", pa.string(), nullable=False),  # "ok" or one of SKIP_STATUSES
-        pa.field("error", pa.string()),  # message for a skipped sample
-        pa.field("width", pa.int32()),  # px, of the fitted image
-        pa.field("height", pa.int32()),
-        pa.field("original_width", pa.int32()),  # px, of the source image after EXIF orientation
-        pa.field("original_height", pa.int32()),
-        pa.field("num_gaussians", pa.int32(), nullable=False),  # 0 for skipped samples
-        pa.field("psnr", pa.float32()),  # dB, unpacked payload against fitted image
-        pa.field("steps", pa.int32()),  # optimisation steps this image took
-        pa.field("metadata", pa.string()),  # the sample's JSON member, as it came
-        pa.field("members", pa.list_(MEMBER)),  # every further member of the sample, as it came
-        pa.field("splats", pa.binary()),  # the payload, layout by codec
-    ]
-)
+SCALAR_COLUMNS = [
+    pa.field("key", pa.string(), nullable=False),  # WebDataset __key__, as in the source
+    pa.field("uid", pa.string()),  # DataComp's 32 hex digits, kept as given
+    pa.field("caption", pa.string()),
+    pa.field("label", pa.int64()),
+    pa.field("status", pa.string(), nullable=False),  # "ok" or one of SKIP_STATUSES
+    pa.field("error", pa.string()),  # message for a skipped sample
+    pa.field("width", pa.int32()),  # px, of the fitted image
+    pa.field("height", pa.int32()),
+    pa.field("original_width", pa.int32()),  # px, of the source image after EXIF orientation
+    pa.field("original_height", pa.int32()),
+    pa.field("num_gaussians", pa.int32(), nullable=False),  # 0 for skipped samples
+    pa.field("psnr", pa.float32()),  # dB, unpacked payload against fitted image
+    pa.field("steps", pa.int32()),  # optimisation steps this image took
+]
 
-BULKY = ("metadata", "members", "splats")
-NAMES: tuple[str, ...] = tuple(COLUMNS.names)  # pyright: ignore[reportUnknownArgumentType]
-SCALARS = tuple(name for name in NAMES if name not in BULKY)
-"""The columns small enough for dictionaries, statistics and filters."""
+MEMBER_COLUMNS = [
+    pa.field("metadata", pa.string()),  # the sample's JSON member, as it came
+    pa.field("members", pa.list_(MEMBER)),  # every further member of the sample, as it came
+]
 
 
-def shard_metadata(codec: str, cutoff: float, recipe: dict[str, Any]) -> dict[str, object]:
-    """The constants a reader needs: format version, codec, cutoff (standard deviations), recipe."""
+def columns(metadata: dict[str, Any]) -> pa.Schema:
+    """The columns of a shard with these `shard_metadata`.
+
+    Version 2 adds psnr_loss (dB that the codec took) and, for nested budgets, the PSNR of each
+    smaller one; and the payloads are one column per budget, see `splat_columns`.
+    """
+    budgets = tuple(metadata.get("budgets", ()))
+    return _columns(metadata["format_version"], metadata["codec"], budgets)
+
+
+@lru_cache(maxsize=16)
+def _columns(version: int, codec: str, budgets: tuple[int, ...]) -> pa.Schema:
+    payload = pa.struct([pa.field(name, pa.binary()) for name in PLANES])
+    kind = payload if codec in PLANAR else pa.binary()
+    own = [pa.field(name, pa.float32()) for name in psnr_columns(budgets)]
+    if version > 1:
+        own.append(pa.field("psnr_loss", pa.float32()))
+    splats = [pa.field(name, kind) for name in splat_columns(budgets)]
+    return pa.schema([*SCALAR_COLUMNS, *own, *MEMBER_COLUMNS, *splats])
+
+
+def splat_columns(budgets: Sequence[int]) -> tuple[str, ...]:
+    """Columns of the payloads: one for each budget's own Gaussians; `splats` alone without any."""
+    return ("splats", *(f"splats_{budget}" for budget in budgets[1:]))
+
+
+def splat_suffix(column: str) -> str:
+    """A payload column's member in a tar: splat, splat_900, ..."""
+    return column.replace("splats", "splat", 1)
+
+
+def psnr_columns(budgets: Sequence[int]) -> tuple[str, ...]:
+    """Columns of the PSNR of every budget but the last, whose PSNR is `psnr`."""
+    return tuple(f"psnr_{budget}" for budget in budgets[:-1])
+
+
+def scalars(metadata: dict[str, Any]) -> tuple[str, ...]:
+    """The columns small enough for dictionaries, statistics and filters."""
+    names: list[str] = columns(metadata).names
+    return tuple(names[: names.index("metadata")])
+
+
+def payload_bytes(row: dict[str, Any]) -> int:
+    """Bytes of a row's payloads before compression."""
+    size = 0
+    for name, payload in row.items():
+        if name.startswith("splats") and payload is not None:
+            size += sum(map(len, payload.values())) if isinstance(payload, dict) else len(payload)
+    return size
+
+
+def shard_metadata(codec: str, cutoff: float, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The constants a reader needs: format version, codec, cutoff (standard deviations), nested
+    budgets (none: empty), recipe."""
+    nested: str = recipe.get("fit", {}).get("nested", "")
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": recipe.get("format_version", FORMAT_VERSION),
         "codec": codec,
-        "bytes_per_gaussian": CODECS[codec],
-        "header_bytes": HEADER_BYTES[codec],
         "cutoff": cutoff,
+        "budgets": [int(budget) for budget in nested.split(",") if budget],
         "recipe": recipe,
     }
 
 
-def arrow_schema(metadata: dict[str, object]) -> pa.Schema:
-    """`COLUMNS` with `metadata` (see `shard_metadata`) as canonical JSON under `METADATA_KEY`."""
-    return COLUMNS.with_metadata({METADATA_KEY: canonical_json(metadata).encode()})
+def arrow_schema(metadata: dict[str, Any]) -> pa.Schema:
+    """`columns` with `metadata` (see `shard_metadata`) as canonical JSON under `METADATA_KEY`."""
+    return columns(metadata).with_metadata({METADATA_KEY: canonical_json(metadata).encode()})
 
 
 def canonical_json(value: object) -> str:
