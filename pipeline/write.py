@@ -7,11 +7,11 @@ Rows are dicts with the keys of `schemas.splats.columns`; absent keys are null. 
 most one row group, and the same rows always give the same bytes: no clock, no user, no host.
 
 Parquet: fp16 payloads under zstd level 3 (level 1 leaves 6 % more bytes; 6 to 15 save 2 % at a
-fifth of the speed or less). The planes of balanced and compact under level 15: they are symbols without
-repetitions, where quick levels lose by looking for some (level 3 leaves 5 % more, level 1 3 %), at
-0.3 ms per image of 400 Gaussians; their lengths lie apart from the bytes (DELTA_LENGTH_BYTE_ARRAY
-saves 1.5 %). Payloads have neither dictionary nor statistics, which would store large values
-twice. Pages carry checksums.
+fifth of the speed or less). The planes of balanced and compact under level 15: they are symbols
+without repetitions, where quick levels lose by looking for some (level 3 leaves 5 % more, level 1
+3 %), at 0.3 ms per image of 400 Gaussians; their lengths lie apart from the bytes, in
+DELTA_LENGTH_BYTE_ARRAY, which saves 1.5 %. Payloads have neither dictionary nor statistics, which
+would store large values twice. Pages carry checksums.
 
 WebDataset: written with tarfile. webdataset.TarWriter sorts the members of a sample, refuses names
 beyond USTAR's limit and keeps the header of every member in memory.

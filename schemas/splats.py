@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -83,9 +83,8 @@ def columns(metadata: dict[str, Any]) -> pa.Schema:
 def _columns(version: int, codec: str, budgets: tuple[int, ...]) -> pa.Schema:
     payload = pa.struct([pa.field(name, pa.binary()) for name in PLANES])
     kind = payload if codec in PLANAR else pa.binary()
-    own = [pa.field(name, pa.float32()) for name in psnr_columns(budgets)]
-    if version > 1:
-        own.append(pa.field("psnr_loss", pa.float32()))
+    losses = ("psnr_loss",) if version > 1 else ()
+    own = [pa.field(name, pa.float32()) for name in (*psnr_columns(budgets), *losses)]
     splats = [pa.field(name, kind) for name in splat_columns(budgets)]
     return pa.schema([*SCALAR_COLUMNS, *own, *MEMBER_COLUMNS, *splats])
 
@@ -107,7 +106,7 @@ def psnr_columns(budgets: Sequence[int]) -> tuple[str, ...]:
 
 def scalars(metadata: dict[str, Any]) -> tuple[str, ...]:
     """The columns small enough for dictionaries, statistics and filters."""
-    names: list[str] = columns(metadata).names
+    names = cast("list[str]", columns(metadata).names)  # pyright: ignore[reportUnknownMemberType]
     return tuple(names[: names.index("metadata")])
 
 
@@ -116,7 +115,10 @@ def payload_bytes(row: dict[str, Any]) -> int:
     size = 0
     for name, payload in row.items():
         if name.startswith("splats") and payload is not None:
-            size += sum(map(len, payload.values())) if isinstance(payload, dict) else len(payload)
+            planes = cast(
+                "dict[str, bytes]", payload if isinstance(payload, dict) else {"": payload}
+            )
+            size += sum(map(len, planes.values()))
     return size
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.codec import q11
-from pipeline.codec.planes import HEADER
+from pipeline.codec.planes import HEADER, split
 from schemas.errors import CorruptShardError
 from schemas.splats import PLANAR, PLANES
 
@@ -35,6 +35,11 @@ def column(rows: list[bytes]) -> Plane:
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     return Plane(np.frombuffer(b"".join(rows), np.uint8), offsets)
+
+
+def split_member(codec: str, data: bytes) -> dict[str, bytes]:
+    """A tar's payload member as the rows of its columns, by name. Raises CorruptShardError."""
+    return split(data) if codec in PLANAR else {"": data}
 
 
 def decode_rows(
