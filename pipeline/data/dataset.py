@@ -146,6 +146,7 @@ class SplatDataset(IterableDataset[TrainBatch]):
         Call it before each epoch, as one does with torch's samplers: DataLoader workers do not
         know what the last ones read.
         """
+        self._shared[4] = 0
         if epoch != self.epoch:
             self._begin(Start(epoch, 0, self.lanes, self.batch_size))
 
@@ -158,13 +159,13 @@ class SplatDataset(IterableDataset[TrainBatch]):
     def __iter__(self) -> Iterator[TrainBatch]:
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
-        self._own = None
-        self._shared[4] = get_worker_info() is not None
+        self._note_workers(reader)
         if start.lanes % (reader.world_size * reader.workers):
             log.info(
                 "%d lanes for %d readers: several read the same shards; lanes=%d gives each its "
                 "own", start.lanes, (readers := reader.world_size * reader.workers), readers,
             )  # fmt: skip
+        self._own = None
         self._progress = self._state(start, reader, taken)
         return self._batches(start, reader, taken)
 
@@ -192,16 +193,11 @@ class SplatDataset(IterableDataset[TrainBatch]):
     def state_after(self, batch: TrainBatch) -> dict[str, Any]:
         """The state once all ranks have taken their batches of the same step as `batch`.
 
-        After the last step of an epoch it is the beginning of the next one.
+        After the last step nothing of the epoch is left, and `set_epoch` begins the next one.
         """
-        position = batch.position
-        if position is None:
+        if batch.position is None:
             raise UsageError("the batch has no position: give one as the dataset made it")
-        start = Start(*position)
-        left = self._total(start) - start.samples
-        if not steps_of(left, self.batch_size, self.world_size, self.drop_last):
-            start = Start(start.epoch + 1, 0, self.lanes, self.batch_size)
-        return state_of(start, self._settings)
+        return state_of(Start(*batch.position), self._settings)
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch that the newest iterator gave out.
@@ -233,6 +229,16 @@ class SplatDataset(IterableDataset[TrainBatch]):
         else:
             self._own = start, taken
             self._progress = self._state(start, self._reader(), taken)
+
+    def _note_workers(self, reader: Reader) -> None:
+        """Note for other processes that DataLoader workers read, and say it when they do so again
+        from where they began. The first of them speaks for all."""
+        if get_worker_info() is None:
+            self._shared[4] = 0
+        elif reader.worker == 0:
+            if self._shared[4] and self.shuffle and self._own is None:
+                log.warning("epoch %d is read again: call set_epoch before each epoch", self.epoch)
+            self._shared[4] = 1
 
     def _begin(self, start: Start) -> None:
         self._shared[:] = torch.tensor([*start, 0])

@@ -273,8 +273,8 @@ class Reader(NamedTuple):
 
 
 class Share(NamedTuple):
-    """One batch of one rank: samples `begin` to `end` of the order, and where the order is once
-    all ranks have taken this step's."""
+    """One batch of one rank: samples `begin` to `end` of the order, and how far into the order all
+    ranks are with this step: at its end after the last one, whatever that left out."""
 
     begin: int
     end: int
@@ -301,9 +301,10 @@ def shares(
     for step in range(reader.worker + taken * reader.workers, steps, reader.workers):
         begin = start + step * together
         left = min(together, total - begin)
+        after = total if step == steps - 1 else begin + together
         if left == together:
             first = begin + reader.rank * batch_size
-            yield Share(first, first + batch_size, begin + together)
+            yield Share(first, first + batch_size, after)
         else:
             cuts = [begin + left * r // reader.world_size for r in (reader.rank, reader.rank + 1)]
-            yield Share(cuts[0], cuts[1], total)
+            yield Share(cuts[0], cuts[1], after)

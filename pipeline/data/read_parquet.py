@@ -77,7 +77,9 @@ def ok_rows(file: pq.ParquetFile, shard: Shard) -> NDArray[np.int64]:
     status = file.read(["status"], use_threads=False).column(0)
     rows = np.flatnonzero(pc.equal(status, OK).to_numpy())
     if len(rows) != shard.ok:
-        raise CorruptShardError(f"{shard.url} has {len(rows)} ok rows, its marker says {shard.ok}")
+        raise CorruptShardError(
+            f"{shard.url} has {len(rows)} ok rows, its marker says {shard.ok}: {shard.remedy}"
+        )
     return rows
 
 

@@ -78,7 +78,7 @@ def ok_rows(rows: list[Row], shard: Shard) -> NDArray[np.int64]:
     numbers = np.array([i for i, row in enumerate(rows) if row.get("status") == OK], np.int64)
     if len(numbers) != shard.ok:
         raise CorruptShardError(
-            f"{shard.url} has {len(numbers)} ok rows, its marker says {shard.ok}"
+            f"{shard.url} has {len(numbers)} ok rows, its marker says {shard.ok}: {shard.remedy}"
         )
     return numbers
 

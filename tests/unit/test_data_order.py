@@ -114,6 +114,7 @@ def test_drop_last_leaves_out_less_than_a_step(
     assert all(share.end - share.begin == batch_size for step in steps for share in step)
     left = order.total - len(steps) * batch_size * world_size
     assert 0 <= left < batch_size * world_size
+    assert not steps or steps[-1][0].after == order.total
 
 
 @given(

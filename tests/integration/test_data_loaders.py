@@ -1,0 +1,199 @@
+"""SplatDataset through torch's DataLoader and torchdata's StatefulDataLoader: same batches, same
+order, exact resume, whoever prefetches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.data import SplatDataset, TrainBatch
+from pipeline.data.batch import values_of
+from schemas.errors import CorruptShardError, UsageError
+from tests.splat_shards import keys_of, make_dataset
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # few cores
+    # torchdata 0.11 beside a newer torch
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),
+]
+
+COUNTS = [10, 7, 1, 16, 9, 12]
+WORKERS = (0, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def dst(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found = str(tmp_path_factory.mktemp("shards"))
+    make_dataset(found, COUNTS)
+    return found
+
+
+def dataset_of(dst: str, **options: Any) -> SplatDataset:
+    return SplatDataset(dst, **({"batch_size": 4, "drop_last": False} | options))
+
+
+def loader_of(dataset: SplatDataset, workers: int, **options: Any) -> DataLoader[TrainBatch]:
+    return DataLoader(dataset, batch_size=None, num_workers=workers, **options)
+
+
+def stateful(dataset: SplatDataset, workers: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own imports
+        torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+        return torchdata.StatefulDataLoader(dataset, batch_size=None, num_workers=workers)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_any_number_of_workers_delivers_the_same_batches(dst: str, workers: int) -> None:
+    dataset = dataset_of(dst, lanes=2)
+    expected = list(dataset_of(dst, lanes=2))
+    loader = loader_of(dataset, workers)
+    assert len(loader) == len(expected)
+    found = list(loader)
+    assert keys_of(found) == keys_of(expected)
+    assert [b.position for b in found] == [b.position for b in expected]
+    assert all(values_of(batch.splats) is not None for batch in found)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.splats.means, b.splats.means)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_what_counts_as_read_is_what_was_delivered(dst: str, workers: int, steps: int) -> None:
+    """Workers are far ahead by then. The run goes on with another number of them, and ranks."""
+    dataset = dataset_of(dst)
+    whole = keys_of(dataset_of(dst))
+    for batch, _ in zip(loader_of(dataset, workers), range(steps), strict=False):
+        state = json.loads(json.dumps(dataset.state_after(batch)))
+    rest = []
+    for rank in range(2):
+        resumed = dataset_of(dst, rank=rank, world_size=2, batch_size=3)
+        resumed.load_state_dict(state)
+        rest += keys_of(loader_of(resumed, 2))
+    assert sorted(whole[: 4 * steps] + rest) == sorted(whole)
+
+
+def test_persistent_workers_see_set_epoch(dst: str) -> None:
+    dataset = dataset_of(dst)
+    loader = loader_of(dataset, 2, persistent_workers=True)
+    epochs = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        epochs.append(keys_of(loader))
+    expected = [keys_of(dataset_of(dst))]
+    other = dataset_of(dst)
+    for epoch in (1, 2):
+        other.set_epoch(epoch)
+        expected.append(keys_of(other))
+    assert epochs == expected
+
+
+def test_the_dataset_of_workers_does_not_know_how_far_they_are(dst: str) -> None:
+    dataset = dataset_of(dst)
+    loader = loader_of(dataset, 1)
+    next(iter(loader))
+    with pytest.raises(UsageError, match="state_after"):
+        dataset.state_dict()
+    dataset.set_epoch(1)
+    assert dataset.state_dict()["epoch"] == 1
+
+
+def test_an_epoch_that_workers_read_again_is_said(dst: str, tmp_path: Path) -> None:
+    """Without set_epoch they would do so for ever."""
+    dataset = dataset_of(dst)
+    first = keys_of(loader_of(dataset, 2))
+    file = logging.FileHandler(tmp_path / "log")  # forked workers write to it, too
+    logger = logging.getLogger("pipeline.data.dataset")
+    logger.addHandler(file)
+    try:
+        assert keys_of(loader_of(dataset, 2)) == first
+        dataset.set_epoch(1)
+        assert keys_of(loader_of(dataset, 2)) != first
+    finally:
+        logger.removeHandler(file)
+        file.close()
+    said = (tmp_path / "log").read_text().splitlines()
+    assert said == ["epoch 0 is read again: call set_epoch before each epoch"]
+
+
+def test_workers_errors_name_the_shard(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), [9])
+    dataset = dataset_of(str(tmp_path))
+    (path,) = tmp_path.glob("*.parquet")
+    path.unlink()
+    with pytest.raises(CorruptShardError, match=str(path)):
+        list(loader_of(dataset, 1))
+
+
+def test_a_spawned_worker_reads_the_same(dst: str) -> None:
+    dataset = dataset_of(dst)
+    loader = loader_of(dataset, 1, multiprocessing_context="spawn")
+    assert keys_of(loader) == keys_of(dataset_of(dst))
+
+
+def interrupted(loader: Any, steps: int) -> tuple[list[str], dict[str, Any]]:
+    """The keys of some steps, and the loader's state after them."""
+    batches: Iterator[TrainBatch] = iter(loader)
+    keys = keys_of([next(batches) for _ in range(steps)])
+    return keys, loader.state_dict()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_stateful_loader_resumes(dst: str, workers: int) -> None:
+    """Twice, at steps that leave its workers at different places."""
+    whole = keys_of(dataset_of(dst))
+    first, state = interrupted(stateful(dataset_of(dst), workers), 4)
+    loader = stateful(dataset_of(dst), workers)
+    loader.load_state_dict(state)
+    second, state = interrupted(loader, 3)
+    loader = stateful(dataset_of(dst), workers)
+    loader.load_state_dict(state)
+    assert first + second + keys_of(loader) == whole
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_stateful_loader_goes_on_with_the_next_epoch(dst: str, workers: int) -> None:
+    other = dataset_of(dst)
+    other.set_epoch(3)
+    expected = keys_of(other)
+    other.set_epoch(4)
+    dataset = dataset_of(dst)
+    dataset.set_epoch(3)
+    keys, state = interrupted(stateful(dataset, workers), 2)
+    resumed = dataset_of(dst)
+    loader = stateful(resumed, workers)
+    loader.load_state_dict(state)
+    assert keys + keys_of(loader) == expected
+    resumed.set_epoch(4)
+    assert keys_of(loader) == keys_of(other)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_stateful_loader_at_the_end_of_an_epoch(dst: str, workers: int) -> None:
+    """Saved after the last step, nothing of the epoch is left."""
+    steps = len(dataset_of(dst))
+    keys, state = interrupted(stateful(dataset_of(dst), workers), steps)
+    assert keys == keys_of(dataset_of(dst))
+    dataset = dataset_of(dst)
+    loader = stateful(dataset, workers)
+    loader.load_state_dict(state)
+    assert keys_of(loader) == []
+    dataset.set_epoch(1)
+    assert sorted(keys_of(loader)) == sorted(keys) != keys
+
+
+def test_a_workers_state_is_for_that_worker(dst: str) -> None:
+    _, state = interrupted(stateful(dataset_of(dst), 2), 2)
+    other = stateful(dataset_of(dst, rank=1, world_size=2), 2)
+    other.load_state_dict(state)
+    with pytest.raises(UsageError, match="state_after"):
+        next(iter(other))
