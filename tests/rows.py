@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 
-from pipeline.pack import pack
+from pipeline.kernels.backend import select_backend
+from pipeline.pack import Payload, pack
 from pipeline.splats import Splats
 from pipeline.write import open_writer
-from schemas.config import ConvertConfig, PackConfig, recipe
+from schemas.config import ConvertConfig, FitConfig, PackConfig, recipe
 from schemas.shard import ShardRef
-from schemas.splats import EXTENSIONS, shard_metadata
+from schemas.splats import EXTENSIONS, psnr_columns, shard_metadata
 
 FORMATS = tuple(EXTENSIONS)
-CODEC_NAMES = ("fp16", "q11")
 HEIGHT, WIDTH = 48, 64
+CUTOFF = 3.0
+NOISE = 0.05
+"""What the targets of `packed` have that their splats have not: PSNRs of some 26 dB."""
 
 
 def random_splats(batch: int = 2, n: int = 20, seed: int = 0) -> Splats:
@@ -36,9 +39,33 @@ def values_of(splats: Splats) -> torch.Tensor:
     return torch.cat((splats.means, splats.cholesky, splats.colors), -1)
 
 
-def make_rows(number: int = 4, n: int = 20, codec: str = "fp16") -> list[dict[str, Any]]:
-    """Rows as convert.py gives them; every fourth is a skipped sample."""
-    payloads = pack(random_splats(number, n), HEIGHT, WIDTH, codec)
+def target_of(splats: Splats, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    """Images [B, 3, H, W] that `splats` may be fits of: their rendering and some noise."""
+    rendered = select_backend("reference").render(splats, height, width, CUTOFF)
+    noise = torch.randn(rendered.shape, generator=torch.Generator().manual_seed(0))
+    return (rendered + NOISE * noise).clamp(0, 1)
+
+
+def packed(
+    splats: Splats,
+    codec: str = "balanced",
+    budgets: tuple[int, ...] = (),
+    height: int = HEIGHT,
+    width: int = WIDTH,
+) -> list[dict[str, Payload]]:
+    """Payloads of `splats`, against their `target_of`; fp16 does not look at a target."""
+    black = torch.zeros(len(splats), 3, height, width)
+    target = black if codec == "fp16" else target_of(splats, height, width)
+    return pack(splats, target, codec, CUTOFF, select_backend("reference"), budgets)
+
+
+def make_rows(
+    number: int = 4, n: int = 20, codec: str = "fp16", budgets: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """Rows as convert.py gives them, of `n` Gaussians or nested `budgets` (the last is all); every
+    fourth is a skipped sample."""
+    n = budgets[-1] if budgets else n
+    payloads = packed(random_splats(number, n), codec, budgets)
     rows = []
     for i, payload in enumerate(payloads):
         row: dict[str, Any] = {
@@ -55,24 +82,34 @@ def make_rows(number: int = 4, n: int = 20, codec: str = "fp16") -> list[dict[st
             row |= {"status": "corrupt_image", "error": "image file is truncated"}
         else:
             row |= {"width": WIDTH, "height": HEIGHT, "original_width": 640, "psnr": 25.1 + i}
-            row |= {"original_height": 480, "num_gaussians": n, "steps": 100, "splats": payload}
+            row |= {"original_height": 480, "num_gaussians": n, "steps": 100, "psnr_loss": 0.125}
+            row |= payload | dict.fromkeys(psnr_columns(budgets), 20.5)
         rows.append(row)
     return rows
 
 
-def config_of(format: str = "parquet", codec: str = "fp16") -> ConvertConfig:
-    return ConvertConfig(pack=PackConfig(format=format, codec=codec))  # type: ignore[arg-type]
+def config_of(
+    format: str = "parquet", codec: str = "fp16", budgets: tuple[int, ...] = ()
+) -> ConvertConfig:
+    return ConvertConfig(
+        fit=FitConfig(nested=",".join(map(str, budgets))),
+        pack=PackConfig(format=format, codec=codec),  # type: ignore[arg-type]
+    )
 
 
-def metadata_of(config: ConvertConfig) -> dict[str, object]:
+def metadata_of(config: ConvertConfig) -> dict[str, Any]:
     return shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
 
 
 def write_shard(
-    path: Path, rows: list[dict[str, Any]], format: str = "parquet", codec: str = "fp16"
+    path: Path,
+    rows: list[dict[str, Any]],
+    format: str = "parquet",
+    codec: str = "fp16",
+    budgets: tuple[int, ...] = (),
 ) -> Path:
     """Write `rows` to `path` and return it."""
-    with open_writer(path, format, metadata_of(config_of(format, codec))) as writer:
+    with open_writer(path, format, metadata_of(config_of(format, codec, budgets))) as writer:
         writer.write(rows)
     return path
 
