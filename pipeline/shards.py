@@ -190,7 +190,7 @@ def tar_row(base: str, group: list[tuple[str, bytes]], metadata: dict[str, Any])
 
     document = json.loads(group[0][1])
     names = document.pop("members", None) if isinstance(document, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(map(is_text, names)):
         raise ValueError(f"{base}.splat.json has no list of members")
     own, further = group[1 : len(group) - len(names)], group[len(group) - len(names) :]
     if len(names) > len(group) - 1 or document.keys() - set(scalars(metadata)):
@@ -311,7 +311,8 @@ def row_problem(row: Row, metadata: dict[str, Any]) -> str:
     if row["status"] != OK:
         kept = any(payload is not None for payload in payloads) or row["num_gaussians"]
         return f"status {row['status']}, yet it has splats" if kept else ""
-    if any(payload is None for payload in payloads) or not row["width"] or not row["height"]:
+    sides = [row["width"] or 0, row["height"] or 0]
+    if any(payload is None for payload in payloads) or min(sides) < 1:
         return "status ok, but no splats, width or height"
     for name in ("psnr", *psnr_columns(budgets)):
         if row[name] is None or not math.isfinite(row[name]):
