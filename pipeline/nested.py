@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def fit_nested(
         first, steps = fit(target, config, backend)
         image = rendering(first, target, config, backend)
         tiers = [Tier(first, image, target.new_ones(len(target)))]
-        for below, budget in zip(budgets, budgets[1:], strict=False):
+        for below, budget in pairwise(budgets):
             own = replace(config, num_gaussians=budget - below)
             tiers.append(detail_tier(error_of(tiers, target), budget, own, backend))
             sweep(tiers, target, config, backend)
