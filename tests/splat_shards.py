@@ -8,23 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commit import publish, staged_file
+from pipeline.shards import shard_metadata_of, survey
 from pipeline.write import open_writer
-from schemas.config import ConvertConfig, FitConfig
+from schemas.config import ConvertConfig
 from schemas.shard import ShardManifest, to_json
 from tests.rows import config_of, make_ref, make_rows, metadata_of
+
+Budgets = tuple[int, ...]
 
 N = 6
 """Gaussians per sample."""
 
 
-def splat_config(format: str = "parquet", codec: str = "fp16", n: int = N) -> ConvertConfig:
-    return replace(config_of(format, codec), fit=FitConfig(num_gaussians=n))
+def splat_config(
+    format: str = "parquet", codec: str = "fp16", n: int = N, budgets: Budgets = ()
+) -> ConvertConfig:
+    config = config_of(format, codec, budgets)
+    return replace(config, fit=replace(config.fit, num_gaussians=n))
 
 
-def rows_of(shard: int, count: int, n: int = N, codec: str = "fp16") -> list[dict[str, Any]]:
+def rows_of(
+    shard: int, count: int, n: int = N, codec: str = "fp16", budgets: Budgets = ()
+) -> list[dict[str, Any]]:
     """Rows whose keys and labels are unique over shards; every fourth is a skipped sample, some
     captions and labels are null."""
-    rows = make_rows(count, n, codec)
+    rows = make_rows(count, n, codec, budgets)
     for i, row in enumerate(rows):
         number = 1000 * shard + i
         row |= {"key": f"{number:09d}", "label": number, "caption": "word " * (i % 5)}
@@ -61,6 +69,28 @@ def forge(dst: str, manifest: ShardManifest, rows: list[dict[str, Any]]) -> None
     Path(dst, f"{manifest.name}.json").write_text(to_json(marker))
 
 
+def vouch(dst: str, data_file: str) -> None:
+    """A marker for a file that came without one."""
+    path = Path(dst, data_file)
+    found, metadata = survey(str(path)), shard_metadata_of(str(path))
+    inputs = {"recipe": metadata["recipe"], "source": {}}
+    manifest = ShardManifest(
+        name=path.stem,
+        data_file=data_file,
+        size_bytes=path.stat().st_size,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        format="parquet" if path.suffix == ".parquet" else "webdataset",
+        samples=found.samples,
+        counts=dict(found.counts),
+        statistics=found.statistics,
+        fingerprint="0" * 64,
+        inputs=inputs,
+        source_url="",
+        source_sha256="",
+    )
+    Path(dst, f"{manifest.name}.json").write_text(to_json(manifest))
+
+
 def make_dataset(
     dst: str,
     counts: list[int],
@@ -68,12 +98,14 @@ def make_dataset(
     codec: str = "fp16",
     attempt: str = "",
     first: int = 0,
+    budgets: Budgets = (),
 ) -> dict[str, dict[str, Any]]:
     """Shards of so many rows each; their ok rows by key."""
     found = {}
-    config = splat_config(format, codec)
+    n = budgets[-1] if budgets else N
+    config = splat_config(format, codec, n, budgets)
     for i, count in enumerate(counts):
-        rows = rows_of(first + i, count, codec=codec)
+        rows = rows_of(first + i, count, n, codec, budgets)
         commit(dst, f"{first + i:05d}", rows, config, attempt)
         found |= {row["key"]: row for row in rows if row["status"] == "ok"}
     return found

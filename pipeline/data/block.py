@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.codec import Plane, decode_rows
 from pipeline.data.batch import Position, TrainBatch, splats_of
-from pipeline.data.codecs import Plane, decode_rows
 from schemas.errors import CorruptShardError
 
 PADDING = np.array([0, 0, 1, 0, 1, 0, 0, 0], np.float32)

@@ -15,7 +15,7 @@ from pipeline.shards import shard_metadata_of
 from schemas.errors import CorruptShardError, UsageError
 from schemas.manifest import dataset_content
 from schemas.shard import OK, FailedShard, ShardManifest
-from schemas.splats import canonical_json
+from schemas.splats import canonical_json, splat_columns
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,7 @@ def layout_of(metadata: dict[str, Any], num_gaussians: int | None, url: str) -> 
             )
         raise UsageError(f"num_gaussians is {wanted}, which {url} does not have: {remedy}")
     taken = budgets[: budgets.index(wanted) + 1]
-    names = ["splats", *(f"splats_{budget}" for budget in taken[1:])]
-    columns = tuple(zip(names, (0, *taken[:-1]), taken, strict=True))
+    columns = tuple(zip(splat_columns(taken), (0, *taken[:-1]), taken, strict=True))
     return Layout(codec, columns, budgets[-1])
 
 

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.codec import Plane
 from pipeline.data.block import Block, Part
 from pipeline.data.catalog import Shard, check_layout
-from pipeline.data.codecs import Plane
 from pipeline.shards import _parquet_metadata
 from schemas.errors import CorruptShardError
 from schemas.shard import OK

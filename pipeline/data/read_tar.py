@@ -18,15 +18,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.codec import Plane, column, split_member
 from pipeline.data.block import Block, Part
 from pipeline.data.catalog import Shard, check_layout
-from pipeline.data.codecs import Plane, split_member
 from pipeline.data.read_parquet import checked
 from pipeline.shards import _checked_metadata
 from pipeline.tar import match_file
 from schemas.errors import CorruptShardError
 from schemas.shard import OK
-from schemas.splats import METADATA_MEMBER
+from schemas.splats import METADATA_MEMBER, splat_suffix
 
 Member = tuple[str, int, int]
 """Name, and where its bytes begin and end."""
@@ -58,7 +58,7 @@ def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
     metadata = _checked_metadata(text, shard.url)
     check_layout(metadata, shard)
     layout = shard.layout
-    payloads = {member_of(column) for column, _, _ in layout.columns}
+    payloads = {splat_suffix(name) for name, _, _ in layout.columns}
     rows: list[Row] = []
     for name, start, stop in members:
         suffix = name.rpartition("/")[2].partition(".")[2]
@@ -81,11 +81,6 @@ def ok_rows(rows: list[Row], shard: Shard) -> NDArray[np.int64]:
             f"{shard.url} has {len(numbers)} ok rows, its marker says {shard.ok}: {shard.remedy}"
         )
     return numbers
-
-
-def member_of(column: str) -> str:
-    """The suffix of the tar members that hold a Parquet column of payloads."""
-    return column.replace("splats", "splat", 1)
 
 
 def _parsed(text: bytes, name: str) -> Row:
@@ -133,8 +128,8 @@ def _block(data: NDArray[np.uint8], shard: Shard, rows: list[Row]) -> Block:
         url=shard.url,
         codec=codec,
         parts=tuple(
-            Part(begin, end, _planes(codec, data, [_place(row, column) for row in rows]))
-            for column, begin, end in shard.layout.columns
+            Part(begin, end, _planes(codec, data, [_place(row, name) for row in rows]))
+            for name, begin, end in shard.layout.columns
         ),
         rows=np.arange(len(rows)),
         counts=numbers("num_gaussians", 0, np.int32),
@@ -147,10 +142,10 @@ def _block(data: NDArray[np.uint8], shard: Shard, rows: list[Row]) -> Block:
     return checked(block, shard)
 
 
-def _place(row: Row, column: str) -> tuple[int, int]:
-    place = row[MEMBERS].get(member_of(column))
+def _place(row: Row, name: str) -> tuple[int, int]:
+    place = row[MEMBERS].get(splat_suffix(name))
     if place is None:
-        raise ValueError(f"sample {row.get('key')!r} has no member .{member_of(column)}")
+        raise ValueError(f"sample {row.get('key')!r} has no member .{splat_suffix(name)}")
     return place
 
 
@@ -161,9 +156,4 @@ def _planes(codec: str, data: NDArray[np.uint8], places: list[tuple[int, int]]) 
     for begin, end in places:
         for name, part in split_member(codec, data[begin:end].tobytes()).items():
             planes.setdefault(name, []).append(part)
-    return {name: _joined(parts) for name, parts in planes.items()}
-
-
-def _joined(parts: list[bytes]) -> Plane:
-    offsets = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
-    return Plane(np.frombuffer(b"".join(parts), np.uint8), offsets.astype(np.int64))
+    return {name: column(parts) for name, parts in planes.items()}

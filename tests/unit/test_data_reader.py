@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import write
 from pipeline.data import SplatDataset, TrainBatch
 from pipeline.data.batch import values_of
-from pipeline.pack import unpack
+from pipeline.pack import splats_of
+from pipeline.shards import read_rows, shard_metadata_of
 from schemas.errors import CorruptShardError, FormatVersionError, UsageError
-from tests.rows import FORMATS, HEIGHT, WIDTH
-from tests.splat_shards import N, commit, forge, keys_of, make_dataset, rows_of, splat_config
+from schemas.splats import CODECS
+from tests.rows import FORMATS, HEIGHT, WIDTH, metadata_of
+from tests.splat_shards import N, commit, forge, keys_of, make_dataset, rows_of, splat_config, vouch
 
 COUNTS = [10, 7, 1, 16, 9]
 Rows = dict[str, dict[str, Any]]
@@ -69,7 +74,7 @@ def test_every_ok_row_once_and_as_it_was_packed(
         assert (batch.heights.tolist(), batch.widths.tolist()) == ([HEIGHT] * 4, [WIDTH] * 4)
         for i, key in enumerate(batch.keys):
             row = rows[key]
-            expected = unpack([row["splats"]], HEIGHT, WIDTH, "fp16")
+            expected = splats_of(row, metadata_of(splat_config()))
             for name in ("means", "cholesky", "colors", "mask"):
                 assert torch.equal(getattr(batch.splats, name)[i], getattr(expected, name)[0])
             assert batch.captions[i] == row["caption"]
@@ -115,6 +120,59 @@ def test_a_budget_that_is_not_there(dst: str, asked: int) -> None:
     with pytest.raises(UsageError, match=f"num_gaussians is {asked}.*up to {N}.*convert again"):
         SplatDataset(dst, batch_size=2, num_gaussians=asked)
     assert len(SplatDataset(dst, batch_size=2, num_gaussians=N))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_nested_shard_serves_each_of_its_budgets(tmp_path: Path, format: str, codec: str) -> None:
+    budgets = (4, 9, 12)
+    rows = make_dataset(str(tmp_path), [6, 3], format, codec, budgets=budgets)
+    metadata = metadata_of(splat_config(format, codec, 12, budgets))
+    for budget in (*budgets, None):
+        n = budget or 12
+        batches = list(SplatDataset(str(tmp_path), batch_size=4, num_gaussians=budget))
+        assert sum(map(len, batches)) == len(rows) // 4 * 4
+        for batch in batches:
+            values = values_of(batch.splats)
+            assert values.shape == (4, n, 8)
+            for key, found in zip(batch.keys, values, strict=True):
+                expected = splats_of(rows[key], metadata, n)
+                parts = (expected.means, expected.cholesky, expected.colors)
+                torch.testing.assert_close(found, torch.cat(parts, -1)[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match=r"num_gaussians is 5.*budgets, 4, 9, 12"):
+        SplatDataset(str(tmp_path), batch_size=4, num_gaussians=5)
+
+
+def test_a_small_budget_reads_only_its_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(str(tmp_path), [4], budgets=(4, 9, 12))
+    asked = []
+    original = pq.ParquetFile.read_row_group
+
+    def spy(self: pq.ParquetFile, group: int, columns: list[str], **kwargs: Any) -> Any:
+        asked.append([name for name in columns if name.startswith("splats")])
+        return original(self, group, columns, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    list(SplatDataset(str(tmp_path), batch_size=1, num_gaussians=9, prefetch_windows=0))
+    assert asked == [["splats", "splats_9"]]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "tar"])
+def test_golden_shards_of_version_1_read(tmp_path: Path, suffix: str) -> None:
+    """As their rows are read one by one."""
+    golden = Path(__file__).resolve().parents[1] / "data" / f"golden-v1.{suffix}"
+    shutil.copy(golden, tmp_path)
+    vouch(str(tmp_path), golden.name)
+    metadata = shard_metadata_of(str(golden))
+    rows = {row["key"]: row for row in read_rows(str(golden)) if row["status"] == "ok"}
+    batches = list(SplatDataset(str(tmp_path), batch_size=1))
+    assert sorted(keys_of(batches)) == sorted(rows)
+    for batch in batches:
+        expected = splats_of(rows[batch.keys[0]], metadata)
+        torch.testing.assert_close(batch.splats.means, expected.means)
+        torch.testing.assert_close(batch.splats.colors, expected.colors)
 
 
 def test_epochs_differ_and_repeat(dst: str) -> None:
@@ -331,9 +389,6 @@ def test_a_filter_that_makes_no_sense(dst: str, conditions: list[Any], message: 
 def test_row_groups_that_statistics_exclude_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pyarrow.parquet as pq
-
-    from pipeline import write
 
     monkeypatch.setattr(write, "ROW_GROUP_BYTES", 1000)
     commit(str(tmp_path), "a", rows_of(0, 40))
