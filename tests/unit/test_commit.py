@@ -12,12 +12,14 @@ import re
 import signal
 import socket
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ from schemas.errors import (
     UsageError,
 )
 from schemas.shard import FailedShard, ShardManifest, to_json
-from schemas.splats import EXTENSIONS
+from schemas.splats import EXTENSIONS, FORMAT_VERSION
 from tests.rows import FORMATS, config_of, make_ref, make_rows, write_shard
 
 DIGEST = "cd" * 32
@@ -58,10 +60,11 @@ def commit_shard(
 ) -> ShardManifest:
     """Write and publish one shard as convert_shard does."""
     config = config or config_of()
-    rows = make_rows(8, codec=config.pack.codec) if rows is None else rows
+    codec, budgets = config.pack.codec, config.fit.budgets
+    rows = make_rows(8, codec=codec, budgets=budgets) if rows is None else rows
     digest = marker_digest(replaces) if replaces else ""
     with staged_file(str(dst), name) as path:
-        write_shard(path, rows, config.pack.format, config.pack.codec)
+        write_shard(path, rows, config.pack.format, codec, budgets)
         return publish(str(dst), path, make_ref(name), config, DIGEST, samples, replaces=digest)
 
 
@@ -73,10 +76,30 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+def payload_bytes(path: Path) -> int:
+    """What the payloads take in a shard file: compressed columns, or tar members."""
+    if path.suffix == ".tar":
+        with tarfile.open(path) as tar:
+            members = [m for m in tar if re.search(r"\.splat(_\d+)?$", m.name)]
+            return sum(m.size for m in members)
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return sum(
+        column.total_compressed_size
+        for column in columns
+        if re.match(r"splats(_\d+)?(\.|$)", column.path_in_schema)
+    )
+
+
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("codec", ["fp16", "q11"])
-def test_a_committed_shard_verifies(tmp_path: Path, format: str, codec: str) -> None:
-    manifest = commit_shard(tmp_path, config_of(format, codec), samples=8)
+@pytest.mark.parametrize(
+    ("codec", "budgets"),
+    [("fp16", ()), ("balanced", ()), ("compact", ()), ("balanced", (8, 13, 20)), ("fp16", (8, 20))],
+)
+def test_a_committed_shard_verifies(
+    tmp_path: Path, format: str, codec: str, budgets: tuple[int, ...]
+) -> None:
+    manifest = commit_shard(tmp_path, config_of(format, codec, budgets), samples=8)
     assert sorted(snapshot(tmp_path)) == [manifest.data_file, "00000000.json"]
     prefix = f"00000000-{manifest.fingerprint[:8]}"
     assert manifest.data_file == f"{prefix}.{EXTENSIONS[format]}"
@@ -85,13 +108,16 @@ def test_a_committed_shard_verifies(tmp_path: Path, format: str, codec: str) -> 
     assert manifest.counts == {"ok": 6, "corrupt_image": 2}
     assert manifest.source_url == "/in/00000000.tar"
     psnr = [25.1 + i for i in (0, 1, 2, 4, 5, 6)]
-    header = 4 if codec == "q11" else 0
+    stored = payload_bytes(tmp_path / manifest.data_file)
+    assert stored > 6 * 20 * 3
+    assert codec != "fp16" or format != "webdataset" or stored == 6 * 20 * 16
     assert manifest.statistics == {
         "psnr_mean": pytest.approx(sum(psnr) / 6),
         "psnr_min": pytest.approx(25.1),
         "psnr_max": pytest.approx(31.1),
         "num_gaussians_mean": 20,
-        "payload_bytes": 6 * (header + 20 * (16 if codec == "fp16" else 11)),
+        "payload_bytes": stored,
+        "psnr_loss_mean": 0.125,
         "psnr_histogram_from": 25.0,
         "psnr_histogram": "1 0 1 0 1 0 0 0 1 0 1 0 1",
     }
@@ -109,7 +135,9 @@ def test_a_shard_of_skipped_samples_and_an_empty_one(tmp_path: Path, format: str
     skipped = make_rows(4)[3:]
     for name, rows in (("a", skipped), ("b", [])):
         manifest = commit_shard(tmp_path, config_of(format), name, rows)
-        assert manifest.statistics == {"payload_bytes": 0}
+        left = payload_bytes(tmp_path / manifest.data_file) if rows else 0  # headers of nulls
+        assert manifest.statistics == {"payload_bytes": left}
+        assert left < 100
         assert verify_shard(str(tmp_path), manifest) == []
 
 
@@ -158,6 +186,32 @@ def test_rows_that_do_not_hold_are_not_committed(
     rows[5] |= change
     with pytest.raises(CorruptShardError, match=f"row 5 .*{message}"):
         commit_shard(tmp_path, config_of(format), rows=rows)
+    assert_nothing_committed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("splats", {"bits": b""}, "planes do not fit together"),
+        ("splats", {"gap": b"\x40"}, "planes do not fit together"),
+        ("splats_20", {"ratio": b"\x80" * 12}, "a shape is out of range"),
+        ("splats_20", {}, "20 Gaussians in the payload, num_gaussians is 19"),
+        ("splats_20", None, "no splats, width or height"),
+        ("psnr_8", None, "psnr_8 is None"),
+    ],
+)
+def test_planes_and_budgets_that_do_not_hold_are_not_committed(
+    tmp_path: Path, name: str, damage: dict[str, bytes] | None, message: str
+) -> None:
+    rows = make_rows(8, codec="balanced", budgets=(8, 20))
+    if damage is None:
+        del rows[5][name]
+    else:
+        rows[5][name] = rows[5][name] | damage
+        rows[5]["num_gaussians"] -= not damage
+    # a tar does not even hold planes of different lengths
+    with pytest.raises(CorruptShardError, match=f"row 5 .*{message}"):
+        commit_shard(tmp_path, config_of("parquet", "balanced", (8, 20)), rows=rows)
     assert_nothing_committed(tmp_path)
 
 
@@ -240,7 +294,7 @@ def test_a_kill_at_any_step_is_repaired_by_running_again(
         mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
         if before == "fewer rows":
             return commit_shard(dst)
-        old = commit_shard(dst, config_of("webdataset", "q11"))
+        old = commit_shard(dst, config_of("webdataset"))
         mark_failed(str(dst), make_ref(), config_of(), SourceError("cut"))
         return old
 
@@ -421,9 +475,12 @@ def test_broken_markers_come_back_as_values(tmp_path: Path) -> None:
 
 def test_newer_markers_raise(tmp_path: Path) -> None:
     manifest = commit_shard(tmp_path)
-    document = json.loads(to_json(manifest)) | {"format_version": 2, "new_field": 1}
+    document = json.loads(to_json(manifest)) | {
+        "format_version": FORMAT_VERSION + 1,
+        "new_field": 1,
+    }
     (tmp_path / "00000000.json").write_text(json.dumps(document))
-    with pytest.raises(FormatVersionError, match=r"00000000\.json has format version 2"):
+    with pytest.raises(FormatVersionError, match=r"00000000\.json has format version 3"):
         read_markers(str(tmp_path))
 
 
@@ -495,10 +552,10 @@ def test_the_first_of_two_equal_attempts_stays(tmp_path: Path) -> None:
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     """Also when the shard that was to be replaced has been replaced by somebody else since."""
     old = commit_shard(tmp_path, config_of("webdataset"))
-    first = commit_shard(tmp_path, config_of("parquet", "q11"), replaces=old)
+    first = commit_shard(tmp_path, config_of("parquet", "balanced"), replaces=old)
     files = snapshot(tmp_path)
     for replaces in (None, old):
-        with pytest.raises(StorageError, match=r"pack\.codec: q11 -> fp16.*another job"):
+        with pytest.raises(StorageError, match=r"pack\.codec: balanced -> fp16.*another job"):
             commit_shard(tmp_path, config_of("parquet", "fp16"), replaces=replaces)
         assert snapshot(tmp_path) == files
     assert verify_shard(str(tmp_path), first) == []

@@ -91,8 +91,9 @@ def test_it_says_what_the_dataset_is(dst: Path, monkeypatch: pytest.MonkeyPatch)
     assert document["totals"]["ok"] == 12
     assert document["totals"]["skipped"] == {"corrupt_image": 4}
     assert document["totals"]["shard_bytes"] == sum(m.size_bytes for m in found)
+    assert document["schema"]["format_version"] == 2
     assert document["schema"]["columns"]["splats"] == "binary"
-    assert document["schema"]["codecs"] == {"fp16": {"bytes_per_gaussian": 16, "header_bytes": 0}}
+    assert document["schema"]["codecs"] == ["fp16"]
     assert len(document["recipes"]) == 1
     assert document["shards"]["00000000"]["inputs"]["source"]["etag"] == "e"
     provenance = document["provenance"]
@@ -116,11 +117,11 @@ def test_all_but_the_provenance_is_decided_by_the_markers(dst: Path, tmp_path: P
 
 
 def test_several_recipes_are_kept_apart(tmp_path: Path) -> None:
-    found = [commit(tmp_path, "a"), commit(tmp_path, "b", codec="q11"), commit(tmp_path, "c")]
+    found = [commit(tmp_path, "a"), commit(tmp_path, "b", codec="balanced"), commit(tmp_path, "c")]
     Catalog(str(tmp_path), found).write()
     document = json.loads(text_of(tmp_path))
     assert len(document["recipes"]) == 2
-    assert sorted(document["schema"]["codecs"]) == ["fp16", "q11"]
+    assert document["schema"]["codecs"] == ["balanced", "fp16"]
     assert list(read_markers(str(tmp_path)).values()) == found
 
 
@@ -237,7 +238,7 @@ def test_a_stale_shard_whose_redo_failed_stays_in_it(
     dst: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two of four are to be redone by another recipe: one is, the other fails."""
-    other = config_of(codec="q11")
+    other = config_of(codec="balanced")
     refs = [make_ref(name) for name in NAMES[:2]]
     plan = make_plan(refs, read_markers(str(dst)), other, lambda ref: "")
     assert sorted(plan.replaces) == sorted(NAMES[:2])
@@ -251,7 +252,7 @@ def test_a_stale_shard_whose_redo_failed_stays_in_it(
             name=NAMES[1], kind="failed", error="ValueError", message="no"
         )
         with staged_file(dst, NAMES[0]) as path:
-            write_shard(path, make_rows(3, codec="q11"), codec="q11")
+            write_shard(path, make_rows(3, codec="balanced"), codec="balanced")
             digest = plan.replaces[NAMES[0]]
             catalog.add(publish(dst, path, refs[0], other, "cd" * 32, replaces=digest))
         return 1
@@ -263,7 +264,7 @@ def test_a_stale_shard_whose_redo_failed_stays_in_it(
     assert found == read_markers(str(dst), trust_manifest=False)
     assert sorted(found) == sorted(NAMES)
     codecs = [found[name].inputs["recipe"]["pack"]["codec"] for name in NAMES]
-    assert codecs == ["q11", "fp16", "fp16", "fp16"]
+    assert codecs == ["balanced", "fp16", "fp16", "fp16"]
     assert json.loads(text_of(dst))["totals"]["shards"] == 4
 
 

@@ -73,8 +73,7 @@ def state(
     *shards: tuple[ShardRef, int], up_s: float = 0.0, fit_s: float = 0.0, queued: int = 0
 ) -> WorkerState:
     counters = tuple(
-        Counters(shard=ref.name, samples=n, ok=n, psnr_sum=20.0 * n, payload_bytes=256 * n)
-        for ref, n in shards
+        Counters(shard=ref.name, samples=n, ok=n, psnr_sum=20.0 * n) for ref, n in shards
     )
     pulse = Pulse(busy_s={"fit": fit_s}, up_s=up_s, queued={"fit": queued})
     return WorkerState(shards=counters, pulse=pulse)
