@@ -24,7 +24,7 @@ from pipeline.sources import list_shards
 from pipeline.splats import Splats
 from pipeline.storage import use_options
 from pipeline.store_options import options_of
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
+from schemas.config import ConvertConfig, DecodeConfig, FitConfig
 from tests.make import datacomp_sample, write_tar
 
 KEY, BAD = "000000000001", "000000000002"
@@ -41,7 +41,6 @@ def dst(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ConvertConfig(
         decode=DecodeConfig(image_size=24),
         fit=FitConfig(num_gaussians=9, steps=3),
-        pack=PackConfig(codec="q11"),
     )
     (folder / "out").mkdir()
     for ref in list_shards(str(folder / "in")):
@@ -127,7 +126,7 @@ def test_png_by_key_or_uid_is_our_rendering(
     assert "000000000004 of shard 00000001: 9 Gaussians, 24x24 px" in err
     assert "alpha" not in err
     row = row_of(dst, "000000000004")
-    splats = unpack([row["splats"]], 24, 24, "q11")
+    splats = unpack([{"splats": row["splats"]}], 24, 24, "balanced")
     expected = select_backend("cpu").render(splats, 24, 24, 3.0)[0].clamp(0, 1) * 255
     pixels = np.asarray(Image.open(io.BytesIO(path.read_bytes())), dtype=float)
     assert np.abs(pixels - expected.permute(1, 2, 0).numpy()).max() <= 0.51

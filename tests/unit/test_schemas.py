@@ -21,9 +21,11 @@ from schemas.config import (
     FitConfig,
     PackConfig,
     PruneConfig,
+    config_from_recipe,
     describe_difference,
     fingerprint,
     inputs,
+    recipe,
 )
 from schemas.errors import CorruptShardError, FormatVersionError, UsageError
 from schemas.shard import (
@@ -35,7 +37,21 @@ from schemas.shard import (
     manifest_from_json,
     to_json,
 )
-from schemas.splats import CODECS, HEADER_BYTES, NAMES, arrow_schema, shard_metadata
+from schemas.splats import (
+    CODECS,
+    FORMAT_VERSION,
+    MAX_LOSS_DB,
+    PLANAR,
+    PLANES,
+    arrow_schema,
+    columns,
+    payload_bytes,
+    psnr_columns,
+    scalars,
+    shard_metadata,
+    splat_columns,
+    splat_suffix,
+)
 from tests.rows import make_ref
 
 CONFIG = ConvertConfig()
@@ -137,7 +153,7 @@ def test_what_is_no_marker_is_corrupt(text: str | bytes) -> None:
             parse(text, "x")
 
 
-@pytest.mark.parametrize("version", [2, 10**30])
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**30])
 def test_a_newer_marker_is_refused_by_version(version: int) -> None:
     document = {"format_version": version, "whatever": "it holds"}
     for parse in (manifest_from_json, failed_from_json):
@@ -204,7 +220,8 @@ def test_the_fingerprint_covers_what_changes_the_bytes() -> None:
         inputs(dataclasses.replace(CONFIG, decode=DecodeConfig(image_size=64)), ref),
         inputs(dataclasses.replace(CONFIG, fit=FitConfig(steps=10)), ref),
         inputs(dataclasses.replace(CONFIG, prune=PruneConfig(prune="energy")), ref),
-        inputs(dataclasses.replace(CONFIG, pack=PackConfig(codec="q11")), ref),
+        inputs(dataclasses.replace(CONFIG, pack=PackConfig(codec="fp16")), ref),
+        inputs(dataclasses.replace(CONFIG, fit=FitConfig(nested="200,400")), ref),
         inputs(CONFIG, dataclasses.replace(ref, etag="f")),
         inputs(CONFIG, dataclasses.replace(ref, size_bytes=1)),
         inputs(CONFIG, dataclasses.replace(ref, limit=1)),
@@ -231,13 +248,61 @@ def test_differences_are_readable() -> None:
 # The wire format
 
 
-def test_columns_and_constants_agree() -> None:
-    assert CODECS.keys() == HEADER_BYTES.keys()
-    assert len(set(NAMES)) == len(NAMES)
+def metadata_with(codec: str, nested: str = "") -> dict[str, Any]:
+    config = ConvertConfig(fit=FitConfig(nested=nested), pack=PackConfig(codec=codec))  # type: ignore[arg-type]
+    return shard_metadata(codec, 3.0, recipe(config))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("nested", ["", "4,9,16"])
+def test_columns_and_constants_agree(codec: str, nested: str) -> None:
+    metadata = metadata_with(codec, nested)
+    assert metadata["format_version"] == FORMAT_VERSION
+    assert metadata["budgets"] == ([4, 9, 16] if nested else [])
+    schema = columns(metadata)
+    stored = arrow_schema(metadata)
+    assert stored.equals(schema)
+    assert json.loads(stored.metadata[b"splatshard"]) == metadata
+    assert len(set(schema.names)) == len(schema.names)
     assert OK not in SKIP_STATUSES
-    metadata = shard_metadata("q11", 3.0, {"a": 1})
-    stored = arrow_schema(metadata).metadata[b"splatshard"]
-    assert json.loads(stored) == metadata
+    payloads = [name for name in schema.names if name.startswith("splats")]
+    assert payloads == (["splats", "splats_9", "splats_16"] if nested else ["splats"])
+    kind = schema.field("splats").type
+    assert [schema.field(name).type for name in payloads] == [kind] * len(payloads)
+    assert [kind.field(i).name for i in range(kind.num_fields)] == list(
+        PLANES if codec in PLANAR else ()
+    )
+    assert {"psnr_4", "psnr_9"} & set(schema.names) == ({"psnr_4", "psnr_9"} if nested else set())
+    small = scalars(metadata)
+    assert set(schema.names) - set(small) == {"metadata", "members", *payloads}
+
+
+def test_names_of_budgets() -> None:
+    assert splat_columns((4, 9)) == ("splats", "splats_9")
+    assert splat_columns(()) == splat_columns((4,)) == ("splats",)
+    assert [splat_suffix(name) for name in splat_columns((4, 9))] == ["splat", "splat_9"]
+    assert psnr_columns((4, 9)) == ("psnr_4",)
+    assert psnr_columns(()) == psnr_columns((4,)) == ()
+
+
+def test_the_columns_of_version_1() -> None:
+    """As they were: a shard without budgets, psnr_loss or planes."""
+    old = {"format_version": 1, "codec": "q11", "bytes_per_gaussian": 11, "header_bytes": 4}
+    schema = columns(old)
+    new = columns(metadata_with("fp16"))
+    assert schema.names == [name for name in new.names if name != "psnr_loss"]
+    assert str(schema.field("splats").type) == "binary"
+
+
+def test_bytes_of_payloads() -> None:
+    assert payload_bytes({"key": "a", "splats": None, "metadata": "text"}) == 0
+    assert payload_bytes({"splats": b"123", "splats_9": b"1"}) == 4
+    assert payload_bytes({"splats": {"gap": b"12", "bits": b"123"}, "splats_9": {"gap": b""}}) == 5
+
+
+def test_every_planar_codec_has_a_limit() -> None:
+    assert set(PLANAR) == set(MAX_LOSS_DB) < set(CODECS)
+    assert ConvertConfig().pack.codec in PLANAR
 
 
 @pytest.mark.parametrize(
@@ -251,12 +316,38 @@ def test_columns_and_constants_agree() -> None:
         lambda: PruneConfig(prune_share=1.0),
         lambda: PackConfig(format="zip"),  # type: ignore[arg-type]
         lambda: PackConfig(codec="zip"),  # type: ignore[arg-type]
+        lambda: PackConfig(codec="q11"),  # type: ignore[arg-type]
+        lambda: FitConfig(nested="400"),
+        lambda: FitConfig(nested="900,400"),
+        lambda: FitConfig(nested="400,400"),
+        lambda: FitConfig(nested="400, 900"),
+        lambda: FitConfig(nested="0,900"),
+        lambda: FitConfig(nested="400,900,"),
+        lambda: FitConfig(nested="400,99999"),
+        lambda: FitConfig(nested="400,900", target_psnr=30.0),
+        lambda: ConvertConfig(fit=FitConfig(nested="400,900"), prune=PruneConfig(prune="energy")),
         lambda: ConvertConfig(batch_size=0),
     ],
 )
 def test_absurd_options_name_the_flag(make: Any) -> None:
     with pytest.raises(UsageError, match=r"^--[a-z-]+ .*: "):
         make()
+
+
+def test_nested_budgets_replace_the_number_of_gaussians() -> None:
+    fit = FitConfig(nested="4,9,16", num_gaussians=7)
+    assert fit.budgets == (4, 9, 16)
+    assert fit.num_gaussians == 16
+    assert fit == FitConfig(nested="4,9,16")
+    assert FitConfig(num_gaussians=7).budgets == ()
+
+
+def test_recipes_go_round() -> None:
+    for config in (*PRESETS.values(), ConvertConfig(fit=FitConfig(nested="4,9"))):
+        assert recipe(config_from_recipe(recipe(config))) == recipe(config)
+    for old in ({"format_version": 1}, {"stages_version": 2}):
+        with pytest.raises(UsageError, match="redo them all with convert --overwrite-stale"):
+            config_from_recipe(recipe(CONFIG) | old)
 
 
 def test_schemas_import_neither_torch_nor_ray() -> None:

@@ -24,17 +24,27 @@ from pipeline import write
 from pipeline.shards import read_rows, shard_metadata_of
 from pipeline.write import member_base, open_writer
 from schemas.errors import CorruptShardError, FormatVersionError, StorageError, UsageError
-from schemas.splats import NAMES, SCALARS
+from schemas.splats import PLANES, columns, scalars
 from tests.rows import FORMATS, config_of, make_rows, metadata_of, write_shard
+
+KINDS = [
+    ("fp16", ()),
+    ("balanced", ()),
+    ("compact", ()),
+    ("balanced", (8, 13, 20)),
+    ("fp16", (8, 20)),
+]
+"""Codecs, and nested budgets."""
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
     import webdataset
 
 
-def expected(row: dict[str, Any]) -> dict[str, Any]:
+def expected(row: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """The row as a reader gives it: every column, PSNR as float32."""
-    return dict.fromkeys(NAMES) | {"members": []} | write.checked(row)
+    names = columns(metadata).names
+    return dict.fromkeys(names) | {"members": []} | write.checked(row, names)
 
 
 def samples_of(path: Path) -> list[dict[str, Any]]:
@@ -47,32 +57,34 @@ def samples_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("codec", ["fp16", "q11"])
-def test_rows_come_back(tmp_path: Path, format: str, codec: str) -> None:
-    rows = make_rows(9, codec=codec)
-    path = write_shard(tmp_path / "x", rows, format, codec)
-    assert list(read_rows(str(path), format)) == [expected(row) for row in rows]
-    wanted = json.loads(json.dumps(metadata_of(config_of(format, codec))))
+@pytest.mark.parametrize(("codec", "budgets"), KINDS)
+def test_rows_come_back(tmp_path: Path, format: str, codec: str, budgets: tuple[int, ...]) -> None:
+    rows = make_rows(9, codec=codec, budgets=budgets)
+    rows[1] |= {"members": [{"name": name, "data": b"m"} for name in ("splat_13", "splat", "x")]}
+    path = write_shard(tmp_path / "x", rows, format, codec, budgets)
+    wanted = json.loads(json.dumps(metadata_of(config_of(format, codec, budgets))))
     assert shard_metadata_of(str(path), format) == wanted
+    assert list(read_rows(str(path), format)) == [expected(row, wanted) for row in rows]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_shard_without_rows_is_a_shard(tmp_path: Path, format: str) -> None:
     path = write_shard(tmp_path / "x", [], format)
     assert list(read_rows(str(path), format)) == []
-    assert shard_metadata_of(str(path), format)["format_version"] == 1
+    assert shard_metadata_of(str(path), format)["format_version"] == 2
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("codec", ["fp16", "balanced"])
 def test_the_same_rows_give_the_same_bytes(
-    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, format: str, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = write_shard(tmp_path / "a", make_rows(9), format)
+    first = write_shard(tmp_path / "a", make_rows(9, codec=codec), format, codec)
     monkeypatch.setattr("time.time", lambda: 1e9)
     monkeypatch.setattr("os.getuid", lambda: 77)
     second = tmp_path / "b"
-    with open_writer(second, format, metadata_of(config_of(format))) as writer:
-        for row in make_rows(9):  # however the rows are batched
+    with open_writer(second, format, metadata_of(config_of(format, codec))) as writer:
+        for row in make_rows(9, codec=codec):  # however the rows are batched
             writer.write([row])
     assert first.read_bytes() == second.read_bytes()
 
@@ -83,7 +95,10 @@ def test_the_same_rows_give_the_same_bytes(
         ({"colour": 1}, "no columns for"),
         ({"key": None}, "'key'"),
         ({"status": "fine"}, "unknown status 'fine'"),
-        ({"psnr": float("nan")}, "PSNR is nan"),
+        ({"psnr": float("nan")}, "psnr is nan"),
+        ({"psnr_loss": float("inf")}, "psnr_loss is inf"),
+        ({"splats_20": b""}, "no columns for"),
+        ({"psnr_8": 20.0}, "no columns for"),
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
@@ -111,14 +126,35 @@ def test_row_groups_follow_bytes_and_large_columns_have_no_statistics(
     metadata = pq.read_metadata(path)
     assert metadata.num_rows == 40
     assert metadata.num_row_groups >= 5
-    group = metadata.row_group(0)
-    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
-    for name, column in columns.items():
+    check_columns(path, scalars(metadata_of(config_of())))
+    assert columns_of(path)["psnr"].statistics.min == pytest.approx(25.1)
+
+
+@pytest.mark.parametrize("budgets", [(), (8, 20)])
+def test_planes_are_columns_without_statistics(tmp_path: Path, budgets: tuple[int, ...]) -> None:
+    rows = make_rows(8, codec="balanced", budgets=budgets)
+    path = write_shard(tmp_path / "x.parquet", rows, codec="balanced", budgets=budgets)
+    found = columns_of(path)
+    check_columns(path, scalars(metadata_of(config_of("parquet", "balanced", budgets))))
+    for payload in ["splats", "splats_20"][: len(budgets) or 1]:
+        leaves = {f"{payload}.{plane}" for plane in PLANES}
+        assert leaves == {name for name in found if name.startswith(f"{payload}.")}
+        assert all("DELTA_LENGTH_BYTE_ARRAY" in found[leaf].encodings for leaf in leaves)
+
+
+def columns_of(path: Path) -> dict[str, Any]:
+    """The column chunks of the first row group, by path."""
+    group = pq.read_metadata(path).row_group(0)
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    return {chunk.path_in_schema: chunk for chunk in chunks}
+
+
+def check_columns(path: Path, small: tuple[str, ...]) -> None:
+    """Only `small` columns have dictionaries and statistics; all are compressed."""
+    for name, column in columns_of(path).items():
         assert column.compression == "ZSTD"
-        scalar = name in SCALARS
-        assert column.is_stats_set == scalar, name
-        assert any("DICT" in encoding for encoding in column.encodings) == scalar, name
-    assert columns["psnr"].statistics.min == pytest.approx(25.1)
+        assert column.is_stats_set == (name in small), name
+        assert any("DICT" in e for e in column.encodings) == (name in small), name
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -275,6 +311,8 @@ def tar_of(*members: tuple[str, bytes]) -> bytes:
 
 
 META = ("__splatshard__", b'{"format_version":1,"codec":"fp16"}')
+NEW = ("__splatshard__", b'{"format_version":2,"codec":"compact","budgets":[1,2]}')
+ROW = ("a.splat.json", b'{"members":[],"key":"a","status":"ok","num_gaussians":1}')
 
 
 @pytest.mark.parametrize(
@@ -293,12 +331,30 @@ META = ("__splatshard__", b'{"format_version":1,"codec":"fp16"}')
         [("__splatshard__", b"[1]")],
         [("__splatshard__", b'{"format_version":true,"codec":"fp16"}')],
         [("__splatshard__", b'{"format_version":1,"codec":7}')],
+        [("__splatshard__", b'{"format_version":1,"codec":"balanced"}')],
+        [("__splatshard__", b'{"format_version":2,"codec":"q11"}')],
+        [("__splatshard__", b'{"format_version":2,"codec":"fp16","budgets":[2,1]}')],
+        [("__splatshard__", b'{"format_version":2,"codec":"fp16","budgets":[0]}')],
+        [("__splatshard__", b'{"format_version":2,"codec":"fp16","budgets":["a"]}')],
+        [("__splatshard__", b'{"format_version":2,"codec":"fp16","budgets":7}')],
+        [NEW, ("a.splat.json", b'{"members":[],"key":"a","num_gaussians":0,"psnr_2":1}')],
     ],
 )
 def test_foreign_tars_are_corrupt(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(tar_of(*members))
     with pytest.raises(CorruptShardError, match=str(path)):
+        list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("payload", [b"1", b"\1\0\0\0\xff\xff\xff\xff", bytes(8)])
+@pytest.mark.parametrize("name", ["splat", "splat_2"])
+def test_members_that_are_no_payloads_are_corrupt(
+    tmp_path: Path, name: str, payload: bytes
+) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_of(NEW, ROW, (f"a.{name}", payload)))
+    with pytest.raises(CorruptShardError, match="a payload cannot be taken apart"):
         list(read_rows(str(path)))
 
 
@@ -318,10 +374,10 @@ def test_foreign_parquet_and_foreign_names_are_corrupt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_newer_files_are_refused_by_version(tmp_path: Path, format: str) -> None:
-    metadata = metadata_of(config_of(format)) | {"format_version": 2}
+    metadata = metadata_of(config_of(format)) | {"format_version": 3}
     with open_writer(tmp_path / "x", format, metadata) as writer:
         writer.write(make_rows(1))
-    with pytest.raises(FormatVersionError, match="format version 2"):
+    with pytest.raises(FormatVersionError, match="format version 3"):
         list(read_rows(str(tmp_path / "x"), format))
 
 
