@@ -46,10 +46,10 @@ MESSAGES = (
 @lru_cache(maxsize=1)
 def tables() -> tuple[NDArray, ...]:
     """Lookups of `decode_planes`: of tokens [256] base, extra width, sign; of shears slant [128];
-    then pairs x, 1 / x of powers of two and of e, for coarse cells [128, 2] and for places within
-    them [STEPS, 2]; cells along the curves of all levels."""
+    then pairs x, 1 / x of powers of two and of e, for coarse cells [192, 2] and for places within
+    them [STEPS, 2]; widths of fine cells in coarse ones; cells along the curves of all levels."""
     base, width, sign = (table.numpy().astype(np.int64) for table in token_tables())
-    coarse, fine = np.arange(-DIRECT, DIRECT), np.arange(STEPS) / STEPS
+    coarse, fine = np.arange(-DIRECT, 2 * DIRECT), np.arange(STEPS) / STEPS
 
     def pairs(exponent: NDArray) -> NDArray:
         return np.stack((np.exp2(exponent), np.exp2(-exponent)), 1).astype(np.float32)
@@ -169,11 +169,12 @@ def _decode_row(
     bit, place = int64(0), int64(0)
     for j in range(len(gap)):
         t0, t1, t2, t3 = gap[j], c0[j], c1[j], c2[j]
-        size, ratio, shear = sizes[j], ratios[j], shears[j]
-        if (size | ratio | shear) >= 2 * DIRECT:
+        ratio, shear = ratios[j], shears[j]
+        if (sizes[j] | ratio | shear) >= 2 * DIRECT:
             return ROW_SYMBOL
         step, k1, k2, k3 = base[t0] + DIRECT, base[t1], base[t2], base[t3]
         octave = _octave(k1 * k1 + k2 * k2 + k3 * k3 | 1) >> 1
+        size = uint64(int64(sizes[j]) + octave)
         if (t0 | t1 | t2 | t3) >= 2 * DIRECT:
             w0, w1, w2, w3 = extra[t0], extra[t1], extra[t2], extra[t3]
             word = _word(bits, begin, bit)

@@ -28,7 +28,7 @@ SHEAR_UNIT = 4.0
 SHEAR_CELLS = 8  # per unit of asinh
 MAX_WIDTH = 12  # bits within a cell
 MAX_LEVEL = 10
-CELLS_PER_GAUSSIAN = 8  # of the image's area, about
+CELLS_PER_GAUSSIAN = 16  # of the image's area, about
 
 DIRECT = 64  # codes from -64 to 63 are a token each; beyond, four tokens per octave and sign
 MAX_CODE = 2**21

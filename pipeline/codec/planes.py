@@ -6,7 +6,8 @@
 Gaussians are sorted along a Hilbert curve over the coarse cells, and `gap` is the way from one to
 the next: the order of a set is worth log2(N!) bits, and this saves them. The planes lie in columns
 of their own, so that zstd meets one kind of symbol at a time; its matches are short and its Huffman
-codes end within 2 % of the entropy. In a tar, where every sample stands alone, Brotli does better
+codes end within 2 % of the entropy. The size is stored less the class, which it grows with: that
+saves 0.4 bits of 3. In a tar, where every sample stands alone, Brotli does better
 (4 % over the shared columns, zstd 14 %: most of that is tables).
 
 `decode` is the readable twin of `kernel.decode_rows`: whole batches, on any device.
@@ -65,7 +66,9 @@ def _encode_image(codes: Codes, image: int) -> dict[str, bytes]:
     width = kept["width"]
     coded = [tokens(c) for c in (gap, *kept["colors"].unbind(-1))]
     shape = [kept[name] for name in ("size", "ratio", "shear")]
-    planes = [token for token, _, _ in coded] + [(value >> width) + DIRECT for value in shape]
+    cells = [value >> width for value in shape]
+    cells[0] = cells[0] - class_of(torch.stack([token for token, _, _ in coded[1:]], -1))
+    planes = [token for token, _, _ in coded] + [cell + DIRECT for cell in cells]
     values = [extra for _, extra, _ in coded] + [*shape, kept["x"], kept["y"]]
     widths = [bits for _, _, bits in coded] + [width] * 3 + [kept["width_x"], kept["width_y"]]
     packed = _bits(torch.stack(values, 1).numpy(), torch.stack(widths, 1).numpy())
@@ -124,8 +127,9 @@ def _codes(
     )
     classes = class_of(torch.stack(colors, -1))
     width = shape_width(classes)
-    if any(((cell < -DIRECT) | (cell >= DIRECT)).any() for cell in (size, ratio, shear)):
+    if any((cell >= DIRECT).any() for cell in (size, ratio, shear)):
         raise CorruptShardError("a payload has a shape out of range")
+    size = size + torch.where(mask, classes, 0)
     width_x, width_y = position_widths(classes, size, ratio, shear, cell_log)
     widths = torch.stack((width, width, width, width_x, width_y), -1)
     widths = torch.where(mask[..., None], torch.cat((extra_width, widths), -1), 0)
