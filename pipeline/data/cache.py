@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.store_errors import storage_errors
 from schemas.errors import CorruptShardError, StorageError, UsageError
 
 LOCKS = "_locks"
+WAIT_S = 0.05
 
 
 class ShardCache:
@@ -52,7 +54,7 @@ class ShardCache:
         while True:
             with suppress(FileNotFoundError):
                 stream = path.open("rb")
-                os.utime(path)
+                os.utime(stream.fileno())  # by name it may be gone by now
                 return stream
             with self._locked(path.name[:2]):  # of all who want this file, one fetches it
                 if not path.exists():
@@ -60,9 +62,7 @@ class ShardCache:
 
     def _fetch(self, url: str, path: Path, size_bytes: int, sha256: str) -> None:
         with self._full_disk(), staged(self.folder, path.name) as new:
-            with self._locked("room"):
-                self._make_room(size_bytes)
-                os.truncate(new, size_bytes)  # from now on it counts as being there
+            self._take_room(new, size_bytes)
             digest, size = hashlib.sha256(), 0
             with storage.open_read(url) as stream, new.open("r+b") as file:
                 while block := stream.read(1 << 20):
@@ -77,12 +77,25 @@ class ShardCache:
                     f"{url} is not what its marker says ({size} bytes with another SHA-256): run "
                     f"splatshard repair {url.rpartition('/')[0]}"
                 )
-            os.replace(new, path)
+            with self._locked("room"):  # or who counts could miss it in both places
+                os.replace(new, path)
 
-    def _make_room(self, size_bytes: int) -> None:
-        """Delete the longest unused files until `size_bytes` more fit."""
+    def _take_room(self, new: Path, size_bytes: int) -> None:
+        """Give `new` its size, by which it counts as being there, as soon as there is room.
+
+        What others are fetching cannot be deleted; then wait until some of it has arrived.
+        """
+        while True:
+            with self._locked("room"):
+                if self._make_room(size_bytes):
+                    os.truncate(new, size_bytes)
+                    return
+            time.sleep(WAIT_S)
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Delete the longest unused files until `size_bytes` more fit; whether they do."""
         with suppress(FileNotFoundError):
-            sweep_finished(self.folder)
+            sweep(self.folder)
         files, total = [], size_bytes
         for folder in (self.folder, self.folder / STAGING):
             with suppress(FileNotFoundError), os.scandir(folder) as entries:
@@ -95,10 +108,11 @@ class ShardCache:
                                 files.append((info.st_mtime_ns, info.st_size, entry.path))
         for _, size, path in sorted(files):
             if total <= self.max_bytes:
-                return
+                break
             with suppress(FileNotFoundError):
                 os.unlink(path)
             total -= size
+        return total <= self.max_bytes
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -123,8 +137,3 @@ class ShardCache:
                 f"the shard cache {self.folder} finds no space left on its disk: lower "
                 f"cache_bytes (now {self.max_bytes}), or choose another cache_dir"
             ) from e
-
-
-def sweep_finished(folder: Path) -> None:
-    """Delete what killed processes were fetching."""
-    sweep(folder)

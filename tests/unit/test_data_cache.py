@@ -1,0 +1,275 @@
+"""The cache of remote shards: bounded, shared, whole files only, whoever dies."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+
+from pipeline.data import cache as cache_module
+from pipeline.data.cache import LOCKS, ShardCache
+from pipeline.staging import STAGING
+from schemas.errors import CorruptShardError, SourceError, StorageError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Remote:
+    """Local files that count how often they are fetched."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fetched: list[str] = []
+
+    def put(self, name: str, data: bytes) -> tuple[str, str, int, str]:
+        """A file; the arguments of `ShardCache.open` for it."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return str(path), "", len(data), hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    found = Remote(tmp_path / "remote")
+    open_read = cache_module.storage.open_read
+
+    @contextmanager
+    def counted(url: str) -> Iterator[BinaryIO]:
+        found.fetched.append(Path(url).name)
+        with open_read(url) as stream:
+            yield stream
+
+    monkeypatch.setattr(cache_module.storage, "open_read", counted)
+    return found
+
+
+def read(cache: ShardCache, shard: tuple[str, str, int, str]) -> bytes:
+    with cache.open(*shard) as stream:
+        return stream.read()
+
+
+def cached(folder: Path) -> list[int]:
+    """Sizes of the files in the cache."""
+    return sorted(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def test_a_file_is_fetched_once(tmp_path: Path, remote: Remote) -> None:
+    cache = ShardCache(tmp_path / "cache", 1000)
+    shard = remote.put("a", b"abc")
+    assert [read(cache, shard), read(cache, shard)] == [b"abc"] * 2
+    assert read(ShardCache(tmp_path / "cache", 1000), shard) == b"abc"
+    assert remote.fetched == ["a"]
+
+
+def test_files_of_one_name_are_different_files(tmp_path: Path, remote: Remote) -> None:
+    """In other folders, or replaced since: the etag tells."""
+    cache = ShardCache(tmp_path / "cache", 1000)
+    a, b = remote.put("a/00000", b"abc"), remote.put("b/00000", b"xyz")
+    assert [read(cache, a), read(cache, b), read(cache, a)] == [b"abc", b"xyz", b"abc"]
+    url, _, size, digest = remote.put("a/00000", b"new")
+    assert read(cache, (url, "etag-2", size, digest)) == b"new"
+    assert remote.fetched == ["00000"] * 3
+
+
+def test_the_longest_unused_goes_first(tmp_path: Path, remote: Remote) -> None:
+    cache = ShardCache(tmp_path / "cache", 100)
+    shards = [remote.put(name, name.encode() * 40) for name in "abc"]
+    for age, shard in ((30, shards[0]), (20, shards[1])):
+        read(cache, shard)
+        newest = max((tmp_path / "cache").glob("?" * 64), key=lambda p: p.stat().st_mtime)
+        os.utime(newest, (time.time() - age,) * 2)
+    read(cache, shards[0])  # used again
+    read(cache, shards[2])
+    assert cached(tmp_path / "cache") == [40, 40]
+    remote.fetched.clear()
+    read(cache, shards[0])
+    read(cache, shards[2])
+    assert remote.fetched == []
+    read(cache, shards[1])
+    assert remote.fetched == ["b"]
+
+
+def test_a_file_that_is_read_outlives_its_eviction(tmp_path: Path, remote: Remote) -> None:
+    cache = ShardCache(tmp_path / "cache", 50)
+    with cache.open(*remote.put("a", b"a" * 40)) as stream:
+        read(cache, remote.put("b", b"b" * 40))
+        assert cached(tmp_path / "cache") == [40]
+        assert stream.read() == b"a" * 40
+
+
+def test_bytes_that_are_not_the_shards_are_not_kept(tmp_path: Path, remote: Remote) -> None:
+    cache = ShardCache(tmp_path / "cache", 1000)
+    url, etag, size, _ = remote.put("a", b"abc")
+    for wrong in (b"abd", b"ab", b"abcd"):
+        digest = hashlib.sha256(wrong).hexdigest()
+        with pytest.raises(CorruptShardError, match=f"{url}.*repair"):
+            cache.open(url, etag, size if len(wrong) == 3 else len(wrong), digest)
+    assert cached(tmp_path / "cache") == []
+    assert not (tmp_path / "cache" / STAGING).exists()
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nowhere"):
+        ShardCache(tmp_path / "cache", 1000).open(str(tmp_path / "nowhere"), "", 3, "0" * 64)
+    assert cached(tmp_path / "cache") == []
+
+
+def test_a_file_larger_than_the_cache(tmp_path: Path, remote: Remote) -> None:
+    with pytest.raises(UsageError, match=r"cache_bytes is 2.* alone has 3"):
+        ShardCache(tmp_path / "cache", 2).open(*remote.put("a", b"abc"))
+
+
+def test_a_full_disk_is_said(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = remote.put("a", b"abc")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module.os, "replace", full)
+    with pytest.raises(StorageError, match=r"no space left.*lower cache_bytes.*cache_dir"):
+        ShardCache(tmp_path / "cache", 1000).open(*shard)
+    monkeypatch.undo()
+    assert cached(tmp_path / "cache") == []
+
+
+def test_threads_fetch_a_file_once_and_stay_within_bounds(tmp_path: Path, remote: Remote) -> None:
+    cache = ShardCache(tmp_path / "cache", 200)
+    shards = [remote.put(str(i), bytes([i]) * 40) for i in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: read(cache, shards[i % 4]), range(200)))
+    assert all(data == bytes([i % 4]) * 40 for i, data in enumerate(found))
+    assert sorted(remote.fetched) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("room", [90, 50])
+def test_threads_of_a_small_cache_get_what_they_ask_for(
+    tmp_path: Path, remote: Remote, room: int
+) -> None:
+    """Files are evicted all the time, while others open them; never is there more than fits."""
+    folder = tmp_path / "cache"
+    cache = ShardCache(folder, room)
+    shards = [remote.put(str(i), bytes([i]) * 40) for i in range(4)]
+    taken = []
+
+    def read_and_look(i: int) -> bytes:
+        data = read(cache, shards[i % 4])
+        with cache._locked("room"):
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            taken.append(sum(path.stat().st_size for path in files if path.exists()))
+        return data
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read_and_look, range(100)))
+    assert all(data == bytes([i % 4]) * 40 for i, data in enumerate(found))
+    assert max(taken) <= room
+
+
+SCRIPT = """
+import sys, time
+from contextlib import contextmanager
+from pathlib import Path
+from pipeline import storage
+from pipeline.data.cache import ShardCache
+
+folder, url, size, digest, stall = sys.argv[1:]
+
+class Slow:
+    def __init__(self, stream):
+        self.stream = stream
+    def read(self, size):
+        if stall == "yes":
+            data = self.stream.read(10)
+            if not data:
+                print("stalled", flush=True)
+                time.sleep(600)
+            return data
+        return self.stream.read(size)
+
+open_read = storage.open_read
+
+@contextmanager
+def slow(url):
+    print("fetch", flush=True)
+    with open_read(url) as stream:
+        yield Slow(stream)
+
+storage.open_read = slow
+with ShardCache(Path(folder), 1000).open(url, "", int(size), digest) as stream:
+    print(len(stream.read()), flush=True)
+"""
+
+
+def start(folder: Path, shard: tuple[str, str, int, str], stall: str) -> subprocess.Popen[str]:
+    url, _, size, digest = shard
+    command = [sys.executable, "-c", SCRIPT, str(folder), url, str(size), digest, stall]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.integration
+def test_a_fetch_that_is_killed_leaves_nothing(tmp_path: Path, remote: Remote) -> None:
+    """Neither a part of a file nor a lock; a waiting process takes over."""
+    folder, shard = tmp_path / "cache", remote.put("a", b"a" * 400)
+    first = start(folder, shard, "yes")
+    assert first.stdout is not None
+    assert [first.stdout.readline() for _ in range(2)] == ["fetch\n", "stalled\n"]
+    second = start(folder, shard, "no")
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(1)  # it waits for the first
+    assert cached(folder) == []
+    first.kill()
+    first.communicate()
+    assert second.communicate(timeout=60)[0] == "fetch\n400\n"
+    assert cached(folder) == [400]
+    assert not (folder / STAGING).exists()
+
+
+@pytest.mark.integration
+def test_processes_fetch_a_file_once(tmp_path: Path, remote: Remote) -> None:
+    folder, shard = tmp_path / "cache", remote.put("a", b"a" * 400)
+    processes = [start(folder, shard, "no") for _ in range(3)]
+    said = "".join(process.communicate(timeout=60)[0] for process in processes)
+    assert sorted(said.split()) == ["400", "400", "400", "fetch"]
+    assert (folder / LOCKS).is_dir()
+
+
+def test_a_lock_is_not_held_while_another_file_is_fetched(tmp_path: Path, remote: Remote) -> None:
+    """One slow file keeps nobody from others (but for those few that share its lock)."""
+    cache = ShardCache(tmp_path / "cache", 1000)
+    slow, fast = remote.put("slow", b"s" * 40), remote.put("fast", b"f" * 40)
+    names = [hashlib.sha256(f"{s[0]}\0{s[2]}".encode()).hexdigest()[:2] for s in (slow, fast)]
+    if names[0] == names[1]:
+        pytest.skip("by chance they share a lock")
+    release, counted = threading.Event(), cache_module.storage.open_read
+
+    @contextmanager
+    def stalled(url: str) -> Iterator[BinaryIO]:
+        if url.endswith("slow"):
+            release.wait(30)
+        with counted(url) as stream:
+            yield stream
+
+    cache_module.storage.open_read = stalled
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(read, cache, slow)
+            assert read(cache, fast) == b"f" * 40
+            assert not waiting.done()
+            release.set()
+            assert waiting.result() == b"s" * 40
+    finally:
+        release.set()
+        cache_module.storage.open_read = counted
