@@ -38,6 +38,7 @@ from pipeline.decode import DecodedImage, decode
 from pipeline.fit import fit
 from pipeline.kernels.backend import Backend
 from pipeline.metrics import psnr
+from pipeline.nested import fit_nested
 from pipeline.pack import finite_images, pack, unpack
 from pipeline.prefetch import map_ahead, prefetch
 from pipeline.prune import prune
@@ -297,8 +298,6 @@ def fit_batches(
         with clock.stage("fit", 1 if together else len(images.rows)):
             target = planes(images.pixels)
             if config.fit.nested:
-                from pipeline.nested import fit_nested
-
                 splats, steps = fit_nested(target, config.fit.budgets, config.fit, backend)
             else:
                 splats, steps = fit(target, config.fit, backend)

@@ -6,8 +6,8 @@ schemas/FORMAT.md specifies the codecs byte by byte; `pipeline/codec` implements
 `bytes` for fp16 (and q11, which is only read), and a dict of eight planes for balanced and compact.
 
 With nested budgets every budget's own Gaussians are a payload, in a column of their own. They are
-packed one after another, all with about the same step: each is solved for what the ones before it
-leave of the image, so that it takes up their losses, too.
+packed one after another, all with about the same step, each towards the fit's image of its budget,
+and the last towards the target; so each takes up what the ones before it have lost.
 """
 
 from __future__ import annotations
@@ -55,23 +55,27 @@ def pack(
     splats = filled(splats)
     height, width = target.shape[2:]
     bounds = [0, *(budgets or (splats.mask.shape[1],))]
-    behind = torch.zeros_like(target)
+    payloads: list[dict[str, Payload]] = [{} for _ in range(len(splats))]
+    fitted = stored = torch.zeros_like(target)
     if codec in PLANAR:
         allowed = allowed_error(splats, target, MAX_LOSS_DB[codec], cutoff, backend)
         allowed = allowed / splats.num_gaussians.clamp(min=1)
-    payloads: list[dict[str, Payload]] = [{} for _ in range(len(splats))]
-    for name, first, last in zip(splat_columns(budgets), bounds[:-1], bounds[1:], strict=True):
-        part = Splats(*(x[:, first:last].contiguous() for x in fields(splats)))
+    for name, begin, end in zip(splat_columns(budgets), bounds[:-1], bounds[1:], strict=True):
+        part = Splats(*(x[:, begin:end].contiguous() for x in fields(splats)))
+        is_last = end == bounds[-1]
+        if not is_last:
+            fitted = fitted + backend.render(part, height, width, cutoff)
         if codec in PLANAR:
             share = allowed * part.num_gaussians
-            packed = planes.encode(quantise(part, target, behind, share, cutoff, backend))
+            wanted = target if is_last else fitted
+            packed = planes.encode(quantise(part, wanted, stored, share, cutoff, backend))
         else:
             packed = pack_fp16(part, height, width)
         for payload, one in zip(payloads, packed, strict=True):
             payload[name] = one
-        if last < bounds[-1]:
-            stored = unpack([{name: one} for one in packed], height, width, codec)
-            behind = behind + backend.render(stored.to(target.device), height, width, cutoff)
+        if not is_last:
+            own = unpack([{name: one} for one in packed], height, width, codec)
+            stored = stored + backend.render(own.to(target.device), height, width, cutoff)
     return payloads
 
 

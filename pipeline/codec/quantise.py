@@ -75,7 +75,7 @@ def quantise(
     backend: Backend,
 ) -> Codes:
     """Codes whose Gaussians add at most `allowed` [B] to the squared error of `splats`, as images
-    of `target` [B, 3, H, W], 0 to 1: of the steps tried, the coarsest that keeps to it.
+    of `target` [B, 3, H, W]: of the steps tried, the coarsest that keeps to it.
 
     `behind` [B, 3, H, W] is what other Gaussians of the image render. An image's codes do not
     depend on the others in its batch.
@@ -192,6 +192,6 @@ def better(
 def squared_error(
     splats: Splats, target: Tensor, behind: Tensor, cutoff: float, backend: Backend
 ) -> Tensor:
-    """Sum over pixels and channels of the image as it is shown, float64 [B]."""
+    """Sum over pixels and channels of the images as they are shown, float64 [B]."""
     image = (backend.render(splats, *target.shape[2:], cutoff) + behind).clamp_(0, 1)
-    return (image - target).square_().sum((1, 2, 3), dtype=torch.float64)
+    return (image - target.clamp(0, 1)).square_().sum((1, 2, 3), dtype=torch.float64)
