@@ -100,23 +100,24 @@ def _reading(url: str) -> Iterator[BinaryIO]:
 def _parquet_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
     file = pq.ParquetFile(stream, page_checksum_verification=True)
     _parquet_metadata(file, url)
-    for batch in file.iter_batches(_batch_rows(file.metadata), use_threads=False):
-        for row in batch.to_pylist():
-            yield row | {"members": row["members"] or []}
+    for group in range(file.num_row_groups):
+        rows = _batch_rows(file, group)
+        for batch in file.iter_batches(rows, [group], use_threads=False):
+            for row in batch.to_pylist():
+                yield row | {"members": row["members"] or []}
 
 
-def _batch_rows(footer: pq.FileMetaData) -> int:
-    """Rows to read at once: fewer where they are large, and one where large values come from a
-    dictionary, by which a small file can have any number of copies of them."""
-    rows = BATCH_ROWS
-    for i in range(footer.num_row_groups):
-        group = footer.row_group(i)
-        columns = [group.column(j) for j in range(group.num_columns)]
-        large = [c for c in columns if c.path_in_schema.startswith(LARGE)]
-        if any(c.has_dictionary_page for c in large):
-            return 1
-        rows = min(rows, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
-    return max(1, rows)
+def _batch_rows(file: pq.ParquetFile, group: int) -> int:
+    """Rows of that group to read at once: fewer where they are large, and one where large values
+    come from a dictionary, by which a small file can have any number of copies of them."""
+    names = [name for name in file.schema_arrow.names if name.startswith(LARGE)]
+    # pyarrow's column() ends the process where this raises: its C++ exception is not caught
+    next(file.iter_batches(1, [group], names, use_threads=False), None)
+    footer = file.metadata.row_group(group)
+    large = [i for i in range(len(file.schema)) if file.schema.column(i).path.startswith(LARGE)]
+    if any(footer.column(i).has_dictionary_page for i in large):
+        return 1
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * footer.num_rows // max(1, footer.total_byte_size)))
 
 
 def _parquet_metadata(file: pq.ParquetFile, url: str) -> dict[str, Any]:
