@@ -15,7 +15,7 @@ from pipeline.shards import shard_metadata_of
 from schemas.errors import CorruptShardError, UsageError
 from schemas.manifest import dataset_content
 from schemas.shard import OK, FailedShard, ShardManifest
-from schemas.splats import canonical_json, splat_columns
+from schemas.splats import MAX_GAUSSIANS, canonical_json, splat_columns
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +76,17 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source:
         done = _done(url.rstrip("/"))
         contents.append(dataset_content(done))
         manifests += [(url, manifest) for manifest in done]
-    layouts: dict[str, Layout] = {}
+    layouts: dict[tuple[str, str], Layout] = {}
+    texts: dict[int, str] = {}  # markers share their recipes, and there may be 100,000 of them
     shards = []
     for url, manifest in manifests:
         data = f"{url.rstrip('/')}/{manifest.data_file}"
-        recipe = f"{manifest.format} {canonical_json(manifest.inputs['recipe'])}"
-        if recipe not in layouts:
+        recipe = manifest.inputs["recipe"]
+        text = texts.get(id(recipe)) or texts.setdefault(id(recipe), canonical_json(recipe))
+        kind = (manifest.format, text)
+        if kind not in layouts:
             metadata = shard_metadata_of(data, manifest.format)
-            layouts[recipe] = layout_of(metadata, num_gaussians, data)
+            layouts[kind] = layout_of(metadata, num_gaussians, data)
         shards.append(
             Shard(
                 url=data,
@@ -92,7 +95,7 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source:
                 sha256=manifest.sha256,
                 samples=manifest.samples,
                 ok=manifest.counts.get(OK, 0),
-                layout=layouts[recipe],
+                layout=layouts[kind],
             )
         )
     return Source(tuple(urls), shards, "+".join(contents))
@@ -162,7 +165,7 @@ def _budgets(metadata: dict[str, Any], url: str) -> list[int]:
         budgets = None
     if (
         not isinstance(budgets, list)
-        or not all(type(b) is int and b > 0 for b in budgets)
+        or not all(type(b) is int and 0 < b <= MAX_GAUSSIANS for b in budgets)
         or budgets != sorted(set(budgets))
     ):
         raise CorruptShardError(f"{url}: its metadata have no budgets that can be understood")

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pipeline.data.cache import ShardCache
 from pipeline.data.catalog import open_source
 from pipeline.data.files import ShardFiles, default_cache_dir
 from pipeline.data.filters import apply_filter, checked_filter
-from pipeline.data.order import PERIOD, EpochOrder, Reader, shares, steps_of
+from pipeline.data.order import PERIOD, EpochOrder, Reader, Share, shares, steps_of
 from pipeline.data.state import Start, start_of, state_of, worker_state_of
 from pipeline.data.windows import Loader
 from schemas.errors import UsageError
@@ -93,17 +94,16 @@ class SplatDataset(IterableDataset[TrainBatch]):
         prefetch_windows: int = 1,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("world_size", world_size, 1),
-            ("shuffle_shards", shuffle_shards, 1),
-            ("lanes", lanes, 1),
-            ("prefetch_windows", prefetch_windows, 0),
-        ):
-            if type(value) is not int or value < least:
-                raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")
-        if type(rank) is not int or not 0 <= rank < world_size:
-            raise UsageError(f"rank is {rank!r}: it must be from 0 to world_size - 1")
+        _check_counts(
+            batch_size=(batch_size, 1),
+            world_size=(world_size, 1),
+            rank=(rank, 0),
+            shuffle_shards=(shuffle_shards, 1),
+            lanes=(lanes, 1),
+            prefetch_windows=(prefetch_windows, 0),
+        )
+        if rank >= world_size:
+            raise UsageError(f"rank is {rank}: it must be below world_size, {world_size}")
         conditions = checked_filter(filter)
         self.batch_size, self.num_gaussians = batch_size, num_gaussians
         self.rank, self.world_size = rank, world_size
@@ -144,8 +144,9 @@ class SplatDataset(IterableDataset[TrainBatch]):
         """Read `epoch` next, from its beginning, unless a state was loaded that is within it.
 
         Call it before each epoch, as one does with torch's samplers: DataLoader workers do not
-        know what the last ones read.
+        know what the last ones read. Raises UsageError for what is no epoch.
         """
+        _check_counts(epoch=(epoch, 0))
         self._shared[4] = 0
         if epoch != self.epoch:
             self._begin(Start(epoch, 0, self.lanes, self.batch_size))
@@ -153,18 +154,14 @@ class SplatDataset(IterableDataset[TrainBatch]):
     def __len__(self) -> int:
         """Batches of this rank in the next iteration: what is left of the epoch."""
         start = self._start()
-        left = self._order(start).total - start.samples
+        left = self._total() - start.samples
         return steps_of(left, self.batch_size, self.world_size, self.drop_last)
 
     def __iter__(self) -> Iterator[TrainBatch]:
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
         self._note_workers(reader)
-        if start.lanes % (reader.world_size * reader.workers):
-            log.info(
-                "%d lanes for %d readers: several read the same shards; lanes=%d gives each its "
-                "own", start.lanes, (readers := reader.world_size * reader.workers), readers,
-            )  # fmt: skip
+        self._note_lanes(start, reader)
         self._own = None
         self._progress = self._state(start, reader, taken)
         return self._batches(start, reader, taken)
@@ -174,19 +171,20 @@ class SplatDataset(IterableDataset[TrainBatch]):
         loader = Loader(self.sources, self.files, threads=get_worker_info() is None)
         total, drop_last = order.total, self.drop_last
 
-        def mine():
+        def mine() -> Iterator[Share]:
             return shares(start.samples, total, self.batch_size, drop_last, reader, taken)
 
         batches = loader.batches(
             order, mine, self.batch_size, self.num_gaussians, start.epoch, self.prefetch_windows
         )
-        for batch in batches:
-            taken += 1
-            if get_worker_info() is None:
-                self._progress = self.state_after(batch)
-            else:
-                self._progress = self._state(start, reader, taken)
-            yield batch
+        with closing(batches):
+            for batch in batches:
+                taken += 1
+                if get_worker_info() is None:
+                    self._progress = self.state_after(batch)
+                else:
+                    self._progress = self._state(start, reader, taken)
+                yield batch
         if get_worker_info() is None:
             self._begin(Start(start.epoch + 1, 0, self.lanes, self.batch_size))
 
@@ -220,9 +218,9 @@ class SplatDataset(IterableDataset[TrainBatch]):
         Raises UsageError for a state of other data or settings, naming the field.
         """
         start, taken = start_of(state, self._settings, self._reader())
-        if start.samples > self._total(start):
+        if start.samples > self._total():
             raise UsageError(
-                f"the state says samples {start.samples}, the epoch has {self._total(start)}"
+                f"the state says samples {start.samples}, the epoch has {self._total()}"
             )
         if get_worker_info() is None:
             self._begin(start)
@@ -239,6 +237,16 @@ class SplatDataset(IterableDataset[TrainBatch]):
             if self._shared[4] and self.shuffle and self._own is None:
                 log.warning("epoch %d is read again: call set_epoch before each epoch", self.epoch)
             self._shared[4] = 1
+
+    def _note_lanes(self, start: Start, reader: Reader) -> None:
+        """Say once a run, where it begins, that readers get in one another's way."""
+        readers = reader.world_size * reader.workers
+        first = reader.rank == reader.worker == start.epoch == start.samples == 0
+        if first and start.lanes % readers and sum(len(s.shards) for s in self.sources) > readers:
+            log.warning(
+                "lanes is %d with %d ranks x workers, so several of them read the same shards: "
+                "lanes=%d gives each its own", start.lanes, readers, readers,
+            )  # fmt: skip
 
     def _begin(self, start: Start) -> None:
         self._shared[:] = torch.tensor([*start, 0])
@@ -257,7 +265,7 @@ class SplatDataset(IterableDataset[TrainBatch]):
             return state_of(start, self._settings)
         return worker_state_of(start, self._settings, reader, taken)
 
-    def _total(self, start: Start) -> int:
+    def _total(self) -> int:
         return self.epoch_samples or sum(int(source.counts.sum()) for source in self.sources)
 
     def _order(self, start: Start) -> EpochOrder:
@@ -291,6 +299,13 @@ class SplatDataset(IterableDataset[TrainBatch]):
                 f"epoch_samples is {self.epoch_samples}: it is the positive length of a mixture's "
                 "epoch; another dataset's is its number of samples"
             )
+
+
+def _check_counts(**values: tuple[object, int]) -> None:
+    """Raises UsageError unless each value is a whole number that is at least as large as said."""
+    for name, (value, least) in values.items():
+        if type(value) is not int or value < least:
+            raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")
 
 
 def _pools(

@@ -115,8 +115,10 @@ class EpochOrder:
         self.shuffle, self.shuffle_shards = shuffle, shuffle_shards
         self.sizes = [int(c.sum()) for c in counts]
         self.choice = None if weights is None else choices(tuple(weights))
-        # samples in lanes; the rest of a single source is shorter than a grain of every lane
-        self.per_lane = self.sizes[0] // (lanes * grain) * grain
+        # samples in lanes; the rest of a single source is shorter than a grain of every lane, and
+        # one lane has it all, so that its order does not depend on the grain
+        whole_grains = self.sizes[0] // (lanes * grain) * grain
+        self.per_lane = self.sizes[0] if lanes == 1 else whole_grains
         self.total = sum(self.sizes) if epoch_samples is None else epoch_samples
         # lanes of a mixture may be at the end of one line and at the beginning of the next
         self._line = lru_cache(maxsize=4 * len(counts))(self._new_line)

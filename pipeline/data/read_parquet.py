@@ -107,7 +107,7 @@ def _block(batch: pa.RecordBatch, shard: Shard, rows: NDArray[np.int64]) -> Bloc
         labels=numbers("label", -1),
         keys=column("key"),
         captions=column("caption"),
-        teacher=_teacher(column(TEACHER)) if TEACHER in batch.schema.names else None,
+        teacher=teacher_of(column(TEACHER)) if TEACHER in batch.schema.names else None,
     )
     return checked(block, shard)
 
@@ -149,7 +149,7 @@ def _plane(column: pa.Array) -> Plane:
     return Plane(every, places.astype(np.int64))
 
 
-def _teacher(column: pa.Array) -> NDArray[np.float16]:
+def teacher_of(column: pa.Array) -> NDArray[np.float16]:
     """Embeddings [K, D] from lists or fixed-size binaries of halves; one length for all rows."""
     if column.null_count:
         raise ValueError(f"{column.null_count} ok rows have no teacher embedding")

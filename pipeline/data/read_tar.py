@@ -106,7 +106,7 @@ def _members(view: memoryview) -> Iterator[Member]:
             info = archive.next()
             if info is None:
                 return
-            if not info.isreg():
+            if not info.isreg() or info.issparse() or info.size < 0:
                 raise ValueError(f"member {info.name} is not a regular file")
             archive.members.clear()
             name, size, offset = info.name, info.size, info.offset_data
@@ -118,7 +118,10 @@ def _members(view: memoryview) -> Iterator[Member]:
 
 def _block(data: NDArray[np.uint8], shard: Shard, rows: list[Row]) -> Block:
     def numbers(name: str, null: int, dtype: type) -> NDArray:
-        return np.array([null if (v := row.get(name)) is None else v for row in rows], dtype)
+        values = [null if (v := row.get(name)) is None else v for row in rows]
+        if np.array(values).dtype.kind != "i":
+            raise ValueError(f"{name} is not a whole number everywhere")
+        return np.array(values, dtype)
 
     def strings(name: str) -> pa.Array:
         return pa.array([row.get(name) for row in rows], pa.string())

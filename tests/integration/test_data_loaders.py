@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,22 +108,40 @@ def test_the_dataset_of_workers_does_not_know_how_far_they_are(dst: str) -> None
     assert dataset.state_dict()["epoch"] == 1
 
 
-def test_an_epoch_that_workers_read_again_is_said(dst: str, tmp_path: Path) -> None:
-    """Without set_epoch they would do so for ever."""
-    dataset = dataset_of(dst)
-    first = keys_of(loader_of(dataset, 2))
-    file = logging.FileHandler(tmp_path / "log")  # forked workers write to it, too
+@contextmanager
+def log_of(path: Path) -> Iterator[None]:
+    """What the dataset logs in this process and those that it forks, in a file."""
+    file = logging.FileHandler(path)
     logger = logging.getLogger("pipeline.data.dataset")
     logger.addHandler(file)
     try:
-        assert keys_of(loader_of(dataset, 2)) == first
-        dataset.set_epoch(1)
-        assert keys_of(loader_of(dataset, 2)) != first
+        yield
     finally:
         logger.removeHandler(file)
         file.close()
+
+
+def test_an_epoch_that_workers_read_again_is_said(dst: str, tmp_path: Path) -> None:
+    """Without set_epoch they would do so for ever."""
+    dataset = dataset_of(dst, lanes=2)
+    with log_of(tmp_path / "log"):
+        first = keys_of(loader_of(dataset, 2))
+        assert keys_of(loader_of(dataset, 2)) == first
+        dataset.set_epoch(1)
+        assert keys_of(loader_of(dataset, 2)) != first
     said = (tmp_path / "log").read_text().splitlines()
     assert said == ["epoch 0 is read again: call set_epoch before each epoch"]
+
+
+def test_workers_that_read_the_same_shards_are_said_once(dst: str, tmp_path: Path) -> None:
+    dataset = dataset_of(dst)
+    with log_of(tmp_path / "log"):
+        for epoch in range(2):
+            dataset.set_epoch(epoch)
+            list(loader_of(dataset, 3))
+    (said,) = (tmp_path / "log").read_text().splitlines()
+    assert "lanes is 1 with 3 ranks x workers" in said
+    assert "lanes=3" in said
 
 
 def test_workers_errors_name_the_shard(tmp_path: Path) -> None:

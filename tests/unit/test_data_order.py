@@ -185,6 +185,15 @@ def test_a_window_mixes_so_many_shards(order: EpochOrder) -> None:
     assert all(len(order.window(key).pieces) <= order.shuffle_shards for key in keys)
 
 
+@given(orders(), st.integers(1, 12))
+def test_the_order_of_one_lane_does_not_depend_on_the_batch(order: EpochOrder, grain: int) -> None:
+    one, other = (
+        EpochOrder(order.counts, order.key[1], seed=order.key[0], grain=g)
+        for g in (order.grain, grain)
+    )
+    assert samples_of(one, 0, one.total) == samples_of(other, 0, one.total)
+
+
 def test_unshuffled_is_as_stored() -> None:
     order = EpochOrder([np.array([3, 0, 2])], 7, seed=5, grain=2, shuffle=False)
     assert samples_of(order, 0, 5) == everything(order)

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from pipeline import write
 from pipeline.data import SplatDataset, TrainBatch
 from pipeline.data.batch import values_of
+from pipeline.data.read_parquet import teacher_of
 from pipeline.pack import splats_of
 from pipeline.shards import read_rows, shard_metadata_of
 from schemas.errors import CorruptShardError, FormatVersionError, UsageError
@@ -126,7 +129,7 @@ def test_a_budget_that_is_not_there(dst: str, asked: int) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_nested_shard_serves_each_of_its_budgets(tmp_path: Path, format: str, codec: str) -> None:
     budgets = (4, 9, 12)
-    rows = make_dataset(str(tmp_path), [6, 3], format, codec, budgets=budgets)
+    rows = make_dataset(str(tmp_path), [3, 1], format, codec, budgets=budgets)
     metadata = metadata_of(splat_config(format, codec, 12, budgets))
     for budget in (*budgets, None):
         n = budget or 12
@@ -450,6 +453,7 @@ def test_a_mixture_takes_its_shares_and_resumes(tmp_path: Path) -> None:
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 2, "rank": 1}, "rank is 1"),
+        ({"batch_size": 2, "rank": -1}, "rank is -1"),
         ({"batch_size": 2, "lanes": 0}, "lanes is 0"),
         ({"batch_size": 2, "shuffle_shards": 1.5}, "shuffle_shards is 1.5"),
         ({"batch_size": 2, "epoch_samples": 9}, "epoch_samples is 9"),
@@ -561,6 +565,7 @@ def test_mutated_files_end_in_an_error_that_names_them(tmp_path: Path, format: s
         ({"num_gaussians": 0}, "num_gaussians"),
         ({"width": None}, "width"),
         ({"height": -3}, "height"),
+        ({"height": 2**31 - 1, "num_gaussians": N + 1}, "num_gaussians"),
         ({"status": "corrupt_image"}, "2 ok rows, its marker says 3"),
     ],
 )
@@ -596,3 +601,18 @@ def test_a_batch_moves_as_one_tensor(dst: str) -> None:
     assert values_of(moved.splats) is not None
     copied = batch.to("cpu")
     assert same(copied, batch)
+
+
+@pytest.mark.parametrize("kind", ["list", "fixed list", "binary"])
+def test_teacher_embeddings_of_any_layout(kind: str) -> None:
+    """Slices, too: the column's rows are not at its buffer's beginning."""
+    values = np.arange(12, dtype=np.float16).reshape(4, 3)
+    column = {
+        "list": pa.array(list(values), pa.list_(pa.float16())),
+        "fixed list": pa.array(list(values), pa.list_(pa.float16(), 3)),
+        "binary": pa.array([row.tobytes() for row in values], pa.binary(6)),
+    }[kind]
+    assert (teacher_of(column) == values).all()
+    assert (teacher_of(column[1:3]) == values[1:3]).all()
+    with pytest.raises(ValueError, match="no teacher"):
+        teacher_of(pa.concat_arrays([column, pa.nulls(1, column.type)]))
