@@ -99,7 +99,7 @@ def decode(planes: list[dict[str, bytes]]) -> Codes:
         bits[:, HEADER.size :],
         torch.arange(n) < counts[:, None],
         (torch.tensor(steps), torch.tensor(levels), torch.tensor(cell_logs)),
-        torch.tensor([len(one["bits"]) - HEADER.size for one in planes]),
+        torch.tensor([max(0, len(one["bits"]) - HEADER.size) for one in planes]),
     )
 
 
@@ -189,7 +189,11 @@ def split(member: bytes) -> dict[str, bytes]:
         if not 0 < n <= MAX_GAUSSIANS or size > len(member) - MEMBER.size:
             raise ValueError(f"{n} Gaussians in {size} of {len(member)} bytes")
         symbols = member[MEMBER.size : MEMBER.size + size]
-        data = BROTLI.decompress(symbols, decompressed_size=7 * n, asbytes=True)
+        # Codec.decompress returns memory as it was where a stream is shorter than promised
+        with pa.CompressedInputStream(pa.BufferReader(symbols), "brotli") as stream:
+            data = stream.read(7 * n + 1)
+        if len(data) != 7 * n:
+            raise ValueError(f"{n} Gaussians in {len(data)} symbols")
     except (struct.error, OSError, ValueError) as e:
         raise CorruptShardError(f"a payload cannot be taken apart: {e}") from e
     parts = [data[i * n : (i + 1) * n] for i in range(7)]

@@ -102,7 +102,7 @@ def allowed_error(
 ) -> Tensor:
     """Squared error [B] that takes `max_loss_db` from the PSNR of `splats`, or from 60 dB."""
     fit_error = squared_error(splats, target, torch.zeros_like(target), cutoff, backend)
-    return (10 ** (max_loss_db / 10) - 1) * fit_error.clamp(min=FLOOR * target[0].numel())
+    return (10 ** (max_loss_db / 10) - 1) * fit_error.clamp(min=FLOOR * math.prod(target.shape[1:]))
 
 
 def on_grid(splats: Splats, solved: Splats, step: Tensor, target: Tensor) -> Codes:
@@ -149,9 +149,11 @@ def color_codes(splats: Splats, step: Tensor) -> tuple[Tensor, Tensor]:
     size = (splats.cholesky[..., 0].double().log2() + splats.cholesky[..., 2].double().log2()) / 2
     scale = math.sqrt(math.pi) * size.exp2()
     amplitudes = splats.colors.double() * scale[..., None] @ opponent(size.device).T
-    amplitudes = torch.where(splats.mask[..., None], amplitudes, 0)
-    step = torch.maximum(step, amplitudes.abs().flatten(1).amax(1) / (MAX_CODE - 2))
-    step = step.clamp(*STEP_RANGE).float().double()
+    # a fit may be finite and yet too large to be rendered; what it gets need only be valid
+    amplitudes = torch.where(splats.mask[..., None], amplitudes, 0).nan_to_num()
+    if amplitudes.numel():
+        step = torch.maximum(step, amplitudes.abs().flatten(1).amax(1) / (MAX_CODE - 2))
+    step = step.nan_to_num(nan=STEP_RANGE[1]).clamp(*STEP_RANGE).float().double()
     codes = (amplitudes / step[:, None, None]).round().clamp(-MAX_CODE + 1, MAX_CODE - 1)
     return step, codes.long()
 
