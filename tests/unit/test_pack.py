@@ -1,4 +1,7 @@
-"""Payload codecs: error bounds, order, padding, and payloads that are not what they should be."""
+"""Payloads as a writer makes them: fp16's bounds, order, padding, and bytes that are no payload.
+
+test_codec.py has balanced and compact.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.pack import finite_images, gaussians_in, pack, spatial_order, unpack
+from pipeline.kernels.backend import select_backend
+from pipeline.pack import finite_images, gaussians_in, pack, spatial_order, splats_of, unpack
 from pipeline.splats import Splats
 from schemas.errors import CorruptShardError
-from schemas.splats import CODECS, HEADER_BYTES
-from tests.rows import CODEC_NAMES, HEIGHT, WIDTH, random_splats, values_of
-
-SIDE = np.array([WIDTH, HEIGHT])
+from schemas.splats import CODECS, PLANAR, PLANES, shard_metadata
+from tests.rows import CUTOFF, HEIGHT, WIDTH, packed, random_splats, target_of, values_of
 
 GAUSSIANS = st.lists(
     st.tuples(
@@ -39,16 +41,15 @@ def one_gaussian_each(gaussians: list[tuple[float, ...]]) -> Splats:
     return Splats(values[..., :2], values[..., 2:5], values[..., 5:], mask)
 
 
-def round_trip(splats: Splats, codec: str) -> np.ndarray:
-    """Unpacked values, float64 [B, N, 8]."""
-    unpacked = unpack(pack(splats, HEIGHT, WIDTH, codec), HEIGHT, WIDTH, codec)
-    return values_of(unpacked).double().numpy()
+def round_trip(splats: Splats) -> np.ndarray:
+    """Values after fp16, float64 [B, N, 8]."""
+    return values_of(unpack(packed(splats, "fp16"), HEIGHT, WIDTH, "fp16")).double().numpy()
 
 
 @given(GAUSSIANS)
 def test_fp16_is_within_half_a_unit_in_the_last_place(gaussians: list[tuple[float, ...]]) -> None:
     splats = one_gaussian_each(gaussians)
-    found = round_trip(splats, "fp16")[:, 0]
+    found = round_trip(splats)[:, 0]
     wanted = values_of(splats).numpy()[:, 0]
     wanted[:, [2, 4]] = np.maximum(wanted[:, [2, 4]], 2.0**-14)
     centre = np.array([WIDTH / 2, HEIGHT / 2, *[0] * 6])
@@ -60,57 +61,40 @@ def test_fp16_is_within_half_a_unit_in_the_last_place(gaussians: list[tuple[floa
 
 
 @given(GAUSSIANS)
-def test_q11_is_within_half_a_step(gaussians: list[tuple[float, ...]]) -> None:
-    splats = one_gaussian_each(gaussians)
-    found, wanted = round_trip(splats, "q11")[:, 0], values_of(splats).numpy()[:, 0]
-    position = wanted[:, :2].clip(-SIDE / 2, SIDE * 1.5)
-    assert (np.abs(found[:, :2] - position) <= 2 * SIDE / 65535 / 2 + 1e-5).all()
-    diagonal = wanted[:, [2, 4]].clip(2.0**-5, 2.0 ** (1023 / 64 - 5))
-    assert (np.abs(np.log2(found[:, [2, 4]] / diagonal)) <= 1 / 128 + 1e-6).all()
-    slope = wanted[:, 3] / np.maximum(wanted[:, 2], 2.0**-5)
-    shear = np.arcsinh(slope * found[:, 2] / found[:, 4] / 2).clip(-2047 / 384, 2047 / 384)
-    assert (np.abs(np.arcsinh(found[:, 3] / found[:, 4] / 2) - shear) <= 0.5 / 384 + 1e-6).all()
-    scale = np.abs(wanted[:, 5:]).max(1, keepdims=True).astype(np.float32).astype(float)
-    scale = np.where(scale > 0, scale, 1)
-    codes = [np.sign(c) * np.sqrt(np.abs(c) / scale) * 127 for c in (found[:, 5:], wanted[:, 5:])]
-    assert (np.abs(codes[0] - codes[1]) <= 0.5 + 1e-3).all()
-
-
-@pytest.mark.parametrize("codec", CODEC_NAMES)
-@given(GAUSSIANS)
-def test_what_is_stored_is_finite_and_positive_and_packs_to_itself(
-    codec: str, gaussians: list[tuple[float, ...]]
+def test_fp16_is_finite_and_positive_and_packs_to_itself(
+    gaussians: list[tuple[float, ...]],
 ) -> None:
     batch = one_gaussian_each(gaussians)
     one_image = Splats(*(x.transpose(0, 1) for x in vars(batch).values()))
-    payloads = pack(one_image, HEIGHT, WIDTH, codec)
-    stored = unpack(payloads, HEIGHT, WIDTH, codec)
-    assert len(payloads[0]) == HEADER_BYTES[codec] + CODECS[codec] * len(gaussians)
+    payloads = packed(one_image, "fp16")
+    stored = unpack(payloads, HEIGHT, WIDTH, "fp16")
+    assert len(payloads[0]["splats"]) == 16 * len(gaussians)
     assert finite_images(stored).all()
     assert (stored.cholesky[..., ::2] > 0).all()
-    assert pack(stored, HEIGHT, WIDTH, codec) == payloads
+    again = unpack(packed(stored, "fp16"), HEIGHT, WIDTH, "fp16")
+    assert torch.equal(values_of(again), values_of(stored))
 
 
-@pytest.mark.parametrize("codec", CODEC_NAMES)
-def test_gaussians_are_kept_whatever_their_order(codec: str) -> None:
+def test_gaussians_are_kept_whatever_their_order() -> None:
     splats = random_splats(1, 200)
     backwards = Splats(*(x.flip(1) for x in vars(splats).values()))
-    found, found_backwards = (round_trip(s, codec)[0] for s in (splats, backwards))
+    found, found_backwards = (round_trip(s)[0] for s in (splats, backwards))
     assert sorted(found.tolist()) == sorted(found_backwards.tolist())
     alone = Splats(*(x.transpose(0, 1) for x in vars(splats).values()))
-    wanted = round_trip(alone, codec)[:, 0]
-    columns = slice(0, 8 if codec == "fp16" else 5)  # q11 scales colours by their largest
-    assert sorted(found[:, columns].tolist()) == sorted(wanted[:, columns].tolist())
+    assert sorted(found.tolist()) == sorted(round_trip(alone)[:, 0].tolist())
 
 
-@pytest.mark.parametrize("codec", CODEC_NAMES)
-def test_padding_is_masked_and_harmless(codec: str) -> None:
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("budgets", [(), (3, 9)])
+def test_padding_is_masked_and_harmless(codec: str, budgets: tuple[int, ...]) -> None:
     splats = random_splats(3, 9)
     counts = torch.tensor([9, 0, 4])
     splats = replace(splats, mask=torch.arange(9) < counts[:, None])
-    payloads = pack(splats, HEIGHT, WIDTH, codec)
-    assert payloads[1] == b""
-    assert [gaussians_in(p, codec) for p in payloads] == [9, 0, 4]
+    payloads = packed(splats, codec, budgets)
+    empty = dict.fromkeys(PLANES, b"") if codec in PLANAR else b""
+    assert payloads[1] == dict.fromkeys(payloads[0], empty)
+    own = [[gaussians_in(p, codec) for p in payload.values()] for payload in payloads]
+    assert own == ([[3, 6], [0, 0], [3, 1]] if budgets else [[9], [0], [4]])
     found = unpack(payloads, HEIGHT, WIDTH, codec)
     assert found.mask.equal(splats.mask)
     assert (found.cholesky[..., ::2][~found.mask] == 1).all()
@@ -121,46 +105,70 @@ def test_padding_is_masked_and_harmless(codec: str) -> None:
 
 def test_no_images_and_only_empty_images() -> None:
     assert unpack([], HEIGHT, WIDTH, "fp16").means.shape == (0, 0, 2)
-    assert unpack([b"", b""], HEIGHT, WIDTH, "q11").means.shape == (2, 0, 2)
-    assert pack(random_splats(2, 0), HEIGHT, WIDTH, "q11") == [b"", b""]
+    assert unpack([{"splats": b""}] * 2, HEIGHT, WIDTH, "q11").means.shape == (2, 0, 2)
+    assert packed(random_splats(2, 0), "fp16") == [{"splats": b""}] * 2
 
 
-def test_a_black_sample_has_the_scale_zero() -> None:
-    black = random_splats(1, 5)
-    black = replace(black, colors=torch.zeros_like(black.colors))
-    (payload,) = pack(black, HEIGHT, WIDTH, "q11")
-    assert payload[:4] == bytes(4)
-    assert (unpack([payload], HEIGHT, WIDTH, "q11").colors == 0).all()
+def test_a_budget_of_a_row_without_some_is_all_of_it() -> None:
+    (payload,) = packed(random_splats(1, 6), "fp16")
+    row = payload | {"height": HEIGHT, "width": WIDTH}
+    for metadata in (shard_metadata("fp16", CUTOFF, {}), {"format_version": 1, "codec": "fp16"}):
+        assert splats_of(row, metadata).num_gaussians.tolist() == [6]
 
 
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("field", ["means", "cholesky", "colors"])
-def test_values_that_are_not_finite_name_the_image(field: str, value: float) -> None:
+def test_values_that_are_not_finite_name_the_image(field: str, value: float, codec: str) -> None:
     splats = random_splats(3, 4)
+    target = target_of(splats)
     getattr(splats, field)[1, 2, 1] = value
+    backend = select_backend("reference")
     with pytest.raises(ValueError, match=r"images \[1\]"):
-        pack(splats, HEIGHT, WIDTH, "fp16")
+        pack(splats, target, codec, CUTOFF, backend)
     assert finite_images(splats).tolist() == [True, False, True]
     masked = replace(splats, mask=splats.mask & finite_images(splats)[:, None])
-    assert pack(masked, HEIGHT, WIDTH, "fp16")[1] == b""
+    (_, empty, _) = pack(masked, target, codec, CUTOFF, backend)
+    assert gaussians_in(empty["splats"], codec) == 0
 
 
 @pytest.mark.parametrize(("codec", "size"), [("fp16", 15), ("fp16", 1), ("q11", 4), ("q11", 16)])
 def test_a_payload_of_the_wrong_length_is_corrupt(codec: str, size: int) -> None:
     with pytest.raises(CorruptShardError, match=f"{codec} payload of {size} bytes"):
-        unpack([b"", bytes(size)], HEIGHT, WIDTH, codec)
+        unpack([{"splats": b""}, {"splats": bytes(size)}], HEIGHT, WIDTH, codec)
+
+
+@pytest.mark.parametrize("name", PLANES)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_planes_of_different_lengths_are_corrupt(name: str, change: int) -> None:
+    (payload,) = packed(random_splats(1, 5), "balanced")
+    plane = payload["splats"][name]
+    payload["splats"][name] = (plane + b"\0")[: len(plane) + change]
+    words = "do not fit together"
+    with pytest.raises(CorruptShardError, match=words):
+        unpack([payload], HEIGHT, WIDTH, "balanced")
+
+
+def test_payloads_of_another_codec_are_corrupt() -> None:
+    (planes,), (bytes_,) = (
+        packed(random_splats(1, 5), "compact"),
+        packed(random_splats(1, 5), "fp16"),
+    )
+    for payload, codec in ((planes, "fp16"), (planes, "q11"), (bytes_, "compact")):
+        with pytest.raises(CorruptShardError, match=f"is no payload of codec '{codec}'"):
+            unpack([payload], HEIGHT, WIDTH, codec)
 
 
 def test_an_unknown_codec_is_corrupt() -> None:
     with pytest.raises(CorruptShardError, match="unknown codec 'zip'"):
-        unpack([], HEIGHT, WIDTH, "zip")
+        unpack([{"splats": b"1"}], HEIGHT, WIDTH, "zip")
 
 
-@pytest.mark.parametrize("codec", CODEC_NAMES)
+@pytest.mark.parametrize("codec", ["fp16", "q11"])
 @given(data=st.binary(max_size=100))
 def test_any_bytes_unpack_or_are_corrupt(codec: str, data: bytes) -> None:
     try:
-        splats = unpack([data], HEIGHT, WIDTH, codec)
+        splats = unpack([{"splats": data}], HEIGHT, WIDTH, codec)
     except CorruptShardError:
         return
     assert splats.means.shape[1] == gaussians_in(data, codec)
