@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data.cache import ShardCache
 from pipeline.data.catalog import Shard
+from pipeline.storage import Stat
 from schemas.errors import CorruptShardError, SourceError, SplatshardError
 
 
@@ -39,19 +40,7 @@ class ShardFiles:
     def open(self, shard: Shard) -> BinaryIO:
         """Raises CorruptShardError for a file that is missing, truncated or another, naming it;
         UnavailableError, and what the cache raises."""
-        try:
-            found = storage.stat(shard.url)
-        except SourceError as e:
-            if isinstance(e.__cause__, FileNotFoundError):
-                raise CorruptShardError(
-                    f"{shard.url} is missing, though its marker names it: {shard.remedy}"
-                ) from e
-            raise
-        if found.size_bytes != shard.size_bytes:
-            raise CorruptShardError(
-                f"{shard.url} has {found.size_bytes} bytes, its marker says {shard.size_bytes}: "
-                f"{shard.remedy}"
-            )
+        found = look_for(shard)
         if not storage.is_local(shard.url):
             return self.cache.open(shard.url, found.etag, shard.size_bytes, shard.sha256)
         stream = storage.local_path(shard.url).open("rb")
@@ -65,6 +54,24 @@ class ShardFiles:
             stream.seek(0)
             self._verified.add(version)
         return stream
+
+
+def look_for(shard: Shard) -> Stat:
+    """Raises CorruptShardError when the file is missing or has another size; UnavailableError."""
+    try:
+        found = storage.stat(shard.url)
+    except SourceError as e:
+        if isinstance(e.__cause__, FileNotFoundError):
+            raise CorruptShardError(
+                f"{shard.url} is missing, though its marker names it: {shard.remedy}"
+            ) from e
+        raise
+    if found.size_bytes != shard.size_bytes:
+        raise CorruptShardError(
+            f"{shard.url} has {found.size_bytes} bytes, its marker says {shard.size_bytes}: "
+            f"{shard.remedy}"
+        )
+    return found
 
 
 @contextmanager
