@@ -1,12 +1,12 @@
 """What `benchmarks.read` reads: photographs as splat shards, as JPEG tars, as plain samples.
 
-All of it is made of the 400 photographs of datacomp-sample at 224 px. They are fitted once for each
-N (100 steps; one to two minutes per N and core); `fits-{N}.npz` keeps that between runs. A run that
+All of it is made of photographs of datacomp-sample at 224 px. They are fitted once for each N (100
+steps; 38 to 70 s for all 400 on one core); `fits-{N}.npz` keeps that between runs. A run that
 lasts long enough needs more rows, and rows must not repeat within a file, where compression would
 find them: so each photograph stands there eight times, mirrored and turned, which is exact on
 splats. Whole files are then copied under new names until there are enough rows.
 
-PSNR and bytes per image are those of the 400 upright ones, in a shard of their own.
+PSNR and bytes per image are those of the upright ones, in a shard of their own.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from schemas.splats import EXTENSIONS, PLANAR, shard_metadata
 
 SIZE = 224
 """Side of the images, px."""
-COPIES = {400: 3, 900: 2, 1600: 1, 3136: 1}
-"""Files of 8 x 400 rows by N, so that an epoch lasts a few tenths of a second at every N."""
+ROWS = {400: 9600, 900: 6400}
+"""Rows of all files by N, 3200 for others: so an epoch lasts a few tenths of a second."""
 TURNS = 8
-JPEG_COPIES = 2
+JPEG_ROWS = 800
 BATCH = 16
 
 
@@ -73,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Fits:
-    """Photographs and their fits: rows as far as known before packing, uint8 [400, S, S, 3]."""
+    """Photographs and their fits: rows as far as known before packing, uint8 [B, S, S, 3]."""
 
     rows: list[dict[str, Any]]
     pixels: torch.Tensor
@@ -90,7 +90,7 @@ def config_of(n: int, codec: str, format: str) -> ConvertConfig:
 
 def fits(n: int, folder: Path, images: int) -> Fits:
     """The first `images` photographs fitted with `n` Gaussians; from `folder` where it has them."""
-    path = folder / f"fits-{n}-{images}.npz"
+    path = folder / f"fits-{n}.npz"
     if not path.exists():
         made = make_fits(n, images)
         means, cholesky, colors = made.splats.means, made.splats.cholesky, made.splats.colors
@@ -147,6 +147,7 @@ def turned(splats: Splats, turn: int, size: int) -> Splats:
 def splat_shards(n: int, codec: str, folder: Path, images: int) -> dict[str, Source]:
     """Shards of `n` Gaussians per image in each format below `folder`, made unless they are
     there."""
+    copies = max(1, ROWS.get(n, 3200) // (images * TURNS))
     names = {format: f"{format}-{codec}-{n}" for format in EXTENSIONS}
     notes = {format: folder / f"{name}.json" for format, name in names.items()}
     if not all(note.exists() for note in notes.values()):
@@ -156,7 +157,7 @@ def splat_shards(n: int, codec: str, folder: Path, images: int) -> dict[str, Sou
             config = config_of(n, codec, format)
             shutil.rmtree(folder / name, ignore_errors=True)
             first = commit(folder / name, "00000000", rows, config)
-            for copy in range(1, COPIES[n]):
+            for copy in range(1, copies):
                 data_file = f"copy-{copy}-{first.data_file}"
                 shutil.copyfile(folder / name / first.data_file, folder / name / data_file)
                 marker = replace(first, name=f"{copy:08d}", data_file=data_file)
@@ -166,7 +167,7 @@ def splat_shards(n: int, codec: str, folder: Path, images: int) -> dict[str, Sou
             payload = payload_bytes(folder / "upright" / upright.data_file, format)
             quality = upright.statistics["psnr_mean"]
             write_note(notes[format], images, upright.size_bytes, payload, quality)
-    rows_of_all = images * TURNS * COPIES[n]
+    rows_of_all = images * TURNS * copies
     return {name: source_of(folder / names[name], notes[name], rows_of_all) for name in EXTENSIONS}
 
 
@@ -268,11 +269,12 @@ def jpeg_tars(folder: Path, images: int, quality: int | None) -> Source:
     """
     dst = folder / (f"jpeg-224-q{quality}" if quality else "jpeg-original")
     note = dst.with_suffix(".json")
+    copies = max(1, JPEG_ROWS // images)
     if not note.exists():
         shutil.rmtree(dst, ignore_errors=True)
         dst.mkdir()
         payload, quality_db = [], []
-        for copy in range(JPEG_COPIES):
+        for copy in range(copies):
             with tarfile.open(dst / f"{copy:08d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
                 for sample in photographs(images):
                     data, decibels = jpeg_of(sample.image, quality)
@@ -286,7 +288,7 @@ def jpeg_tars(folder: Path, images: int, quality: int | None) -> Source:
                         tar.addfile(info, io.BytesIO(data))
         size = sum(path.stat().st_size for path in dst.glob("*.tar"))
         write_note(note, len(payload), size, sum(payload), mean(quality_db))
-    return source_of(dst, note, images * JPEG_COPIES)
+    return source_of(dst, note, images * copies)
 
 
 def jpeg_of(image: bytes, quality: int | None) -> tuple[bytes, float]:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import read_peers
 from pipeline.commit import mark_failed
 from pipeline.data import SplatDataset
-from pipeline.pack import splats_of
+from pipeline.pack import pack_fp16, splats_of, unpack
 from pipeline.shards import read_rows, shard_metadata_of
-from tests.rows import make_ref, values_of
+from tests.rows import make_ref, random_splats, values_of
 from tests.splat_shards import commit, rows_of, splat_config
 
 pytestmark = [
@@ -147,3 +148,14 @@ def test_recipes_are_short(title: str) -> None:
     (code,) = SECTIONS[title]
     lines = [line for line in code.splitlines() if line and not re.match(r"(from|import) ", line)]
     assert len(lines) <= 11
+
+
+def test_peers_are_timed_on_the_same_floats() -> None:
+    """benchmarks.read's stand-in for our decoding, that litdata and streaming are timed with."""
+    splats = random_splats(3, 20)
+    payloads = pack_fp16(splats, read_peers.SIZE, read_peers.SIZE)
+    samples = [{"key": "k", "caption": "c", "splats": payload} for payload in payloads]
+    own = unpack([{"splats": p} for p in payloads], read_peers.SIZE, read_peers.SIZE, "fp16")
+    found = read_peers.batch_of(samples, 20)
+    assert found["splats"].equal(values_of(own))
+    assert found["splats"].is_contiguous()
