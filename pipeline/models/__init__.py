@@ -1,0 +1,16 @@
+"""Models on splats; start at encoder.py. `build_model` makes the one a config describes."""
+
+from __future__ import annotations
+
+from pipeline.models.classifier import SplatClassifier
+from pipeline.models.clip import SplatCLIP
+from pipeline.models.encoder import SplatEncoder
+from pipeline.models.patches import PatchEncoder
+from schemas.model import ModelConfig
+
+__all__ = ["PatchEncoder", "SplatCLIP", "SplatClassifier", "SplatEncoder", "build_model"]
+
+
+def build_model(config: ModelConfig) -> SplatCLIP | SplatClassifier:
+    """A classifier if `config.num_classes` is set, else a CLIP; weights from torch's generator."""
+    return SplatCLIP(config) if config.num_classes is None else SplatClassifier(config)

@@ -1,0 +1,111 @@
+"""The splat encoder: stem, resampler, and the blocks of transformers' CLIP vision model.
+
+    B images, N Gaussians, T tokens, D width
+
+    splats -> stem [B, N, D] -> resampler [B, T, D] -> CLS in front -> blocks -> CLS [B, D]
+
+After arXiv 2509.22615. The blocks and norms have the names they have in PatchEncoder, so that an
+RGB model's state dict fits; what stood before them, class and position embeddings, becomes the
+CLS token and the latents (`init_from_patches`).
+
+Left out: dropout and stochastic depth, which CLIP does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from pipeline.models.resampler import Resampler
+from pipeline.models.stem import SplatStem, normalised_means, without_padding
+from pipeline.splats import Splats
+from schemas.model import EncoderConfig
+
+
+class SplatEncoder(nn.Module):
+    """Splats to the CLS token after the final norm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        model = CLIPVisionModel(vision_config(config))
+        self.stem = SplatStem(config.stem, config.width)
+        self.resampler = Resampler(config.resampler, config.width, config.tokens)
+        self.class_embedding = nn.Parameter(model.embeddings.class_embedding.detach().clone())
+        self.pre_layrnorm = model.pre_layrnorm
+        self.encoder = model.encoder
+        self.post_layernorm = model.post_layernorm
+
+    def forward(
+        self, splats: Splats, heights: Tensor, widths: Tensor, tokens: int | None = None
+    ) -> Tensor:
+        """Splats of any N, and the images' sizes in px [B], to [B, D].
+
+        `tokens`: fewer than the config's, for speed.
+        """
+        x_BTD = self.tokens(splats, heights, widths, tokens)
+        cls_B1D = self.class_embedding.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
+        x_BTD = torch.cat((cls_B1D, x_BTD), 1)
+        return run_blocks(self, x_BTD, self.config.gradient_checkpointing)
+
+    def tokens(
+        self, splats: Splats, heights: Tensor, widths: Tensor, tokens: int | None = None
+    ) -> Tensor:
+        """What the blocks get, less CLS: [B, T, D]."""
+        splats = without_padding(splats)
+        means_BN2 = normalised_means(splats.means, heights, widths)
+        side_B = (heights.float() * widths.float()).sqrt()
+        x_BND = self.stem(splats, means_BN2, side_B)
+        return self.resampler(x_BND, splats, means_BN2, 2 / side_B, tokens)
+
+    @torch.no_grad()
+    def init_from_patches(self, state: dict[str, Tensor]) -> None:
+        """Take over a PatchEncoder's blocks, norms, CLS and position embeddings.
+
+        `state` as in PatchEncoder.state_dict(); the latents become the position embeddings at
+        their anchors (bilinear where the grids differ).
+        """
+        shared = ("pre_layrnorm.", "encoder.", "post_layernorm.")
+        blocks = {k: v for k, v in state.items() if k.startswith(shared)}
+        missing, unexpected = self.load_state_dict(blocks, strict=False)
+        missing = [k for k in missing if k.startswith(shared)]
+        assert not missing and not unexpected, (missing, unexpected)
+        positions_PD = state["embeddings.position_embedding.weight"].float()
+        self.class_embedding.copy_(state["embeddings.class_embedding"] + positions_PD[0])
+        side = round((len(positions_PD) - 1) ** 0.5)
+        grid_DHW = positions_PD[1:].T.unflatten(1, (side, side))
+        places = self.resampler.anchors[None, None].to(grid_DHW)
+        values = F.grid_sample(grid_DHW[None], places, padding_mode="border", align_corners=False)
+        self.resampler.latents.copy_(values[0, :, 0].T)
+
+
+def vision_config(config: EncoderConfig) -> CLIPVisionConfig:
+    """transformers' configuration of the same blocks."""
+    return CLIPVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=round(config.width * config.mlp_ratio),
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_act=config.activation,
+        layer_norm_eps=config.layer_norm_eps,
+        attn_implementation="sdpa",
+    )
+
+
+def run_blocks(model: nn.Module, x_BTD: Tensor, checkpointed: bool) -> Tensor:
+    """Pre-norm, blocks, final norm of `model`; the first token, [B, D]."""
+    x_BTD = cast(nn.Module, model.pre_layrnorm)(x_BTD)
+    for block in cast(Iterable[Any], cast(Any, model.encoder).layers):
+        if checkpointed and model.training:
+            x_BTD = checkpoint(block, x_BTD, None, use_reentrant=False)
+        else:
+            x_BTD = block(x_BTD, None)
+    return cast(nn.Module, model.post_layernorm)(x_BTD[:, 0])

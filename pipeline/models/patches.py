@@ -1,0 +1,43 @@
+"""The RGB twin of the splat encoder: transformers' CLIP vision model on patches.
+
+    B images, T patches, D width
+
+Parameters are named as in transformers' CLIPVisionModel, the blocks', norms' and projection's
+also as in SplatEncoder: a state dict of one fits the other there.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+from pipeline.models.encoder import run_blocks, vision_config
+from schemas.model import EncoderConfig
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of OpenAI's and most of open_clip's models, for pixels 0 to 1."""
+
+
+class PatchEncoder(nn.Module):
+    """Pixels to the CLS token after the final norm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        model = CLIPVisionModel(vision_config(config))
+        self.embeddings = model.embeddings
+        self.pre_layrnorm = model.pre_layrnorm
+        self.encoder = model.encoder
+        self.post_layernorm = model.post_layernorm
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W], see `normalised`, to [B, D]; H and W are the config's `image_size`."""
+        x_BTD = self.embeddings(pixels)
+        return run_blocks(self, x_BTD, self.config.gradient_checkpointing)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] from 0 to 1, standardised as CLIP wants them."""
+    mean, std = (pixels.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std

@@ -1,0 +1,98 @@
+"""The stem: each Gaussian's parameters to one token.
+
+    B images, N Gaussians, F features, D width
+
+    means, scales, angle, colours -> log, Fourier -> LayerNorm -> Linear, GELU, Linear -> tokens
+
+After arXiv 2509.22615 (log transform, Fourier features, norm, linear), whose constants are not
+published; ours: means to [-1, 1] by the image's size, 8 bands; log of the two standard deviations
+over the image's side; (sin 2a, cos 2a) of the larger axis' angle a, which repeats after half a
+turn; colours standardised. So shards of 64 px and of 224 px are alike to the model.
+
+Padding is replaced before anything is computed of it: whatever it holds, NaN too, nothing of it
+goes on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.splats import Splats, covariances
+from schemas.model import StemConfig
+
+
+class SplatStem(nn.Module):
+    """Gaussians to tokens; see the module's docstring."""
+
+    def __init__(self, config: StemConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        features = 2 * (1 + 2 * config.bands) + 2 + 2 + 3
+        self.norm = nn.LayerNorm(features)
+        if config.hidden:
+            self.projection: nn.Module = nn.Sequential(
+                nn.Linear(features, config.hidden), nn.GELU(), nn.Linear(config.hidden, width)
+            )
+        else:
+            self.projection = nn.Linear(features, width)
+
+    def forward(self, splats: Splats, means_BN2: Tensor, side_B: Tensor) -> Tensor:
+        """Tokens [B, N, D]. `splats` without padding's values (see `without_padding`), `means_BN2`
+        in [-1, 1], `side_B` the images' side in px."""
+        # Fourier features reach a phase of 128 pi: in bfloat16 they would be noise
+        with torch.autocast(means_BN2.device.type, enabled=False):
+            x_BNF = features(splats, means_BN2, side_B, self.config)
+        return self.projection(self.norm(x_BNF))
+
+
+def features(splats: Splats, means_BN2: Tensor, side_B: Tensor, config: StemConfig) -> Tensor:
+    """float32 [B, N, F]: positions, their Fourier features, log scales, angle, colours."""
+    waves_BN2K = means_BN2[..., None] * wavenumbers(config.bands, means_BN2)
+    xx, xy, yy = covariances(splats.cholesky).unbind(-1)
+    half = (xx - yy) / 2
+    radius = torch.hypot(half, xy)
+    major = (xx + yy) / 2 + radius
+    determinant = (splats.cholesky[..., 0] * splats.cholesky[..., 2]).square()
+    variances_BN2 = torch.stack((major, determinant / major), -1)
+    log_scales_BN2 = variances_BN2.log() / 2 - side_B.log()[:, None, None]
+    # a circle has no angle: there both go to 0 instead of to whatever rounding says
+    radius = radius + 1e-6 * major
+    angle_BN2 = torch.stack((xy / radius, half / radius), -1)
+    mean, std = (splats.colors.new_tensor(x) for x in (config.color_mean, config.color_std))
+    return torch.cat(
+        (
+            means_BN2,
+            waves_BN2K.sin().flatten(2),
+            waves_BN2K.cos().flatten(2),
+            (log_scales_BN2 - config.log_scale_mean) / config.log_scale_std,
+            angle_BN2,
+            (splats.colors - mean) / std,
+        ),
+        -1,
+    )
+
+
+def wavenumbers(bands: int, like: Tensor) -> Tensor:
+    """pi 2^k for k below `bands`, on the device of `like`."""
+    return math.pi * 2.0 ** torch.arange(bands, device=like.device, dtype=like.dtype)
+
+
+def without_padding(splats: Splats) -> Splats:
+    """float32, every padding entry a black unit circle at the origin, whatever it was."""
+    mask = splats.mask[..., None]
+    circle = splats.cholesky.new_tensor((1.0, 0.0, 1.0), dtype=torch.float32)
+    return Splats(
+        torch.where(mask, splats.means.float(), 0.0),
+        torch.where(mask, splats.cholesky.float(), circle),
+        torch.where(mask, splats.colors.float(), 0.0),
+        splats.mask,
+    )
+
+
+def normalised_means(means_BN2: Tensor, heights_B: Tensor, widths_B: Tensor) -> Tensor:
+    """Means in px to [-1, 1] over the image (beyond where Gaussians hang over the border)."""
+    size_B2 = torch.stack((widths_B, heights_B), -1).to(means_BN2.dtype)
+    return 2 * means_BN2 / size_B2[:, None] - 1

@@ -1,0 +1,225 @@
+"""Configuration of the models: the splat encoder, its RGB twin, the text tower.
+
+Frozen keyword-only dataclasses, checked at construction. `to_dict` and `from_dict` go to and from
+the `config.json` of checkpoints and exports. The defaults are the published size (arXiv
+2509.22615): open_clip's ViT-M-16 with a stem and a resampler in place of the patch embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from schemas.errors import UsageError
+
+
+def _check(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UsageError(f"model config: {name} = {value}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StemConfig:
+    """One Gaussian's parameters to one token. Constants bring the inputs near mean 0, deviation
+    1; they belong to the weights."""
+
+    bands: int = 8
+    """Fourier bands of the positions: sin and cos of pi 2^k x for k below this, x in [-1, 1]."""
+    hidden: int = 512
+    """Width of the layer between features and tokens; 0 for a single linear projection, which
+    cannot multiply positions by colours."""
+    log_scale_mean: float = -3.6
+    """Of the natural logarithm of a Gaussian's standard deviations over the image's side."""
+    log_scale_std: float = 0.8
+    color_mean: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    """Of the Gaussians' colours (white is 1)."""
+    color_std: tuple[float, float, float] = (0.35, 0.35, 0.35)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.bands <= 16, "stem.bands", self.bands, "choose 0 to 16")
+        _check(self.hidden >= 0, "stem.hidden", self.hidden, "must not be negative")
+        _check(self.log_scale_std > 0, "stem.log_scale_std", self.log_scale_std, "must be positive")
+        _check(min(self.color_std) > 0, "stem.color_std", self.color_std, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """N tokens of Gaussians to a fixed number of tokens, by cross-attention from latents."""
+
+    layers: int = 1
+    """Cross-attention layers."""
+    heads: int = 8
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the layers' MLPs over the width; 0 for none."""
+    bias: Literal["none", "distance", "overlap"] = "distance"
+    """Added to attention from where a latent's anchor is. none: the published resampler. distance:
+    minus the squared distance to the Gaussian's mean. overlap: minus the squared Mahalanobis
+    distance under the Gaussian's covariance widened by the anchor spacing."""
+
+    def __post_init__(self) -> None:
+        _check(self.layers >= 1, "resampler.layers", self.layers, "must be positive")
+        _check(self.heads >= 1, "resampler.heads", self.heads, "must be positive")
+        _check(self.mlp_ratio >= 0, "resampler.mlp_ratio", self.mlp_ratio, "must not be negative")
+        kinds = ("none", "distance", "overlap")
+        _check(self.bias in kinds, "resampler.bias", self.bias, f"choose one of {', '.join(kinds)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A vision encoder: the blocks of transformers' CLIP behind splats or patches."""
+
+    input: Literal["splats", "patches"] = "splats"
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    """Hidden width of the blocks' MLPs over the width."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Of the blocks' MLPs; OpenAI's weights want quick_gelu."""
+    layer_norm_eps: float = 1e-5
+    tokens: int = 196
+    """Tokens without CLS. Of a splat encoder: its latents; of patches: (image_size /
+    patch_size)^2."""
+    patch_size: int = 16
+    """Side of a patch in px; patches only."""
+    image_size: int = 224
+    """Side of the image in px; patches only."""
+    stem: StemConfig = field(default_factory=StemConfig)
+    """Splats only."""
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    """Splats only."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "tokens", "patch_size", "image_size"):
+            value = getattr(self, name)
+            _check(value >= 1, f"encoder.{name}", value, "must be positive")
+        _check(
+            self.width % self.heads == 0,
+            "encoder.width",
+            self.width,
+            f"must be a multiple of {self.heads} heads",
+        )
+        _check(self.input in ("splats", "patches"), "encoder.input", self.input, "splats, patches")
+        _check(
+            self.activation in ("gelu", "quick_gelu"),
+            "encoder.activation",
+            self.activation,
+            "choose gelu or quick_gelu",
+        )
+        if self.input == "splats":
+            _check(
+                self.width % self.resampler.heads == 0,
+                "encoder.width",
+                self.width,
+                f"must be a multiple of the resampler's {self.resampler.heads} heads",
+            )
+        else:
+            side = self.image_size // self.patch_size
+            _check(
+                self.tokens == side * side,
+                "encoder.tokens",
+                self.tokens,
+                f"{self.image_size} px in patches of {self.patch_size} px are {side * side} tokens",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """CLIP's text tower."""
+
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    layer_norm_eps: float = 1e-5
+    vocab_size: int = 49408
+    context_length: int = 77
+    eos_token_id: int = -1
+    """The token whose place holds the text's embedding; -1 for the vocabulary's last one."""
+    tokenizer: str = "openai/clip-vit-base-patch32"
+    """Name on the Hugging Face hub, or a local folder with the tokenizer's files."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "vocab_size", "context_length"):
+            value = getattr(self, name)
+            _check(value >= 1, f"text.{name}", value, "must be positive")
+        _check(
+            self.width % self.heads == 0,
+            "text.width",
+            self.width,
+            f"must be a multiple of {self.heads} heads",
+        )
+        _check(
+            -1 <= self.eos_token_id < self.vocab_size,
+            "text.eos_token_id",
+            self.eos_token_id,
+            f"must be below the vocabulary's {self.vocab_size}",
+        )
+
+    @property
+    def eos(self) -> int:
+        """The end-of-text token."""
+        return self.vocab_size - 1 if self.eos_token_id < 0 else self.eos_token_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A CLIP (vision and text towers to one space) or a classifier (vision tower, linear head)."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    text: TextConfig | None = None
+    """None: no text tower; with `num_classes` also None, the vision side alone (stage 1)."""
+    embed_dim: int = 512
+    """Of the space shared by images and texts."""
+    num_classes: int | None = None
+    """Set: a classifier."""
+
+    def __post_init__(self) -> None:
+        _check(self.embed_dim >= 1, "embed_dim", self.embed_dim, "must be positive")
+        if self.num_classes is not None:
+            _check(self.num_classes >= 2, "num_classes", self.num_classes, "must be at least 2")
+            _check(
+                self.text is None, "num_classes", self.num_classes, "a classifier has no text tower"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Raises UsageError for a field this version does not know."""
+        values = dict(values)
+        encoder = dict(values.pop("encoder", {}))
+        stem = dict(encoder.pop("stem", {}))
+        for name in ("color_mean", "color_std"):
+            if name in stem:
+                stem[name] = tuple(stem[name])
+        text = values.pop("text", None)
+        return _make(
+            cls,
+            values,
+            encoder=_make(
+                EncoderConfig,
+                encoder,
+                stem=_make(StemConfig, stem),
+                resampler=_make(ResamplerConfig, dict(encoder.pop("resampler", {}))),
+            ),
+            text=None if text is None else _make(TextConfig, cast(dict[str, Any], text)),
+        )
+
+
+def _make(kind: type[Any], values: dict[str, Any], **parts: Any) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(
+            f"model config: {kind.__name__} has no field {unknown[0]!r}: "
+            "written by another version of splatshard, which can read it"
+        )
+    return kind(**values, **parts)
