@@ -85,9 +85,7 @@ def decode_rows(
 
     if codec == "fp16":
         data, offsets = columns[0]
-        kernel.decode_fp16(
-            data, offsets, rows, counts, heights, widths, kernel.halves(), start, out
-        )
+        kernel.decode_fp16(data, offsets, rows, counts, heights, widths, start, out)
         return
     kernel.decode_batch(columns, rows, counts, heights, widths, out, start)
 
