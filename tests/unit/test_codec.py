@@ -1,5 +1,5 @@
 """Codecs balanced and compact: the grid's bounds, planes that go round, two decoders that agree,
-losses within their limits, and payloads that are not what they should be."""
+and payloads that are not what they should be. test_codec_loss.py has what they lose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from pipeline.codec import column, decode_rows, planes, quantise, split_member
 from pipeline.codec.layout import (
@@ -35,16 +34,11 @@ from pipeline.codec.layout import (
     token_tables,
     tokens,
 )
-from pipeline.convert import packed_rows
-from pipeline.fit import fit
-from pipeline.kernels.backend import select_backend
-from pipeline.pack import gaussians_in, pack, splats_of, unpack
-from pipeline.splats import Splats, first
-from schemas.config import ConvertConfig, FitConfig, PackConfig
+from pipeline.pack import unpack
+from pipeline.splats import Splats
 from schemas.errors import CorruptShardError
-from schemas.splats import MAX_GAUSSIANS, MAX_LOSS_DB, PLANAR, PLANES, shard_metadata
-from tests.make import photo, shared_data
-from tests.rows import CUTOFF, HEIGHT, WIDTH, packed, random_splats, target_of, values_of
+from schemas.splats import MAX_GAUSSIANS, PLANES
+from tests.rows import HEIGHT, WIDTH, packed, random_splats, values_of
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 """Height and width, px."""
@@ -384,209 +378,6 @@ def test_offsets_outside_of_the_column_are_refused() -> None:
             bad = good | {name: type(good[name])(data, np.array(offsets, np.int64))}
             with pytest.raises(CorruptShardError):
                 decode_rows("compact", bad, row, five, one, one, np.zeros((1, 5, 8), np.float32))
-
-
-# Losses
-
-
-def fitted(pixels: np.ndarray, n: int, steps: int = 30) -> tuple[torch.Tensor, Splats]:
-    """Target [1, 3, H, W] and its fit."""
-    target = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-    splats, _ = fit(target, FitConfig(num_gaussians=n, steps=steps), select_backend("cpu"))
-    return target, splats
-
-
-def rows_of(target: torch.Tensor, splats: Splats, codec: str, nested: str = "") -> Any:
-    config = ConvertConfig(fit=FitConfig(nested=nested), pack=PackConfig(codec=codec))  # type: ignore[arg-type]
-    return packed_rows(target, splats, config, select_backend("cpu"))
-
-
-def shapes(height: int, width: int, seed: int) -> np.ndarray:
-    """Flat discs and bars on a gradient, with hard edges: uint8 [height, width, 3]."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    pixels = np.stack((x / width, y / height, 0.5 + 0 * x), -1) * 0.8
-    for _ in range(6):
-        cx, cy, radius = rng.uniform(0, (width, height, height / 3))
-        pixels[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = rng.uniform(0, 1, 3)
-    return (255 * pixels).astype(np.uint8)
-
-
-PICTURES = {
-    "photo": lambda: (photo(40, 32, 1), 40),
-    "dense": lambda: (photo(32, 48, 2), 150),
-    "shapes": lambda: (shapes(36, 36, 3), 60),
-    "few": lambda: (shapes(24, 48, 4), 3),
-    "narrow": lambda: (photo(90, 7, 5), 20),
-}
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-@pytest.mark.parametrize("name", PICTURES)
-def test_the_loss_keeps_to_its_limit_and_makes_use_of_it(name: str, codec: str) -> None:
-    pixels, n = PICTURES[name]()
-    target, splats = fitted(pixels, n)
-    (row,) = rows_of(target, splats, codec)
-    assert row["psnr"] < 60
-    assert row["num_gaussians"] == n
-    assert 0.1 * MAX_LOSS_DB[codec] < row["psnr_loss"] <= MAX_LOSS_DB[codec] + 1e-3
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-def test_the_loss_keeps_to_its_limit_on_photographs(codec: str) -> None:
-    folder = shared_data("kodak")
-    for path in sorted(folder.glob("*.png"))[:3]:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB").resize((48, 36)))
-        target, splats = fitted(pixels, 100)
-        (row,) = rows_of(target, splats, codec)
-        assert 0.1 * MAX_LOSS_DB[codec] < row["psnr_loss"] <= MAX_LOSS_DB[codec] + 1e-3
-        assert len(planes.join(row["splats"])) < (800 if codec == "balanced" else 680)
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-def test_beyond_60_db_fits_may_lose_what_60_db_may(codec: str) -> None:
-    _, splats = fitted(np.full((16, 20, 3), 120, np.uint8), 12, 100)
-    exact = select_backend("cpu").render(splats, 16, 20, CUTOFF)
-    noise = 1e-4 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
-    for near in (exact, (exact + noise).clamp(0, 1)):
-        (row,) = rows_of(near, splats, codec)
-        error = (select_backend("cpu").render(splats, 16, 20, CUTOFF) - near).square().mean()
-        allowed = (10 ** (MAX_LOSS_DB[codec] / 10) - 1) * 1e-6 + float(error)
-        assert float(row["psnr"]) >= -10 * math.log10(allowed) - 0.01
-        assert math.isfinite(row["psnr_loss"])
-
-
-def test_compact_is_smaller_than_balanced_and_balanced_than_fp16() -> None:
-    target, splats = fitted(shapes(40, 40, 7), 120)
-    sizes = [len(planes.join(rows_of(target, splats, codec)[0]["splats"])) for codec in PLANAR]
-    assert 120 * 16 / 2 > sizes[0] > 1.1 * sizes[1]
-
-
-def test_solved_colours_take_up_a_good_part_of_the_error() -> None:
-    backend = select_backend("cpu")
-    target, splats = fitted(shapes(40, 40, 8), 100)
-    behind = torch.zeros_like(target)
-    codes = grid(splats, 0.02, 40, 40)
-    plain = quantise.rendered(codes, target)
-    before = quantise.squared_error(splats, target, behind, CUTOFF, backend)
-    without = quantise.squared_error(plain, target, behind, CUTOFF, backend) - before
-    geometry = replace(plain, colors=splats.colors)
-    solved = quantise.solve_colors(geometry, target, quantise.COLOR_STEPS, CUTOFF, backend)
-    steps = torch.full((1,), 0.02, dtype=torch.float64)
-    stored = quantise.rendered(quantise.on_grid(splats, solved, steps, target), target)
-    found = quantise.squared_error(stored, target, behind, CUTOFF, backend) - before
-    assert without > 0
-    assert found < 0.85 * without
-
-
-def test_without_solving_steps_are_finer(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, splats = fitted(shapes(40, 40, 8), 100)
-    solved = len(planes.join(rows_of(target, splats, "compact")[0]["splats"]))
-    monkeypatch.setattr(quantise, "COLOR_STEPS", 0)
-    assert len(planes.join(rows_of(target, splats, "compact")[0]["splats"])) > 1.01 * solved
-
-
-# Batches, masks, repetition
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-def test_payloads_do_not_depend_on_the_batch_and_repeat(codec: str) -> None:
-    """Images of different difficulty, so that they take different numbers of passes."""
-    backend = select_backend("cpu")
-    splats = random_splats(5, 30)
-    scale = torch.tensor([1.0, 0.01, 3.0, 0.3, 1.0])[:, None, None]
-    splats = replace(splats, colors=splats.colors * scale)
-    splats = replace(splats, mask=torch.arange(30) < torch.tensor([30, 1, 0, 17, 29])[:, None])
-    target = target_of(splats)
-    target[3] = splats.colors.new_zeros(())
-    payloads = pack(splats, target, codec, CUTOFF, backend)
-    assert pack(splats, target, codec, CUTOFF, backend) == payloads
-    assert payloads[2] == {"splats": dict.fromkeys(PLANES, b"")}
-    for i in range(5):
-        part = slice(i, i + 1)
-        assert pack(splats[part], target[part], codec, CUTOFF, backend) == payloads[part], i
-    turned = torch.tensor([4, 2, 0, 3, 1])
-    mixed = pack(splats[turned], target[turned], codec, CUTOFF, backend)
-    assert mixed == [payloads[i] for i in turned]
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-def test_nothing_to_pack(codec: str) -> None:
-    empty = dict.fromkeys(PLANES, b"")
-    assert packed(random_splats(2, 0), codec) == [{"splats": empty}] * 2
-    assert packed(random_splats(0, 4), codec) == []
-    masked = random_splats(2, 4)
-    masked = replace(masked, mask=torch.zeros_like(masked.mask))
-    assert packed(masked, codec) == [{"splats": empty}] * 2
-    stored = unpack([{"splats": empty}] * 2, HEIGHT, WIDTH, codec)
-    assert stored.means.shape == (2, 0, 2)
-    assert unpack([], HEIGHT, WIDTH, codec).means.shape == (0, 0, 2)
-
-
-FINITE = st.floats(-(2.0**127), 2.0**127, width=32)
-POSITIVE = st.floats(2.0**-126, 2.0**127, width=32)
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-@given(
-    st.lists(
-        st.tuples(FINITE, FINITE, POSITIVE, FINITE, POSITIVE, FINITE, FINITE, FINITE),
-        min_size=1,
-        max_size=5,
-    )
-)
-@settings(max_examples=60)
-def test_any_finite_splats_pack_to_finite_ones(
-    codec: str, gaussians: list[tuple[float, ...]]
-) -> None:
-    """Fits that went wrong without an infinity in them; how they look does not matter."""
-    splats = batch_of(gaussians)
-    splats = Splats(
-        *(x.float() for x in vars(splats).values() if x.dtype != torch.bool), splats.mask
-    )
-    target = torch.full((1, 3, 6, 9), 0.5)
-    (payload,) = pack(splats, target, codec, CUTOFF, select_backend("reference"))
-    found = unpack([payload], 6, 9, codec)
-    assert found.num_gaussians.tolist() == [len(gaussians)]
-    assert (found.cholesky[..., ::2] > 0).all()
-    assert values_of(found).isfinite().all()
-
-
-# Nested budgets
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-def test_a_prefix_of_a_nested_payload_is_the_first_gaussians(codec: str) -> None:
-    budgets = (5, 12, 30)
-    splats = random_splats(2, 30)
-    metadata = shard_metadata(codec, CUTOFF, {"fit": {"nested": "5,12,30"}})
-    payloads = packed(splats, codec, budgets)
-    rows = [payload | {"height": HEIGHT, "width": WIDTH} for payload in payloads]
-    for row in rows:
-        assert [gaussians_in(row[f"splats{suffix}"], codec) for suffix in ("", "_12", "_30")] == [
-            5, 7, 18,
-        ]  # fmt: skip
-        whole = splats_of(row, metadata)
-        for budget in budgets:
-            prefix = splats_of(row, metadata, budget)
-            assert prefix.num_gaussians.tolist() == [budget]
-            assert torch.equal(values_of(prefix), values_of(first(whole, budget)))
-    assert packed(splats, codec, (30,)) == packed(splats, codec)
-
-
-@pytest.mark.parametrize("codec", PLANAR)
-def test_nested_budgets_together_keep_to_the_limit(codec: str) -> None:
-    target, splats = fitted(shapes(40, 40, 9), 90)
-    (row,) = rows_of(target, splats, codec, "20,50,90")
-    assert row["psnr_loss"] <= MAX_LOSS_DB[codec] + 1e-3
-    metadata = shard_metadata(codec, CUTOFF, {"fit": {"nested": "20,50,90"}})
-    backend = select_backend("cpu")
-    for name, budget in (("psnr_20", 20), ("psnr_50", 50), ("psnr", 90)):
-        stored = splats_of(row | {"height": 40, "width": 40}, metadata, budget)
-        image = backend.render(stored, 40, 40, CUTOFF).clamp(0, 1)
-        error = (image - target).square().mean()
-        assert row[name] == pytest.approx(-10 * math.log10(float(error)), abs=1e-3)
 
 
 # Payloads that are not what they should be
