@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import convert, demo, report, status, verify
-from pipeline.shards import read_rows
+from jobs import convert, demo, export, repair, report, status, verify
+from pipeline.pack import splats_of
+from pipeline.shards import read_rows, shard_metadata_of, survey
 from schemas.splats import EXTENSIONS
 from tests.integration.running import (
     SMALL,
@@ -40,7 +41,6 @@ def test_end_to_end(format: str, tmp_path: Path, capsys: Capsys, monkeypatch) ->
     assert (summary["shards_done"], summary["shards_skipped_done"]) == (3, 0)
     assert summary["shards_failed"] == 0
     assert 5 < summary["psnr_mean"] < 60
-    assert summary["bytes_per_image"] == 16 * 16
     assert summary["num_gaussians_mean"] == 16
     assert (summary["workers"], summary["backend"]) == (2, "cpu")
     assert 0 < summary["time_to_first_shard_s"] <= summary["wall_s"]
@@ -52,7 +52,11 @@ def test_end_to_end(format: str, tmp_path: Path, capsys: Capsys, monkeypatch) ->
     state = assert_verified(capsys, dst)
     assert (state["shards_done"], state["shards_missing"], state["ok"]) == (3, 0, 9)
     data = sorted(dst.glob(f"*.{EXTENSIONS[format]}"))
+    stored = sum(survey(str(path), format).statistics["payload_bytes"] for path in data)
+    assert summary["bytes_per_image"] == stored / 9
+    assert format != "webdataset" or stored < 9 * 16 * 16  # fp16 would be as large
     rows = [row for path in data for row in read_rows(str(path), format)]
+    assert all(row["psnr_loss"] <= 0.201 for row in rows)
     assert [row["caption"] for row in rows] == [f"photograph number {i}" for i in range(9)]
     assert [row["uid"] for row in rows] == [f"{i:032x}" for i in range(9)]
 
@@ -66,6 +70,32 @@ def test_end_to_end(format: str, tmp_path: Path, capsys: Capsys, monkeypatch) ->
     assert (summary["samples"], summary["shards_skipped_done"]) == (9, 3)
     assert before[1] == finished(dst)
     assert_verified(capsys, dst)
+
+
+@pytest.mark.parametrize(("format", "codec"), [("parquet", "compact"), ("webdataset", "fp16")])
+def test_nested_budgets_end_to_end(format: str, codec: str, tmp_path: Path, capsys: Capsys) -> None:
+    src, dst = tars(tmp_path / "in"), tmp_path / "out"
+    flags = ("--nested=6,10,16", f"--format={format}", f"--codec={codec}", "--image-size=32")
+    code, summary, err = run_json(capsys, convert, src, dst, *flags, "--steps=5", "--workers=1")
+    assert (code, summary["ok"], summary["num_gaussians_mean"]) == (0, 6, 16), err
+    assert_verified(capsys, dst)
+    paths = [str(path) for path in sorted(dst.glob(f"*.{EXTENSIONS[format]}"))]
+    for path in paths:
+        metadata = shard_metadata_of(path)
+        assert metadata["budgets"] == [6, 10, 16]
+        for row in read_rows(path):
+            assert row["psnr_6"] < row["psnr"]
+            for budget in (6, 10, 16):
+                assert splats_of(row, metadata, budget).num_gaussians.tolist() == [budget]
+    key, png = f"{4:012d}", tmp_path / "x.png"
+    assert run_json(capsys, export, dst, key, f"--output={png}")[1]["num_gaussians"] == 16
+    assert report.main([str(dst), "--samples", "2"]) == 0
+    assert (dst / "report.html").read_text().count("<ellipse ") == 2 * 16
+    before = files(dst)
+    Path(paths[1]).unlink()
+    code, found, err = run_json(capsys, repair, dst)
+    assert (code, found["redone"]) == (0, ["00000001"]), err
+    assert files(dst) == before
 
 
 def test_report_of_a_conversion(tmp_path: Path, capsys: Capsys) -> None:

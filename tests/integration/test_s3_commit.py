@@ -346,7 +346,7 @@ def test_damaged_data_and_damaged_markers_are_replaced(server: Server, dst: str)
 
 def test_another_configuration_is_refused(server: Server, dst: str) -> None:
     first = commit_shard(dst)
-    for config in (config_of("webdataset"), config_of("parquet", "q11")):
+    for config in (config_of("webdataset"), config_of("parquet", "balanced")):
         with pytest.raises(StorageError, match=r"pack\.(format|codec).*another job writes"):
             commit_shard(dst, f"{OTHER_JOB}1", config)
     assert assert_one_shard(server, dst) == first
@@ -358,7 +358,7 @@ def test_a_race_that_is_lost_after_the_upload(
     server: Server, dst: str, format: str, stale: bool
 ) -> None:
     """Another job's marker comes when our data are there already and our marker is on its way."""
-    old = commit_shard(dst, config=config_of("parquet", "q11")) if stale else None
+    old = commit_shard(dst, config=config_of("parquet", "balanced")) if stale else None
     objects.keeps_conditions(dst)
     others: list[ShardManifest] = []
 
