@@ -8,7 +8,7 @@ Method, for rising budgets b1 < b2 < ...; the Gaussians from one budget to the n
    budget's Gaussians, so an increment of 700 on 900 covers 0.44 of the picture at a time, and a
    step costs as much less) and is fitted to the error by the same loop, for DETAIL_STEPS of the
    steps. The error is brought to the contrast of a picture first, since the loop's colour step is
-   made for that: at the plain step a sequence of tiers loses 0.1 to 0.3 dB more.
+   made for that: without this, tiers lose 0.1 to 0.3 dB more.
 3. After each tier one sweep: all tiers so far in turn, each refitted with short careful steps to
    what serves every budget from its own on. The others fixed, tier t minimises sum_s v_s |e_s|^2,
    s >= t, which is again one picture to fit: its own rendering plus the mean of the errors e_s
@@ -16,23 +16,26 @@ Method, for rising budgets b1 < b2 < ...; the Gaussians from one budget to the n
 
 Every tier goes through the unmodified loop, so any backend serves, with its fused step.
 
-Measured at 100 steps, 224 px, on 16 photographs of datacomp-sample apart from those of the
-published numbers: dB against separate fits of 400 / 900 / 1600 / 3136, CPU time against theirs.
-The table of benchmarks/notes/nested.md has the rest.
+Measured at 100 steps and 224 px on 16 photographs of datacomp-sample that were tuned on: mean dB
+against separate fits of 400 / 900 / 1600 / 3136 Gaussians, CPU time against theirs together.
+benchmarks/nested.py has other photographs, benchmarks/notes/nested.md what else was tried.
 
-    tiers of 100 steps, no sweeps                      0.00 -0.40 -0.58 -0.38   0.62
-    the same, one sweep of 20 at the end              -0.04 -0.33 -0.29 +0.41   0.77
-    this: 100, then 60 a tier, a sweep of 20 after each -0.08 -0.16 -0.12 +0.23   0.73
+    tiers of 100 steps, no sweeps                         0.00 -0.43 -0.61 -0.34   0.63
+    the same with 130 steps after the first               0.00 -0.40 -0.56 -0.27   0.72
+    tiers of 100 steps, one sweep of 20 at the end       -0.02 -0.34 -0.37 +0.17   0.70
+    this: 100 steps, then 60 a tier, 20 in every sweep   -0.08 -0.16 -0.12 +0.22   0.67
 
-A sweep costs the small budgets little and gives the large ones much; sweeps after each tier beat as
-many steps of sweeps at the end. Without them, more steps per tier gain next to nothing.
+Sweeps cost the small budgets little and give the large ones much; after every tier they do more
+than at the end. Without them more steps per tier gain next to nothing.
 
-Limits. The loss grows as the separate fits converge: at 300 steps 0.1 / 0.6 / 0.8 / 0.9 dB, since a
-coarse Gaussian is worth little to a large budget. At 30 steps nesting gains 0.05 to 2 dB.
+Limits. A coarse Gaussian is worth little to a large budget, so the loss grows as fits converge: at
+300 steps it is 0.1 / 0.5 / 0.8 / 0.9 dB. At 30 steps nesting gains 0.1 to 2 dB, since the steps of
+all tiers add up. Means hide a spread: at 3136 a crowd before a white wall lost 2.3 dB of 36, and a
+picture that fits to 43 dB gained 3.2.
 
-Left out: all tiers moving at once (unstable, or more than a second for what sweeps do in a third);
-colours solved jointly afterwards (the sweeps move colours as well); a relocation margin and step
-sizes of their own for increments (0.05 dB together).
+Left out: all tiers moving at once (loses 1.6 dB at 400, or takes twice the time: what a tier should
+do changes under its momentum); a joint solve of colours (sweeps move them); a relocation margin and
+a shape step of their own for increments (0.05 dB together, for two more knobs in the loop).
 """
 
 from __future__ import annotations
@@ -62,10 +65,10 @@ from pipeline.splats import Splats
 from schemas.config import FitConfig
 from schemas.errors import UsageError
 
-DETAIL_STEPS = 0.6  # of config.steps, for a tier after the first; 1.0 gains 0.04 dB
-SWEEP_STEPS = 0.2  # of config.steps, for each tier in a sweep; 0.1 loses 0.05 dB
-SWEEP_RATE = 0.15  # of the step sizes; 0.07 to 0.25 are within 0.02 dB
-CONTRAST = 0.1  # root mean square that errors are brought to; 0.07 to 0.15 are within 0.01 dB
+DETAIL_STEPS = 0.6  # of config.steps, for a tier after the first; 1.0 gains 0.03 dB, 0.4 loses 0.1
+SWEEP_STEPS = 0.2  # of config.steps, for each tier in a sweep; 0.3 gains 0.04 dB, 0.1 loses 0.1
+SWEEP_RATE = 0.15  # of the step sizes; 0.07 and 0.3 lose 0.02 dB
+CONTRAST = 0.1  # root mean square that errors are brought to; 0.07 loses 0.01 dB, 0.15 loses 0.03
 DETAIL_COLOR_STEPS = 1  # conjugate-gradient steps of an increment's start; more: no gain
 MIN_RMS = 1e-4  # errors below this are left as small as they are: 80 dB
 
