@@ -25,7 +25,8 @@ ONLY_IN = {
     "fsspec": ("pipeline/storage.py", "pipeline/commit.py"),
     "s3fs": ("pipeline/storage.py", "pipeline/commit.py"),
     "triton": ("pipeline/kernels/triton",),
-    "numba": ("pipeline/kernels/",),
+    "numba": ("pipeline/kernels/", "pipeline/codec/kernel.py"),
+    "transformers": ("pipeline/models/", "pipeline/teacher.py"),
     "gsplat": ("pipeline/kernels/gsplat_alpha.py", "pipeline/ply.py"),
 }
 
