@@ -6,9 +6,20 @@ from pipeline.models.classifier import SplatClassifier
 from pipeline.models.clip import SplatCLIP
 from pipeline.models.encoder import SplatEncoder
 from pipeline.models.patches import PatchEncoder
+from pipeline.models.weights import init_from_clip, load_clip, load_encoder, save_encoder
 from schemas.model import ModelConfig
 
-__all__ = ["PatchEncoder", "SplatCLIP", "SplatClassifier", "SplatEncoder", "build_model"]
+__all__ = [
+    "PatchEncoder",
+    "SplatCLIP",
+    "SplatClassifier",
+    "SplatEncoder",
+    "build_model",
+    "init_from_clip",
+    "load_clip",
+    "load_encoder",
+    "save_encoder",
+]
 
 
 def build_model(config: ModelConfig) -> SplatCLIP | SplatClassifier:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from pipeline.data.batch import TrainBatch
@@ -38,7 +40,9 @@ class SplatCLIP(nn.Module):
         if config.text is not None:
             self.text = CLIPTextModel(text_config(config.text))
             if config.encoder.gradient_checkpointing:
-                self.text.gradient_checkpointing_enable({"use_reentrant": False})
+                for layer in self.text.encoder.layers:  # the model's own switch changed its name
+                    layer.gradient_checkpointing = True
+                    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
             nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))

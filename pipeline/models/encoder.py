@@ -75,7 +75,7 @@ class SplatEncoder(nn.Module):
         blocks = {k: v for k, v in state.items() if k.startswith(shared)}
         missing, unexpected = self.load_state_dict(blocks, strict=False)
         missing = [k for k in missing if k.startswith(shared)]
-        assert not missing and not unexpected, (missing, unexpected)
+        assert not missing + unexpected, missing + unexpected
         positions_PD = state["embeddings.position_embedding.weight"].float()
         self.class_embedding.copy_(state["embeddings.class_embedding"] + positions_PD[0])
         side = round((len(positions_PD) - 1) ** 0.5)
