@@ -55,7 +55,7 @@ def budgets_of(codec: str) -> tuple[int, ...]:
 def seeds(format: str, folder: Path) -> list[bytes]:
     """Golden shards of all versions, and a fresh one of each codec."""
     extension = EXTENSIONS[format]
-    found = [path.read_bytes() for path in sorted(DATA.glob(f"golden-v*.{extension}"))]
+    found = [path.read_bytes() for path in sorted(DATA.rglob(f"*.{extension}"))]
     assert found
     for codec in CODECS:
         path = folder / f"{codec}.{extension}"
