@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +18,15 @@ from pipeline.batching import BatchLimit, auto_batch_size
 from pipeline.convert import convert_batch, convert_shard
 from pipeline.decode import DecodedImage
 from pipeline.kernels.backend import Backend, select_backend
+from pipeline.pack import splats_of
 from pipeline.read import RawSample
-from pipeline.shards import read_rows
+from pipeline.shards import read_rows, row_problem
 from pipeline.sources import list_shards
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig
+from pipeline.splats import Splats
+from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig, recipe
 from schemas.errors import BackendError, SampleError
 from schemas.shard import ShardManifest, ShardRef
+from schemas.splats import CODECS, columns, shard_metadata
 from tests.make import datacomp_sample, jpeg, photo, write_tar
 
 CONFIG = ConvertConfig(
@@ -162,6 +166,85 @@ def test_a_batch_in_which_nothing_decodes() -> None:
     samples = [RawSample(key=str(i), image=b"no", image_name="x.jpg") for i in range(3)]
     rows = convert_batch(samples, CONFIG, select_backend("cpu"))
     assert [row["status"] for row in rows] == ["not_an_image"] * 3
+
+
+# Payloads and figures
+
+
+def test_rows_tell_the_quality_of_what_they_hold() -> None:
+    backend = select_backend("cpu")
+    samples = [RawSample(key=str(i), image=jpeg(seed=i), image_name="x.jpg") for i in range(3)]
+    pixels = [convert.decode_sample(sample, CONFIG)[1].pixels for sample in samples]  # type: ignore[union-attr]
+    target = convert.planes(torch.from_numpy(np.stack(pixels)))
+    for codec in CODECS:
+        config = replace(CONFIG, pack=PackConfig(codec=codec))
+        metadata = shard_metadata(codec, 3.0, recipe(config))
+        fits, _ = convert.fit(target, config.fit, backend)
+        wanted = convert.psnr(backend.render(fits, 24, 24, 3.0), target)
+        for i, row in enumerate(convert_batch(samples, config, backend)):
+            stored = splats_of(row, metadata)
+            found = convert.psnr(backend.render(stored, 24, 24, 3.0), target[i : i + 1])
+            assert row["psnr"] == pytest.approx(float(found), abs=1e-4)
+            assert row["psnr"] + row["psnr_loss"] == pytest.approx(float(wanted[i]), abs=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["fp16", "balanced"])
+def test_rows_of_nested_budgets(codec: str) -> None:
+    """Every prefix has its PSNR, and rows do not depend on the batch."""
+    config = replace(CONFIG, fit=FitConfig(nested="4,9", steps=5), pack=PackConfig(codec=codec))  # type: ignore[arg-type]
+    backend = select_backend("cpu")
+    samples = [RawSample(key=str(i), image=jpeg(seed=i), image_name="x.jpg") for i in range(3)]
+    samples.insert(1, RawSample(key="bad", image=b"no", image_name="x.jpg"))
+    rows = convert_batch(samples, config, backend)
+    assert [row["status"] for row in rows] == ["ok", "not_an_image", "ok", "ok"]
+    metadata = shard_metadata(codec, 3.0, recipe(config))
+    names = set(columns(metadata).names)
+    for sample, row in zip(samples, rows, strict=True):
+        assert row.keys() <= names
+        assert row == convert_batch([sample], config, backend)[0]
+        if row["status"] != "ok":
+            continue
+        assert row.keys() >= {"splats", "splats_9", "psnr", "psnr_4", "psnr_loss"}
+        image = convert.decode_sample(sample, config)[1]
+        assert image
+        target = convert.planes(torch.from_numpy(image.pixels)[None])
+        for name, budget in (("psnr_4", 4), ("psnr", 9)):
+            stored = splats_of(row, metadata, budget)
+            assert stored.num_gaussians.tolist() == [budget]
+            found = convert.psnr(backend.render(stored, 24, 24, 3.0), target)
+            assert row[name] == pytest.approx(float(found), abs=1e-4)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e35, 1e25])
+def test_a_fit_that_diverged_is_a_row(codec: str, value: float) -> None:
+    """Whether or not there is an infinity in it; its neighbours stay as they are."""
+    backend = select_backend("cpu")
+    config = replace(CONFIG, pack=PackConfig(codec=codec))  # type: ignore[arg-type]
+    pixels = torch.from_numpy(np.stack([photo(24, 24, i) for i in range(3)]))
+    fits, steps = convert.fit(convert.planes(pixels), config.fit, backend)
+
+    def rows_of(splats: Splats) -> list[dict[str, Any]]:
+        images = convert.Images(
+            rows=[{"key": str(i), "status": "ok"} for i in range(3)], pixels=pixels
+        )
+        convert.pack_images(images, splats, steps, config, backend)
+        return images.rows
+
+    wanted = rows_of(fits)
+    colors = fits.colors.clone()
+    colors[1, 2] *= value
+    found = rows_of(replace(fits, colors=colors))
+    assert (found[0], found[2]) == (wanted[0], wanted[2])
+    if math.isfinite(value):
+        assert found[1]["status"] in ("ok", "fit_diverged")
+    else:
+        assert found[1]["status"] == "fit_diverged"
+        assert "splats" not in found[1]
+    if found[1]["status"] == "ok":
+        metadata = shard_metadata(codec, 3.0, recipe(config))
+        row = dict.fromkeys(columns(metadata).names) | found[1]
+        assert row_problem(row, metadata) == ""
 
 
 # Overlap

@@ -17,10 +17,13 @@ from jobs.dryrun import begin_of, convert_timed, dry_run, estimate_job, look, te
 from pipeline.clock import Pulse
 from pipeline.read import read
 from pipeline.sources import list_shards
+from pipeline.write import sample_members
 from schemas.config import ConvertConfig, DecodeConfig, FitConfig
 from schemas.errors import SourceError
 from schemas.shard import ShardRef
+from schemas.splats import scalars, splat_columns
 from tests.make import datacomp_tar, image_folder, image_parquet
+from tests.rows import config_of, make_rows, metadata_of
 
 CONFIG = ConvertConfig(
     decode=DecodeConfig(image_size=32), fit=FitConfig(num_gaussians=16, steps=2), backend="cpu"
@@ -98,6 +101,15 @@ def test_the_estimate_on_the_cpu(tmp_path, monkeypatch):
     assert estimate["wall_s"] == pytest.approx(3 * estimate["s_per_image"])
     assert estimate["stored_bytes"] > 6 * 256
     assert estimate_job(work, CONFIG, 1)["workers"] == 1
+
+
+@pytest.mark.parametrize("codec", ["fp16", "balanced"])
+def test_bytes_of_rows_are_those_of_a_tar(codec):
+    row = make_rows(1, codec=codec, budgets=(4, 9))[0]
+    suffixes = scalars(metadata := metadata_of(config_of("parquet", codec, (4, 9))))
+    members = sample_members(row, suffixes, splat_columns(metadata["budgets"]))
+    large = [len(data) for suffix, data in members if suffix != "splat.json"]
+    assert sum(large) - 5 < dryrun.row_bytes(row) <= sum(large)  # a label, and characters
 
 
 class StoppedClock:
