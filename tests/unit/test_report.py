@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 
 from jobs.plan import StaleShard, Status
 from jobs.progress import dataset_figures
-from jobs.report import ReportOptions, encode, jpeg_figures, main, spread
+from jobs.report import ReportOptions, encode, jpeg_figures, main, spread, survey
 from jobs.report_page import MAX_ELLIPSES, Picture, ReportData, Skip, page
+from pipeline.markers import read_markers
 from schemas.config import ConvertConfig, recipe
 from schemas.shard import FailedShard, ShardManifest
 from tests.make import photo
@@ -209,3 +211,22 @@ def test_jpeg_figures_are_those_of_the_crops() -> None:
     assert figures.raw_bytes == 64 * 64 * 3
     assert 25 < figures.psnr_mean < 60
     assert jpeg_figures([]) is None
+
+
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
+
+
+@pytest.mark.parametrize(
+    "name", ["v1-q11-webdataset", "v2-fp16-parquet", "v2-nested-balanced-parquet"]
+)
+def test_sizes_of_samples_add_up_to_what_is_stored(name: str, tmp_path: Path) -> None:
+    """Of shards of both versions, which a page can be made of, too."""
+    dst = str(GOLDEN / name)
+    (manifest,) = read_markers(dst).values()
+    assert isinstance(manifest, ShardManifest)
+    entries, skips, skipped = survey(dst, [manifest])
+    assert (len(entries), len(skips), skipped) == (2, 1, {"not_an_image": 1})
+    stored = manifest.statistics["payload_bytes"]
+    assert sum(entry.payload_bytes for entry in entries) == pytest.approx(stored, abs=1)
+    assert main([dst, f"--output={tmp_path}/x.html", "--backend=reference"]) == 0
+    assert (tmp_path / "x.html").read_text().count("<ellipse ") == 2 * 16
