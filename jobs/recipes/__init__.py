@@ -1,0 +1,1 @@
+"""Recipes for `splatshard train`: each file's docstring has its command and what comes out."""

@@ -1,0 +1,155 @@
+"""The train job: a recipe to checkpoints, in one process, under torchrun, or on Ray's workers.
+
+    splatshard train RECIPE --set data.src=splats --set dst=runs/a
+    torchrun --nproc-per-node 8 -m jobs.train RECIPE ...
+    ray job submit -- python -m jobs.train RECIPE ... --ray-workers 16
+
+The same command again goes on from the last checkpoint in dst.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from jobs.cli import EXIT_OK, Switch, duration, parse, print_json, run, size
+from jobs.log import configure, log, structured
+from jobs.recipe import load_recipe
+from schemas.errors import UsageError
+
+LINE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a model on splat shards, as the recipe says."""
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """A Python file that makes a TrainConfig named config, such as those in jobs/recipes/."""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")]
+    """Another value for a field of the recipe, as in --set optim.lr=1e-3; as often as you like."""
+    ray_workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    """Train in N processes on Ray, one per GPU: the cluster of `ray job submit`, else one here."""
+    log_format: Literal["text", "json"] = "text"
+    """json: every line on standard error is one JSON object."""
+    json: Switch = False
+    """End standard output with one JSON line."""
+    debug: Switch = False
+    """Show tracebacks and Ray's log."""
+
+    def __post_init__(self) -> None:
+        if self.ray_workers is not None and self.ray_workers < 1:
+            raise UsageError(f"--ray-workers {self.ray_workers}: must be at least 1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of `splatshard train argv`."""
+    return run(lambda: start(parse(TrainOptions, "train", argv)))
+
+
+def start(options: TrainOptions) -> int:
+    """Train; the last record about a step goes to standard output with --json."""
+    if options.debug:
+        os.environ["SPLATSHARD_DEBUG"] = "1"
+    configure(options.log_format)
+    config = load_recipe(options.recipe, options.set)
+    with Shown() as shown:
+        if options.ray_workers:
+            from jobs.launch import launch
+
+            launch(config, options.ray_workers, shown)
+        else:
+            from pipeline.train.loop import train
+
+            train(config, shown)
+    if options.json and shown.end:
+        print_json(shown.last | shown.end)
+    return EXIT_OK
+
+
+class Shown:
+    """Shows a run's records: a live bar on a terminal, else a line every few seconds. `last` is the
+    last one about a step, `end` the one at the end."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+        self.end: dict[str, Any] = {}
+        self._steps = 0
+        self._last_line = float("-inf")
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal and not structured():
+            columns = (BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("reading the first batch ...", total=None)
+
+    def __enter__(self) -> Shown:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Show a record of log.jsonl."""
+        show = {"start": self._start, "step": self._step, "end": self._end}
+        if record["event"] in show:
+            fields = {k: v for k, v in record.items() if k not in ("event", "time")}
+            show[record["event"]](fields)
+
+    def _start(self, record: dict[str, Any]) -> None:
+        self._steps = record["steps"]
+        log("train_start", start_line(record), **record)
+
+    def _step(self, record: dict[str, Any]) -> None:
+        self.last = record
+        done, now = record["step"], time.monotonic()
+        if self._bar:
+            text = step_line(record, self._steps)
+            self._bar.update(self._task, description=text, total=self._steps, completed=done)
+        elif now - self._last_line >= LINE_EVERY_S or done == self._steps:
+            self._last_line = now
+            log("train_step", step_line(record, self._steps), **record)
+
+    def _end(self, record: dict[str, Any]) -> None:
+        self.end = record
+        log("train_end", f"{record['step']:,} steps are done: {record['url']}", **record)
+
+
+def start_line(record: Mapping[str, Any]) -> str:
+    """`classify: step 0 of 500, 100 per epoch, on 2 x cpu; 1.2M of 4.0M parameters (30.0 %)`."""
+    share = f"{record['trainable_share']:.1%}".replace("%", " %")
+    return (
+        f"{record['stage']}: step {record['step']:,} of {record['steps']:,}, "
+        f"{record['steps_per_epoch']:,} per epoch, on {record['processes']} x {record['device']}; "
+        f"trains {record['trainable'] / 1e6:.1f}M of {record['parameters'] / 1e6:.1f}M parameters "
+        f"({share})"
+    )
+
+
+def step_line(record: Mapping[str, Any], steps: int) -> str:
+    """`120/500  loss 1.234  accuracy 0.61  lr 5.0e-04  812 images/s  waits 3 %  1.2 GB  ...`."""
+    parts = [f"{record['step']:,}/{steps:,}", f"loss {record['loss']:.4g}"]
+    parts += [f"{name} {record[name]:.3g}" for name in ("accuracy", "cosine") if name in record]
+    parts += [
+        f"lr {record['lr']:.1e}",
+        f"{record['images_per_s']:,.0f} images/s",
+        f"waits {100 * record['data_wait_share']:.0f} %",
+        size(record["memory_bytes"]),
+        f"{duration(record['eta_s'])} left",
+    ]
+    return "  ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

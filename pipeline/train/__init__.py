@@ -1,0 +1,1 @@
+"""Training on splat shards; start at loop.py."""

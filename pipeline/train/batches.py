@@ -1,0 +1,338 @@
+"""Shards to what a training step gets.
+
+    SplatDataset -> Prepare (in the reading processes) -> Feed (in this one) -> Step
+
+All that is wrong with samples is found here, before they are trained on: Prepare looks at every
+batch where it was read, and Feed raises what it found, naming shard and key.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipeline.data import SplatDataset, TrainBatch
+from pipeline.data.batch import values_of
+from pipeline.data.order import EpochOrder
+from pipeline.models.clip import load_tokenizer, tokenize
+from pipeline.shards import read_rows, shard_metadata_of
+from pipeline.splats import Splats
+from pipeline.train.augmentation import augment_of, augmented, sample_seeds
+from pipeline.train.distributed import World
+from schemas.errors import CorruptShardError, UsageError
+from schemas.train import DataConfig, TrainConfig
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process's samples of a step.
+
+    batch     B samples, augmented once they are on the device
+    tokens    int64 [B, L], captions as token ids; None where the stage reads none
+    seeds     int64 [B], of the samples' augmentation
+    problem   what is wrong with a sample, and its key; empty where nothing is
+    """
+
+    batch: TrainBatch
+    tokens: Tensor | None
+    seeds: Tensor
+    problem: tuple[str, str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def __getitem__(self, part: slice) -> Step:
+        b = self.batch
+        batch = replace(
+            b,
+            splats=b.splats[part],
+            heights=b.heights[part],
+            widths=b.widths[part],
+            keys=b.keys[part],
+            captions=b.captions[part],
+            labels=b.labels[part],
+            teacher=None if b.teacher is None else b.teacher[part],
+            valid=b.valid[part],
+        )
+        tokens = None if self.tokens is None else self.tokens[part]
+        return Step(batch, tokens, self.seeds[part])
+
+    def to(self, device: torch.device) -> Step:
+        """The same on `device`."""
+        tokens = None if self.tokens is None else self.tokens.to(device, non_blocking=True)
+        batch = self.batch.to(device, non_blocking=True)
+        return Step(batch, tokens, self.seeds.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Step:
+        """Torch's DataLoader calls it."""
+        tokens = None if self.tokens is None else self.tokens.pin_memory()
+        return Step(self.batch.pin_memory(), tokens, self.seeds.pin_memory(), self.problem)
+
+
+class Prepare:
+    """What is done to a batch where it is read: checks, tokens, seeds."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.text = config.model.text if config.stage == "contrast" else None
+        self.tokenizer = load_tokenizer(self.text) if self.text else None
+
+    def __call__(self, batch: TrainBatch) -> Step:
+        position = batch.position
+        assert position is not None, "the dataset makes batches with positions"
+        seeds = sample_seeds(batch.keys, self.config.data.seed, position.epoch, position.samples)
+        tokens = None
+        if self.text:
+            captions = [caption or "" for caption in batch.captions]
+            tokens, _ = tokenize(self.tokenizer, captions, self.text.context_length)
+        return Step(batch, tokens, seeds, problem_of(batch, self.config))
+
+
+def problem_of(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+    """What is wrong with the first bad sample, with its remedy, and its key."""
+    values = values_of(batch.splats)
+    assert values is not None, "a batch as the dataset made it"
+    bad = first_of(~values.isfinite().flatten(1).all(1))
+    if bad is not None:
+        message = "has numbers that are not finite: make the shard anew with splatshard repair"
+        return message, batch.keys[bad]
+    find = {"classify": _label_problem, "distill": _teacher_problem, "contrast": _caption_problem}
+    return find[config.stage](batch, config)
+
+
+def _label_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+    classes = config.model.num_classes
+    assert classes is not None, "checked by the configuration"
+    bad = first_of((batch.labels < 0) | (batch.labels >= classes))
+    if bad is None:
+        return None
+    label, key = int(batch.labels[bad]), batch.keys[bad]
+    if label == -1:
+        remedy = 'leave such samples out with data.filter=(("label", ">=", 0),)'
+        return f"has no label, which classification needs: {remedy}", key
+    remedy = "set model.num_classes to one more than the largest label"
+    return f"has the label {label}, and model.num_classes is {classes}: {remedy}", key
+
+
+def _teacher_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+    if batch.teacher is None:
+        remedy = "splatshard embed DST --teacher MODEL SRC adds them to these shards"
+        return f"has no teacher's embedding, which distillation needs: {remedy}", batch.keys[0]
+    size, width = batch.teacher.shape[1], config.model.encoder.width
+    if size != width:
+        remedy = f"set model.encoder.width to {size}, or embed with a teacher of width {width}"
+        message = (
+            f"has a teacher's embedding of {size} numbers, the encoder makes {width}: {remedy}"
+        )
+        return message, batch.keys[0]
+    norms = batch.teacher.norm(dim=1)
+    bad = first_of(~((norms > 0) & norms.isfinite()))
+    if bad is None:
+        return None
+    return "has a teacher's embedding that is zero or not finite: embed again", batch.keys[bad]
+
+
+def _caption_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+    if config.data.empty_captions == "keep":
+        return None
+    missing = [not (caption or "").strip() for caption in batch.captions]
+    if not any(missing):
+        return None
+    share = f"{sum(missing)} of {len(missing)} samples of its batch have none"
+    remedy = (
+        'leave such samples out with data.filter=(("caption_length", ">", 0),), or take them as '
+        "the empty text with data.empty_captions=keep"
+    )
+    key = batch.keys[missing.index(True)]
+    return f"has no caption, which contrastive training needs ({share}): {remedy}", key
+
+
+def first_of(bad: Tensor) -> int | None:
+    """The first place where `bad` (bool [B]) is true."""
+    return int(bad.int().argmax()) if bool(bad.any()) else None
+
+
+class Feed:
+    """The steps of one process, epoch after epoch, from `state` on. `shards` says what the data
+    are: the shards' fingerprint and cutoff.
+
+    Raises UsageError for data that do not fit the configuration, and what SplatDataset raises.
+    """
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        data = config.data
+        if not data.src:
+            raise UsageError("data.src is empty: give the folder that splatshard convert wrote to")
+        if data.batch_size % world.size:
+            raise UsageError(
+                f"data.batch_size is {data.batch_size}, of all {world.size} processes together: "
+                f"choose a multiple of {world.size}"
+            )
+        self.config, self.world = config, world
+        self.dataset = open_dataset(data, world)
+        self.steps_per_epoch = len(self.dataset)
+        if not self.steps_per_epoch:
+            samples = sum(int(source.counts.sum()) for source in self.dataset.sources)
+            raise UsageError(
+                f"data.batch_size is {data.batch_size}, but {data.src} has only {samples} samples "
+                f"to train on: choose at most {samples}"
+            )
+        self.cutoff = cutoff_of(self.dataset)
+        self.augment = config.augment and augment_of(config.augment, self.cutoff)
+        self.state: State = self.dataset.state_dict()
+        self.shards = {"data": self.state["data"], "cutoff": self.cutoff}
+        self.waited_s = 0.0
+        self._loader = DataLoader(
+            self.dataset,
+            batch_size=None,
+            num_workers=data.workers,
+            collate_fn=Prepare(config),
+            pin_memory=world.device.type == "cuda",
+            persistent_workers=data.workers > 0,
+        )
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, which another number of processes may have saved. Raises UsageError
+        where the shards or their order are not those of the state."""
+        self.dataset.load_state_dict(state)
+        self.state = dict(state)
+
+    def __iter__(self) -> Iterator[Step]:
+        """Steps; with each, `state` is the one to save once it is done. Never ends."""
+        while True:
+            self.dataset.load_state_dict(self.state)
+            steps = iter(self._loader) if len(self.dataset) else iter(())
+            while (step := self._next(steps)) is not None:
+                if step.problem:
+                    self._complain(step)
+                self.state = self.dataset.state_after(step.batch)
+                yield self._placed(step)
+            # lanes and grain stay as they are, for they decide the order
+            self.state = {**self.state, "epoch": self.state["epoch"] + 1, "samples": 0}
+
+    def _next(self, steps: Iterator[Step]) -> Step | None:
+        begin = time.perf_counter()
+        step = next(steps, None)
+        self.waited_s += time.perf_counter() - begin
+        return step
+
+    def _placed(self, step: Step) -> Step:
+        """On the device, augmented there."""
+        step = step.to(self.world.device)
+        if self.augment is None:
+            return step
+        batch = step.batch
+        with torch.no_grad():
+            splats = augmented(batch.splats, batch.heights, batch.widths, self.augment, step.seeds)
+        batch = replace(
+            batch,
+            splats=splats,
+            heights=torch.full_like(batch.heights, self.augment.height),
+            widths=torch.full_like(batch.widths, self.augment.width),
+        )
+        return replace(step, batch=batch)
+
+    def _complain(self, step: Step) -> None:
+        assert step.problem is not None
+        message, key = step.problem
+        url = shard_of(self.dataset, step.batch, key, self.config.data.batch_size)
+        kind = CorruptShardError if "not finite" in message else UsageError
+        raise kind(f"{url}: sample {key} {message}")
+
+
+def open_dataset(data: DataConfig, world: World) -> SplatDataset:
+    """This process's part of the samples. Raises what SplatDataset raises."""
+    sources = [part for part in data.src.split("::") if part]
+    mixture = dict(zip(sources, data.weights, strict=True)) if data.weights else None
+    return SplatDataset(
+        mixture or sources,
+        batch_size=data.batch_size // world.size,
+        num_gaussians=data.num_gaussians,
+        rank=world.rank,
+        world_size=world.size,
+        seed=data.seed,
+        shuffle_shards=data.shuffle_shards,
+        lanes=data.lanes or world.size * max(1, data.workers),
+        filter=data.filter,
+        epoch_samples=data.epoch_samples,
+        checksum=data.checksum,
+        cache_dir=data.cache_dir or None,
+        cache_bytes=data.cache_bytes,
+    )
+
+
+def cutoff_of(dataset: SplatDataset) -> float:
+    """The cutoff of all shards, in standard deviations. Raises UsageError where they differ, since
+    the same numbers are then not the same pictures."""
+    found: dict[float, str] = {}
+    for source in dataset.sources:
+        shard = source.shards[0]
+        found.setdefault(shard_metadata_of(shard.url, shard.format)["cutoff"], shard.url)
+    if len(found) > 1:
+        each = ", ".join(f"{cutoff} in {url}" for cutoff, url in found.items())
+        raise UsageError(f"the sources of data.src differ in their cutoff: {each}; choose one kind")
+    return next(iter(found))
+
+
+def shard_of(dataset: SplatDataset, batch: TrainBatch, key: str, together: int) -> str:
+    """URL of the shard that has the sample `key` of `batch`, which is one of a step of `together`
+    samples; looks into the few shards that the step is read from."""
+    position = batch.position
+    assert position is not None, "the dataset makes batches with positions"
+    order = EpochOrder(
+        [source.counts for source in dataset.sources],
+        position.epoch,
+        seed=dataset.seed,
+        grain=position.grain,
+        lanes=position.lanes,
+        shuffle=dataset.shuffle,
+        shuffle_shards=dataset.shuffle_shards,
+        weights=dataset.weights,
+        epoch_samples=dataset.epoch_samples,
+    )
+    end = min(position.samples, order.total // together * together)
+    keys = {span.window for span in order.spans(end - together, end)}
+    windows = [order.window(window) for window in sorted(keys)]
+    shards = {
+        shard.url: shard
+        for window in windows
+        for shard in (dataset.sources[window.source].shards[p.shard] for p in window.pieces)
+    }
+    for url, shard in shards.items():
+        if any(row["key"] == key for row in read_rows(url, shard.format)):
+            return url
+    return " or ".join(shards)
+
+
+def probe(config: TrainConfig, device: torch.device) -> Step:
+    """Two made-up samples, to see what a loss depends on before there is any data."""
+    splats = Splats(
+        torch.full((2, 4, 2), 16.0, device=device),
+        torch.tensor([1.0, 0.0, 1.0], device=device).expand(2, 4, 3).contiguous(),
+        torch.full((2, 4, 3), 0.5, device=device),
+        torch.ones(2, 4, dtype=torch.bool, device=device),
+    )
+    side = torch.full((2,), 32, dtype=torch.int32, device=device)
+    text, zeros = config.model.text, torch.zeros(2, dtype=torch.int64, device=device)
+    batch = TrainBatch(
+        splats=splats,
+        heights=side,
+        widths=side,
+        keys=["0", "1"],
+        captions=["", ""],
+        labels=zeros,
+        teacher=torch.ones(2, config.model.encoder.width, device=device),
+        valid=zeros == 0,
+    )
+    tokens = None
+    if text is not None:
+        tokens = torch.full((2, text.context_length), text.eos, device=device)
+    return Step(batch, tokens, zeros)

@@ -1,0 +1,257 @@
+"""Checkpoints: all of a run at a step, or nothing.
+
+    {dst}/checkpoints/{step:08d}/
+        model.safetensors    weights, fp32
+        ema.safetensors      their average, where there is one
+        state.pt             optimiser, gradient scaler, reader; torch.load(weights_only=True)
+        config.json          comes last: readers trust only a folder that has it
+
+Each file is written aside, synced and moved (or uploaded) to its place; config.json has the others'
+sizes and SHA-256, so a torn file is seen when it is loaded. A run that was killed while it wrote
+leaves a folder without config.json, which the next checkpoint deletes. The newest one that is
+whole is where a run goes on.
+
+config.json: {"version", "step", "config", "shards", "files": {name: {"size_bytes", "sha256"}}}.
+`config` is the TrainConfig, `shards` what the data were (their fingerprint and constants). Learning
+rate and random numbers are functions of the step (schedule.py), and so are not saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import objects, storage
+from pipeline.staging import scratch, staged
+from pipeline.storage import is_local, local_path
+from pipeline.store_errors import storage_errors
+from schemas.errors import CorruptShardError, SourceError, UsageError
+from schemas.train import MAY_CHANGE, TrainConfig, flat, from_dict, to_dict
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MODEL, AVERAGE, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.json"
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, and what config.json says."""
+
+    url: str
+    step: int
+    config: dict[str, Any]
+    shards: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    def train_config(self) -> TrainConfig:
+        """Raises UsageError for a configuration of another version."""
+        return from_dict(TrainConfig, self.config)
+
+    def weights(self, name: str = MODEL) -> Weights:
+        """The weights in one of its files. Raises CorruptShardError for a damaged one."""
+        return self._read(name, load_file)
+
+    def state(self) -> dict[str, Any]:
+        """What state.pt holds, in main memory. Raises CorruptShardError for a damaged one."""
+        return self._read(STATE, lambda path: torch.load(path, "cpu", weights_only=True))
+
+    def _read(self, name: str, load: Callable[[str], Any]) -> Any:
+        """Where its SHA-256 is as it should be; the bytes are read twice, or fetched once."""
+        url = f"{self.url}/{name}"
+        digest = hashlib.sha256()
+        try:
+            with storage.local_copy(url, digest) as path:
+                if digest.hexdigest() == self.files.get(name, {}).get("sha256"):
+                    return load(path)
+        except SourceError as e:
+            raise CorruptShardError(f"{url} is missing: {self._remedy}") from e
+        raise CorruptShardError(
+            f"{url} is damaged: its SHA-256 is not the saved one; {self._remedy}"
+        )
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete the folder {self.url}, and the one before is taken"
+
+
+def save(
+    dst: str,
+    step: int,
+    model: Weights,
+    average: Weights | None,
+    state: Mapping[str, Any],
+    config: TrainConfig,
+    shards: Mapping[str, Any],
+    keep: int,
+) -> str:
+    """Write the checkpoint of `step` and delete all but the last `keep`; the URL of its folder.
+
+    Raises StorageError and UnavailableError; then the last ones are still there.
+    """
+    url = _folder(dst, step)
+    if is_local(url):
+        with storage_errors(url):
+            local_path(url).mkdir(parents=True, exist_ok=True)
+    objects.delete(f"{url}/{CONFIG}")  # of a run that went on from an earlier one
+    files = {
+        MODEL: lambda path: save_file(_plain(model), path),
+        STATE: lambda path: torch.save(dict(state), path),
+    }
+    if average is not None:
+        files[AVERAGE] = lambda path: save_file(_plain(average), path)
+    entries = {name: _put(url, name, write) for name, write in files.items()}
+    marker = {"version": VERSION, "step": step, "config": to_dict(config), "shards": dict(shards)}
+    text = json.dumps(marker | {"files": entries}, indent=1) + "\n"
+    objects.write(f"{url}/{CONFIG}", text.encode())
+    prune(dst, keep)
+    return url
+
+
+def _plain(weights: Weights) -> Weights:
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+
+
+def _put(url: str, name: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    """Write one file aside, then put it in its place; its entry in config.json."""
+    with staged(local_path(url) if is_local(url) else scratch(), name) as path:
+        with storage_errors(path):
+            write(path)
+            objects.sync(path)
+            entry = {"size_bytes": path.stat().st_size, "sha256": storage.sha256(str(path))}
+        objects.upload(path, f"{url}/{name}")
+    return entry
+
+
+def _folder(dst: str, step: int) -> str:
+    return f"{dst.rstrip('/')}/checkpoints/{step:08d}"
+
+
+def steps_of(dst: str) -> tuple[list[int], dict[int, list[str]]]:
+    """Steps of the whole checkpoints in `dst`, in order; and the files of all, whole or not."""
+    files: dict[int, list[str]] = {}
+    for url in storage.find(f"{dst.rstrip('/')}/checkpoints"):
+        place = re.search(r"/checkpoints/([0-9]{8,})/", url)
+        if place:
+            files.setdefault(int(place[1]), []).append(url)
+    whole = [step for step in files if f"{step:08d}/{CONFIG}" in _ends(files[step])]
+    return sorted(whole), files
+
+
+def _ends(urls: list[str]) -> set[str]:
+    return {"/".join(url.rsplit("/", 2)[1:]) for url in urls}
+
+
+def prune(dst: str, keep: int) -> None:
+    """Delete all checkpoints but the last `keep`, and what is left of broken ones."""
+    whole, files = steps_of(dst)
+    for step in set(files) - set(whole[-keep:]):
+        folder = _folder(dst, step)
+        objects.delete(f"{folder}/{CONFIG}")  # first: what is left is no checkpoint
+        for url in files[step]:
+            objects.delete(url)
+        if is_local(folder):
+            for place in (local_path(folder) / "_staging", local_path(folder)):
+                with suppress(OSError):
+                    os.rmdir(place)
+
+
+def latest(dst: str) -> Checkpoint | None:
+    """The newest whole checkpoint of the run in `dst`; None where there is none."""
+    whole, _ = steps_of(dst)
+    return read_checkpoint(_folder(dst, whole[-1])) if whole else None
+
+
+def read_checkpoint(url: str) -> Checkpoint:
+    """What config.json of the checkpoint at `url` says. Raises UsageError where there is none,
+    CorruptShardError where it cannot be understood."""
+    url = url.rstrip("/")
+    with storage_errors(url, "read"):
+        try:
+            text = storage.read_bytes(f"{url}/{CONFIG}").decode()
+        except FileNotFoundError as e:
+            raise UsageError(
+                f"{url} is no checkpoint, it has no {CONFIG}: give a folder of {{dst}}/checkpoints"
+            ) from e
+    try:
+        found = json.loads(text)
+        if found["version"] != VERSION:
+            raise UsageError(
+                f"{url} is a checkpoint of version {found['version']}, this build reads {VERSION}"
+            )
+        return Checkpoint(url, found["step"], found["config"], found["shards"], found["files"])
+    except (ValueError, KeyError, TypeError) as e:
+        if isinstance(e, UsageError):
+            raise
+        raise CorruptShardError(f"{url}/{CONFIG} is damaged ({e}): delete that folder") from e
+
+
+def refuse_changes(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """Raises UsageError where `config` is not that of the checkpoint, in a field that matters."""
+    before = dict(flat(checkpoint.config))
+    now = dict(flat(json.loads(json.dumps(to_dict(config)))))
+    changed = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name) and not _may_change(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{checkpoint.url} is a checkpoint of another configuration: {'; '.join(changed)}: "
+            "set it as it was, or choose another dst (and init, to begin with these weights)"
+        )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in MAY_CHANGE)
+
+
+def initial_weights(url: str) -> tuple[Weights, Checkpoint | None]:
+    """Weights from a run's dst (its newest checkpoint), a checkpoint or a .safetensors file, and
+    the checkpoint that they are of.
+
+    Raises UsageError where there are none, CorruptShardError for damaged ones.
+    """
+    url, name = url.rstrip("/"), MODEL
+    if url.endswith(".safetensors"):
+        url, _, name = url.rpartition("/")
+        if not storage.exists(f"{url}/{CONFIG}"):
+            with storage.local_copy(f"{url}/{name}", hashlib.sha256()) as path:
+                return load_file(path), None
+    found = read_checkpoint(url) if storage.exists(f"{url}/{CONFIG}") else latest(url)
+    if found is None:
+        raise UsageError(f"init is {url}: no checkpoint is there; give the dst of another run")
+    return found.weights(name), found
+
+
+def refuse_other_inputs(origin: Checkpoint, config: TrainConfig, cutoff: float) -> None:
+    """Raises UsageError where the weights of `origin` were trained on numbers that mean something
+    else: shards with another cutoff, or a stem with other constants."""
+    before = dict(flat(origin.config["model"]["encoder"]["stem"]))
+    now = dict(flat(json.loads(json.dumps(to_dict(config.model.encoder.stem)))))
+    different = [
+        f"model.encoder.stem.{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if origin.shards["cutoff"] != cutoff:
+        different.append(f"the shards' cutoff was {origin.shards['cutoff']} and is {cutoff}")
+    if different:
+        raise UsageError(
+            f"init {origin.url} was trained on other inputs: {'; '.join(different)}: set it as it "
+            "was, or convert again as those shards were"
+        )

@@ -1,0 +1,230 @@
+"""Train a model on splat shards. Start here: `train` is the whole of it.
+
+    feed -> gradients -> clip -> AdamW -> average -> (record) -> (checkpoint)
+
+One loop for three stages (losses.py): classification, distillation from the teacher's embeddings in
+the shards, contrastive training on captions. The same function runs in one process, under torchrun
+and in a cluster's workers (distributed.py).
+
+What a step sees is a function of the configuration, the shards and the step's number. So a run that
+was killed goes on from its last checkpoint as if nothing had happened, on any number of processes.
+
+Left out: sharding of model or optimiser (the models here are far smaller than a GPU), and
+validation, which `splatshard evaluate` does on the checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.commit import check_destination
+from pipeline.models import SplatCLIP, build_model
+from pipeline.models.weights import init_from_clip, load_clip
+from pipeline.storage import absolute
+from pipeline.train import checkpoint as checkpoints
+from pipeline.train.batches import Feed, probe
+from pipeline.train.checkpoint import Checkpoint, Weights
+from pipeline.train.distributed import World, world
+from pipeline.train.groups import Average, Groups, freeze, groups_of, make_optimizer, report
+from pipeline.train.losses import STAGES, Stage, clamp, vision_of
+from pipeline.train.schedule import learning_rate, seed_everything
+from pipeline.train.step import Embedder, Gradients
+from pipeline.train.telling import Show, Telling
+from schemas.errors import UsageError
+from schemas.train import OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended: `steps` are done, `checkpoint` is the URL of its last one's folder,
+    `record` the last line about a step that this call wrote (empty where there was nothing to
+    do)."""
+
+    steps: int
+    checkpoint: str
+    record: dict[str, Any]
+
+
+def train(config: TrainConfig, show: Show = lambda record: None) -> TrainResult:
+    """Train as `config` says, from the last checkpoint in `config.dst` on if there is one.
+
+    `show` gets every record of the log as it is written (rank 0 only). Raises UsageError for
+    configurations, samples and checkpoints that do not fit each other, CorruptShardError for
+    damaged ones, StorageError and UnavailableError, SplatshardError where the loss is not finite.
+    """
+    config = replace(config, dst=destination(config))
+    dst = config.dst
+    with world(config.device) as here:
+        feed = Feed(config, here)
+        steps = steps_of(config.optim, feed.steps_per_epoch)
+        stage = STAGES[config.stage]
+        found = here.same(checkpoints.latest(dst) if here.rank == 0 else None)
+        if found:
+            checkpoints.refuse_changes(found, config)
+        model = start_model(config, found, feed.cutoff).to(here.device)
+        groups = used_groups(model, stage, config, here)
+        optimizer = make_optimizer(model, groups, config.optim)
+        scaler = torch.amp.GradScaler(here.device.type, enabled=config.precision == "fp16")
+        average = Average(model, config.optim.ema) if config.optim.ema else None
+        first = resume(found, config, feed, optimizer, scaler, average) if found else 0
+        told = Telling(config, here, feed, first, steps, show)
+        told.start(report(model, groups))
+
+        gradients = None
+        url = found.url if found else ""
+        for number, step in zip(range(first, steps), feed, strict=False):
+            if gradients is None or number == groups.later_from:
+                freeze(model, groups.at(number))
+                gradients = None  # DDP's hooks go with it
+                gradients = Gradients(parallel(model, stage, here), stage, config, here, scaler)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(number, steps, config.optim)
+            loss, metrics = gradients(step, number)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            clamp(model)
+            if average:
+                average.update(model, number)
+            done = number + 1
+            saving = done == steps or done % config.checkpoint.every == 0
+            if saving or done % config.log.every == 0 or done == 1:
+                told.step(done, loss, metrics | {"grad_norm": norm})
+            if saving and here.rank == 0:
+                state = {
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "reader": feed.state,
+                }
+                url = checkpoints.save(
+                    dst,
+                    done,
+                    model.state_dict(),
+                    average.values if average else None,
+                    state,
+                    config,
+                    feed.shards,
+                    config.checkpoint.keep,
+                )
+                told.checkpoint(done, url)
+        told.end(steps, url)
+        return TrainResult(max(first, steps), here.same(url), told.record)
+
+
+def destination(config: TrainConfig) -> str:
+    """The absolute `config.dst`, which can be written. Raises UsageError and StorageError."""
+    if not config.dst:
+        raise UsageError("dst is empty: give a folder for checkpoints and the log")
+    dst = absolute(config.dst).rstrip("/")
+    check_destination(dst)
+    return dst
+
+
+def steps_of(config: OptimConfig, steps_per_epoch: int) -> int:
+    """Steps of the whole run."""
+    return config.steps or (config.epochs or 0) * steps_per_epoch
+
+
+def start_model(config: TrainConfig, found: Checkpoint | None, cutoff: float) -> nn.Module:
+    """The model with the weights of the checkpoint `found`, else as the configuration begins.
+
+    Raises UsageError for weights of another model or of shards with another `cutoff`.
+    """
+    seed_everything(config.seed)
+    model = build_model(config.model)
+    if found:
+        model.load_state_dict(found.weights())
+    else:
+        if config.init_clip:
+            if not isinstance(model, SplatCLIP):
+                raise UsageError(f"init_clip is {config.init_clip}: a classifier takes init alone")
+            init_from_clip(model, load_clip(config.init_clip))
+        if config.init:
+            weights, origin = checkpoints.initial_weights(config.init)
+            if origin:
+                checkpoints.refuse_other_inputs(origin, config, cutoff)
+            take(model, weights, config.init)
+    if config.compile:
+        for tower in (vision_of(model), getattr(model, "text", None)):
+            if tower is not None:
+                tower.compile()
+    return model.train()
+
+
+def take(model: nn.Module, weights: Weights, origin: str) -> None:
+    """Take over the weights whose name and shape are the model's. Raises UsageError where none
+    of the vision tower's are."""
+    own = model.state_dict()
+    prefix = {"encoder.": "vision.", "vision.": "encoder."}  # of a classifier and of a CLIP
+    for name in list(weights):
+        start = name[: name.index(".") + 1] if "." in name else ""
+        if name not in own and start in prefix:
+            weights[prefix[start] + name.removeprefix(start)] = weights.pop(name)
+    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    tower = next(name for name in ("vision.", "encoder.") if any(k.startswith(name) for k in own))
+    expected = {name for name in own if name.startswith(tower)}
+    if not expected <= fitting.keys():
+        missing = sorted(expected - fitting.keys())
+        raise UsageError(
+            f"init {origin} lacks {len(missing)} of the vision tower's {len(expected)} weights, or "
+            f"has them in another shape, first of them {missing[0]}: give a run with this "
+            "model.encoder"
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def used_groups(model: nn.Module, stage: Stage, config: TrainConfig, here: World) -> Groups:
+    """The groups of parameters, less what the stage's loss does not depend on (a text tower in
+    distillation): found out on two made-up samples, since DDP waits for all that are trained."""
+    groups = groups_of(model, config.optim)
+    freeze(model, groups.now + groups.later)
+    step = probe(config, here.device)
+    loss, _ = stage.loss(stage.embed(model, step), step, config, World(0, 1, here.device))
+    loss.backward()
+    parameters = model.named_parameters()
+    unused = {name for name, p in parameters if p.requires_grad and p.grad is None}
+    model.zero_grad(set_to_none=True)
+    now, later = (
+        tuple(name for name in names if name not in unused) for names in (groups.now, groups.later)
+    )
+    if not now:
+        raise UsageError(
+            f"optim.trainable is {config.optim.trainable!r}, but the loss of the stage "
+            f"{config.stage} depends on none of them: add the vision tower's"
+        )
+    return replace(groups, now=now, later=later, unused=tuple(sorted(unused)))
+
+
+def parallel(model: nn.Module, stage: Stage, here: World) -> nn.Module:
+    """What to call for features: with several processes it exchanges gradients."""
+    embedder = Embedder(model, stage)
+    if here.size == 1:
+        return embedder
+    devices = [here.device] if here.device.type == "cuda" else None
+    return DistributedDataParallel(embedder, device_ids=devices, broadcast_buffers=False)
+
+
+def resume(
+    found: Checkpoint,
+    config: TrainConfig,
+    feed: Feed,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: Average | None,
+) -> int:
+    """Bring all but the model to where the checkpoint was saved; the steps that are done."""
+    state = found.state()
+    feed.load(state["reader"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    if average:
+        average.load(found.weights(checkpoints.AVERAGE))
+    return found.step

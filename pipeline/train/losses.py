@@ -1,0 +1,121 @@
+"""The three stages: what each computes of a batch, and its loss.
+
+    classify   logits                                cross-entropy with the labels
+    distill    the encoder's CLS token               squared distance of unit vectors to the
+                                                     teacher's: stage 1 of arXiv 2509.22615
+    contrast   image and text embeddings, scale      CLIP's loss (arXiv 2103.00020): stage 2
+
+A stage is two functions. `embed` turns samples into features, sample by sample: tensors [B, ...],
+and scalars that are parameters. `loss` turns the features of all of a process's samples into the
+mean loss over them. The cut between them is where gradients are cached (step.py), and where
+processes exchange features.
+
+CLIP's loss is local: each process compares its own rows with the columns of all, so its memory is
+B x (B x processes) and not its square; `World.gather` says why that is the same gradient.
+
+Distillation sums over the embedding where an MSE would divide by its length: the same but for the
+factor, and with a width of 512 an MSE's gradients come too near to AdamW's epsilon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.classifier import encode
+from pipeline.models.clip import SplatCLIP
+from pipeline.train.batches import Step
+from pipeline.train.distributed import World
+from schemas.train import TrainConfig
+
+Features = tuple[Tensor, ...]
+Metrics = dict[str, Tensor]
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`couples`: whether a sample's loss depends on the other samples of the batch."""
+
+    embed: Callable[[nn.Module, Step], Features]
+    loss: Callable[[Features, Step, TrainConfig, World], tuple[Tensor, Metrics]]
+    couples: bool = False
+
+
+def vision_of(model: nn.Module) -> nn.Module:
+    """The vision tower of a CLIP or a classifier."""
+    return cast(nn.Module, model.vision if isinstance(model, SplatCLIP) else model.encoder)
+
+
+def classify_features(model: nn.Module, step: Step) -> Features:
+    """Logits [B, C]."""
+    return (model(step.batch).float(),)
+
+
+def classify_loss(
+    features: Features, step: Step, config: TrainConfig, world: World
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy; the share of samples whose label has the highest logit."""
+    logits, labels = features[0], step.batch.labels
+    loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
+    return loss, {"accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+def distill_features(model: nn.Module, step: Step) -> Features:
+    """CLS tokens [B, D]."""
+    return (encode(vision_of(model), step.batch).float(),)
+
+
+def distill_loss(
+    features: Features, step: Step, config: TrainConfig, world: World
+) -> tuple[Tensor, Metrics]:
+    """|s - t|^2 of the normalised student's and teacher's embeddings; their mean cosine."""
+    assert step.batch.teacher is not None, "checked with the batch"
+    student, teacher = F.normalize(features[0], dim=1), F.normalize(step.batch.teacher, dim=1)
+    loss = (student - teacher).square().sum(1).mean()
+    return loss, {"cosine": (student * teacher).sum(1).mean()}
+
+
+def contrast_features(model: nn.Module, step: Step) -> Features:
+    """Normalised embeddings [B, E] of images and texts, and the scale of their products."""
+    model = cast(SplatCLIP, model)
+    assert step.tokens is not None, "contrastive batches have tokens"
+    image = model.encode_image(step.batch).float()
+    text = model.encode_text(step.tokens).float()
+    return F.normalize(image, dim=1), F.normalize(text, dim=1), model.logit_scale.float().exp()
+
+
+def contrast_loss(
+    features: Features, step: Step, config: TrainConfig, world: World
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy of this process's images among all texts and of its texts among all images;
+    the share of its images that are nearest to their own text."""
+    image, text, scale = features
+    labels = torch.arange(len(image), device=image.device) + world.rank * len(image)
+    to_text = scale * image @ world.gather(text).mT
+    to_image = scale * text @ world.gather(image).mT
+    loss = (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
+    accuracy = (to_text.argmax(1) == labels).float().mean()
+    return loss, {"accuracy": accuracy, "logit_scale": scale.detach()}
+
+
+STAGES: dict[str, Stage] = {
+    "classify": Stage(classify_features, classify_loss),
+    "distill": Stage(distill_features, distill_loss),
+    "contrast": Stage(contrast_features, contrast_loss, couples=True),
+}
+
+
+@torch.no_grad()
+def clamp(model: nn.Module) -> None:
+    """Keep a CLIP's logit scale at 100 or below (arXiv 2103.00020)."""
+    scale: Any = getattr(model, "logit_scale", None)
+    if scale is not None:
+        scale.clamp_(max=MAX_LOGIT_SCALE)

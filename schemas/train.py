@@ -1,0 +1,353 @@
+"""Configuration of a training run: frozen keyword-only dataclasses, checked at construction.
+
+A recipe under jobs/recipes/ is a Python file that makes one `TrainConfig`; `--set data.src=...`
+replaces a field by its dotted name. The same names are in the errors and in a checkpoint's
+config.json, which `from_dict` reads back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+from schemas.errors import UsageError
+from schemas.model import ModelConfig
+
+Config = TypeVar("Config")
+
+StageName = Literal["classify", "distill", "contrast"]
+STAGES = ("classify", "distill", "contrast")
+
+MAY_CHANGE = (
+    "dst",
+    "device",
+    "compile",
+    "micro_batch",
+    "model.encoder.gradient_checkpointing",
+    "data.src",
+    "data.workers",
+    "data.lanes",
+    "data.checksum",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "optim.epochs",
+    "optim.steps",
+    "checkpoint",
+    "log",
+)
+"""Fields (or groups of them) that a resumed run may have changed: none of them changes which
+samples a step sees. `data.src` may move, since the shards' fingerprint says whether they are the
+same; more epochs or steps stretch what is left of the learning rate's cosine."""
+
+
+def _check(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UsageError(f"{name} is {value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read; see pipeline.data.SplatDataset."""
+
+    src: str = ""
+    """Folder or URL that convert wrote to; several, joined by ::, are one pool."""
+    weights: tuple[float, ...] = ()
+    """One for each of several src: then they are a mixture in these proportions."""
+    epoch_samples: int | None = None
+    """Length of a mixture's epoch; None: as many samples as there are."""
+    num_gaussians: int | None = None
+    """Gaussians per sample, one of the budgets of nested shards; None: all."""
+    batch_size: int = 256
+    """Samples per step, of all processes together: another number of processes is the same run."""
+    seed: int = 0
+    """Of the order and of the augmentation."""
+    filter: tuple[tuple[str, str, float], ...] = ()
+    """Conditions on columns that samples must fulfil, as in (("psnr", ">=", 25),)."""
+    shuffle_shards: int = 2
+    """Shards whose samples are mixed."""
+    lanes: int | None = None
+    """Parts of the shards that are read side by side; None: one per reading process at the first
+    start. A resumed run goes on with those that it has."""
+    workers: int = 2
+    """Reading processes of each training process; 0: it reads by itself."""
+    checksum: bool = True
+    """Compare each file's SHA-256 with its marker when it is first opened."""
+    cache_dir: str = ""
+    """Local folder for remote shards; empty: below the user's cache."""
+    cache_bytes: int = 100 << 30
+    """Most that it may hold."""
+    empty_captions: Literal["error", "keep"] = "error"
+    """What a sample without a caption is to contrastive training: an error, or the empty text."""
+
+    def __post_init__(self) -> None:
+        sources = [part for part in self.src.split("::") if part]
+        _check(
+            not self.weights or len(self.weights) == len(sources),
+            "data.weights",
+            self.weights,
+            f"give one for each of the {len(sources)} sources in data.src, or none",
+        )
+        _check(1 <= self.batch_size <= 1 << 24, "data.batch_size", self.batch_size, "at least 1")
+        _check(self.workers >= 0, "data.workers", self.workers, "choose 0 or more")
+        _check(self.lanes is None or self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
+        choices = ("error", "keep")
+        _check(
+            self.empty_captions in choices, "data.empty_captions", self.empty_captions,
+            "choose error or keep",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What pipeline.data.augment does to the training samples; see `Augment` there for the exact
+    meaning. With these defaults nothing but the size changes."""
+
+    height: int = 224
+    """Of the augmented image, px."""
+    width: int = 224
+    """Of the augmented image, px."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Share of the image's area in the crop; (1, 1) takes the whole image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width / height of the crop."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+    rotation: float = 0.0
+    """Degrees, at most, either way."""
+    shear: float = 0.0
+    """Degrees, at most, either way, along x."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Factor about the centre."""
+    shift: float = 0.0
+    """Share of width and height, at most, either way."""
+    brightness: float = 0.0
+    """Factor of all colours: 0.4 means 0.6 to 1.4."""
+    contrast: float = 0.0
+    """Factor of the distance to the mean grey; adds one Gaussian to each image."""
+    saturation: float = 0.0
+    """Factor of the distance to greyscale."""
+    hue: float = 0.0
+    """Degrees, at most, either way."""
+    grayscale: float = 0.0
+    """Probability of no colours at all."""
+    dropout: float = 0.0
+    """Probability of each Gaussian to be left out; one is always kept."""
+    rescale: bool = False
+    """Divide the colours of those that dropout keeps by the probability of keeping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate over the run, and which parameters move."""
+
+    steps: int | None = None
+    """Steps of the run; give this or epochs."""
+    epochs: int | None = None
+    """Passes over the data; what a last step cannot fill is left out of each."""
+    lr: float = 5e-4
+    """The highest learning rate."""
+    final_lr: float = 0.0
+    """Share of it that is left at the end of the cosine."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decays."""
+    eps: float = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: float = 0.2
+    """Of matrices; none on biases, norms and whatever else has one dimension or none."""
+    clip: float | None = 1.0
+    """Largest norm of all gradients together; None: as they are."""
+    ema: float | None = None
+    """Decay of an average of the weights, kept beside them, such as 0.9998; None: no average."""
+    label_smoothing: float = 0.0
+    """Of classification."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns (fnmatch) of names of parameters that are trained; all others stay as they are."""
+    later: tuple[str, ...] = ()
+    """Patterns of those that are trained, too, from step `later_from` on."""
+    later_from: int | None = None
+    """None: once the warm-up is over."""
+
+    def __post_init__(self) -> None:
+        both = (self.steps, self.epochs)
+        _check(
+            (self.steps is None) != (self.epochs is None),
+            "optim.steps, optim.epochs",
+            both,
+            "give one of them, the other one None",
+        )
+        _check(all(n is None or n >= 1 for n in both), "optim.steps, optim.epochs", both, "from 1")
+        _check(0 < self.lr < 10, "optim.lr", self.lr, "choose a value above 0")
+        _check(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "choose a share, 0 to 1")
+        for name in ("warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            _check(value >= 0, f"optim.{name}", value, "must not be negative")
+        in_range = all(0 <= beta < 1 for beta in self.betas)
+        _check(in_range, "optim.betas", self.betas, "choose 0 <= beta < 1")
+        _check(self.eps > 0, "optim.eps", self.eps, "must be positive")
+        _check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "positive, or None")
+        _check(
+            self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "0 < decay < 1, or None"
+        )
+        _check(
+            0 <= self.label_smoothing < 1, "optim.label_smoothing", self.label_smoothing,
+            "choose 0 <= smoothing < 1",
+        )  # fmt: skip
+        _check(bool(self.trainable), "optim.trainable", self.trainable, "give a pattern, as in '*'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved; always at its end."""
+
+    every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 3
+    """How many of the last ones stay."""
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "checkpoint.every", self.every, "at least 1")
+        _check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is told of the run: {dst}/log.jsonl always."""
+
+    every: int = 10
+    """Steps between records."""
+    tensorboard: bool = False
+    """Write {dst}/tensorboard as well."""
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "log.every", self.every, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, from shards in `data.src` to checkpoints in `dst`."""
+
+    stage: StageName
+    """classify: labels. distill: the teacher's embeddings that are in the shards (stage 1 of
+    GaussianVision). contrast: captions, as CLIP (stage 2)."""
+    dst: str = ""
+    """Folder or URL for checkpoints and log.jsonl. The same command again goes on from there."""
+    model: ModelConfig
+    """See schemas/model.py."""
+    init: str = ""
+    """Where weights come from at the first start: another run's dst, one of its checkpoints or a
+    .safetensors file (parameters of the same name and shape are taken); empty: random."""
+    init_clip: str = ""
+    """An RGB CLIP whose blocks, projections and text tower the model begins with, before `init`: a
+    local folder or a name that transformers knows; empty: none."""
+    seed: int = 0
+    """Of random weights and of dropout in the model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig | None = None
+    """None: samples as they are in the shards."""
+    optim: OptimConfig
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the model computes in; weights, losses and the optimiser are fp32."""
+    micro_batch: int | None = None
+    """Samples that one process has in its forward pass at a time; None: all of its share. Negatives
+    of contrastive training are those of the whole batch all the same; it then takes a second
+    forward pass."""
+    compile: bool = False
+    """torch.compile the towers."""
+    device: str = "auto"
+    """auto: cuda where there is one."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.stage in STAGES, "stage", self.stage, f"choose one of {', '.join(STAGES)}")
+        kinds = ("fp32", "bf16", "fp16")
+        _check(self.precision in kinds, "precision", self.precision, "choose fp32, bf16 or fp16")
+        size = self.micro_batch
+        _check(size is None or size >= 1, "micro_batch", size, "at least 1, or None")
+        classes = self.model.num_classes
+        if self.stage == "classify":
+            _check(bool(classes), "model.num_classes", classes, "classification needs a number")
+        if self.stage == "contrast":
+            remedy = "contrastive training needs a text tower"
+            _check(self.model.text is not None, "model.text", self.model.text, remedy)
+
+
+# From and to plain data
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """Plain data for JSON: tuples become lists there."""
+    return dataclasses.asdict(cast(Any, config))
+
+
+def from_dict(cls: type[Config], value: object) -> Config:
+    """The dataclass `cls` from plain data, as `to_dict` and JSON make it.
+
+    Raises UsageError for fields that it does not have, or values that it does not take: the data
+    are another version's.
+    """
+    return cast(Config, _typed(cls, value, ""))
+
+
+def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted names and values of nested plain data; tuples as lists, as JSON gives them."""
+    if isinstance(value, dict) and value:
+        for key, inner in cast("dict[str, object]", value).items():
+            yield from flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, list(cast("tuple[object, ...]", value)) if isinstance(value, tuple) else value
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """`value`, which is plain data, as the type annotation `kind` says."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UsageError(f"{name or 'the configuration'} is {value!r}, no group of fields")
+        hints = typing.get_type_hints(kind)
+        inner = cast("dict[str, Any]", value)
+        unknown = [key for key in inner if key not in hints]
+        if unknown:
+            raise UsageError(f"{name}{'.' if name else ''}{unknown[0]} is no field of this version")
+        dotted = f"{name}." if name else ""
+        fields = {key: _typed(hints[key], item, dotted + key) for key, item in inner.items()}
+        return cast(Any, kind)(**fields)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _typed(next(a for a in arguments if a is not type(None)), value, name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UsageError(f"{name} is {value!r}: it must be a list")
+        items = cast("list[Any]", value)
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_typed(arguments[0], item, name) for item in items)
+        if len(items) != len(arguments):
+            raise UsageError(f"{name} is {value!r}: it must have {len(arguments)} parts")
+        return tuple(_typed(a, item, name) for a, item in zip(arguments, items, strict=True))
+    if origin is Literal:
+        return _known(value in arguments, value, name, f"choose {', '.join(map(str, arguments))}")
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (int, float, bool, str):
+        return _known(type(value) is kind, value, name, f"it must be {_WORDS[kind]}")
+    return value
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+}
+
+
+def _known(ok: bool, value: Any, name: str, remedy: str) -> Any:
+    _check(ok, name, value, remedy)
+    return value
