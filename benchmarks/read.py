@@ -283,6 +283,8 @@ def measure(arms: list[Arm], args: Args) -> list[dict[str, Any]]:
         for place in args.places:
             if place in row and place in reference:
                 row[f"{place}_ratio"] = row[place] / reference[place]
+                cpu = f"{place}_per_cpu_s"
+                row[f"{cpu}_ratio"] = row[cpu] / reference[cpu]
     return rows
 
 
@@ -294,8 +296,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("reader", "codec"):
         table.add_column(name, no_wrap=True)
-    numbers = ("N", "dB", "B/file", "B/image", "warm /s", "/CPU s", "x Pillow", "goal", "cold /s")
-    for name in (*numbers, "x Pillow", "S3 /s", "x Pillow"):
+    numbers = ("N", "dB", "B/file", "B/image", "warm /s", "x Pillow", "/CPU s", "x Pillow")
+    for name in (*numbers, "goal", "cold /s", "x Pillow", "S3 /s", "x Pillow"):
         table.add_column(name, justify="right", no_wrap=True)
 
     def number(row: dict[str, Any], name: str, form: str = ",.0f") -> str:
@@ -310,8 +312,10 @@ def show(rows: list[dict[str, Any]]) -> None:
             number(row, "n", "d"),
             number(row, "psnr", ".2f"),
             *(number(row, name) for name in ("file_bytes", "payload_bytes")),
-            *(number(row, name) for name in ("warm", "warm_per_cpu_s")),
+            number(row, "warm"),
             number(row, "warm_ratio", ".1f"),
+            number(row, "warm_per_cpu_s"),
+            number(row, "warm_per_cpu_s_ratio", ".1f"),
             str(goal),
             number(row, "cold"),
             number(row, "cold_ratio", ".1f"),
@@ -339,7 +343,7 @@ def main() -> None:
         other = next((c for c in cores if c != cores[args.core]), cores[0])
         s3 = stack.enter_context(S3(other, folder / "moto.log"))
         os.environ.update(s3.environment())
-        peer = stack.enter_context(Peer(args.peers_python, dict(os.environ)))
+        peer = stack.enter_context(Peer(args.peers_python, dict(os.environ), folder / "peers.log"))
         arms = list(image_arms(folder, s3, args.images))
         arms += splat_arms(folder, s3, args)
         arms += peer_arms(folder, s3, args, peer, versions)

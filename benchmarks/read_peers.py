@@ -37,11 +37,13 @@ SIZE = 224
 class Peer:
     """A process that runs this file under another interpreter; used as a context."""
 
-    def __init__(self, python: str, environment: dict[str, str]) -> None:
+    def __init__(self, python: str, environment: dict[str, str], log: Path) -> None:
+        self._log = log.open("wb")
         self._process = subprocess.Popen(
             [python, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             env=environment,
         )
@@ -53,6 +55,7 @@ class Peer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+        self._log.close()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to a request; {"error": ...} where the peer could not give one."""
@@ -116,8 +119,10 @@ def loader(peer: str, url: str, cache: str, collate: Callable[[list[Any]], Any])
     folder `cache` where it is on S3."""
     if peer == "litdata":
         from litdata import StreamingDataLoader, StreamingDataset
+        from litdata.streaming import downloader
 
         remote = url.startswith("s3://")
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # the server here has no TLS
         options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if remote else {}
         where = {"cache_dir": cache, "storage_options": options} if remote else {}
         return StreamingDataLoader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -40,7 +41,6 @@ class S3:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ALLOW_HTTP": "true",  # litdata fetches by obstore, which refuses plain HTTP else
         }
 
     def __enter__(self) -> S3:
@@ -88,7 +88,11 @@ class S3:
 
     def pipes(self, url: str) -> list[str]:
         """The tars below `url` as webdataset reads them from S3: by a command in a pipe."""
-        prefix = url.removeprefix(f"s3://{BUCKET}/")
-        found = self._client().list_objects_v2(Bucket=BUCKET, Prefix=prefix + "/")["Contents"]
+        client, prefix = self._client(), url.removeprefix(f"s3://{BUCKET}/")
+        found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix + "/")["Contents"]
         keys = sorted(entry["Key"] for entry in found if entry["Key"].endswith(".tar"))
-        return [f"pipe:curl -sf {self.endpoint}/{BUCKET}/{key}" for key in keys]
+        signed = [
+            client.generate_presigned_url("get_object", {"Bucket": BUCKET, "Key": key})
+            for key in keys
+        ]
+        return [f"pipe:curl -sf {shlex.quote(url)}" for url in signed]
