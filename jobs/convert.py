@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -96,11 +96,14 @@ class ConvertOptions(RunOptions):
     """Convert only the first N samples."""
     samples_per_shard: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
     """Samples per shard when SRC is a folder; other sources keep their shards."""
+    teacher: Annotated[str, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")] = ""
+    """Store this CLIP's embedding of each image, for distillation: a local folder, or a name on the
+    Hugging Face hub."""
     overwrite_stale: Switch = False
     """Redo shards in DST that were made by another configuration or from another source."""
     dry_run: Switch = False
     """Fit a few images and estimate time, size and PSNR of the whole job; writes nothing."""
-    config: Annotated[ConvertConfig, tyro.conf.arg(name="")]
+    config: Annotated[ConvertConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,7 +181,7 @@ def convert(options: ConvertOptions, started: float) -> int:
     from pipeline.sources import list_shards
 
     prepare(options)
-    config = options.config
+    config = with_teacher(options.config, options.teacher)
     dst = absolute(options.dst).rstrip("/")
     refs = list_shards(options.src, options.limit, options.samples_per_shard)
     if not options.dry_run:
@@ -193,6 +196,16 @@ def convert(options: ConvertOptions, started: float) -> int:
         workers = None if options.workers == "auto" else options.workers
         return dry_run(plan.work, config, workers, options.json)
     return execute(plan, refs, config, dst, options, started)
+
+
+def with_teacher(config: ConvertConfig, model: str) -> ConvertConfig:
+    """`config` with the teacher `model`, if one is named. Raises UsageError where it cannot be
+    loaded."""
+    if not model:
+        return config
+    from pipeline.teacher import described
+
+    return replace(config, teacher=described(model))
 
 
 def execute(

@@ -44,11 +44,12 @@ from pipeline.prefetch import map_ahead, prefetch
 from pipeline.prune import prune
 from pipeline.read import RawSample, read
 from pipeline.splats import Splats, first
+from pipeline.teacher import load_teacher
 from pipeline.write import open_writer
 from schemas.config import ConvertConfig, recipe
 from schemas.errors import SampleError
 from schemas.shard import OK, ShardManifest, ShardRef
-from schemas.splats import MAX_PSNR, psnr_columns, shard_metadata
+from schemas.splats import MAX_PSNR, TEACHER, psnr_columns, shard_metadata
 
 Row = dict[str, Any]
 
@@ -332,11 +333,13 @@ def pack_images(
         return packed_rows(planes(images.pixels[part]), splats[part], config, backend)
 
     packed = chain.from_iterable(BatchLimit(PACKED_TOGETHER).in_parts(len(images.rows), pack_part))
+    taught = embedded_rows(images.pixels, config, backend.device)
     height, width = images.pixels.shape[1:3]
-    for row, own, is_finite, taken in zip(images.rows, packed, finite, steps, strict=True):
+    each = zip(images.rows, packed, finite, steps, taught, strict=True)
+    for row, own, is_finite, taken, embedding in each:
         row |= {"width": width, "height": height}
         if is_finite and math.isfinite(own["psnr"]):
-            row |= own | {"steps": int(taken)}
+            row |= own | {"steps": int(taken)} | embedding
         else:
             row |= {"status": "fit_diverged", "error": "the fit gave splats that are not finite"}
 
@@ -365,6 +368,17 @@ def packed_rows(
         | {name: float(values[i]) for name, values in found.items()}
         for i, payload in enumerate(payloads)
     ]
+
+
+def embedded_rows(pixels: Tensor, config: ConvertConfig, device: torch.device) -> Iterator[Row]:
+    """The teacher's column of each image, if there is a teacher."""
+    if config.teacher is None:
+        yield from ({} for _ in pixels)
+        return
+    teacher = load_teacher(config.teacher, device)
+    parts = BatchLimit(PACKED_TOGETHER).in_parts(len(pixels), lambda part: teacher(pixels[part]))
+    for embedding in chain.from_iterable(parts):
+        yield {TEACHER: embedding}
 
 
 def planes(pixels: Tensor) -> Tensor:

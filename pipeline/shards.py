@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,11 +32,14 @@ from schemas.splats import (
     EXTENSIONS,
     FORMAT_VERSION,
     MAX_PSNR,
+    MAX_TEACHER_DIM,
     METADATA_KEY,
     METADATA_MEMBER,
     PLANAR,
+    TEACHER,
     columns,
     payload_bytes,
+    payload_columns,
     psnr_columns,
     scalars,
     splat_columns,
@@ -46,7 +50,7 @@ Row = dict[str, Any]
 
 BATCH_ROWS = 64
 BATCH_BYTES = 64 << 20
-LARGE = ("metadata", "members", "splats")
+LARGE = ("metadata", "members", "splats", TEACHER)
 """What the names of columns with large values begin with."""
 MAX_PROBLEMS = 10
 MAX_FLOAT = (2 - 2**-23) * 2.0**127
@@ -146,10 +150,16 @@ def _checked_metadata(text: bytes | None, url: str) -> dict[str, Any]:
         and metadata.get("codec") in codecs
         and isinstance(budgets, list)
         and all(type(b) is int and a < b for a, b in zip([0, *budgets], budgets, strict=False))
+        and (TEACHER not in metadata or _is_teacher(metadata[TEACHER]))
     )
     if not known:
         raise CorruptShardError(f"{url} is not a splat shard: its metadata are {str(text)[:200]}")
     return metadata
+
+
+def _is_teacher(value: object) -> bool:
+    dim = value.get("dim") if isinstance(value, dict) else None
+    return type(dim) is int and 0 < dim <= MAX_TEACHER_DIM
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
@@ -203,9 +213,10 @@ def tar_row(base: str, group: list[tuple[str, bytes]], metadata: dict[str, Any])
         if not _is_of(row[name], schema.field(name)):
             raise ValueError(f"{base}.splat.json: {name} is {row[name]!r}")
     row["metadata"] = found["json"].decode() if "json" in found else None
-    for name in splat_columns(metadata.get("budgets", [])):
+    planar = metadata["codec"] in PLANAR
+    for name in payload_columns(metadata):
         data = found.get(splat_suffix(name))
-        row[name] = split(data) if metadata["codec"] in PLANAR and data is not None else data
+        row[name] = split(data) if planar and name != TEACHER and data is not None else data
     row["members"] = [
         {"name": name, "data": data} for name, (_, data) in zip(names, further, strict=True)
     ]
@@ -310,7 +321,8 @@ def row_problem(row: Row, metadata: dict[str, Any]) -> str:
     if row["status"] not in STATUSES:
         return f"unknown status {row['status']!r}"
     if row["status"] != OK:
-        kept = any(payload is not None for payload in payloads) or row["num_gaussians"]
+        kept = any(row[name] is not None for name in payload_columns(metadata))
+        kept = kept or row["num_gaussians"]
         return f"status {row['status']}, yet it has splats" if kept else ""
     sides = [row["width"] or 0, row["height"] or 0]
     if any(payload is None for payload in payloads) or min(sides) < 1:
@@ -327,9 +339,22 @@ def row_problem(row: Row, metadata: dict[str, Any]) -> str:
         return f"{found} Gaussians in the payload, num_gaussians is {row['num_gaussians']}"
     if not finite_images(splats).all():
         return "Gaussians that are not finite"
+    if TEACHER in metadata and (problem := teacher_problem(row[TEACHER], metadata[TEACHER]["dim"])):
+        return problem
     return (
         "" if (splats.cholesky[..., ::2] > 0).all() else "Cholesky diagonals that are not positive"
     )
+
+
+def teacher_problem(embedding: bytes | None, dim: int) -> str:
+    """What is wrong with a stored embedding of `dim` numbers; empty when nothing is."""
+    if embedding is None:
+        return "status ok, but no teacher's embedding"
+    if len(embedding) != 2 * dim:
+        return f"a teacher's embedding of {len(embedding)} bytes, not {2 * dim}"
+    norm = float(np.linalg.norm(np.frombuffer(embedding, "<f2").astype(np.float64)))
+    # halves round each number by 2^-11 of itself at most
+    return "" if abs(norm - 1) < 1e-2 else f"a teacher's embedding of length {norm:.3g}, not 1"
 
 
 def _is_refused(url: str, error: BaseException) -> bool:

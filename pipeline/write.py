@@ -45,6 +45,7 @@ from schemas.splats import (
     canonical_json,
     columns,
     payload_bytes,
+    payload_columns,
     scalars,
     splat_columns,
     splat_suffix,
@@ -139,8 +140,9 @@ class ParquetWriter:
 class TarWriter:
     """Writes each row as the members of one WebDataset sample.
 
-    `{key}.splat.json` (the scalar columns), `{key}.splat` (ok rows only), `{key}.txt`, `.cls` and
-    `.json` (caption, label, metadata, where not null), then the further members as they came.
+    `{key}.splat.json` (the scalar columns), `{key}.splat` and what other payloads there are (ok
+    rows only), `{key}.txt`, `.cls` and `.json` (caption, label, metadata, where not null), then the
+    further members as they came.
     """
 
     def __init__(self, path: Path, stream: BinaryIO, metadata: dict[str, Any]) -> None:
@@ -148,7 +150,7 @@ class TarWriter:
         self._index = 0
         self._names = columns(metadata).names
         self._scalars = scalars(metadata)
-        self._payloads = splat_columns(metadata["budgets"])
+        self._payloads = payload_columns(metadata)
         self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT)
         self._add(METADATA_MEMBER, canonical_json(metadata).encode())
 
@@ -206,7 +208,7 @@ def row_bytes(row: Row) -> int:
     """Bytes of a row's large values, and some for the rest."""
     members = sum(len(member["data"]) for member in row.get("members", ()))
     texts = sum(len(row.get(name, "")) for name in ("caption", "error", "metadata"))
-    return members + texts + payload_bytes(row) + 128
+    return members + texts + payload_bytes(row) + len(row.get("teacher", b"")) + 128
 
 
 def sample_members(

@@ -197,6 +197,25 @@ class PackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The RGB model whose embeddings of the images are stored, as it was found by
+    `pipeline.teacher.described`: not options, so that shards of other weights are other shards."""
+
+    model: str
+    """Name or folder, as it was given."""
+    weights: str
+    """SHA-256 of the vision tower's parameters and sizes."""
+    dim: int
+    """Length of the embedding."""
+    image_size: int
+    """Side in px to which the crop is resized for it."""
+    mean: tuple[float, float, float]
+    """Subtracted from the colours, 0 to 1."""
+    std: tuple[float, float, float]
+    """Then they are divided by this."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """Everything that decides what a conversion writes, and how it runs."""
 
@@ -204,6 +223,7 @@ class ConvertConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     pack: PackConfig = field(default_factory=PackConfig)
+    teacher: TeacherConfig | None = None
     backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
     """Kernel backend; auto is triton on CUDA and cpu elsewhere. A named one never falls back."""
     batch_size: int | None = None
@@ -265,6 +285,10 @@ def recipe(config: ConvertConfig) -> dict[str, Any]:
         name: dataclasses.asdict(getattr(config, name))
         for name in ("decode", "fit", "prune", "pack")
     }
+    if config.teacher:  # no entry without one: shards made before there were teachers stay current
+        values = dataclasses.asdict(config.teacher)
+        lists = {name: list(values[name]) for name in ("mean", "std")}  # as JSON has them
+        stages["teacher"] = values | lists
     return {**stages, "format_version": FORMAT_VERSION, "stages_version": STAGES_VERSION}
 
 
@@ -287,6 +311,7 @@ def config_from_recipe(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
             fit=FitConfig(**recipe_of_shards["fit"]),
             prune=PruneConfig(**recipe_of_shards["prune"]),
             pack=PackConfig(**recipe_of_shards["pack"]),
+            teacher=_teacher_from(recipe_of_shards.get("teacher")),
         )
     except (KeyError, TypeError) as e:
         raise UsageError(f"{_UNKNOWN_RECIPE} ({type(e).__name__}: {e})") from e
@@ -294,6 +319,13 @@ def config_from_recipe(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
         different = describe_difference(recipe_of_shards, recipe(config))
         raise UsageError(f"{_UNKNOWN_RECIPE} ({'; '.join(different)})")
     return config
+
+
+def _teacher_from(values: dict[str, Any] | None) -> TeacherConfig | None:
+    if values is None:
+        return None
+    triples: dict[str, Any] = {name: tuple(values[name]) for name in ("mean", "std")}
+    return TeacherConfig(**{**values, **triples})
 
 
 _UNKNOWN_RECIPE = (

@@ -39,6 +39,11 @@ EXTENSIONS = {"parquet": "parquet", "webdataset": "tar"}
 MAX_PSNR = 100.0
 """dB; the largest `psnr` stored, since an exact copy has an infinite one, no JSON number."""
 
+TEACHER = "teacher"
+"""The column with a teacher's embedding of each image, in shards that have one."""
+
+MAX_TEACHER_DIM = 1 << 16
+
 METADATA_KEY = b"splatshard"
 """Key in the Parquet schema metadata whose value is the JSON of `shard_metadata`."""
 
@@ -73,20 +78,22 @@ def columns(metadata: dict[str, Any]) -> pa.Schema:
     """The columns of a shard with these `shard_metadata`.
 
     Version 2 adds psnr_loss (dB that the codec took) and, for nested budgets, the PSNR of each
-    smaller one; and the payloads are one column per budget, see `splat_columns`.
+    smaller one; and the payloads are one column per budget, see `splat_columns`. Shards made with
+    a teacher have its embeddings: binary, since a list of halves cannot be read everywhere.
     """
     budgets = tuple(metadata.get("budgets", ()))
-    return _columns(metadata["format_version"], metadata["codec"], budgets)
+    return _columns(metadata["format_version"], metadata["codec"], budgets, TEACHER in metadata)
 
 
 @lru_cache(maxsize=16)
-def _columns(version: int, codec: str, budgets: tuple[int, ...]) -> pa.Schema:
+def _columns(version: int, codec: str, budgets: tuple[int, ...], taught: bool) -> pa.Schema:
     payload = pa.struct([pa.field(name, pa.binary()) for name in PLANES])
     kind = payload if codec in PLANAR else pa.binary()
     losses = ("psnr_loss",) if version > 1 else ()
     own = [pa.field(name, pa.float32()) for name in (*psnr_columns(budgets), *losses)]
     splats = [pa.field(name, kind) for name in splat_columns(budgets)]
-    return pa.schema([*SCALAR_COLUMNS, *own, *MEMBER_COLUMNS, *splats])
+    teacher = [pa.field(TEACHER, pa.binary())] if taught else []
+    return pa.schema([*SCALAR_COLUMNS, *own, *MEMBER_COLUMNS, *splats, *teacher])
 
 
 def splat_columns(budgets: Sequence[int]) -> tuple[str, ...]:
@@ -94,8 +101,14 @@ def splat_columns(budgets: Sequence[int]) -> tuple[str, ...]:
     return ("splats", *(f"splats_{budget}" for budget in budgets[1:]))
 
 
+def payload_columns(metadata: dict[str, Any]) -> tuple[str, ...]:
+    """Columns that are members of their own in a tar: the payloads, and the teacher's."""
+    taught = (TEACHER,) if TEACHER in metadata else ()
+    return (*splat_columns(metadata.get("budgets", ())), *taught)
+
+
 def splat_suffix(column: str) -> str:
-    """A payload column's member in a tar: splat, splat_900, ..."""
+    """Such a column's member in a tar: splat, splat_900, ..., teacher."""
     return column.replace("splats", "splat", 1)
 
 
@@ -124,9 +137,10 @@ def payload_bytes(row: dict[str, Any]) -> int:
 
 def shard_metadata(codec: str, cutoff: float, recipe: dict[str, Any]) -> dict[str, Any]:
     """The constants a reader needs: format version, codec, cutoff (standard deviations), nested
-    budgets (none: empty), recipe."""
+    budgets (none: empty), recipe; and whose embeddings it holds, if any."""
     nested: str = recipe.get("fit", {}).get("nested", "")
-    return {
+    taught = {TEACHER: recipe[TEACHER]} if TEACHER in recipe else {}
+    return taught | {
         "format_version": recipe.get("format_version", FORMAT_VERSION),
         "codec": codec,
         "cutoff": cutoff,

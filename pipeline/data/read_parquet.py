@@ -18,9 +18,9 @@ from pipeline.data.catalog import Shard, check_layout
 from pipeline.shards import _parquet_metadata
 from schemas.errors import CorruptShardError
 from schemas.shard import OK
+from schemas.splats import TEACHER
 
 SCALARS = ("key", "caption", "label", "num_gaussians", "width", "height")
-TEACHER = "teacher"
 
 
 def parquet_blocks(
@@ -150,12 +150,18 @@ def _plane(column: pa.Array) -> Plane:
 
 
 def teacher_of(column: pa.Array) -> NDArray[np.float16]:
-    """Embeddings [K, D] from lists or fixed-size binaries of halves; one length for all rows."""
+    """Embeddings [K, D] from binaries of halves, or lists of them; one length for all rows."""
     if column.null_count:
         raise ValueError(f"{column.null_count} ok rows have no teacher embedding")
     if pa.types.is_fixed_size_binary(column.type):
         width = column.type.byte_width // 2
         halves = np.frombuffer(column.buffers()[1], np.float16)
         return halves[column.offset * width :][: len(column) * width].reshape(len(column), -1)
+    if pa.types.is_binary(column.type):
+        plane = _plane(column)
+        halves = plane.data[plane.offsets[0] : plane.offsets[-1]].view("<f2")
+        if len(set(np.diff(plane.offsets).tolist())) > 1 or not len(halves):
+            raise ValueError("the rows' teacher embeddings are not all of one length")
+        return halves.reshape(len(column), -1)
     halves = column.flatten().to_numpy(zero_copy_only=False)
     return halves.astype(np.float16, copy=False).reshape(len(column), -1)

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from pipeline.codec import Plane, column, split_member
 from pipeline.data.block import Block, Part
 from pipeline.data.catalog import Shard, check_layout
-from pipeline.data.read_parquet import checked
+from pipeline.data.read_parquet import checked, teacher_of
 from pipeline.shards import _checked_metadata
 from pipeline.tar import match_file
 from schemas.errors import CorruptShardError
 from schemas.shard import OK
-from schemas.splats import METADATA_MEMBER, splat_suffix
+from schemas.splats import METADATA_MEMBER, TEACHER, splat_suffix
 
 Member = tuple[str, int, int]
 """Name, and where its bytes begin and end."""
@@ -59,6 +59,7 @@ def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
     check_layout(metadata, shard)
     layout = shard.layout
     payloads = {splat_suffix(name) for name, _, _ in layout.columns}
+    payloads |= {TEACHER} & metadata.keys()
     rows: list[Row] = []
     for name, start, stop in members:
         suffix = name.rpartition("/")[2].partition(".")[2]
@@ -127,6 +128,7 @@ def _block(data: NDArray[np.uint8], shard: Shard, rows: list[Row]) -> Block:
         return pa.array([row.get(name) for row in rows], pa.string())
 
     codec = shard.layout.codec
+    taught = any(TEACHER in row[MEMBERS] for row in rows)
     block = Block(
         url=shard.url,
         codec=codec,
@@ -141,8 +143,15 @@ def _block(data: NDArray[np.uint8], shard: Shard, rows: list[Row]) -> Block:
         labels=numbers("label", -1, np.int64),
         keys=strings("key"),
         captions=strings("caption"),
+        teacher=_embeddings(data, rows) if taught else None,
     )
     return checked(block, shard)
+
+
+def _embeddings(data: NDArray[np.uint8], rows: list[Row]) -> NDArray[np.float16]:
+    places = [row[MEMBERS].get(TEACHER) for row in rows]
+    found = [None if place is None else data[slice(*place)].tobytes() for place in places]
+    return teacher_of(pa.array(found, pa.binary()))
 
 
 def _place(row: Row, name: str) -> tuple[int, int]:

@@ -138,7 +138,7 @@ def names_in(cells: list[str]) -> list[str]:
 
 def test_the_documents_tables_name_every_field() -> None:
     rows = table_after("\n## Rows\n")
-    schema = columns(shard_metadata("fp16", 3.0, {"fit": {"nested": "400,900"}}))
+    schema = columns(shard_metadata("fp16", 3.0, {"fit": {"nested": "400,900"}, "teacher": {}}))
     assert names_in([row[0] for row in rows]) == schema.names
     for names, kind, null, _ in rows:
         for name in names_in([names]):
@@ -147,8 +147,9 @@ def test_the_documents_tables_name_every_field() -> None:
             if pa.types.is_primitive(column.type):
                 assert {"float": "float32"}.get(str(column.type), str(column.type)) == kind
     plain = columns(shard_metadata("balanced", 3.0, {}))
-    only_nested = [names_in([row[0]])[0] for row in rows if row[3].startswith("nested shards only")]
-    assert [name for name in schema.names if name not in plain.names] == only_nested
+    some = ("nested shards only", "shards with a teacher only")
+    only_some = [names_in([row[0]])[0] for row in rows if row[3].startswith(some)]
+    assert [name for name in schema.names if name not in plain.names] == only_some
     payload = next(row for row in rows if row[0] == "`splats`")
     assert names_in([payload[3].split("else a struct of")[1]]) == list(PLANES)
     statuses = table_after("Statuses of skipped samples:")
