@@ -63,7 +63,7 @@ def pack(
     for name, begin, end in zip(splat_columns(budgets), bounds[:-1], bounds[1:], strict=True):
         part = Splats(*(x[:, begin:end].contiguous() for x in fields(splats)))
         is_last = end == bounds[-1]
-        if not is_last:
+        if codec in PLANAR and not is_last:
             fitted = fitted + backend.render(part, height, width, cutoff)
         if codec in PLANAR:
             share = allowed * part.num_gaussians
@@ -73,7 +73,7 @@ def pack(
             packed = pack_fp16(part, height, width)
         for payload, one in zip(payloads, packed, strict=True):
             payload[name] = one
-        if not is_last:
+        if codec in PLANAR and not is_last:
             own = unpack([{name: one} for one in packed], height, width, codec)
             stored = stored + backend.render(own.to(target.device), height, width, cutoff)
     return payloads

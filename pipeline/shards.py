@@ -97,6 +97,8 @@ def _reading(url: str) -> Iterator[BinaryIO]:
         raise CorruptShardError(str(e)) from e
     except FormatVersionError:
         raise
+    except CorruptShardError as e:
+        raise e if url in str(e) else CorruptShardError(f"{url}: {e}") from e
     except (pa.ArrowException, tarfile.TarError, OSError, ValueError, RecursionError) as e:
         raise CorruptShardError(f"{url} cannot be read: {type(e).__name__}: {e}") from e
 
@@ -327,7 +329,8 @@ def row_problem(row: Row, metadata: dict[str, Any]) -> str:
     sides = [row["width"] or 0, row["height"] or 0]
     if any(payload is None for payload in payloads) or min(sides) < 1:
         return "status ok, but no splats, width or height"
-    for name in ("psnr", *psnr_columns(budgets)):
+    losses = ("psnr_loss",) if metadata["format_version"] > 1 else ()
+    for name in ("psnr", *psnr_columns(budgets), *losses):
         if row[name] is None or not math.isfinite(row[name]):
             return f"{'PSNR' if name == 'psnr' else name} is {row[name]}"
     try:
