@@ -57,11 +57,24 @@ class ResamplerConfig:
     """Added to attention from where a latent's anchor is. none: the published resampler. distance:
     minus the squared distance to the Gaussian's mean. overlap: minus the squared Mahalanobis
     distance under the Gaussian's covariance widened by the anchor spacing."""
+    neighbours: int = 0
+    """Gaussians of which a latent's local token is made (pipeline/models/local.py); 0 for none."""
+    frequencies: int = 3
+    """Waves on each axis in the local tokens, the slowest twice as long as the anchor spacing."""
 
     def __post_init__(self) -> None:
         _check(self.layers >= 1, "resampler.layers", self.layers, "must be positive")
         _check(self.heads >= 1, "resampler.heads", self.heads, "must be positive")
         _check(self.mlp_ratio >= 0, "resampler.mlp_ratio", self.mlp_ratio, "must not be negative")
+        _check(
+            self.neighbours >= 0, "resampler.neighbours", self.neighbours, "must not be negative"
+        )
+        _check(
+            0 <= self.frequencies <= 16,
+            "resampler.frequencies",
+            self.frequencies,
+            "choose 0 to 16",
+        )
         kinds = ("none", "distance", "overlap")
         _check(self.bias in kinds, "resampler.bias", self.bias, f"choose one of {', '.join(kinds)}")
 

@@ -27,6 +27,10 @@ from pipeline.models.stem import SplatStem, normalised_means, without_padding
 from pipeline.splats import Splats
 from schemas.model import EncoderConfig
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels (0 to 1) that OpenAI's models and most of open_clip's were trained on."""
+
 
 class SplatEncoder(nn.Module):
     """Splats to the CLS token after the final norm."""
@@ -60,16 +64,18 @@ class SplatEncoder(nn.Module):
         """What the blocks get, less CLS: [B, T, D]."""
         splats = without_padding(splats)
         means_BN2 = normalised_means(splats.means, heights, widths)
-        side_B = (heights.float() * widths.float()).sqrt()
-        x_BND = self.stem(splats, means_BN2, side_B)
-        return self.resampler(x_BND, splats, means_BN2, 2 / side_B, tokens)
+        sizes_B2 = torch.stack((widths, heights), -1).float()
+        x_BND = self.stem(splats, means_BN2, sizes_B2.prod(-1).sqrt())
+        return self.resampler(x_BND, splats, means_BN2, sizes_B2, tokens)
 
     @torch.no_grad()
     def init_from_patches(self, state: dict[str, Tensor]) -> None:
         """Take over a PatchEncoder's blocks, norms, CLS and position embeddings.
 
         `state` as in PatchEncoder.state_dict(); the latents become the position embeddings at
-        their anchors (bilinear where the grids differ).
+        their anchors (bilinear where the grids differ). With local tokens their layer becomes the
+        patch embedding and attention adds nothing yet, so that the encoder starts as near the RGB
+        model as the splats are near the picture.
         """
         shared = ("pre_layrnorm.", "encoder.", "post_layernorm.")
         blocks = {k: v for k, v in state.items() if k.startswith(shared)}
@@ -83,6 +89,11 @@ class SplatEncoder(nn.Module):
         places = self.resampler.anchors[None, None].to(grid_DHW)
         values = F.grid_sample(grid_DHW[None], places, padding_mode="border", align_corners=False)
         self.resampler.latents.copy_(values[0, :, 0].T)
+        if self.resampler.local is not None:
+            kernel_D3PP = state["embeddings.patch_embedding.weight"].float()
+            mean, std = kernel_D3PP.new_tensor(CLIP_MEAN), kernel_D3PP.new_tensor(CLIP_STD)
+            self.resampler.local.init_from_kernel(kernel_D3PP, mean, std)
+            self.resampler.silence()
 
 
 def vision_config(config: EncoderConfig) -> CLIPVisionConfig:

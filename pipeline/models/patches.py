@@ -11,12 +11,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from pipeline.models.encoder import run_blocks, vision_config
+from pipeline.models.encoder import CLIP_MEAN, CLIP_STD, run_blocks, vision_config
 from schemas.model import EncoderConfig
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of OpenAI's and most of open_clip's models, for pixels 0 to 1."""
 
 
 class PatchEncoder(nn.Module):

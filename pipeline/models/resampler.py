@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.local import LocalTokens
 from pipeline.splats import Splats, covariances
 from schemas.model import ResamplerConfig
 
@@ -47,32 +48,48 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(width)
         layers = (ResamplerLayer(config, width) for _ in range(config.layers))
         self.layers = nn.ModuleList(layers)
+        self.local: LocalTokens | None = None
+        if config.neighbours:
+            self.local = LocalTokens(config.neighbours, config.frequencies, width)
         self.register_buffer("anchors", anchors(tokens), persistent=False)
+        self.register_buffer("spacing", 2 / torch.tensor(grid(tokens)), persistent=False)
 
     def forward(
         self,
         tokens_BND: Tensor,
         splats: Splats,
         means_BN2: Tensor,
-        scale_B: Tensor,
+        sizes_B2: Tensor,
         tokens: int | None = None,
     ) -> Tensor:
-        """[B, T, D]. `means_BN2` in [-1, 1], `scale_B` = 2 / the image's side in px; `tokens`
-        fewer latents than there are, evenly chosen."""
-        latents_TD, anchors_T2 = self.latents, self.anchors
+        """[B, T, D]. `means_BN2` in [-1, 1], `sizes_B2` the images' width and height in px;
+        `tokens` fewer latents than there are, evenly chosen."""
+        latents_TD, anchors_T2, spacing_2 = self.latents, self.anchors, self.spacing
         if tokens is not None and tokens != len(latents_TD):
             chosen = evenly(tokens, len(latents_TD), latents_TD.device)
+            spacing_2 = spacing_2 * math.sqrt(len(latents_TD) / tokens)
             latents_TD, anchors_T2 = latents_TD[chosen], anchors_T2[chosen]
         with torch.autocast(means_BN2.device.type, enabled=False):
-            spacing = 2 / math.sqrt(len(anchors_T2))
+            places_T2, means_BN2 = anchors_T2 / spacing_2, means_BN2 / spacing_2
+            cov_BN3 = in_spacings(covariances(splats.cholesky), sizes_B2, spacing_2)
             latent_TJ, gaussian_BNJ = bias_features(
-                self.config.bias, anchors_T2, splats, means_BN2, scale_B, spacing
+                self.config.bias, places_T2, means_BN2, cov_BN3, splats.mask
             )
         x_BTD = latents_TD.expand(len(tokens_BND), -1, -1)
+        if self.local is not None:
+            x_BTD = x_BTD + self.local(splats.colors, places_T2, means_BN2, cov_BN3)
         tokens_BND = self.norm(tokens_BND)
         for layer in self.layers:
             x_BTD = layer(x_BTD, tokens_BND, latent_TJ, gaussian_BNJ)
         return x_BTD
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Set the layers' last weights to 0: latents and local tokens go through unchanged."""
+        for layer in self.layers:
+            for last in (layer.out_proj, *([layer.mlp[-1]] if layer.mlp is not None else [])):
+                last.weight.zero_()
+                last.bias.zero_()
 
 
 class ResamplerLayer(nn.Module):
@@ -132,52 +149,50 @@ class ResamplerLayer(nn.Module):
 
 
 def bias_features(
-    kind: str,
-    anchors_T2: Tensor,
-    splats: Splats,
-    means_BN2: Tensor,
-    scale_B: Tensor,
-    spacing: float,
+    kind: str, places_T2: Tensor, means_BN2: Tensor, cov_BN3: Tensor, mask_BN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[T, J] and [B, N, J] whose products, summed over J, are the bias up to a constant of the
     latent; the last feature is the mask's. Lengths in units of the anchors' spacing."""
-    one_T = torch.ones_like(anchors_T2[:, 0])
-    mask_BN = torch.where(splats.mask, 0.0, MASKED)
+    one_T = torch.ones_like(places_T2[:, 0])
+    mask_BN = torch.where(mask_BN, 0.0, MASKED)
     if kind == "none":
         return one_T[:, None], mask_BN[..., None]
-    ax, ay = (anchors_T2 / spacing).unbind(-1)
-    mx, my = (means_BN2 / spacing).unbind(-1)
+    ax, ay = places_T2.unbind(-1)
+    mx, my = means_BN2.unbind(-1)
     if kind == "distance":
         latent = (2 * ax, 2 * ay, one_T, one_T)
         gaussian = (mx, my, -(mx * mx + my * my), mask_BN)
     else:
-        a, b, c = window_conics(splats, scale_B / spacing).unbind(-1)
+        a, b, c = window_conics(cov_BN3).unbind(-1)
         latent = (-ax * ax, -2 * ax * ay, -ay * ay, 2 * ax, 2 * ay, one_T, one_T)
         far = -(a * mx * mx + 2 * b * mx * my + c * my * my)
         gaussian = (a, b, c, a * mx + b * my, b * mx + c * my, far, mask_BN)
     return torch.stack(latent, -1), torch.stack(gaussian, -1)
 
 
-def window_conics(splats: Splats, scale_B: Tensor) -> Tensor:
-    """[B, N, 3] inverses of the covariances, scaled by `scale_B` squared, plus a unit circle."""
-    xx, xy, yy = (covariances(splats.cholesky) * scale_B.square()[:, None, None]).unbind(-1)
-    xx, yy = xx + 1, yy + 1
-    return torch.stack((yy, -xy, xx), -1) / (xx * yy - xy * xy)[..., None]
-
-
-def dense_bias(
-    kind: str, anchors_T2: Tensor, splats: Splats, means_BN2: Tensor, scale_B: Tensor
-) -> Tensor:
-    """What `bias_features` stands for, [B, T, N], before slopes: the twin that tests compare."""
-    spacing = 2 / math.sqrt(len(anchors_T2))
-    d_BTN2 = (anchors_T2[None, :, None] - means_BN2[:, None]) / spacing
-    dx, dy = d_BTN2.unbind(-1)
+def dense_bias(kind: str, places_T2: Tensor, means_BN2: Tensor, cov_BN3: Tensor) -> Tensor:
+    """What `bias_features` stands for, [B, T, N], before slopes and mask: the twin that tests
+    compare."""
+    dx, dy = (places_T2[None, :, None] - means_BN2[:, None]).unbind(-1)
     if kind == "none":
         return torch.zeros_like(dx)
     if kind == "distance":
         return -(dx * dx + dy * dy)
-    a, b, c = window_conics(splats, scale_B / spacing)[:, None].unbind(-1)
+    a, b, c = window_conics(cov_BN3)[:, None].unbind(-1)
     return -(a * dx * dx + 2 * b * dx * dy + c * dy * dy)
+
+
+def window_conics(cov_BN3: Tensor) -> Tensor:
+    """[B, N, 3] inverses of the covariances plus a unit circle."""
+    xx, xy, yy = cov_BN3.unbind(-1)
+    xx, yy = xx + 1, yy + 1
+    return torch.stack((yy, -xy, xx), -1) / (xx * yy - xy * xy)[..., None]
+
+
+def in_spacings(cov_BN3: Tensor, sizes_B2: Tensor, spacing_2: Tensor) -> Tensor:
+    """Covariances in px^2 to units of the anchors' spacing, of images of `sizes_B2` px."""
+    sx, sy = (2 / (sizes_B2 * spacing_2)).unbind(-1)
+    return cov_BN3 * torch.stack((sx * sx, sx * sy, sy * sy), -1)[:, None]
 
 
 def split(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -189,10 +204,15 @@ def split(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.cat((q_hi, q_hi, q_lo), -1), torch.cat((k_hi, k_lo, k_hi), -1)
 
 
-def anchors(count: int) -> Tensor:
-    """[count, 2] places in [-1, 1], row by row: the most nearly square grid of so many cells."""
+def grid(count: int) -> tuple[int, int]:
+    """Columns and rows of the most nearly square grid of `count` cells."""
     rows = next(r for r in range(math.isqrt(count), 0, -1) if count % r == 0)
-    columns = count // rows
+    return count // rows, rows
+
+
+def anchors(count: int) -> Tensor:
+    """[count, 2] centres of the cells of `grid(count)` over [-1, 1], row by row."""
+    columns, rows = grid(count)
     i = torch.arange(count)
     x, y = (i % columns + 0.5) / columns, (i // columns + 0.5) / rows
     return torch.stack((x, y), -1) * 2 - 1

@@ -20,7 +20,7 @@ from pipeline.models.count import STAGE2, count, share, stage2_text, table
 from pipeline.models.patches import normalised
 from pipeline.models.resampler import anchors, bias_features, dense_bias, evenly, split
 from pipeline.models.stem import features, normalised_means, without_padding
-from pipeline.splats import Splats, cholesky_from_scales_and_angles
+from pipeline.splats import Splats, cholesky_from_scales_and_angles, covariances
 from schemas.errors import UsageError
 from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
 
@@ -188,11 +188,11 @@ def test_features_are_of_order_one_and_turn_with_half_a_turn() -> None:
 @pytest.mark.parametrize("bias", BIASES)
 def test_bias_equals_its_dense_twin(bias: str) -> None:
     splats = without_padding(splats_of(2, 30))
-    means = normalised_means(splats.means, *sizes(2))
-    scale = torch.full((2,), 2 / 64)
-    places = anchors(49)
-    q, k = bias_features(bias, places, splats, means, scale, 2 / 7)
-    dense = dense_bias(bias, places, splats, means, scale)
+    means = normalised_means(splats.means, *sizes(2)) * 3.5
+    cov = covariances(splats.cholesky) / 9**2
+    places = anchors(49) * 3.5
+    q, k = bias_features(bias, places, means, cov, splats.mask)
+    dense = dense_bias(bias, places, means, cov)
     for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 0.02), (torch.float16, 0.002)):
         a, b = split(q, k, dtype)
         assert a.dtype == b.dtype == dtype
@@ -212,7 +212,7 @@ def test_near_gaussians_weigh_more(bias: str) -> None:
     means = normalised_means(splats.means, *sizes(1))
     tokens = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(1))
     tokens.requires_grad_()
-    y = model(tokens, splats, means, torch.tensor([2 / 64]))
+    y = model(tokens, splats, means, torch.full((1, 2), 64.0))
     (gradient,) = torch.autograd.grad(y[0, 5].square().sum(), tokens)
     d = torch.cdist(anchors(16)[5:6], means[0])[0]
     share = gradient[0].norm(dim=-1)
