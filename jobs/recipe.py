@@ -28,7 +28,7 @@ def load_recipe(path: str, settings: Sequence[str] = ()) -> TrainConfig:
     it does not take.
     """
     if not Path(path).is_file():
-        known = ", ".join(sorted(str(p) for p in Path("jobs/recipes").glob("[a-z]*.py")))
+        known = ", ".join(sorted(str(p) for p in Path("jobs/recipes").glob("[a-z]*_*.py")))
         raise UsageError(f"{path}: no such recipe{f'; there are {known}' if known else ''}")
     try:
         config = runpy.run_path(path).get("config")

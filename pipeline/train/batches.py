@@ -26,6 +26,7 @@ from pipeline.splats import Splats
 from pipeline.train.augmentation import augment_of, augmented, sample_seeds
 from pipeline.train.distributed import World
 from schemas.errors import CorruptShardError, UsageError
+from schemas.splats import TEACHER
 from schemas.train import DataConfig, TrainConfig
 
 State = dict[str, Any]
@@ -124,8 +125,7 @@ def _label_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | 
 
 def _teacher_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
     if batch.teacher is None:
-        remedy = "splatshard embed DST --teacher MODEL SRC adds them to these shards"
-        return f"has no teacher's embedding, which distillation needs: {remedy}", batch.keys[0]
+        return "is in a shard without teacher's embeddings: run splatshard embed", batch.keys[0]
     size, width = batch.teacher.shape[1], config.model.encoder.width
     if size != width:
         remedy = f"set model.encoder.width to {size}, or embed with a teacher of width {width}"
@@ -162,7 +162,7 @@ def first_of(bad: Tensor) -> int | None:
 
 class Feed:
     """The steps of one process, epoch after epoch, from `state` on. `shards` says what the data
-    are: the shards' fingerprint and cutoff.
+    are: the shards' fingerprint, cutoff and teacher.
 
     Raises UsageError for data that do not fit the configuration, and what SplatDataset raises.
     """
@@ -185,10 +185,11 @@ class Feed:
                 f"data.batch_size is {data.batch_size}, but {data.src} has only {samples} samples "
                 f"to train on: choose at most {samples}"
             )
-        self.cutoff = cutoff_of(self.dataset)
+        constants = constants_of(self.dataset, config)
+        self.cutoff: float = constants["cutoff"]
         self.augment = config.augment and augment_of(config.augment, self.cutoff)
         self.state: State = self.dataset.state_dict()
-        self.shards = {"data": self.state["data"], "cutoff": self.cutoff}
+        self.shards = {"data": self.state["data"], **constants}
         self.waited_s = 0.0
         self._loader = DataLoader(
             self.dataset,
@@ -269,17 +270,27 @@ def open_dataset(data: DataConfig, world: World) -> SplatDataset:
     )
 
 
-def cutoff_of(dataset: SplatDataset) -> float:
-    """The cutoff of all shards, in standard deviations. Raises UsageError where they differ, since
-    the same numbers are then not the same pictures."""
-    found: dict[float, str] = {}
-    for source in dataset.sources:
-        shard = source.shards[0]
-        found.setdefault(shard_metadata_of(shard.url, shard.format)["cutoff"], shard.url)
-    if len(found) > 1:
-        each = ", ".join(f"{cutoff} in {url}" for cutoff, url in found.items())
-        raise UsageError(f"the sources of data.src differ in their cutoff: {each}; choose one kind")
-    return next(iter(found))
+def constants_of(dataset: SplatDataset, config: TrainConfig) -> dict[str, Any]:
+    """What all sources must have in common for their numbers to mean the same: the cutoff, and for
+    distillation the teacher. Raises UsageError where they differ, or there is no teacher."""
+    names = ("cutoff", TEACHER) if config.stage == "distill" else ("cutoff",)
+    found: dict[str, Any] = {}
+    folders = {s.url.rpartition("/")[0]: s for source in dataset.sources for s in source.shards}
+    firsts = list(folders.values())
+    metadata = {shard.url: shard_metadata_of(shard.url, shard.format) for shard in firsts}
+    for name in names:
+        values = {url: metadata[url].get(name) for url in metadata}
+        found[name] = next(iter(values.values()))
+        if any(value != found[name] for value in values.values()):
+            each = ", ".join(f"{value} in {url}" for url, value in values.items())
+            raise UsageError(f"the sources of data.src differ in their {name}: {each}")
+    if config.stage == "distill" and found[TEACHER] is None:
+        dst = firsts[0].url.rpartition("/")[0]
+        raise UsageError(
+            f"{dst} has no teacher's embeddings, which distillation needs: splatshard embed {dst} "
+            "--teacher MODEL SRC adds them"
+        )
+    return found
 
 
 def shard_of(dataset: SplatDataset, batch: TrainBatch, key: str, together: int) -> str:

@@ -1,0 +1,345 @@
+"""train(): the loss falls, what is frozen stays, a run that was stopped goes on exactly, bad input
+is named before the first step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.train.checkpoint import latest, read_checkpoint
+from pipeline.train.log import read_log
+from pipeline.train.loop import train
+from schemas.errors import CorruptShardError, SplatshardError, UsageError
+from schemas.train import AugmentConfig
+from tests.training import (
+    curve,
+    events,
+    make_shards,
+    rewrite,
+    same_weights,
+    toy_config,
+    weights_of,
+    with_metadata,
+    without_teacher,
+)
+
+STAGES = ("classify", "distill", "contrast")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("toy"))
+
+
+class Stop(Exception):
+    """In place of a kill, which tests/integration does."""
+
+
+def stop_after(step: int) -> Any:
+    def show(record: Mapping[str, Any]) -> None:
+        if record["event"] == "step" and record["step"] == step:
+            raise Stop
+
+    return show
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_loss_falls(shards: Path, tmp_path: Path, stage: str) -> None:
+    config = toy_config(shards, tmp_path, stage, steps=40, optim__ema=0.9)
+    result = train(config)
+    losses = list(curve(tmp_path).values())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert result.steps == 40
+    assert result.record["loss"] == losses[-1]
+    found = latest(str(tmp_path))
+    assert found is not None
+    assert (found.url, found.step, found.train_config()) == (result.checkpoint, 40, config)
+    assert not same_weights(found.weights(), found.weights("ema.safetensors"))
+    if stage == "distill":
+        (start,) = [r for r in read_log(str(tmp_path)) if r["event"] == "start"]
+        assert "logit_scale" in start["unused"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stopped", [5, 8, 11])
+def test_a_stopped_run_goes_on_bitwise(
+    shards: Path, tmp_path: Path, stage: str, stopped: int
+) -> None:
+    """5 steps are an epoch; checkpoints are at 4, 8 and 12, so steps are done a second time."""
+    options = {
+        "steps": 13,
+        "optim__ema": 0.9,
+        "augment": AugmentConfig(height=32, width=32, rotation=20, dropout=0.2, contrast=0.2),
+    }
+    whole = train(toy_config(shards, tmp_path / "whole", stage, **options))
+    with pytest.raises(Stop):
+        train(toy_config(shards, tmp_path / "cut", stage, **options), stop_after(stopped))
+    cut = train(toy_config(shards, tmp_path / "cut", stage, **options))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert list(curve(tmp_path / "cut")) == list(range(1, 14))
+    a, b = read_checkpoint(whole.checkpoint), read_checkpoint(cut.checkpoint)
+    assert same_weights(a.weights(), b.weights())
+    assert same_weights(a.weights("ema.safetensors"), b.weights("ema.safetensors"))
+    assert a.state()["reader"] == b.state()["reader"]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # few cores
+def test_it_goes_on_with_more_workers_and_more_steps(shards: Path, tmp_path: Path) -> None:
+    """The learning rate is constant here, since more steps stretch the cosine."""
+    same = {"optim__final_lr": 1.0, "augment": AugmentConfig(height=32, width=32, shift=0.1)}
+    train(toy_config(shards, tmp_path / "whole", steps=9, **same))
+    train(toy_config(shards, tmp_path / "cut", steps=3, **same))
+    train(toy_config(shards, tmp_path / "cut", steps=9, data__workers=2, data__lanes=4, **same))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert events(tmp_path / "cut").count("start") == 2
+
+
+def test_a_finished_run_has_nothing_to_do(shards: Path, tmp_path: Path) -> None:
+    config = toy_config(shards, tmp_path, steps=2)
+    first, again = train(config), train(config)
+    assert (again.steps, again.checkpoint, again.record) == (2, first.checkpoint, {})
+
+
+def test_frozen_parameters_do_not_move(shards: Path, tmp_path: Path) -> None:
+    """Those of `later` from their step on, and not before."""
+    fields = {
+        "optim__trainable": ("vision.stem.*", "*_projection.*"),
+        "optim__later": ("text.*",),
+        "optim__later_from": 3,
+        "checkpoint__every": 1,
+        "checkpoint__keep": 9,
+    }
+    train(toy_config(shards, tmp_path, "contrast", steps=5, **fields))
+    at = {n: weights_of(f"{tmp_path}/checkpoints/{n:08d}") for n in (1, 3, 5)}
+
+    def moved(a: int, b: int) -> set[str]:
+        return {n.split(".")[0] for n in at[a] if not torch.equal(at[a][n], at[b][n])}
+
+    def moved_in_vision(a: int, b: int) -> set[str]:
+        names = [n for n in at[a] if n.startswith("vision.")]
+        return {n.split(".")[1] for n in names if not torch.equal(at[a][n], at[b][n])}
+
+    assert moved(1, 3) == {"vision", "visual_projection", "text_projection"}
+    assert moved(3, 5) == {"vision", "visual_projection", "text_projection", "text"}
+    assert moved_in_vision(1, 5) == {"stem"}
+
+
+def test_stage_two_begins_with_the_weights_of_stage_one(shards: Path, tmp_path: Path) -> None:
+    one = train(toy_config(shards, tmp_path / "one", "distill", steps=2))
+    still = {"optim__trainable": ("logit_scale",), "init": str(tmp_path / "one")}
+    two = train(toy_config(shards, tmp_path / "two", "contrast", steps=1, **still))
+    a, b = weights_of(one.checkpoint), weights_of(two.checkpoint)
+    assert {n for n in a if not torch.equal(a[n], b[n])} == {"logit_scale"}
+    three = train(toy_config(shards, tmp_path / "3", steps=1, init=one.checkpoint, optim__lr=1e-9))
+    c = weights_of(three.checkpoint)
+    for name in (n for n in a if n.startswith("vision.")):
+        assert torch.allclose(a[name], c[name.replace("vision.", "encoder.", 1)], atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_and_the_rest_of_the_options(
+    shards: Path, tmp_path: Path, precision: str
+) -> None:
+    config = toy_config(
+        shards, tmp_path, "contrast", precision=precision, micro_batch=6, log__tensorboard=True
+    )
+    encoder = replace(config.model.encoder, gradient_checkpointing=True)
+    train(replace(config, model=replace(config.model, encoder=encoder)))
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    (record, *_) = [r for r in read_log(str(tmp_path)) if r["event"] == "step"]
+    wanted = {"lr", "grad_norm", "images_per_s", "data_wait_share", "memory_bytes", "logit_scale"}
+    assert wanted <= record.keys()
+
+
+def changed(shards: Path, tmp_path: Path, change: Any) -> Path:
+    """Shards whose tables `change` has changed."""
+    shutil.copytree(shards, tmp_path / "changed")
+    rewrite(tmp_path / "changed/splats", change)
+    return tmp_path / "changed"
+
+
+def with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    number = table.schema.get_field_index(name)
+    return table.set_column(number, table.schema.field(name), pa.array(values, table[name].type))
+
+
+def test_captions_are_missing(shards: Path, tmp_path: Path) -> None:
+    bad = changed(shards, tmp_path, lambda t: with_column(t, "caption", [None] * len(t)))
+    with pytest.raises(UsageError, match=r"sample \d+ has no caption, .*16 of 16.*empty_captions"):
+        train(toy_config(bad, tmp_path / "run", "contrast"))
+    assert "step" not in events(tmp_path / "run")
+    train(toy_config(bad, tmp_path / "keep", "contrast", steps=1, data__empty_captions="keep"))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(None, "has no label.*data.filter"), (24, "has the label 24, and model.num_classes is 24")],
+)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # few cores
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_out_of_range(
+    shards: Path, tmp_path: Path, label: int | None, message: str, workers: int
+) -> None:
+    """Also where another process reads them."""
+
+    def change(table: pa.Table) -> pa.Table:
+        keys = table["key"].to_pylist()
+        labels = table["label"].to_pylist()
+        found = [label if key == "000042" else v for key, v in zip(keys, labels, strict=True)]
+        return with_column(table, "label", found)
+
+    bad = changed(shards, tmp_path, change)
+    with pytest.raises(UsageError, match=rf"splats/00001-.*\.parquet: sample 000042 {message}"):
+        train(toy_config(bad, tmp_path / "run", steps=5, data__workers=workers))
+
+
+def test_numbers_that_are_not_finite(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No writer stores them; a shard of someone else's may."""
+    from pipeline.data import block
+
+    decode = block.decode_rows
+
+    def broken(codec: Any, planes: Any, rows: Any, counts: Any, *rest: Any) -> None:
+        decode(codec, planes, rows, counts, *rest)
+        rest[2][0, 0, 3] = float("nan")
+
+    monkeypatch.setattr(block, "decode_rows", broken)
+    with pytest.raises(CorruptShardError, match=r"0000\d-.*: sample 0000\d\d has numbers that are"):
+        train(toy_config(shards, tmp_path))
+
+
+def test_the_teachers_column(shards: Path, tmp_path: Path) -> None:
+    bad = changed(shards, tmp_path, without_teacher)
+    with pytest.raises(UsageError, match=r"no teacher.s emb.*splatshard embed .*/splats --teacher"):
+        train(toy_config(bad, tmp_path / "run", "distill"))
+    both = f"{shards}/splats::{bad}/splats"
+    with pytest.raises(UsageError, match="differ in their teacher"):
+        train(toy_config(shards, tmp_path / "run", "distill", data__src=both))
+    config = toy_config(shards, tmp_path / "run", "distill")
+    encoder = replace(config.model.encoder, width=32)
+    config = replace(config, model=replace(config.model, encoder=encoder))
+    with pytest.raises(UsageError, match="of 16 numbers, the encoder makes 32"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data__batch_size": 91}, "data.batch_size is 91, but .* has only 90 samples"),
+        ({"data__src": ""}, "data.src is empty"),
+        ({"dst": ""}, "dst is empty"),
+        ({"device": "cuda:0"}, "device is 'cuda:0'"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"optim__trainable": ("vision*",)}, r"'vision\*', which no parameter .* encoder.stem\*"),
+        ({"init": "/nowhere"}, "init is /nowhere: no checkpoint"),
+    ],
+)
+def test_configurations_that_do_not_fit(
+    shards: Path, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    if fields.get("device") == "cuda:0" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(UsageError, match=message):
+        train(toy_config(shards, **{"dst": tmp_path, **fields}))
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(shards: Path, tmp_path: Path) -> None:
+    config = toy_config(shards, tmp_path, steps=8, optim__lr=9.9, optim__clip=None)
+    train(replace(config, optim=replace(config.optim, lr=1e-3, steps=1)))
+    url = f"{tmp_path}/checkpoints/00000001"
+    weights = weights_of(url)
+    from safetensors.torch import save_file
+
+    bad = {name: value * float("nan") for name, value in weights.items()}
+    save_file(bad, tmp_path / "bad.safetensors")
+    with pytest.raises(SplatshardError, match="the loss is nan in step 1"):
+        train(toy_config(shards, tmp_path / "new", init=str(tmp_path / "bad.safetensors")))
+    assert latest(str(tmp_path / "new")) is None
+
+
+def test_sources_whose_numbers_mean_different_things(shards: Path, tmp_path: Path) -> None:
+    other = changed(shards, tmp_path, lambda table: with_metadata(table, {"cutoff": 2.5}))
+    both = f"{shards}/splats::{other}/splats"
+    with pytest.raises(UsageError, match=r"differ in their cutoff: 3\.0 in .*, 2\.5 in "):
+        train(toy_config(shards, tmp_path / "run", data__src=both))
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_another_configuration(shards: Path, tmp_path: Path) -> None:
+    train(toy_config(shards, tmp_path, steps=2))
+    with pytest.raises(UsageError, match=r"optim\.lr was 0\.003 and is 0\.001.*another dst"):
+        train(toy_config(shards, tmp_path, steps=4, optim__lr=1e-3))
+    with pytest.raises(UsageError, match=r"augment\.dropout"):
+        train(toy_config(shards, tmp_path, steps=4, augment=AugmentConfig(dropout=0.1)))
+
+
+def test_a_checkpoint_of_other_shards(shards: Path, tmp_path: Path) -> None:
+    train(toy_config(shards, tmp_path / "run", steps=2))
+    other = changed(shards, tmp_path, without_teacher)
+    with pytest.raises(UsageError, match="saved with data"):
+        train(toy_config(other, tmp_path / "run", steps=4))
+
+
+def test_the_last_checkpoints_stay(shards: Path, tmp_path: Path) -> None:
+    fields = {"checkpoint__every": 2, "checkpoint__keep": 2}
+    train(toy_config(shards, tmp_path, steps=7, **fields))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000006", "00000007"]
+
+
+def test_what_was_not_written_whole_is_no_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """config.json comes last. The folder of one that was killed goes with the next checkpoint."""
+    whole = train(toy_config(shards, tmp_path / "whole", steps=9))
+    config = toy_config(shards, tmp_path / "cut", steps=9)
+    with pytest.raises(Stop):
+        train(config, stop_after(8))
+    torn = tmp_path / "cut/checkpoints/00000006"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    found = latest(str(tmp_path / "cut"))
+    assert found is not None
+    assert found.step == 4
+    result = train(config)
+    assert same_weights(weights_of(result.checkpoint), weights_of(whole.checkpoint))
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_damaged_checkpoint_is_named(shards: Path, tmp_path: Path, name: str) -> None:
+    url = train(toy_config(shards, tmp_path, steps=2)).checkpoint
+    path = Path(url, name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptShardError, match=rf"{name} is damaged.*delete the folder {url}"):
+        train(toy_config(shards, tmp_path, steps=4))
+    path.unlink()
+    with pytest.raises(CorruptShardError, match=f"{name} is missing"):
+        train(toy_config(shards, tmp_path, steps=4))
+    shutil.rmtree(url)
+    assert train(toy_config(shards, tmp_path, steps=4)).steps == 4
+
+
+def test_a_run_does_not_begin_with_weights_for_other_inputs(shards: Path, tmp_path: Path) -> None:
+    url = train(toy_config(shards, tmp_path / "one", steps=1)).checkpoint
+    config = toy_config(shards, tmp_path / "two", init=url)
+    stem = replace(config.model.encoder.stem, log_scale_mean=-2.0)
+    encoder = replace(config.model.encoder, stem=stem)
+    with pytest.raises(UsageError, match=r"stem\.log_scale_mean was -3\.6 and is -2\.0"):
+        train(replace(config, model=replace(config.model, encoder=encoder)))
+    marker = json.loads(Path(url, "config.json").read_text())
+    marker["shards"]["cutoff"] = 2.5
+    Path(url, "config.json").write_text(json.dumps(marker))
+    with pytest.raises(UsageError, match=r"cutoff was 2\.5 and is 3\.0"):
+        train(config)
