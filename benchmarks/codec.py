@@ -6,8 +6,8 @@ The first samples of datacomp-sample's shard 0, and the Kodak photographs, are c
 `convert_shard` in every codec and container. A sample's bytes are what its payload takes in the
 shard file: the compressed columns of Parquet, shared among the samples in proportion to their
 bytes before compression, or its member of a tar. Beside it stand the smallest JPEG and WebP of the
-same crop that reach at least the sample's PSNR, over all qualities (WebP halves the colours' resolution,
-so some are beyond it: then it has no bytes in its mean), each with the encoder's slow
+same crop that reach at least the sample's PSNR, over all qualities (WebP halves the resolution of
+colours, so some are beyond it; those do not count in its mean), each with the encoder's slow
 and small settings (JPEG: optimised and progressive, the better of 4:2:0 and 4:4:4; WebP: method 6).
 A shard's other columns would be the same beside a JPEG, so they count for neither.
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from PIL import Image
+from PIL import Image, ImageFile
 
 from benchmarks.record import DATA, save
 from pipeline.convert import convert_shard
@@ -40,6 +40,7 @@ from schemas.splats import CODECS, EXTENSIONS, payload_bytes
 
 SETS = {"datacomp": "datacomp-sample/shards/00000000.tar", "kodak": "kodak"}
 QUALITIES = range(1, 101)
+ImageFile.MAXBLOCK = 1 << 20  # or Pillow's JPEG encoder runs out of buffer at quality 100
 
 
 @dataclass(frozen=True)
