@@ -1,0 +1,101 @@
+"""The tasks on which a trained model is evaluated: its vectors of the samples, then evaluate.py.
+
+Each gives `{"samples": S, "metrics": {...}}` and raises UsageError for samples that do not fit the
+task (no label, a label beyond the classes, no caption), before any figure is made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.data import SplatDataset, TrainBatch
+from pipeline.evaluate import classification, linear_probe, retrieval
+from pipeline.models import SplatCLIP
+from pipeline.models.classifier import encode
+from pipeline.train.losses import vision_of
+from pipeline.trained import Samples, Trained, samples_of
+from pipeline.zeroshot import class_vectors, text_vectors
+from schemas.errors import UsageError
+
+Found = dict[str, Any]
+
+
+def zeroshot(
+    trained: Trained, shards: SplatDataset, names: Sequence[str], templates: Sequence[str]
+) -> Found:
+    """Classification by the prompt that is nearest to the image."""
+    model = cast(SplatCLIP, trained.model)
+    samples = samples_of(trained, shards, unit_images(model))
+    check_labels(samples, len(names), f"{len(names)} class names")
+    classes = class_vectors(model, names, templates, trained.device)
+    return _found(samples, classification(samples.vectors @ classes.T, samples.labels))
+
+
+def retrieve(trained: Trained, shards: SplatDataset) -> Found:
+    """Texts by image and images by text. Each line of a caption is a text."""
+    model = cast(SplatCLIP, trained.model)
+    samples = samples_of(trained, shards, unit_images(model))
+    captions = ((caption or "").splitlines() for caption in samples.captions)
+    lines = [[line for line in caption if line.strip()] for caption in captions]
+    empty = [key for key, texts in zip(samples.keys, lines, strict=True) if not texts]
+    if empty:
+        raise UsageError(
+            f"{len(empty)} of {len(lines)} samples have no caption, the first of them {empty[0]}: "
+            "retrieval needs one for each; choose another task, or give --classnames"
+        )
+    image_of = torch.tensor([i for i, texts in enumerate(lines) for _ in texts])
+    texts = text_vectors(model, [text for some in lines for text in some], trained.device)
+    found = _found(samples, retrieval(samples.vectors, texts, image_of))
+    return found | {"texts": len(texts)}
+
+
+def classify(trained: Trained, shards: SplatDataset) -> Found:
+    """A classifier's own logits."""
+    classes = trained.config.model.num_classes
+    assert classes is not None, "the model is a classifier"
+    samples = samples_of(trained, shards, lambda batch: trained.model(batch))
+    check_labels(samples, classes, f"the model's {classes} classes")
+    return _found(samples, classification(samples.vectors, samples.labels))
+
+
+def probe(trained: Trained, train: SplatDataset, shards: SplatDataset) -> Found:
+    """A linear classifier on the encoder's CLS token."""
+
+    def tokens(batch: TrainBatch) -> Tensor:
+        return encode(vision_of(trained.model), batch)
+
+    known, samples = (samples_of(trained, each, tokens) for each in (train, shards))
+    check_labels(known, None, "")
+    classes = int(known.labels.max()) + 1
+    check_labels(samples, classes, f"the {classes} classes of the training shards")
+    logits, weight = linear_probe(known.vectors, known.labels, samples.vectors, classes)
+    found = _found(samples, classification(logits, samples.labels))
+    return found | {"training_samples": len(known.keys), "l2": weight}
+
+
+def unit_images(model: SplatCLIP) -> Any:
+    """A function from a batch to unit vectors [B, E]."""
+    return lambda batch: F.normalize(model.encode_image(batch).float(), dim=1)
+
+
+def check_labels(samples: Samples, classes: int | None, what: str) -> None:
+    """Raises UsageError for a label that is missing, or not below `classes`."""
+    for bad, problem in (
+        (samples.labels < 0, "have no label, or a negative one"),
+        (samples.labels >= (classes or 1 << 62), f"have a label beyond {what}"),
+    ):
+        if bool(bad.any()):
+            first = int(bad.int().argmax())
+            raise UsageError(
+                f"{int(bad.sum())} of {len(bad)} samples {problem}, the first of them "
+                f"{samples.keys[first]} ({int(samples.labels[first])})"
+            )
+
+
+def _found(samples: Samples, metrics: dict[str, float]) -> Found:
+    return {"samples": len(samples.keys), "metrics": metrics}

@@ -1,0 +1,494 @@
+"""Evaluation: figures against counting by hand, and the job on toy models and real shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import evaluate
+from jobs.evaluate import EvaluateOptions, datasets_of
+from pipeline.data import SplatDataset
+from pipeline.evaluate import classification, linear_probe, ranks, retrieval, summary
+from pipeline.models import SplatClassifier, SplatCLIP, build_model
+from pipeline.models.clip import load_tokenizer, tokenize
+from pipeline.train import checkpoint
+from pipeline.zeroshot import checked_templates, filled
+from schemas.errors import UsageError
+from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
+from schemas.train import DataConfig, OptimConfig, TrainConfig
+from tests.clips import save_tokenizer, vocabulary_of
+from tests.splat_shards import N, commit, rows_of, splat_config
+
+Capsys = pytest.CaptureFixture[str]
+
+few = st.integers(-2, 2)  # so that there are ties
+
+
+# Figures
+
+
+@given(
+    st.integers(1, 6).flatmap(lambda c: st.lists(st.lists(few, min_size=c, max_size=c))), st.data()
+)
+def test_a_rank_is_a_place_in_a_stable_sort(scores: list[list[int]], data: st.DataObject) -> None:
+    if not scores:
+        return
+    classes = len(scores[0])
+    target = [data.draw(st.integers(0, classes - 1)) for _ in scores]
+    found = ranks(torch.tensor(scores).float(), torch.tensor(target))
+    for row, own, place in zip(scores, target, found.tolist(), strict=True):
+        assert sorted(range(classes), key=lambda i: (-row[i], i)).index(own) == place
+
+
+def test_classification_by_hand() -> None:
+    logits = torch.tensor(
+        [
+            [9.0, 1, 2, 3, 4, 5, 0],
+            [9, 1, 2, 3, 4, 5, 0],
+            [0, 9, 8, 7, 6, 5, 4],
+            [0, 9, 8, 7, 6, 5, 4],
+        ]
+    )
+    found = classification(logits, torch.tensor([0, 1, 6, 1]))
+    assert found == {
+        "top1": 0.5,  # the first and the last
+        "top5": 0.5,  # class 1 is sixth in the second, 6 is sixth in the third
+        "mean_per_class_recall": pytest.approx((1 + 0.5 + 0) / 3),
+    }
+
+
+def test_a_model_that_says_the_same_of_everything_gets_chance() -> None:
+    labels = torch.arange(10).repeat(20)
+    found = classification(torch.zeros(200, 10), labels)
+    assert (found["top1"], found["top5"]) == (0.1, 0.5)
+    same = F.normalize(torch.ones(20, 4), dim=1)
+    found = retrieval(same, same, torch.arange(20))
+    assert found["image_to_text_recall1"] == found["text_to_image_recall1"] == 0.05
+    assert found["text_to_image_recall10"] == 0.5
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 12), st.integers(0, 9), st.integers(0, 99))
+def test_retrieval_against_loops(images: int, more: int, seed: int) -> None:
+    """Several texts per image; far more rows than are in memory at once would be the same."""
+    g = torch.Generator().manual_seed(seed)
+    image_of = torch.cat((torch.arange(images), torch.randint(images, (more,), generator=g)))
+    x, y = (F.normalize(torch.randn(n, 5, generator=g), dim=1) for n in (images, len(image_of)))
+    scores = (x @ y.T).tolist()
+    found = retrieval(x, y, image_of)
+    for k in (1, 5, 10):
+        hits = 0
+        for row in scores:
+            best = sorted(range(len(row)), key=lambda j: -row[j])[:k]
+            hits += any(int(image_of[j]) == scores.index(row) for j in best)
+        assert found[f"image_to_text_recall{k}"] == pytest.approx(hits / images)
+        hits = 0
+        for j, own in enumerate(image_of.tolist()):
+            best = sorted(range(images), key=lambda i: -scores[i][j])[:k]
+            hits += own in best
+        assert found[f"text_to_image_recall{k}"] == pytest.approx(hits / len(image_of))
+    recalls = found["image_to_text_recall1"], found["text_to_image_recall1"]
+    assert found["mean_recall1"] == pytest.approx(sum(recalls) / 2)
+
+
+def blobs(samples: int, classes: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted by class, of very different scales, with a column that never varies."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(samples) * classes // samples
+    centres = torch.randn(classes, 6, generator=torch.Generator().manual_seed(7))
+    x = centres[labels] + noise * torch.randn(samples, 6, generator=g)
+    scale = torch.tensor([1e3, 1, 1, 1e-3, 1, 1])
+    return torch.cat((x * scale, torch.full((samples, 1), 0.1)), 1), labels
+
+
+def test_a_linear_probe_separates_what_can_be() -> None:
+    x, y = blobs(90, 3, 0.3, 0)
+    test, labels = blobs(60, 3, 0.3, 1)
+    logits, _ = linear_probe(x, y, test, 3)
+    assert classification(logits, labels)["top1"] >= 0.98
+
+
+def test_a_linear_probe_is_at_the_minimum() -> None:
+    """Of convex loss and penalty: the gradient there is nil."""
+    x, y = blobs(120, 4, 2.0, 0)
+    logits, weight = linear_probe(x, y, x, 4)
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    z = z[:, :6].double()
+    design = torch.cat((z, torch.ones(len(z), 1, dtype=torch.float64)), 1)
+    coefficients = torch.linalg.lstsq(design, logits.double()).solution  # logits are linear in z
+    residual = torch.softmax(logits.double(), 1) - F.one_hot(y, 4)
+    gradient = z.T @ residual / len(z) + weight * coefficients[:6]
+    assert gradient.abs().max() < 2e-3
+    assert residual.sum(0).abs().max() / len(z) < 2e-3
+
+
+def test_a_linear_probe_on_noise_is_held_back() -> None:
+    """Labels that mean nothing want a strong penalty; few samples have no held-out part."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 40, generator=g), torch.randint(3, (60,), generator=g)
+    logits, weight = linear_probe(x, y, torch.randn(9, 40, generator=g), 3)
+    assert weight >= 0.1
+    assert logits.isfinite().all()
+    logits, _ = linear_probe(x[:4], torch.tensor([0, 1, 2, 0]), x[:2], 3)
+    assert logits.isfinite().all()
+
+
+def test_both_ratios_to_a_reference() -> None:
+    found = summary({"a": 0.5, "b": 0.1, "c": 0.9}, {"a": 1.0, "b": 0.05, "other": 0.3})
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["ratio_of_means"] == pytest.approx(0.6 / 1.05)
+    assert found["mean_of_ratios"] == pytest.approx((0.5 + 2) / 2)
+    assert (found["ratios"]["b"], found["not_in_reference"]) == (2, ["c"])
+    assert "ratios" not in summary({"a": 0.5}, None)
+    with pytest.raises(UsageError, match="none of a"):
+        summary({"a": 1.0}, {"b": 1.0})
+    with pytest.raises(UsageError, match="no ratio"):
+        summary({"a": 1.0}, {"a": 0.0})
+
+
+def test_prompts() -> None:
+    assert filled("a {c}, {c}", "cat {x}") == "a cat {x}, cat {x}"
+    assert filled("a {}.", r"\1") == r"a \1."
+    with pytest.raises(UsageError, match="line 2"):
+        checked_templates(["{c}", "a cat"], "t.txt")
+
+
+# The list of datasets
+
+
+def options(*data: str, **values: Any) -> EvaluateOptions:
+    return EvaluateOptions(ckpt="x", data=data, **values)
+
+
+def test_a_list_of_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(
+        "# comment\n\nwds/cars=/d/cars/test metric=top5 # why\n/d/pets/test task=probe train=/t\n"
+    )
+    cars, pets, direct = datasets_of(options(str(path), "s3://b/eurosat", metric="top1"))
+    assert (cars.name, cars.src, cars.metric, cars.task) == (
+        "wds/cars",
+        "/d/cars/test",
+        "top5",
+        "auto",
+    )
+    assert (pets.name, pets.metric, pets.task, pets.train) == ("pets/test", "top1", "probe", "/t")
+    assert (direct.name, direct.src) == ("eurosat", "s3://b/eurosat")
+    for line, problem in (("a b", "'b' is no option"), ("a task=b", "task=b"), ("a bad=1", "bad")):
+        path.write_text(line)
+        with pytest.raises(UsageError, match=problem):
+            datasets_of(options(str(path)))
+    with pytest.raises(UsageError, match="would both be called"):
+        datasets_of(options("/a/x", "/b/x"))
+    with pytest.raises(UsageError, match="DATA is missing"):
+        options()
+
+
+# The job
+
+CLASSES = 5
+NAMES = ["red", "green", "a", "b", "photograph"]
+TEMPLATES = ["a photo of {c}", "{} number"]
+
+
+def model_config(folder: Path, kind: str) -> ModelConfig:
+    encoder = EncoderConfig(
+        width=16,
+        layers=1,
+        heads=2,
+        tokens=4,
+        stem=StemConfig(bands=2, hidden=16),
+        resampler=ResamplerConfig(heads=2),
+    )
+    if kind == "classifier":
+        return ModelConfig(encoder=encoder, num_classes=CLASSES)
+    text = TextConfig(
+        width=16,
+        layers=1,
+        heads=2,
+        vocab_size=len(vocabulary_of()),
+        context_length=12,
+        tokenizer=str(folder),
+    )
+    return ModelConfig(encoder=encoder, text=text if kind == "clip" else None, embed_dim=8)
+
+
+Run = tuple[str, SplatCLIP | SplatClassifier]
+
+
+def make_run(folder: Path, kind: str, cutoff: float = 3.0, average: bool = False) -> Run:
+    """A checkpoint of a random model, and the model."""
+    torch.manual_seed(3)
+    save_tokenizer(folder)
+    config = TrainConfig(
+        stage="classify" if kind == "classifier" else "distill",
+        dst=str(folder / "run"),
+        model=model_config(folder, kind),
+        data=DataConfig(src="elsewhere"),
+        optim=OptimConfig(steps=1, ema=0.9 if average else None),
+    )
+    model = build_model(config.model).eval()
+    if isinstance(model, SplatClassifier):
+        torch.nn.init.normal_(model.head.weight)
+    weights = model.state_dict()
+    other = {name: value * 0.5 for name, value in weights.items()}
+    checkpoint.save(
+        config.dst,
+        7,
+        other if average else weights,
+        weights if average else None,
+        {},
+        config,
+        {"data": "x", "cutoff": cutoff},
+        keep=1,
+    )
+    return config.dst, model
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    made: dict[Any, Run] = {}
+
+    def get(kind: str, **values: Any) -> Run:
+        key = (kind, *values.items())
+        if key not in made:
+            made[key] = make_run(tmp_path_factory.mktemp("run"), kind, **values)
+        return made[key]
+
+    return get
+
+
+def make_data(dst: Path) -> str:
+    """Shards of random splats with labels below CLASSES; captions of one to three lines, no two
+    alike."""
+    for shard, count in enumerate((9, 5)):
+        rows = rows_of(shard, count)
+        for i, row in enumerate(rows):
+            lines = [f"{'abcdefghi'[i]} {'pqr'[k]} {'xy'[shard]}" for k in range(3)]
+            row |= {"label": (i * 3 + shard) % CLASSES, "caption": "\n".join(lines[: i % 3 + 1])}
+        commit(str(dst), f"{shard:05d}", rows)
+    return str(dst)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_data(tmp_path_factory.mktemp("eurosat"))
+
+
+def run_job(capsys: Capsys, *arguments: object) -> tuple[int, dict[str, Any], str]:
+    capsys.readouterr()
+    code = evaluate.main([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else {}, err
+
+
+def write_texts(folder: Path) -> list[str]:
+    (folder / "names.txt").write_text("\n".join(NAMES) + "\n")
+    (folder / "prompts.txt").write_text("\n".join(TEMPLATES) + "\n")
+    return ["--classnames", str(folder / "names.txt"), "--templates", str(folder / "prompts.txt")]
+
+
+def whole(data: str) -> Any:
+    """All samples as one batch, of the exact size."""
+    count = len(list(SplatDataset(data, batch_size=1, shuffle=False)))
+    (batch,) = SplatDataset(data, batch_size=count, shuffle=False)
+    return batch
+
+
+def expected_zeroshot(model: SplatCLIP, data: str) -> float:
+    """Sample by sample and class by class."""
+    batch = whole(data)
+    tokenizer = load_tokenizer(model.config.text)
+    with torch.no_grad():
+        images = F.normalize(model.encode_image(batch), dim=1)
+        classes = []
+        for name in NAMES:
+            vectors = []
+            for prompt in (f"a photo of {name}", f"{name} number"):
+                ids, mask = tokenize(tokenizer, [prompt], 12)
+                vectors.append(F.normalize(model.encode_text(ids, mask), dim=1)[0])
+            classes.append(F.normalize(sum(vectors) / 2, dim=0))
+    hits = sum(
+        max(range(CLASSES), key=lambda c, v=v: float(v @ classes[c])) == int(label)
+        for v, label in zip(images, batch.labels, strict=True)
+    )
+    return hits / len(batch)
+
+
+def test_zeroshot(make: Callable[..., Run], data: str, tmp_path: Path, capsys: Capsys) -> None:
+    """The last batch is padded; the results are kept and compared, and computed again only when
+    something has changed."""
+    ckpt, model = make("clip")
+    texts = write_texts(tmp_path)
+    arguments = (ckpt, data, *texts, "--batch-size", 4, "--output", tmp_path / "out")
+    code, total, err = run_job(capsys, *arguments)
+    assert code == 0, err
+    (name,) = total["datasets"]
+    result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert (result["task"], result["samples"], result["step"]) == ("zeroshot", 11, 7)
+    assert result["metrics"]["top1"] == pytest.approx(expected_zeroshot(model, data))
+    assert result["main"] == {"metric": "top1", "value": result["metrics"]["top1"]}
+    assert total["mean"] == result["metrics"]["top1"]
+
+    path = tmp_path / "out" / f"{name}.json"
+    path.write_text(json.dumps(result | {"metrics": {"top1": 0.5, "top5": 0.25}}))
+    code, total, err = run_job(capsys, *arguments, "--metric", "top5")
+    assert total["datasets"] == {name: 0.25}  # kept
+    (tmp_path / "prompts.txt").write_text("{c}\n")
+    path.write_text(json.dumps(result | {"metrics": {"top1": 7.0}}))
+    assert run_job(capsys, *arguments)[1]["mean"] <= 1  # other prompts: computed again
+
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    (reference / "summary.json").write_text(json.dumps({"datasets": {name: 0.5}}))
+    code, total, err = run_job(capsys, *arguments, "--reference", reference)
+    assert total["ratio_of_means"] == pytest.approx(total["mean"] / 0.5)
+    assert "mean of ratios" in err
+    code, _, err = run_job(capsys, *arguments, "--reference", tmp_path)
+    assert (code, "no summary.json" in err) == (1, True)
+
+
+def test_texts_beside_the_images(
+    make: Callable[..., Run], tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CLIP_benchmark lays them out: over the folder of the tars."""
+    ckpt, model = make("clip")
+    data = make_data(tmp_path / "out" / "test")
+    (tmp_path / "in").mkdir()
+    for name, lines in (("classnames", NAMES), ("zeroshot_classification_templates", TEMPLATES)):
+        (tmp_path / "in" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    for marker in Path(data).glob("0*.json"):
+        values = json.loads(marker.read_text()) | {"source_url": f"{tmp_path}/in/test/0.tar"}
+        marker.write_text(json.dumps(values))
+    code, total, err = run_job(capsys, ckpt, data, "--output", tmp_path / "results")
+    assert code == 0, err
+    assert total["datasets"] == {"out/test": pytest.approx(expected_zeroshot(model, data))}
+    assert (tmp_path / "results" / "out-test.json").exists()
+
+
+def test_retrieval_of_captions(
+    make: Callable[..., Run], data: str, tmp_path: Path, capsys: Capsys
+) -> None:
+    ckpt, model = make("clip")
+    code, _, err = run_job(capsys, ckpt, f"flickr={data}", "--output", tmp_path)
+    assert code == 0, err
+    result = json.loads((tmp_path / "flickr.json").read_text())
+    batch = whole(data)
+    texts = [(i, line) for i, c in enumerate(batch.captions) for line in c.split("\n")]
+    tokenizer = load_tokenizer(model.config.text)
+    ids, _ = tokenize(tokenizer, [line for _, line in texts], 12)
+    with torch.no_grad():
+        x = F.normalize(model.encode_image(batch), dim=1)
+        y = F.normalize(model.encode_text(ids), dim=1)
+    wanted = retrieval(x, y, torch.tensor([i for i, _ in texts]))
+    assert (result["task"], result["texts"]) == ("retrieval", len(texts))
+    for name, value in wanted.items():
+        assert result["metrics"][name] == pytest.approx(value), name
+
+
+def test_classifier_and_its_average(
+    make: Callable[..., Run], data: str, tmp_path: Path, capsys: Capsys
+) -> None:
+    ckpt, model = make("classifier", average=True)
+    batch = whole(data)
+    with torch.no_grad():
+        wanted = classification(model(batch), batch.labels)
+    code, total, err = run_job(capsys, ckpt, f"x={data}", "--output", tmp_path)
+    assert code == 0, err
+    assert total["mean"] == pytest.approx(wanted["top1"])
+    assert json.loads((tmp_path / "x.json").read_text())["metrics"] == pytest.approx(wanted)
+    kept = json.loads((tmp_path / "x.json").read_text())["inputs"]["weights"]
+    run_job(capsys, ckpt, f"x={data}", "--output", tmp_path, "--weights", "model")
+    assert json.loads((tmp_path / "x.json").read_text())["inputs"]["weights"] != kept
+    code, _, err = run_job(capsys, make("classifier")[0], f"x={data}", "--weights", "ema")
+    assert (code, "no average of the weights" in err) == (1, True)
+
+
+def test_probe(make: Callable[..., Run], data: str, tmp_path: Path, capsys: Capsys) -> None:
+    """On what it was trained on, a probe knows better than chance; no text tower is needed."""
+    ckpt, _ = make("vision")
+    code, _, err = run_job(capsys, ckpt, f"x={data}", "--task", "probe", "--train", data)
+    assert code == 0, err
+    result = json.loads(Path(ckpt, "evaluation", "00000007", "x.json").read_text())
+    assert (result["samples"], result["training_samples"], result["task"]) == (11, 11, "probe")
+    assert result["metrics"]["top1"] >= 3 / 11
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "problem"),
+    [
+        ("vision", (), "no text tower"),
+        ("vision", ("--task", "probe"), "give --train"),
+        ("clip", ("--task", "classify"), "no classifier"),
+        ("classifier", ("--task", "zeroshot"), "no text tower"),
+        ("clip", ("--task", "zeroshot"), "no classnames.txt"),
+        ("clip", ("--metric", "top9"), "retrieval gives no top9"),
+        ("clip", ("--num-gaussians", str(N + 1)), f"num_gaussians is {N + 1}"),
+        ("clip", ("--batch-size", "0"), "--batch-size 0"),
+        ("clip", ("--classnames", "nowhere.txt"), "nowhere.txt cannot be read"),
+    ],
+)
+def test_what_does_not_go_together(
+    kind: str,
+    arguments: tuple[str, ...],
+    problem: str,
+    make: Callable[..., Run],
+    data: str,
+    tmp_path: Path,
+    capsys: Capsys,
+) -> None:
+    code, _, err = run_job(capsys, make(kind)[0], data, *arguments, "--output", tmp_path)
+    assert (code, problem in err) == (1, True), err
+
+
+def test_shards_of_another_cutoff_are_refused(
+    make: Callable[..., Run], data: str, tmp_path: Path, capsys: Capsys
+) -> None:
+    """The same numbers would be another picture than in training."""
+    ckpt, _ = make("classifier", cutoff=4.0)
+    code, _, err = run_job(capsys, ckpt, data, "--output", tmp_path)
+    assert code == 1
+    assert "was fitted with a cutoff of 3.0" in err
+    assert "convert it with --cutoff 4.0" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"label": None}, "have no label"),
+        ({"label": CLASSES}, "beyond the model's 5 classes, the first of them 000000000 (5)"),
+    ],
+)
+def test_bad_labels(
+    changes: dict[str, Any], problem: str, make: Callable[..., Run], tmp_path: Path, capsys: Capsys
+) -> None:
+    rows = rows_of(0, 3)
+    for row in rows:
+        row |= {"label": 0}
+    rows[0] |= changes
+    commit(str(tmp_path / "in"), "a", rows, splat_config())
+    code, _, err = run_job(capsys, make("classifier")[0], tmp_path / "in")
+    assert (code, problem in err) == (1, True), err
+
+
+def test_no_captions(make: Callable[..., Run], tmp_path: Path, capsys: Capsys) -> None:
+    rows = rows_of(0, 3)
+    for row in rows:
+        row |= {"caption": None}
+    commit(str(tmp_path / "in"), "a", rows)
+    code, _, err = run_job(capsys, make("clip")[0], tmp_path / "in")
+    assert (code, "3 of 3 samples have no caption" in err) == (1, True), err
+
+
+def test_no_checkpoint(data: str, tmp_path: Path, capsys: Capsys) -> None:
+    code, _, err = run_job(capsys, tmp_path, data)
+    assert (code, "has no checkpoint" in err) == (1, True)
