@@ -13,13 +13,16 @@ JOBS = {
     "repair": "verify DST, then redo its bad, missing and failed shards",
     "retry-failed": "redo failed shards, and those with samples worth a second try",
     "report": "one self-contained HTML page about DST, with pictures",
+    "embed": "add a teacher's embeddings to finished shards",
+    "train": "train a model on splat shards, as a recipe says",
+    "evaluate": "zero-shot, retrieval, linear probe, top-1 of a checkpoint on shards",
     "export": "one sample as .png, or as .ply for viewers of Gaussian splats",
 }
 
 HELP = """\
 usage: splatshard JOB [OPTIONS] ...
 
-Turns image datasets into shards of 2D Gaussians.
+Turns image datasets into shards of 2D Gaussians, and trains on them.
 
 jobs:
 {jobs}
