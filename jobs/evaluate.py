@@ -23,8 +23,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -37,8 +37,7 @@ from pipeline.storage import absolute, use_options
 from schemas.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.data import SplatDataset
-    from pipeline.trained import Trained
+    from pipeline.trained import Data, Trained
 
 Result = dict[str, Any]
 Task = Literal["auto", "zeroshot", "retrieval", "probe", "classify"]
@@ -73,6 +72,8 @@ class EvaluateOptions:
     """Names of the classes, a line each; empty: looked for beside the data."""
     templates: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Prompts, a line each, with {c} for the class; empty: looked for beside the data."""
+    images: Switch = False
+    """For a reference: CKPT is an RGB CLIP (folder or name), DATA are images as for convert."""
     num_gaussians: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Gaussians per sample; default: as in training."""
     weights: Literal["auto", "model", "ema"] = "auto"
@@ -126,14 +127,13 @@ def evaluate(options: EvaluateOptions) -> int:
     use_options(storage_options(options.storage_options))
     datasets = datasets_of(options)
     from pipeline.evaluate import summary
-    from pipeline.trained import load_trained
 
-    trained = load_trained(absolute(options.ckpt), options.weights, device_of(options.device))
+    trained, open_data = opened(options)
     output = absolute(options.output).rstrip("/") if options.output else output_of(trained)
     reference = read_reference(options.reference) if options.reference else None
     found: dict[str, float] = {}
     for dataset in datasets:
-        result = evaluated(dataset, trained, options, output)
+        result = evaluated(dataset, trained, open_data, output)
         name, value = result["main"]["metric"], result["main"]["value"]
         found[dataset.name] = value
         say(f"{dataset.name}: {name} {value:.4f} ({result['task']}, {result['samples']:,} samples)")
@@ -151,10 +151,27 @@ def evaluate(options: EvaluateOptions) -> int:
     return EXIT_OK
 
 
+def opened(options: EvaluateOptions) -> tuple[Trained, Callable[[str], Data]]:
+    """The model, and what opens data for it."""
+    from pipeline.trained import load_trained, open_shards
+
+    device = device_of(options.device)
+    if options.images:
+        from pipeline.rgb import load_rgb, open_images
+
+        if not options.output:
+            raise UsageError("--images: give --output, a folder for the results")
+        trained, how = load_rgb(options.ckpt, device)
+        return trained, lambda src: open_images(how, src, options.batch_size)
+    trained = load_trained(absolute(options.ckpt), options.weights, device)
+    trained = replace(trained, num_gaussians=options.num_gaussians or trained.num_gaussians)
+    return trained, lambda src: open_shards(trained, src, options.batch_size)
+
+
 def output_of(trained: Trained) -> str:
     """`evaluation/{step}` beside the run's checkpoints: those are deleted in time."""
-    run_dst, _, step = trained.checkpoint.url.rpartition("/checkpoints/")
-    return f"{run_dst}/evaluation/{step}" if run_dst else f"{trained.checkpoint.url}-evaluation"
+    run_dst, _, step = trained.url.rpartition("/checkpoints/")
+    return f"{run_dst}/evaluation/{step}" if run_dst else f"{trained.url}-evaluation"
 
 
 # What to evaluate
@@ -236,30 +253,31 @@ def read_reference(folder: str) -> dict[str, float]:
 # One dataset
 
 
-def evaluated(dataset: Dataset, trained: Trained, options: EvaluateOptions, output: str) -> Result:
+def evaluated(
+    dataset: Dataset, trained: Trained, open_data: Callable[[str], Data], output: str
+) -> Result:
     """The result for one dataset: the one that is there already if nothing has changed, else
     computed and written. Raises UsageError for data that do not fit the model or the task."""
-    from pipeline.trained import open_shards
     from pipeline.zeroshot import CLASSNAMES, TEMPLATES
 
-    shards = open_shards(trained, dataset.src, options.num_gaussians, options.batch_size)
+    shards = open_data(dataset.src)
     train = None
     texts: dict[str, list[str]] = {}
     task = dataset.task
-    if task in ("auto", "zeroshot") and trained.config.model.num_classes is None:
+    if task in ("auto", "zeroshot") and trained.config.num_classes is None:
         names = lines_of(dataset.classnames, CLASSNAMES, dataset.src)
         texts = {"classnames": names, "templates": templates_of(dataset, TEMPLATES)}
         texts = texts if names else {}
     task = check_task(task, dataset, trained, bool(texts))
     if task == "probe":
-        train = open_shards(trained, dataset.train, options.num_gaussians, options.batch_size)
+        train = open_data(dataset.train)
     metric = dataset.metric or MAIN[task]
     inputs = {
         "weights": trained.weights,
-        "shards": shards.sources[0].content,
-        "train": train.sources[0].content if train else "",
+        "shards": shards.content,
+        "train": train.content if train else "",
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest() if texts else "",
-        "num_gaussians": options.num_gaussians or trained.config.data.num_gaussians,
+        "num_gaussians": trained.num_gaussians,
         "task": task,
     }
     before = read_result(output, dataset.name)
@@ -274,8 +292,8 @@ def evaluated(dataset: Dataset, trained: Trained, options: EvaluateOptions, outp
     result |= {
         "dataset": dataset.name,
         "src": dataset.src,
-        "checkpoint": trained.checkpoint.url,
-        "step": trained.checkpoint.step,
+        "checkpoint": trained.url,
+        "step": trained.step,
         "main": {"metric": metric, "value": result["metrics"][metric]},
     }
     write_text(output, file_of(dataset.name), json.dumps(result, indent=1, sort_keys=True) + "\n")
@@ -293,7 +311,7 @@ def read_result(output: str, name: str) -> Result:
 
 def check_task(task: str, dataset: Dataset, trained: Trained, names: bool) -> str:
     """The task, chosen if it is auto. Raises UsageError for one that the model cannot do."""
-    model = trained.config.model
+    model = trained.config
     where = f"{dataset.name}: task {task}"
     if task == "auto":
         task = "classify" if model.num_classes else "zeroshot" if names else "retrieval"
@@ -336,6 +354,7 @@ def folders_of(src: str) -> list[str]:
 
     markers = (m for m in read_markers(src).values() if isinstance(m, ShardManifest))
     source = next((marker.source_url for marker in markers), "")
+    src = src.rpartition("/")[0] if src.endswith((".tar", ".parquet")) else src  # --images
     is_file = source.endswith((".tar", ".parquet"))
     folders = [src, source.rpartition("/")[0] if is_file else source]
     return [place for folder in folders if folder for place in (folder, folder.rpartition("/")[0])]
@@ -344,8 +363,8 @@ def folders_of(src: str) -> list[str]:
 def computed(
     task: str,
     trained: Trained,
-    shards: SplatDataset,
-    train: SplatDataset | None,
+    shards: Data,
+    train: Data | None,
     texts: dict[str, list[str]],
 ) -> Result:
     """The figures of one dataset."""

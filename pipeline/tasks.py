@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data import SplatDataset, TrainBatch
 from pipeline.evaluate import classification, linear_probe, retrieval
 from pipeline.models import SplatCLIP
 from pipeline.models.classifier import encode
 from pipeline.train.losses import vision_of
-from pipeline.trained import Samples, Trained, samples_of
+from pipeline.trained import Data, Samples, Trained, samples_of
 from pipeline.zeroshot import class_vectors, text_vectors
 from schemas.errors import UsageError
 
@@ -26,7 +25,7 @@ Found = dict[str, Any]
 
 
 def zeroshot(
-    trained: Trained, shards: SplatDataset, names: Sequence[str], templates: Sequence[str]
+    trained: Trained, shards: Data, names: Sequence[str], templates: Sequence[str]
 ) -> Found:
     """Classification by the prompt that is nearest to the image."""
     model = cast(SplatCLIP, trained.model)
@@ -36,7 +35,7 @@ def zeroshot(
     return _found(samples, classification(samples.vectors @ classes.T, samples.labels))
 
 
-def retrieve(trained: Trained, shards: SplatDataset) -> Found:
+def retrieve(trained: Trained, shards: Data) -> Found:
     """Texts by image and images by text. Each line of a caption is a text."""
     model = cast(SplatCLIP, trained.model)
     samples = samples_of(trained, shards, unit_images(model))
@@ -54,20 +53,20 @@ def retrieve(trained: Trained, shards: SplatDataset) -> Found:
     return found | {"texts": len(texts)}
 
 
-def classify(trained: Trained, shards: SplatDataset) -> Found:
+def classify(trained: Trained, shards: Data) -> Found:
     """A classifier's own logits."""
-    classes = trained.config.model.num_classes
+    classes = trained.config.num_classes
     assert classes is not None, "the model is a classifier"
-    samples = samples_of(trained, shards, lambda batch: trained.model(batch))
+    samples = samples_of(trained, shards, lambda batch: trained.model(inputs_of(batch)))
     check_labels(samples, classes, f"the model's {classes} classes")
     return _found(samples, classification(samples.vectors, samples.labels))
 
 
-def probe(trained: Trained, train: SplatDataset, shards: SplatDataset) -> Found:
+def probe(trained: Trained, train: Data, shards: Data) -> Found:
     """A linear classifier on the encoder's CLS token."""
 
-    def tokens(batch: TrainBatch) -> Tensor:
-        return encode(vision_of(trained.model), batch)
+    def tokens(batch: Any) -> Tensor:
+        return encode(vision_of(trained.model), inputs_of(batch))
 
     known, samples = (samples_of(trained, each, tokens) for each in (train, shards))
     check_labels(known, None, "")
@@ -80,7 +79,12 @@ def probe(trained: Trained, train: SplatDataset, shards: SplatDataset) -> Found:
 
 def unit_images(model: SplatCLIP) -> Any:
     """A function from a batch to unit vectors [B, E]."""
-    return lambda batch: F.normalize(model.encode_image(batch).float(), dim=1)
+    return lambda batch: F.normalize(model.encode_image(inputs_of(batch)).float(), dim=1)
+
+
+def inputs_of(batch: Any) -> Any:
+    """What the model gets of a batch: pixels if it has some, else all of it."""
+    return getattr(batch, "pixels", batch)
 
 
 def check_labels(samples: Samples, classes: int | None, what: str) -> None:

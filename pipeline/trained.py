@@ -9,7 +9,7 @@ codec; the stem's constants are part of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,32 +18,47 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.data import SplatDataset, TrainBatch
+from pipeline.data import SplatDataset
 from pipeline.models import build_model
 from pipeline.shards import shard_metadata_of
-from pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, Checkpoint, latest, read_checkpoint
+from pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, latest, read_checkpoint
 from schemas.errors import CorruptShardError, UsageError
-from schemas.train import TrainConfig
+from schemas.model import ModelConfig
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode on `device`; `weights` is the SHA-256 of the file they are from."""
+    """A model in eval mode on `device`: the checkpoint's at `url`, after `step` steps, or one from
+    elsewhere (None). `weights` is a SHA-256 of them; `cutoff`, `num_gaussians` and `precision` are
+    those of training."""
 
     model: nn.Module
-    checkpoint: Checkpoint
-    config: TrainConfig
+    config: ModelConfig
+    url: str
+    step: int | None
     weights: str
     device: torch.device
+    cutoff: float | None = None
+    num_gaussians: int | None = None
+    precision: str = "fp32"
 
     def computing(self) -> AbstractContextManager[Any]:
         """On a GPU in the precision of training; on a CPU, where that is slow, in fp32."""
-        dtype = PRECISIONS.get(self.config.precision)
+        dtype = PRECISIONS.get(self.precision)
         if self.device.type != "cuda" or dtype is None:
             return nullcontext()
         return torch.autocast("cuda", dtype)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of samples (TrainBatch, or of pixels) from `src`; `content` is a digest of it."""
+
+    src: str
+    content: str
+    batches: Iterable[Any]
 
 
 @dataclass(frozen=True)
@@ -81,12 +96,23 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
         model.load_state_dict(found.weights(name))
     except RuntimeError as e:
         raise UsageError(f"{found.url}: {name} does not fit its configuration: {e}") from e
-    digest = found.files[name]["sha256"]
-    return Trained(model.to(device).eval(), found, config, digest, device)
+    if "cutoff" not in found.shards:
+        raise CorruptShardError(f"{found.url}: {CONFIG} does not say what it was trained on")
+    return Trained(
+        model=model.to(device).eval(),
+        config=config.model,
+        url=found.url,
+        step=found.step,
+        weights=found.files[name]["sha256"],
+        device=device,
+        cutoff=found.shards["cutoff"],
+        num_gaussians=config.data.num_gaussians,
+        precision=config.precision,
+    )
 
 
-def open_shards(trained: Trained, src: str, num_gaussians: int | None, batch: int) -> SplatDataset:
-    """The shards of `src`, in order, with as many Gaussians as in training or `num_gaussians`.
+def open_shards(trained: Trained, src: str, batch: int) -> Data:
+    """The shards of `src`, in order, with the model's number of Gaussians.
 
     Raises UsageError where they have not so many, or are of another cutoff than those of training,
     and what SplatDataset raises.
@@ -94,37 +120,30 @@ def open_shards(trained: Trained, src: str, num_gaussians: int | None, batch: in
     dataset = SplatDataset(
         src,
         batch_size=batch,
-        num_gaussians=num_gaussians or trained.config.data.num_gaussians,
+        num_gaussians=trained.num_gaussians,
         shuffle=False,
         drop_last=False,
     )
     first = dataset.sources[0].shards[0]  # convert writes no others beside it
     cutoff = shard_metadata_of(first.url, first.format)["cutoff"]
-    before = trained.checkpoint.shards.get("cutoff")
-    if before is None:
-        raise CorruptShardError(
-            f"{trained.checkpoint.url}: its {CONFIG} does not say what shards it was trained on"
-        )
-    if cutoff != before:
+    if cutoff != trained.cutoff:
         raise UsageError(
-            f"{src} was fitted with a cutoff of {cutoff} standard deviations, {trained.config.dst} "
-            f"was trained on shards with {before}, where the same numbers are other pictures: "
-            f"convert it with --cutoff {before}"
+            f"{src} was fitted with a cutoff of {cutoff} standard deviations, {trained.url} was "
+            f"trained on shards with {trained.cutoff}, where the same numbers are other pictures: "
+            f"convert it with --cutoff {trained.cutoff}"
         )
-    return dataset
+    return Data(src, dataset.sources[0].content, dataset)
 
 
 @torch.no_grad()
-def samples_of(
-    trained: Trained, dataset: SplatDataset, embed: Callable[[TrainBatch], Tensor]
-) -> Samples:
+def samples_of(trained: Trained, data: Data, embed: Callable[[Any], Tensor]) -> Samples:
     """`embed` of every sample, each once. Raises CorruptShardError for a sample that the model
     makes no finite numbers of, and what reading raises."""
     vectors: list[Tensor] = []
     labels: list[Tensor] = []
     keys: list[str] = []
     captions: list[str | None] = []
-    for batch in dataset:
+    for batch in data.batches:
         valid = batch.valid
         with trained.computing():
             found = embed(batch.to(trained.device)).float().cpu()[valid]
@@ -135,9 +154,11 @@ def samples_of(
             bad = int((~found.isfinite().all(1)).int().argmax())
             key = keys[len(keys) - len(found) + bad]
             raise CorruptShardError(
-                f"{'::'.join(dataset.sources[0].urls)}: the model makes numbers of sample {key} "
-                "that are not finite: run splatshard verify on the shards"
+                f"{data.src}: the model makes numbers of sample {key} "
+                "that are not finite: run splatshard verify on it"
             )
         vectors.append(found)
         labels.append(batch.labels[valid])
+    if not keys:
+        raise UsageError(f"{data.src} has no samples to evaluate on")
     return Samples(torch.cat(vectors), torch.cat(labels), keys, captions)

@@ -12,19 +12,24 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, CLIPModel
 
 from jobs import evaluate
 from jobs.evaluate import EvaluateOptions, datasets_of
 from pipeline.data import SplatDataset
+from pipeline.decode import decode
 from pipeline.evaluate import classification, linear_probe, ranks, retrieval, summary
 from pipeline.models import SplatClassifier, SplatCLIP, build_model
 from pipeline.models.clip import load_tokenizer, tokenize
+from pipeline.models.patches import normalised
 from pipeline.train import checkpoint
 from pipeline.zeroshot import checked_templates, filled
+from schemas.config import DecodeConfig
 from schemas.errors import UsageError
 from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
 from schemas.train import DataConfig, OptimConfig, TrainConfig
-from tests.clips import save_tokenizer, vocabulary_of
+from tests.clips import SIDE, clip_folder, save_tokenizer, vocabulary_of
+from tests.make import datacomp_sample, write_tar
 from tests.splat_shards import N, commit, rows_of, splat_config
 
 Capsys = pytest.CaptureFixture[str]
@@ -492,3 +497,39 @@ def test_no_captions(make: Callable[..., Run], tmp_path: Path, capsys: Capsys) -
 def test_no_checkpoint(data: str, tmp_path: Path, capsys: Capsys) -> None:
     code, _, err = run_job(capsys, tmp_path, data)
     assert (code, "has no checkpoint" in err) == (1, True)
+
+
+def test_a_reference_on_the_images(tmp_path: Path, capsys: Capsys) -> None:
+    """An RGB CLIP on the tars that convert reads; what does not decode is left out."""
+    clip = clip_folder(tmp_path / "clip")
+    members = [m for i in range(6) for m in datacomp_sample(i)]
+    members = [(n, b"broken" if n == "000000000002.jpg" else data) for n, data in members]
+    words = {f"{i:012d}.txt": f"photo of {'abcdef'[i]}".encode() for i in range(6)}
+    members = [(n, words.get(n, data)) for n, data in members]
+    src = write_tar(tmp_path / "in" / "test" / "0.tar", members)
+    arguments = (clip, src.parent, "--images", "--batch-size", 2, "--output", tmp_path / "out")
+    code, _, err = run_job(capsys, *arguments)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "in-test.json").read_text())
+    assert (result["task"], result["samples"], result["texts"]) == ("retrieval", 5, 5)
+    model = CLIPModel.from_pretrained(clip).eval()
+    files = dict(members)
+    kept = [i for i in range(6) if i != 2]
+    config = DecodeConfig(image_size=SIDE)
+    crops = [decode(files[f"{i:012d}.jpg"], "jpg", config).pixels for i in kept]
+    tokenizer = AutoTokenizer.from_pretrained(clip)
+    tokenizer.padding_side = "right"
+    texts = [files[f"{i:012d}.txt"].decode() for i in kept]
+    ids = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        pixels = normalised(
+            torch.stack([torch.from_numpy(c) for c in crops]).permute(0, 3, 1, 2) / 255
+        )
+        found = model(pixel_values=pixels, input_ids=ids)
+    wanted = retrieval(found.image_embeds, found.text_embeds, torch.arange(5))
+    assert result["metrics"] == pytest.approx(wanted)
+    code, _, err = run_job(capsys, clip, src.parent, "--images")
+    assert (code, "give --output" in err) == (1, True)
+    (tmp_path / "in" / "classnames.txt").write_text("red\ngreen\n")
+    code, _, err = run_job(capsys, *arguments)
+    assert (code, "have no label" in err) == (1, True)  # zero-shot now; these have captions only
