@@ -57,9 +57,9 @@ class ResamplerConfig:
     """Added to attention from where a latent's anchor is. none: the published resampler. distance:
     minus the squared distance to the Gaussian's mean. overlap: minus the squared Mahalanobis
     distance under the Gaussian's covariance widened by the anchor spacing."""
-    neighbours: int = 0
+    neighbours: int = 16
     """Gaussians of which a latent's local token is made (pipeline/models/local.py); 0 for none."""
-    frequencies: int = 3
+    frequencies: int = 4
     """Waves on each axis in the local tokens, the slowest twice as long as the anchor spacing."""
 
     def __post_init__(self) -> None:

@@ -5,14 +5,15 @@ stage 2 trains 9.7 % with the text tower frozen (stem, first two blocks, final n
 13.8 % with the text tower's last block, norm and projection. `STAGE2` and `STAGE2_TEXT` are these
 two. With our stem and resampler, and open_clip's text tower of 12 layers:
 
-    stem and resampler     3.54 M      of the whole, 105.06 M:
-    first two blocks       6.30 M      trained, text frozen     10.11 M    9.6 %    (9.7)
-    norm and projection    0.26 M      with the text's part     13.52 M   12.9 %   (13.8)
-    text: block, norm, pr. 3.42 M
+    stem and resampler       3.66 M    of the whole, 105.18 M:
+    first two blocks         6.30 M    trained, text frozen    10.23 M    9.7 %    (9.7)
+    norm and projection      0.26 M    with the text's part    13.65 M   13.0 %   (13.8)
+    text: block, norm, pr.   3.42 M
 
-What remains: 0.1 and 0.9 points. The two published shares differ by 4.1 points; if that is one
-block, norm and projection of width 512 (3.42 M), the whole is 83 M: a text tower of 6 layers
-(44.5 M instead of 63.4 M) and a stem of 1.6 M give 9.7 % and 13.8 % both. The paper says neither.
+What remains: 0.8 points of the second. The two published shares differ by 4.1 points; if that is
+one block, norm and projection of width 512 (3.42 M), the whole is 83 M, as with a text tower of 6
+layers (44.5 M instead of 63.4 M), and then a stem of 1.6 M gives both shares. The paper's abstract
+and tables say neither how deep the text tower is nor how large the stem.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 WINDOW = 0.5  # standard deviation of the window in spacings
 PERIOD = 2.0  # of the slowest wave in spacings
+WEIGHT_STD = 0.4  # of the linear layer at the start: tokens of deviation 0.3
+GREY = 0.45  # mean of photographs
 
 
 class LocalTokens(nn.Module):
@@ -42,6 +44,10 @@ class LocalTokens(nn.Module):
         self.register_buffer("waves_J2", half_plane(frequencies), persistent=False)
         features = 3 * (2 * len(self.waves_J2) - 1)
         self.projection = nn.Linear(features, width)
+        nn.init.normal_(self.projection.weight, std=WEIGHT_STD)
+        with torch.no_grad():  # mid-grey to 0, as standardised pixels have it
+            grey = 2 * math.pi * WINDOW**2 * GREY
+            self.projection.bias.copy_(-grey * self.projection.weight[:, :3].sum(1))
 
     def forward(
         self, colors_BN3: Tensor, places_T2: Tensor, means_BN2: Tensor, cov_BN3: Tensor

@@ -21,6 +21,8 @@ then runs without a mask. In 16-bit floats each number is split in two (hi + lo,
 four), which keeps the error near 2^-16; one rounding alone moves a logit by 0.2.
 
 `dense_bias` is the readable twin.
+
+To its latents are added the local tokens of local.py, a patch embedding of the splats.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from pipeline.splats import Splats, covariances
 from schemas.model import ResamplerConfig
 
 MASKED = -1e4  # logit of padding; float16 holds it
+LATENT_STD = 0.35  # of the latents at the start; random ones of 0.02 take many more steps
 
 
 class Resampler(nn.Module):
@@ -44,7 +47,7 @@ class Resampler(nn.Module):
     def __init__(self, config: ResamplerConfig, width: int, tokens: int) -> None:
         super().__init__()
         self.config = config
-        self.latents = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.latents = nn.Parameter(LATENT_STD * position_codes(tokens, width))
         self.norm = nn.LayerNorm(width)
         layers = (ResamplerLayer(config, width) for _ in range(config.layers))
         self.layers = nn.ModuleList(layers)
@@ -216,6 +219,15 @@ def anchors(count: int) -> Tensor:
     i = torch.arange(count)
     x, y = (i % columns + 0.5) / columns, (i // columns + 0.5) / rows
     return torch.stack((x, y), -1) * 2 - 1
+
+
+def position_codes(count: int, width: int) -> Tensor:
+    """[count, width] near deviation 1: a random projection of waves over the anchors' places, so
+    that latents differ by where they are from the first step on."""
+    waves = 0.5 * math.pi * 2.0 ** torch.arange(math.ceil(math.log2(count) / 2) + 1)
+    phase = (anchors(count)[..., None] * waves).flatten(1)
+    codes = torch.cat((phase.sin(), phase.cos()), 1)
+    return codes @ torch.randn(codes.shape[1], width) / math.sqrt(codes.shape[1] / 2)
 
 
 def evenly(count: int, total: int, device: torch.device) -> Tensor:

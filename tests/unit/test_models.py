@@ -61,7 +61,7 @@ def batch_of(splats: Splats, side: int = 64) -> TrainBatch:
 def encoder(config: EncoderConfig = TOY, seed: int = 0, **resampler: Any) -> SplatEncoder:
     """With weights large enough that every part of the input shows in the output."""
     torch.manual_seed(seed)
-    settings = replace(config.resampler, **{"heads": 4, **resampler})
+    settings = replace(config.resampler, **{"heads": 4, "neighbours": 0, **resampler})
     model = SplatEncoder(replace(config, resampler=settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -466,14 +466,9 @@ def test_parameters_of_the_published_size(capsys: pytest.CaptureFixture[str]) ->
     frozen, thawed = count(model, STAGE2), count(model, stage2_text(12))
     print(table(frozen), table(thawed), sep="\n")
     assert "other" not in {c.name for c in frozen}
-    assert share(frozen) == pytest.approx(0.097, abs=0.002)
-    assert share(thawed) == pytest.approx(0.138, abs=0.010)
-    assert "trainable share 9.6 %" in capsys.readouterr().out
-    six = replace(text, layers=6)
-    with torch.device("meta"):
-        small = build_model(ModelConfig(encoder=config, text=six))
-    gained = share(count(small, stage2_text(6))) - share(count(small, STAGE2))
-    assert gained == pytest.approx(0.138 - 0.097, abs=0.002)
+    assert share(frozen) == pytest.approx(0.097, abs=0.0006)
+    assert share(thawed) == pytest.approx(0.138, abs=0.009)  # what remains: see count.py
+    assert "trainable share 9.7 %" in capsys.readouterr().out
 
 
 def test_count_follows_requires_grad_and_names_of_classifiers() -> None:
