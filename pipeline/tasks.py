@@ -44,7 +44,7 @@ def retrieve(trained: Trained, shards: Data) -> Found:
     empty = [key for key, texts in zip(samples.keys, lines, strict=True) if not texts]
     if empty:
         raise UsageError(
-            f"{len(empty)} of {len(lines)} samples have no caption, the first of them {empty[0]}: "
+            f"{samples.src}: {len(empty)} of {len(lines)} samples have no caption, the first of them {empty[0]}: "
             "retrieval needs one for each; choose another task, or give --classnames"
         )
     image_of = torch.tensor([i for i, texts in enumerate(lines) for _ in texts])
@@ -96,7 +96,7 @@ def check_labels(samples: Samples, classes: int | None, what: str) -> None:
         if bool(bad.any()):
             first = int(bad.int().argmax())
             raise UsageError(
-                f"{int(bad.sum())} of {len(bad)} samples {problem}, the first of them "
+                f"{samples.src}: {int(bad.sum())} of {len(bad)} samples {problem}, the first of them "
                 f"{samples.keys[first]} ({int(samples.labels[first])})"
             )
 

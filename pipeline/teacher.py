@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -76,7 +77,9 @@ class Teacher:
 
 def described(model: str) -> TeacherConfig:
     """What a recipe says of the teacher `model`: a name of the Hugging Face hub or a folder, see
-    `pipeline.models.weights.load_clip`. Raises UsageError where it cannot be loaded."""
+    `pipeline.models.weights.load_clip`. A folder is recorded by its absolute path, since workers
+    and later jobs run elsewhere. Raises UsageError where it cannot be loaded."""
+    model = os.path.abspath(model) if os.path.exists(model) else model
     tower = _tower(model)
     mean, std = _normalisation(model)
     return TeacherConfig(
@@ -109,11 +112,14 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
 def _tower(model: str) -> Any:
     """The vision tower, a PatchEncoder."""
     try:
+        from transformers.utils import logging
+
         from pipeline.models.weights import load_clip
     except ImportError as e:
         raise UsageError(
             f"--teacher {model}: needs transformers: pip install 'splatshard[train]'"
         ) from e
+    logging.disable_progress_bar()  # a line of its own in the log of every worker
     return load_clip(model).vision
 
 

@@ -63,9 +63,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Samples:
-    """Of S samples: vectors float32 [S, D] in main memory, labels int64 [S] (-1 where there is
+    """Of S samples of `src`: vectors float32 [S, D] in main memory, labels int64 [S] (-1 where there is
     none), keys and captions."""
 
+    src: str
     vectors: Tensor
     labels: Tensor
     keys: list[str]
@@ -161,4 +162,4 @@ def samples_of(trained: Trained, data: Data, embed: Callable[[Any], Tensor]) -> 
         labels.append(batch.labels[valid])
     if not keys:
         raise UsageError(f"{data.src} has no samples to evaluate on")
-    return Samples(torch.cat(vectors), torch.cat(labels), keys, captions)
+    return Samples(data.src, torch.cat(vectors), torch.cat(labels), keys, captions)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import embed, status, verify
+from jobs import embed, repair, status, verify
 from pipeline import embed as stage
 from pipeline.convert import convert_shard
 from pipeline.embed import pairs
@@ -25,7 +25,7 @@ from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
 from schemas.errors import SourceError
 from schemas.shard import ShardManifest
 from tests.clips import clip_folder
-from tests.integration.running import run_json
+from tests.integration.running import convert_json, run_json
 from tests.make import datacomp_sample, write_tar
 from tests.rows import FORMATS, make_ref
 
@@ -71,6 +71,10 @@ def contents(dst: str) -> dict[str, tuple[str, str, list[dict[str, Any]]]]:
         rows = list(read_rows(f"{dst}/{marker.data_file}"))
         found[name] = marker.fingerprint, marker.data_file, rows
     return found
+
+
+def rows_in(found: dict[str, tuple[str, str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    return [row for *_, rows in found.values() for row in rows]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -173,6 +177,25 @@ def test_samples_must_be_those_of_the_rows() -> None:
     for keys in ("ac", "a", "abc", "ba"):
         with pytest.raises(SourceError, match=r"sample [012] is"):
             list(pairs(rows, map(sample, keys), make_ref()))
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_convert_and_repair_with_a_teacher(
+    src: str, clip: str, tmp_path: Path, capsys: Capsys
+) -> None:
+    """On workers; repair finds the teacher in the recipe."""
+    dst = tmp_path / "out"
+    code, _, err = convert_json(capsys, src, dst, "--teacher", clip)
+    assert code == 0, err
+    before = contents(str(dst))
+    assert all((row["teacher"] is None) == (row["status"] != "ok") for row in rows_in(before))
+    (dst / before["00000001"][1]).unlink()
+    code, found, err = run_json(capsys, repair, dst, "--workers=1")
+    assert (code, found["redone"]) == (0, ["00000001"]), err
+    assert contents(str(dst)) == before
+    assert run_json(capsys, embed, dst, "--teacher", clip)[1]["before"] == 2
+    code, _, err = convert_json(capsys, src, dst)
+    assert (code, "recipe.teacher" in err) == (1, True)
 
 
 def test_an_empty_destination(clip: str, tmp_path: Path, capsys: Capsys) -> None:

@@ -491,7 +491,7 @@ def test_no_captions(make: Callable[..., Run], tmp_path: Path, capsys: Capsys) -
         row |= {"caption": None}
     commit(str(tmp_path / "in"), "a", rows)
     code, _, err = run_job(capsys, make("clip")[0], tmp_path / "in")
-    assert (code, "3 of 3 samples have no caption" in err) == (1, True), err
+    assert (code, "/in: 3 of 3 samples have no caption" in err) == (1, True), err
 
 
 def test_no_checkpoint(data: str, tmp_path: Path, capsys: Capsys) -> None:

@@ -148,6 +148,11 @@ def test_a_fingerprint_is_of_the_weights(clip: str, ref: ShardRef, tmp_path: Pat
     assert len({fingerprint(inputs(config, ref)) for config in configs}) == 4
 
 
+def test_a_folder_is_found_from_everywhere(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(clip).parent)
+    assert described(Path(clip).name) == described(clip)
+
+
 def test_a_recipe_gives_its_teacher_back(clip: str) -> None:
     config = replace(CONFIG, teacher=described(clip), backend="auto")
     assert config_from_recipe(recipe(config)) == config
