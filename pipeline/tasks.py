@@ -44,8 +44,8 @@ def retrieve(trained: Trained, shards: Data) -> Found:
     empty = [key for key, texts in zip(samples.keys, lines, strict=True) if not texts]
     if empty:
         raise UsageError(
-            f"{samples.src}: {len(empty)} of {len(lines)} samples have no caption, the first of them {empty[0]}: "
-            "retrieval needs one for each; choose another task, or give --classnames"
+            f"{samples.src}: {len(empty)} of {len(lines)} samples have no caption, the first of "
+            f"them {empty[0]}: retrieval needs one for each; choose another task, or give --classnames"
         )
     image_of = torch.tensor([i for i, texts in enumerate(lines) for _ in texts])
     texts = text_vectors(model, [text for some in lines for text in some], trained.device)
@@ -96,8 +96,8 @@ def check_labels(samples: Samples, classes: int | None, what: str) -> None:
         if bool(bad.any()):
             first = int(bad.int().argmax())
             raise UsageError(
-                f"{samples.src}: {int(bad.sum())} of {len(bad)} samples {problem}, the first of them "
-                f"{samples.keys[first]} ({int(samples.labels[first])})"
+                f"{samples.src}: {int(bad.sum())} of {len(bad)} samples {problem}, the first of "
+                f"them {samples.keys[first]} ({int(samples.labels[first])})"
             )
 
 

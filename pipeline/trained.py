@@ -63,8 +63,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Samples:
-    """Of S samples of `src`: vectors float32 [S, D] in main memory, labels int64 [S] (-1 where there is
-    none), keys and captions."""
+    """Of S samples of `src`: vectors float32 [S, D] in main memory, labels int64 [S] (-1 where
+    there is none), keys and captions."""
 
     src: str
     vectors: Tensor
