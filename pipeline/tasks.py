@@ -45,7 +45,8 @@ def retrieve(trained: Trained, shards: Data) -> Found:
     if empty:
         raise UsageError(
             f"{samples.src}: {len(empty)} of {len(lines)} samples have no caption, the first of "
-            f"them {empty[0]}: retrieval needs one for each; choose another task, or give --classnames"
+            f"them {empty[0]}: retrieval needs one for each; choose another task, or give "
+            "--classnames"
         )
     image_of = torch.tensor([i for i, texts in enumerate(lines) for _ in texts])
     texts = text_vectors(model, [text for some in lines for text in some], trained.device)
