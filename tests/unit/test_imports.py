@@ -26,7 +26,7 @@ ONLY_IN = {
     "s3fs": ("pipeline/storage.py", "pipeline/commit.py"),
     "triton": ("pipeline/kernels/triton",),
     "numba": ("pipeline/kernels/", "pipeline/codec/kernel.py"),
-    "transformers": ("pipeline/models/", "pipeline/teacher.py"),
+    "transformers": ("pipeline/models/", "pipeline/teacher.py", "jobs/recipes/"),
     "gsplat": ("pipeline/kernels/gsplat_alpha.py", "pipeline/ply.py"),
 }
 
