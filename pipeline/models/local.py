@@ -17,7 +17,10 @@ integral has a closed form; with d = mean - a, covariance S, window s^2 (Gaussia
 The sum is over the K Gaussians that weigh most at the anchor. Lengths are in spacings of the
 anchors. It has nothing to learn and takes part in no gradient but the linear layer's; that layer
 can be computed from an RGB model's patch embedding (`init_from_kernel`), so that a splat encoder
-begins near the RGB model before any training.
+begins near the RGB model before any training. Measured on 20 pictures of 64 px as 128 Gaussians,
+8x8 anchors, a random teacher of 6 blocks whose patch embedding is white noise (the worst case; real
+ones are smooth), cosine between CLS embeddings less their mean, student untrained to teacher on the
+rendered splats: 3 frequencies 0.85, 4 0.92, 6 0.99; without local tokens 0.0.
 
 Left out: the cutoff of the Gaussians (at three standard deviations a Gaussian is at 1.1 %).
 """

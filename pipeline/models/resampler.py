@@ -38,7 +38,7 @@ from pipeline.splats import Splats, covariances
 from schemas.model import ResamplerConfig
 
 MASKED = -1e4  # logit of padding; float16 holds it
-LATENT_STD = 0.35  # of the latents at the start; random ones of 0.02 take many more steps
+LATENT_STD = 0.1  # of the latents at the start; more outweighs what the Gaussians say
 
 
 class Resampler(nn.Module):
