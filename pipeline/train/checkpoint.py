@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import objects, storage
-from pipeline.staging import scratch, staged
+from pipeline.staging import STAGING, scratch, staged, sweep
 from pipeline.storage import is_local, local_path
 from pipeline.store_errors import storage_errors
 from schemas.errors import CorruptShardError, SourceError, UsageError
@@ -107,6 +107,8 @@ def save(
     if is_local(url):
         with storage_errors(url):
             local_path(url).mkdir(parents=True, exist_ok=True)
+            for folder in (dst, url):
+                sweep(local_path(folder))  # what a killed process was writing
     objects.delete(f"{url}/{CONFIG}")  # of a run that went on from an earlier one
     files = {
         MODEL: lambda path: save_file(_plain(model), path),
@@ -114,7 +116,8 @@ def save(
     }
     if average is not None:
         files[AVERAGE] = lambda path: save_file(_plain(average), path)
-    entries = {name: _put(url, name, write) for name, write in files.items()}
+    aside = local_path(dst) if is_local(dst) else scratch()
+    entries = {name: _put(url, name, write, aside) for name, write in files.items()}
     marker = {"version": VERSION, "step": step, "config": to_dict(config), "shards": dict(shards)}
     text = json.dumps(marker | {"files": entries}, indent=1) + "\n"
     objects.write(f"{url}/{CONFIG}", text.encode())
@@ -126,9 +129,9 @@ def _plain(weights: Weights) -> Weights:
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
-def _put(url: str, name: str, write: Callable[[Path], None]) -> dict[str, Any]:
-    """Write one file aside, then put it in its place; its entry in config.json."""
-    with staged(local_path(url) if is_local(url) else scratch(), name) as path:
+def _put(url: str, name: str, write: Callable[[Path], None], aside: Path) -> dict[str, Any]:
+    """Write one file to the folder `aside`, then put it in its place; its entry in config.json."""
+    with staged(aside, name) as path:
         with storage_errors(path):
             write(path)
             objects.sync(path)
@@ -165,7 +168,7 @@ def prune(dst: str, keep: int) -> None:
         for url in files[step]:
             objects.delete(url)
         if is_local(folder):
-            for place in (local_path(folder) / "_staging", local_path(folder)):
+            for place in (local_path(folder) / STAGING, local_path(folder)):
                 with suppress(OSError):
                     os.rmdir(place)
 

@@ -16,6 +16,7 @@ validation, which `splatshard evaluate` does on the checkpoints.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -209,7 +210,9 @@ def parallel(model: nn.Module, stage: Stage, here: World) -> nn.Module:
     if here.size == 1:
         return embedder
     devices = [here.device] if here.device.type == "cuda" else None
-    return DistributedDataParallel(embedder, device_ids=devices, broadcast_buffers=False)
+    with warnings.catch_warnings():  # newer ones want another name, which older ones do not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(embedder, device_ids=devices, broadcast_buffers=False)
 
 
 def resume(

@@ -1,0 +1,193 @@
+"""Training in several processes and in killed ones: torchrun, SIGKILL, Ray Train."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.train.checkpoint import latest
+from pipeline.train.loop import train
+from schemas.errors import UsageError
+from schemas.train import AugmentConfig, TrainConfig
+from tests.training import curve, events, make_shards, same_weights, toy_config, weights_of
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+AUGMENT = AugmentConfig(height=32, width=32, rotation=15, dropout=0.2, crop_scale=(0.6, 1.0))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the other processes have, so that sums are added up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments, one thread per process."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+
+
+def write_recipe(path: Path, config: TrainConfig) -> str:
+    """A recipe that makes `config`; its path."""
+    imports = "from schemas.model import *\nfrom schemas.train import *\n"
+    path.write_text(f"{imports}config = {config!r}\n")
+    return str(path)
+
+
+def close(a: Mapping[int, float], b: Mapping[int, float]) -> bool:
+    return a.keys() == b.keys() and all(abs(a[k] - b[k]) < 2e-4 * abs(b[k]) for k in b)
+
+
+def contrast_config(shards: Path, dst: Path, **fields: Any) -> TrainConfig:
+    """All that several processes could get wrong: negatives, parts, freezing, augmentation."""
+    return toy_config(
+        shards, dst, "contrast",
+        **{
+            "steps": 9,
+            "augment": AUGMENT,
+            "optim__trainable": ("vision.*", "*_projection.*", "logit_scale"),
+            "optim__later": ("text.*",),
+            "optim__later_from": 3,
+            "optim__final_lr": 1.0,
+            "optim__ema": 0.9,
+            **fields,
+        },
+    )  # fmt: skip
+
+
+TWICE = """
+import sys
+import torch.distributed as dist
+from dataclasses import replace
+from jobs.recipe import load_recipe
+from pipeline.train.loop import train
+config = load_recipe(sys.argv[1])
+dist.init_process_group("gloo")  # once: torchrun's store keeps the addresses of the first one
+train(replace(config, dst=config.dst + "/new"))
+train(replace(config, dst=config.dst + "/resumed", micro_batch=3))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_with_the_whole_batch(shards: Path, tmp_path: Path) -> None:
+    """From the start, and going on in the second epoch where one process ended; the latter in
+    parts, too. Augmentation, loss, gradients and weights are the same up to rounding."""
+    whole = train(contrast_config(shards, tmp_path / "whole"))
+    train(contrast_config(shards, tmp_path / "two/resumed", steps=6))
+    recipe = write_recipe(tmp_path / "recipe.py", contrast_config(shards, tmp_path / "two"))
+    (tmp_path / "twice.py").write_text(TWICE)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_script(*launcher, f"{tmp_path}/twice.py", recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("new", "resumed"):
+        dst = tmp_path / "two" / name
+        assert close(curve(dst), curve(tmp_path / "whole")), name
+        assert close(curve(dst, "grad_norm"), curve(tmp_path / "whole", "grad_norm")), name
+        found = latest(str(dst))
+        assert found is not None
+        ours, theirs = found.weights(), weights_of(whole.checkpoint)
+        for key in theirs:
+            assert torch.allclose(ours[key], theirs[key], atol=2e-4), (name, key)
+    assert events(tmp_path / "two/resumed").count("start") == 2
+
+
+KILLED = """
+import os, signal, sys
+from jobs.recipe import load_recipe
+from pipeline import objects
+from pipeline.train.loop import train
+moment = sys.argv[2]
+def die(url):
+    if "00000008" in url and url.endswith(moment):
+        os.kill(os.getpid(), signal.SIGKILL)
+def upload(path, url, real=objects.upload):
+    die(url)
+    real(path, url)
+def write(url, data, real=objects.write):
+    die(url)
+    real(url, data)
+objects.upload, objects.write = upload, write
+train(load_recipe(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["model.safetensors", "state.pt", "config.json"])
+def test_a_run_killed_while_it_writes_a_checkpoint(
+    shards: Path, tmp_path: Path, moment: str
+) -> None:
+    """It goes on from the one before, to the same weights."""
+    options = {"steps": 10, "augment": AUGMENT, "optim__ema": 0.9}
+    whole = train(toy_config(shards, tmp_path / "whole", **options))
+    config = toy_config(shards, tmp_path / "cut", **options)
+    (tmp_path / "killed.py").write_text(KILLED)
+    recipe = write_recipe(tmp_path / "recipe.py", config)
+    done = run_script(f"{tmp_path}/killed.py", recipe, moment)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    found = latest(str(tmp_path / "cut"))
+    assert found is not None
+    assert found.step == 4
+    assert max(curve(tmp_path / "cut")) == 8
+    result = train(config)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert same_weights(weights_of(result.checkpoint), weights_of(whole.checkpoint))
+    names = sorted(p.name for p in (tmp_path / "cut/checkpoints").iterdir())
+    assert names == ["00000004", "00000008", "00000010"]
+    assert not list((tmp_path / "cut").rglob("_staging*"))
+
+
+def test_a_killed_command_goes_on(shards: Path, tmp_path: Path) -> None:
+    """`python -m jobs.train` twice; the first is killed at some moment, with its workers."""
+    options = {"steps": 60, "augment": AUGMENT, "data__workers": 1}
+    train(toy_config(shards, tmp_path / "whole", **options | {"data__workers": 0}))
+    recipe = write_recipe(tmp_path / "recipe.py", toy_config(shards, tmp_path / "cut", **options))
+    command = [sys.executable, "-m", "jobs.train", recipe]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    log = tmp_path / "cut/log.jsonl"
+    while first.poll() is None and (not log.exists() or log.read_text().count("\n") < 20):
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert len(curve(tmp_path / "cut")) < 60
+    done = run_script("-m", "jobs.train", recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "60 steps are done" in done.stderr
+    assert '"step": 60' in done.stdout
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
+@pytest.mark.usefixtures("shared_ray")
+def test_ray_train_with_two_workers(shards: Path, tmp_path: Path) -> None:
+    """The same as one process; its records come to the driver."""
+    from jobs.launch import launch
+
+    train(contrast_config(shards, tmp_path / "one"))
+    told: list[Mapping[str, Any]] = []
+    launch(contrast_config(shards, tmp_path / "two"), 2, told.append)
+    assert close(curve(tmp_path / "two"), curve(tmp_path / "one"))
+    assert [record["event"] for record in told] == events(tmp_path / "two")
+    assert told[0]["processes"] == 2
+    with pytest.raises(UsageError, match=r"--ray-workers 3: the cluster has 2 CPUs"):
+        launch(contrast_config(shards, tmp_path / "many"), 3, told.append)
