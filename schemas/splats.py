@@ -28,7 +28,8 @@ PLANAR = ("balanced", "compact")
 PLANES = ("gap", "c0", "c1", "c2", "size", "ratio", "shear", "bits")
 
 MAX_LOSS_DB = {"balanced": 0.2, "compact": 1.0}
-"""dB that a codec may take from an image; fp16 takes less than 0.2 and is not steered."""
+"""dB that a codec may take from an image. fp16 is not steered: 0.01 of 400, 0.14 of 3136
+Gaussians."""
 
 MAX_GAUSSIANS = 1 << 20
 """Of one payload."""
