@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,21 +48,25 @@ def held_out_accuracy(url: str, val: Path) -> float:
     return sum(right) / len(right)
 
 
+SEEDS = (0, 1, 2)
+
+
 def test_stage_one_then_two_beats_stage_two_alone(
     shards: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Both arms see the same contrastive steps. The teacher is made up: an embedding for each kind
-    of picture, as a good model of pictures has it; so this shows that the stages work together, and
-    nothing about real teachers."""
+    """In the mean of three seeds, of which at this size single ones may say otherwise. Both arms
+    see the same contrastive steps. The teacher is made up: an embedding for each kind of picture,
+    as a good model of pictures has it; so this shows that the stages work together, and nothing
+    about real teachers."""
     train_shards, val = shards
-    options = {"steps": 60, "data__batch_size": 64, "optim__lr": 3e-3, "checkpoint__every": 1000}
-    one = {**options, "steps": 150}
-    distilled = train(toy_config(train_shards, tmp_path / "1", "distill", **one))
-    both = train(
-        toy_config(train_shards, tmp_path / "1+2", "contrast", init=distilled.checkpoint, **options)
-    )
-    alone = train(toy_config(train_shards, tmp_path / "2", "contrast", **options))
-    scores = [held_out_accuracy(result.checkpoint, val) for result in (both, alone)]
-    print("held-out top-1 of 24 captions: stages 1 + 2 %.3f, stage 2 alone %.3f" % tuple(scores))
-    assert scores[0] > scores[1] + 0.1
-    assert scores[0] > 4 / 24
+    scores = {"1 + 2": 0.0, "2": 0.0}
+    for seed in SEEDS:
+        options = {"seed": seed, "data__seed": seed, "data__batch_size": 64}
+        dsts = {name: tmp_path / f"{name} {seed}" for name in ("1", "1 + 2", "2")}
+        train(toy_config(train_shards, dsts["1"], "distill", steps=300, **options))
+        for name, init in (("1 + 2", str(dsts["1"])), ("2", "")):
+            config = toy_config(train_shards, dsts[name], "contrast", steps=40, **options)
+            result = train(replace(config, init=init))
+            scores[name] += held_out_accuracy(result.checkpoint, val) / len(SEEDS)
+    print("held-out top-1 of 24 captions, by stages:", scores)
+    assert scores["1 + 2"] > scores["2"] + 0.1
