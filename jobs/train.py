@@ -86,7 +86,8 @@ class Shown:
         self._last_line = float("-inf")
         console = Console(stderr=True)
         self._bar: Progress | None = None
-        if console.is_terminal and not structured():
+        first = os.environ.get("RANK", "0") == "0"  # the others of torchrun have no records
+        if console.is_terminal and first and not structured():
             columns = (BarColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("reading the first batch ...", total=None)

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import storage
 from pipeline.train.checkpoint import latest
 from pipeline.train.loop import train
 from schemas.errors import UsageError
 from schemas.train import AugmentConfig, TrainConfig
+from tests.integration.stores import Store
 from tests.training import curve, events, make_shards, same_weights, toy_config, weights_of
 
 pytestmark = pytest.mark.integration
@@ -191,3 +193,32 @@ def test_ray_train_with_two_workers(shards: Path, tmp_path: Path) -> None:
     assert told[0]["processes"] == 2
     with pytest.raises(UsageError, match=r"--ray-workers 3: the cluster has 2 CPUs"):
         launch(contrast_config(shards, tmp_path / "many"), 3, told.append)
+
+
+def test_checkpoints_and_log_in_a_bucket(
+    shards: Path, tmp_path: Path, moto: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a local disk: it goes on where it was stopped, and its log has no step twice."""
+    for name, value in moto.environment().items():
+        monkeypatch.setenv(name, value)
+    storage.use_options({})
+    moto.client().create_bucket(Bucket="runs")
+
+    def stop(record: Mapping[str, Any]) -> None:
+        if record["event"] == "step" and record["step"] == 7:
+            raise InterruptedError
+
+    options = {"checkpoint__keep": 1, "optim__ema": 0.9}
+    whole = train(toy_config(shards, tmp_path / "whole", steps=9, **options))
+    config = toy_config(shards, "s3://runs/a/", steps=9, **options)
+    with pytest.raises(InterruptedError):
+        train(config, stop)
+    result = train(config)
+    assert curve("s3://runs/a") == curve(tmp_path / "whole")
+    found = latest("s3://runs/a")
+    assert found is not None
+    assert found.url == result.checkpoint == "s3://runs/a/checkpoints/00000009"
+    assert same_weights(found.weights(), weights_of(whole.checkpoint))
+    keys = [o["Key"] for o in moto.client().list_objects_v2(Bucket="runs")["Contents"]]
+    assert {key.split("/")[2] for key in keys if "checkpoints" in key} == {"00000009"}
+    storage.use_options({})
