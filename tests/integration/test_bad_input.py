@@ -152,7 +152,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(
     small_disk: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=8, samples=2), small_disk / "out"
-    large = ("--image-size=64", "--num-gaussians=1600", "--steps=1")
+    large = ("--image-size=64", "--num-gaussians=1600", "--steps=1", "--codec=fp16")
     code, summary, err = convert_json(capsys, src, dst, *large)
     assert (code, summary) == (1, {}), err
     assert "no space left" in err
