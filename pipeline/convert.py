@@ -330,7 +330,8 @@ def pack_images(
     splats = replace(splats, mask=splats.mask & finite[:, None])
 
     def pack_part(part: slice) -> list[Row]:
-        return packed_rows(planes(images.pixels[part]), splats[part], config, backend)
+        with own_stream(backend.device):
+            return packed_rows(planes(images.pixels[part]), splats[part], config, backend)
 
     packed = chain.from_iterable(BatchLimit(PACKED_TOGETHER).in_parts(len(images.rows), pack_part))
     taught = embedded_rows(images.pixels, config, backend.device)
@@ -376,7 +377,12 @@ def embedded_rows(pixels: Tensor, config: ConvertConfig, device: torch.device) -
         yield from ({} for _ in pixels)
         return
     teacher = load_teacher(config.teacher, device)
-    parts = BatchLimit(PACKED_TOGETHER).in_parts(len(pixels), lambda part: teacher(pixels[part]))
+
+    def embed(part: slice) -> list[bytes]:
+        with own_stream(device):
+            return teacher(pixels[part])
+
+    parts = BatchLimit(PACKED_TOGETHER).in_parts(len(pixels), embed)
     for embedding in chain.from_iterable(parts):
         yield {TEACHER: embedding}
 
