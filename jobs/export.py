@@ -23,7 +23,7 @@ from jobs.files import read_plan
 from jobs.plan import status
 from schemas.errors import UsageError
 from schemas.shard import OK, ShardManifest
-from schemas.splats import shard_metadata
+from schemas.splats import metadata_of
 
 SUFFIXES = (".ply", ".png")
 
@@ -62,8 +62,7 @@ def export(options: ExportOptions) -> int:
         )
     recipe = manifest.inputs["recipe"]
     height, width = row["height"], row["width"]
-    metadata = shard_metadata(recipe["pack"]["codec"], recipe["fit"]["cutoff"], recipe)
-    splats = splats_of(row, metadata)
+    splats = splats_of(row, metadata_of(recipe))
     if options.output.lower().endswith(".ply"):
         from pipeline.ply import ply_bytes
 

@@ -35,7 +35,7 @@ from schemas.manifest import (
     read_head,
 )
 from schemas.shard import PSNR_STEP, ShardManifest, to_json
-from schemas.splats import FORMAT_VERSION, MAX_PSNR, columns, shard_metadata
+from schemas.splats import FORMAT_VERSION, MAX_PSNR, columns, metadata_of
 
 EVERY_S = 60.0
 SHARE = 0.03
@@ -124,7 +124,7 @@ def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
     """What the manifest says about the dataset as a whole."""
     recipes = [manifest.inputs["recipe"] for manifest in manifests]
     one = recipes[0] if recipes else recipe(ConvertConfig())
-    metadata = shard_metadata(one["pack"]["codec"], one["fit"]["cutoff"], one)
+    metadata = metadata_of(one)
     return {
         "fingerprint": dataset_fingerprint(manifests),
         "content": dataset_content(manifests),

@@ -34,7 +34,7 @@ from pipeline.storage import is_local
 from schemas.config import DecodeConfig
 from schemas.errors import SampleError, SplatshardError, UsageError
 from schemas.shard import OK, ShardManifest
-from schemas.splats import payload_bytes, shard_metadata
+from schemas.splats import metadata_of, payload_bytes
 
 MAX_SHARDS = 16
 MAX_SKIPS = 500
@@ -247,8 +247,7 @@ def picture(entry: Entry, row: dict[str, Any], original: Any, backend: Any) -> P
 
     recipe = entry.shard.inputs["recipe"]
     width, height = row["width"], row["height"]
-    metadata = shard_metadata(recipe["pack"]["codec"], recipe["fit"]["cutoff"], recipe)
-    splats = splats_of(row, metadata).to(backend.device)
+    splats = splats_of(row, metadata_of(recipe)).to(backend.device)
     image = backend.render(splats, height, width, recipe["fit"]["cutoff"])[0]
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     scales, angles = scales_and_angles(splats.cholesky[0])

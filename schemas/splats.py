@@ -150,6 +150,11 @@ def shard_metadata(codec: str, cutoff: float, recipe: dict[str, Any]) -> dict[st
     }
 
 
+def metadata_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The `shard_metadata` of shards made by `recipe`, as their markers have it."""
+    return shard_metadata(recipe["pack"]["codec"], recipe["fit"]["cutoff"], recipe)
+
+
 def arrow_schema(metadata: dict[str, Any]) -> pa.Schema:
     """`columns` with `metadata` (see `shard_metadata`) as canonical JSON under `METADATA_KEY`."""
     return columns(metadata).with_metadata({METADATA_KEY: canonical_json(metadata).encode()})
