@@ -94,15 +94,15 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-5
     tokens: int = 196
     """Tokens without CLS. Of a splat encoder: its latents; of patches: (image_size /
-    patch_size)^2."""
+    patch_size)^2. Without a resampler there are as many as Gaussians."""
     patch_size: int = 16
     """Side of a patch in px; patches only."""
     image_size: int = 224
     """Side of the image in px; patches only."""
     stem: StemConfig = field(default_factory=StemConfig)
     """Splats only."""
-    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
-    """Splats only."""
+    resampler: ResamplerConfig | None = field(default_factory=ResamplerConfig)
+    """Splats only; None: the blocks get one token per Gaussian."""
     gradient_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass instead of keeping them."""
 
@@ -123,14 +123,14 @@ class EncoderConfig:
             self.activation,
             "choose gelu or quick_gelu",
         )
-        if self.input == "splats":
+        if self.input == "splats" and self.resampler is not None:
             _check(
                 self.width % self.resampler.heads == 0,
                 "encoder.width",
                 self.width,
                 f"must be a multiple of the resampler's {self.resampler.heads} heads",
             )
-        else:
+        if self.input == "patches":
             side = self.image_size // self.patch_size
             _check(
                 self.tokens == side * side,
@@ -210,6 +210,7 @@ class ModelConfig:
         values = dict(values)
         encoder = dict(values.pop("encoder", {}))
         stem = dict(encoder.pop("stem", {}))
+        resampler = encoder.pop("resampler", {})
         for name in ("color_mean", "color_std"):
             if name in stem:
                 stem[name] = tuple(stem[name])
@@ -221,7 +222,7 @@ class ModelConfig:
                 EncoderConfig,
                 encoder,
                 stem=_make(StemConfig, stem),
-                resampler=_make(ResamplerConfig, dict(encoder.pop("resampler", {}))),
+                resampler=None if resampler is None else _make(ResamplerConfig, dict(resampler)),
             ),
             text=None if text is None else _make(TextConfig, cast(dict[str, Any], text)),
         )

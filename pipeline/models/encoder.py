@@ -4,6 +4,8 @@
 
     splats -> stem [B, N, D] -> resampler [B, T, D] -> CLS in front -> blocks -> CLS [B, D]
 
+Without a resampler the blocks get the stem's N tokens, padding masked.
+
 After arXiv 2509.22615. The blocks and norms have the names they have in PatchEncoder, so that an
 RGB model's state dict fits; what stood before them, class and position embeddings, becomes the
 CLS token and the latents (`init_from_patches`).
@@ -40,7 +42,9 @@ class SplatEncoder(nn.Module):
         self.config = config
         model = CLIPVisionModel(vision_config(config))
         self.stem = SplatStem(config.stem, config.width)
-        self.resampler = Resampler(config.resampler, config.width, config.tokens)
+        self.resampler: Resampler | None = None
+        if config.resampler is not None:
+            self.resampler = Resampler(config.resampler, config.width, config.tokens)
         self.class_embedding = nn.Parameter(model.embeddings.class_embedding.detach().clone())
         self.pre_layrnorm = model.pre_layrnorm
         self.encoder = model.encoder
@@ -51,28 +55,31 @@ class SplatEncoder(nn.Module):
     ) -> Tensor:
         """Splats of any N, and the images' sizes in px [B], to [B, D].
 
-        `tokens`: fewer than the config's, for speed.
+        `tokens`: fewer than the resampler's, for speed.
         """
         x_BTD = self.tokens(splats, heights, widths, tokens)
         cls_B1D = self.class_embedding.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
         x_BTD = torch.cat((cls_B1D, x_BTD), 1)
-        return run_blocks(self, x_BTD, self.config.gradient_checkpointing)
+        mask = F.pad(splats.mask, (1, 0), value=True) if self.resampler is None else None
+        return run_blocks(self, x_BTD, self.config.gradient_checkpointing, mask)
 
     def tokens(
         self, splats: Splats, heights: Tensor, widths: Tensor, tokens: int | None = None
     ) -> Tensor:
-        """What the blocks get, less CLS: [B, T, D]."""
+        """What the blocks get, less CLS: [B, T, D], or [B, N, D] without a resampler."""
         splats = without_padding(splats)
         means_BN2 = normalised_means(splats.means, heights, widths)
         sizes_B2 = torch.stack((widths, heights), -1).float()
         x_BND = self.stem(splats, means_BN2, sizes_B2.prod(-1).sqrt())
+        if self.resampler is None:
+            return x_BND
         return self.resampler(x_BND, splats, means_BN2, sizes_B2, tokens)
 
     @torch.no_grad()
     def init_from_patches(self, state: dict[str, Tensor]) -> None:
         """Take over a PatchEncoder's blocks, norms, CLS and position embeddings.
 
-        `state` as in PatchEncoder.state_dict(); the latents become the position embeddings at
+        `state` as in PatchEncoder.state_dict(). Of a resampler the latents become the position embeddings at
         their anchors (bilinear where the grids differ). With local tokens their layer becomes the
         patch embedding and attention adds nothing yet, so that the encoder starts as near the RGB
         model as the splats are near the picture.
@@ -84,6 +91,8 @@ class SplatEncoder(nn.Module):
         assert not missing + unexpected, missing + unexpected
         positions_PD = state["embeddings.position_embedding.weight"].float()
         self.class_embedding.copy_(state["embeddings.class_embedding"] + positions_PD[0])
+        if self.resampler is None:
+            return
         side = round((len(positions_PD) - 1) ** 0.5)
         grid_DHW = positions_PD[1:].T.unflatten(1, (side, side))
         places = self.resampler.anchors[None, None].to(grid_DHW)
@@ -111,12 +120,16 @@ def vision_config(config: EncoderConfig) -> CLIPVisionConfig:
     )
 
 
-def run_blocks(model: nn.Module, x_BTD: Tensor, checkpointed: bool) -> Tensor:
-    """Pre-norm, blocks, final norm of `model`; the first token, [B, D]."""
+def run_blocks(
+    model: nn.Module, x_BTD: Tensor, checkpointed: bool, mask_BT: Tensor | None = None
+) -> Tensor:
+    """Pre-norm, blocks, final norm of `model`; the first token, [B, D]. Tokens that are False in
+    `mask_BT` are not attended to."""
     x_BTD = cast(nn.Module, model.pre_layrnorm)(x_BTD)
+    mask = None if mask_BT is None else mask_BT[:, None, None, :]
     for block in cast(Iterable[Any], cast(Any, model.encoder).layers):
         if checkpointed and model.training:
-            x_BTD = checkpoint(block, x_BTD, None, use_reentrant=False)
+            x_BTD = checkpoint(block, x_BTD, mask, use_reentrant=False)
         else:
-            x_BTD = block(x_BTD, None)
+            x_BTD = block(x_BTD, mask)
     return cast(nn.Module, model.post_layernorm)(x_BTD[:, 0])
