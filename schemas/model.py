@@ -181,6 +181,78 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GViTConfig:
+    """What predicts Gaussians from pixels, and what they are (arXiv 2506.23532); the model's
+    `encoder` reads them."""
+
+    gaussians: int = 196
+    """k, of each image. With a random start a model takes any other number at run time."""
+    start: Literal["random", "learned"] = "random"
+    """What the predictor moves. random: Gaussians drawn anew for each sample. learned: the same k
+    Gaussians for all images, which are weights."""
+    predictor: EncoderConfig = field(
+        default_factory=lambda: EncoderConfig(input="patches", layers=6)
+    )
+    """Patch embedding and blocks; patches and Gaussians are its tokens."""
+    bands: int = 6
+    """Fourier bands of the positions in the embedding of Gaussians, as StemConfig.bands."""
+    renderer: Literal["sum", "alpha"] = "sum"
+    """sum: the rendering of our shards, colours -1 to 1. alpha: composited, the first Gaussian in
+    front, colours 0 to 1; fast on CUDA only, through gsplat."""
+    cutoff: float = 3.0
+    """Standard deviations beyond which a Gaussian is not rendered; sum only."""
+    min_scale: float = 0.3
+    """Smallest standard deviation, px. The largest is the image's side."""
+
+    def __post_init__(self) -> None:
+        _check(self.gaussians >= 1, "gvit.gaussians", self.gaussians, "must be positive")
+        _check(self.start in ("random", "learned"), "gvit.start", self.start, "random or learned")
+        _check(self.renderer in ("sum", "alpha"), "gvit.renderer", self.renderer, "sum or alpha")
+        _check(0 <= self.bands <= 16, "gvit.bands", self.bands, "choose 0 to 16")
+        _check(0 < self.cutoff <= 6, "gvit.cutoff", self.cutoff, "choose up to 6")
+        _check(self.min_scale > 0, "gvit.min_scale", self.min_scale, "must be positive")
+        side, patch = self.predictor.image_size, self.predictor.patch_size
+        kind = self.predictor.input
+        _check(kind == "patches", "gvit.predictor.input", kind, "the predictor reads patches")
+        _check(
+            side % patch == 0,
+            "gvit.predictor.image_size",
+            side,
+            f"must be a multiple of the patches' {patch} px: the rest would not be seen",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GViTLossConfig:
+    """The loss of GViT, and how the classifier's gradient guides the Gaussians."""
+
+    classification: float = 1.0
+    """Weight of the cross-entropy."""
+    reconstruction: float = 1.0
+    """Weight of (1 - dssim) L1 + dssim (1 - SSIM)."""
+    dssim: float = 0.2
+    """Share of 1 - SSIM in it, as is usual for Gaussians (arXiv 2308.04079)."""
+    perceptual: float = 0.0
+    """Weight of the distance between the features of a CLIP's tokens; 0 for none."""
+    gamma: float = 1.0
+    """Factor of the cross-entropy's gradient with respect to the Gaussians once the ramp is over;
+    0: unguided."""
+    ramp: tuple[float, float] = (0.1, 0.5)
+    """Shares of the run between which gamma rises from 0, linearly."""
+    clip: float = 3.0
+    """Largest entry of that gradient, in units of the root mean square of its sample's entries."""
+
+    def __post_init__(self) -> None:
+        for name in ("classification", "reconstruction", "perceptual", "gamma"):
+            value = getattr(self, name)
+            _check(value >= 0, f"gvit.{name}", value, "must not be negative")
+        _check(0 <= self.dssim <= 1, "gvit.dssim", self.dssim, "choose 0 to 1")
+        in_order = 0 <= self.ramp[0] <= self.ramp[1] <= 1
+        _check(in_order, "gvit.ramp", self.ramp, "choose 0 <= begin <= end <= 1")
+        _check(self.clip > 0, "gvit.clip", self.clip, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A CLIP (vision and text towers to one space) or a classifier (vision tower, linear head)."""
 
@@ -191,6 +263,8 @@ class ModelConfig:
     """Of the space shared by images and texts."""
     num_classes: int | None = None
     """Set: a classifier."""
+    gvit: GViTConfig | None = None
+    """Set: a classifier of pixels by way of Gaussians that it predicts."""
 
     def __post_init__(self) -> None:
         _check(self.embed_dim >= 1, "embed_dim", self.embed_dim, "must be positive")
@@ -199,6 +273,10 @@ class ModelConfig:
             _check(
                 self.text is None, "num_classes", self.num_classes, "a classifier has no text tower"
             )
+        if self.gvit is not None:
+            _check(bool(self.num_classes), "num_classes", self.num_classes, "GViT is a classifier")
+            kind = self.encoder.input
+            _check(kind == "splats", "encoder.input", kind, "GViT's encoder reads splats")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` is the inverse."""
@@ -208,24 +286,35 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Raises UsageError for a field this version does not know."""
         values = dict(values)
-        encoder = dict(values.pop("encoder", {}))
-        stem = dict(encoder.pop("stem", {}))
-        resampler = encoder.pop("resampler", {})
-        for name in ("color_mean", "color_std"):
-            if name in stem:
-                stem[name] = tuple(stem[name])
+        encoder = _encoder(values.pop("encoder", {}))
         text = values.pop("text", None)
+        gvit = values.pop("gvit", None)
+        if gvit is not None:
+            gvit = dict(gvit)
+            parts = {k: _encoder(gvit.pop(k)) for k in ("predictor",) if k in gvit}
+            gvit = _make(GViTConfig, gvit, **parts)
         return _make(
             cls,
             values,
-            encoder=_make(
-                EncoderConfig,
-                encoder,
-                stem=_make(StemConfig, stem),
-                resampler=None if resampler is None else _make(ResamplerConfig, dict(resampler)),
-            ),
+            encoder=encoder,
             text=None if text is None else _make(TextConfig, cast(dict[str, Any], text)),
+            gvit=gvit,
         )
+
+
+def _encoder(values: dict[str, Any]) -> EncoderConfig:
+    values = dict(values)
+    stem = dict(values.pop("stem", {}))
+    resampler = values.pop("resampler", {})
+    for name in ("color_mean", "color_std"):
+        if name in stem:
+            stem[name] = tuple(stem[name])
+    return _make(
+        EncoderConfig,
+        values,
+        stem=_make(StemConfig, stem),
+        resampler=None if resampler is None else _make(ResamplerConfig, dict(resampler)),
+    )
 
 
 def _make(kind: type[Any], values: dict[str, Any], **parts: Any) -> Any:
