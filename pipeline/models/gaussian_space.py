@@ -1,0 +1,123 @@
+"""The space in which GViT predicts Gaussians: nine unconstrained numbers each.
+
+    B images, k Gaussians
+
+    g [B, k, 9] = x, y, log s1, log s2, angle, red, green, blue, opacity
+
+                    from g                                                range
+    means           size ((1 + 2 m) sigmoid(g) - m), m = MARGIN           the image and a tenth more
+    scales          min (side / min) ^ sigmoid(g)                         min_scale px to the side
+    angle           g, radians                                            all; repeats after pi
+    colours         2 sigmoid(g) - 1 (sum), sigmoid(g) (alpha)            -1 to 1, 0 to 1
+    opacity         sigmoid(g)                                            0 to 1
+
+A step of about 1 in any number is a visible one, so one learning rate, one residual and one
+clipped gradient fit all nine. The nine are those of GViT (arXiv 2506.23532); the maps and the start
+are ours, as it does not publish them.
+
+Colours are signed in a sum, as in our shards, where they make up for overlaps; there opacity is a
+factor of the colour and says nothing of its own.
+
+Where Gaussians start: in rows of equal cells, one Gaussian each, moved within its cell. Any k
+covers the image without holes, so every Gaussian has pixels of its own to explain, and the first
+picture is an even grey. Means drawn independently leave e^-pi = 4 % of the image further than two
+standard deviations from any Gaussian, and crowd elsewhere. The other numbers are drawn about a disc
+of half the spacing, in grey. All that differs between the draws is what tokens are told apart by.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.backend import select_backend
+from pipeline.kernels.gsplat_alpha import reference_alpha, render_alpha
+from pipeline.splats import Splats, cholesky_from_scales_and_angles
+from pipeline.train.augmentation import uniform
+from schemas.model import GViTConfig
+
+NUMBERS = 9
+MARGIN = 0.1
+"""How far beyond the border means may be, in images."""
+
+JITTER = 0.5
+"""Of the means at the start: the largest distance from the cell's middle, in half cells."""
+SCALE, SCALE_JITTER = 0.5, 0.25
+"""Standard deviations at the start in units of the spacing, and of their logarithm at most."""
+COLOR, OPACITY, LOOK_JITTER = 0.57, 0.5, 0.5
+"""At the start; the last is in units of g. Discs half a spacing wide overlap 2 pi 0.5^2 = 1.57
+times, so the sum is 0.45, the mean of photographs."""
+
+
+def drawn(seeds: Tensor, count: int, height: int, width: int, config: GViTConfig) -> Tensor:
+    """g float32 [B, count, 9] for images of this size: a function of each sample's seed, int64 [B],
+    wherever in a batch the sample is."""
+    noise = 2 * uniform(seeds, count * NUMBERS).unflatten(1, (count, NUMBERS)) - 1
+    centers, cells = (x.to(seeds.device) for x in grid(count, height, width))
+    places = (centers + JITTER / 2 * noise[..., :2] * cells + MARGIN) / (1 + 2 * MARGIN)
+    spacing = math.sqrt(height * width / count)
+    low, high = math.log(config.min_scale), math.log(math.sqrt(height * width))
+    logs = math.log(SCALE * spacing) + SCALE_JITTER * noise[..., 2:4]
+    share = ((logs - low) / (high - low)).clamp(0.02, 0.98)  # also of a few px
+    color = (1 + COLOR) / 2 if config.renderer == "sum" else COLOR
+    look = torch.logit(noise.new_tensor((color, color, color, OPACITY)))
+    return torch.cat(
+        (
+            torch.logit(places),
+            torch.logit(share),
+            math.pi / 2 * noise[..., 4:5],
+            look + LOOK_JITTER * noise[..., 5:],
+        ),
+        -1,
+    )
+
+
+def grid(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Centres and sizes (x, y) of `count` cells that fill an image, float32 [count, 2], in images.
+    All rows are as high, and no row has more than one cell more than another."""
+    rows = max(1, min(count, round(math.sqrt(count * height / width))))
+    i = torch.arange(count)
+    row = i * rows // count
+    begin = -(-row * count // rows)
+    columns = -(-(row + 1) * count // rows) - begin
+    centers = torch.stack(((i - begin + 0.5) / columns, (row + 0.5) / rows), -1)
+    cells = torch.stack((1 / columns, torch.full((count,), 1 / rows)), -1)
+    return centers, cells
+
+
+def gaussians_of(g: Tensor, height: int, width: int, config: GViTConfig) -> tuple[Splats, Tensor]:
+    """Gaussians for an image of this size, colours apart from opacities [B, k]; in g's dtype."""
+    size = g.new_tensor((width, height))
+    means = size * ((1 + 2 * MARGIN) * g[..., :2].sigmoid() - MARGIN)
+    largest = math.log(math.sqrt(height * width) / config.min_scale)
+    scales = config.min_scale * (largest * g[..., 2:4].sigmoid()).exp()
+    colors = g[..., 5:8].sigmoid()
+    if config.renderer == "sum":
+        colors = 2 * colors - 1
+    mask = torch.ones(g.shape[:2], dtype=torch.bool, device=g.device)
+    cholesky = cholesky_from_scales_and_angles(scales, g[..., 4])
+    return Splats(means, cholesky, colors, mask), g[..., 8].sigmoid()
+
+
+def splats_of(g: Tensor, height: int, width: int, config: GViTConfig) -> Splats:
+    """Gaussians whose colours have been multiplied by their opacity: what a sum renders, and what
+    the classifier reads."""
+    splats, opacities = gaussians_of(g, height, width, config)
+    return replace(splats, colors=splats.colors * opacities[..., None])
+
+
+def render(g: Tensor, height: int, width: int, config: GViTConfig) -> Tensor:
+    """The picture, float32 [B, 3, H, W], white is 1, not clamped; differentiable in g.
+
+    Raises BackendError where the device has no kernel.
+    """
+    g = g.float()
+    if config.renderer == "alpha":
+        splats, opacities = gaussians_of(g, height, width, config)
+        composite = render_alpha if g.is_cuda else reference_alpha
+        return composite(splats, opacities, height, width)
+    backend = select_backend("triton" if g.is_cuda else "cpu")
+    return backend.render(splats_of(g, height, width, config), height, width, config.cutoff)
