@@ -116,12 +116,16 @@ def coefficients(
     pxx, pxy, pyy = var - var * var * a, -var * var * b, var - var * var * c
     area = 2 * math.pi * var * ((xx * yy - xy * xy).clamp(min=0) / determinant).sqrt()
     weight_BTK1 = area * (-(a * dx * dx + 2 * b * dx * dy + c * dy * dy) / 2).exp()
+    # as products of small matrices, which pass over [B, T, K, J] once: half the time
     wx, wy = waves_J2.unbind(-1)
-    damping_BTKJ = (-(pxx * wx * wx + 2 * pxy * wx * wy + pyy * wy * wy) / 2).exp() * weight_BTK1
-    phase_BTKJ = mx * wx + my * wy
-    real, imaginary = phase_BTKJ.cos() * damping_BTKJ, -phase_BTKJ.sin() * damping_BTKJ
-    waves_BTKF = torch.cat((real, imaginary[..., 1:]), -1)
-    return (waves_BTKF.transpose(2, 3) @ color_BTK3).flatten(2)
+    spread_BTKJ = torch.cat((pxx, pxy, pyy), -1) @ torch.stack(
+        (-wx * wx / 2, -wx * wy, -wy * wy / 2)
+    )
+    phase_BTKJ = torch.cat((mx, my), -1) @ waves_J2.T
+    damping_BTKJ = spread_BTKJ.exp() * weight_BTK1
+    real, imaginary = phase_BTKJ.cos() * damping_BTKJ, phase_BTKJ.sin() * damping_BTKJ
+    waves_BTF3 = torch.cat((real.mT @ color_BTK3, -(imaginary[..., 1:].mT @ color_BTK3)), -2)
+    return waves_BTF3.flatten(2)
 
 
 def weightiest(
