@@ -1,8 +1,9 @@
-"""The evaluate job: a trained model on datasets of shards; a JSON for each, and a summary of all.
+"""The evaluate job: a trained model on datasets; a JSON for each, and a summary of all.
 
-    datasets -> shards that fit the model -> vectors -> figures -> {name}.json -> summary.json
+    datasets -> what the model reads -> vectors -> figures -> {name}.json -> summary.json
 
-DATA are destinations of convert, or text files that list them:
+DATA are destinations of convert or, for a model that was trained on images, what convert takes as
+its source; or text files that list them:
 
     # dataset                    options of this one, if any
     imagenet=splats/imagenet     metric=mean_per_class_recall
@@ -51,7 +52,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Evaluate a trained model on shards: zero-shot, retrieval, linear probe, classification.
+    """Evaluate a trained model: zero-shot, retrieval, linear probe, classification.
 
     Writes {name}.json for each dataset, and summary.json. DATA may be a text file that lists
     datasets, a line each: [NAME=]DATA, then options such as task=probe train=FOLDER.
@@ -60,12 +61,13 @@ class EvaluateOptions:
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """dst of a splatshard train, for its newest checkpoint, or the folder of one checkpoint."""
     data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=]DATA")]
-    """Folders that convert wrote to, or lists of such (.txt)."""
+    """Folders that convert wrote to or, where the model reads images, images as for convert; or
+    lists of such (.txt)."""
     task: Task = "auto"
     """auto: classify for a classifier; else zeroshot where there are class names, retrieval where
     there are none."""
     train: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
-    """Shards on which the linear probe is trained."""
+    """Shards, or images, on which the linear probe is trained."""
     metric: str = ""
     """The figure that goes into the summary, such as top5; empty: the task's usual one."""
     classnames: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
@@ -73,7 +75,8 @@ class EvaluateOptions:
     templates: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Prompts, a line each, with {c} for the class; empty: looked for beside the data."""
     images: Switch = False
-    """For a reference: CKPT is an RGB CLIP (folder or name), DATA are images as for convert."""
+    """For a reference: CKPT is an RGB CLIP (folder or name), not a checkpoint of splatshard train;
+    DATA are images as for convert."""
     num_gaussians: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Gaussians per sample; default: as in training."""
     weights: Literal["auto", "model", "ema"] = "auto"
@@ -153,19 +156,19 @@ def evaluate(options: EvaluateOptions) -> int:
 
 def opened(options: EvaluateOptions) -> tuple[Trained, Callable[[str], Data]]:
     """The model, and what opens data for it."""
-    from pipeline.trained import load_trained, open_shards
+    from pipeline.trained import load_trained, open_data
 
     device = device_of(options.device)
     if options.images:
-        from pipeline.rgb import load_rgb, open_images
+        from pipeline.rgb import load_rgb
 
         if not options.output:
             raise UsageError("--images: give --output, a folder for the results")
-        trained, how = load_rgb(options.ckpt, device)
-        return trained, lambda src: open_images(how, src, options.batch_size)
-    trained = load_trained(absolute(options.ckpt), options.weights, device)
+        trained = load_rgb(options.ckpt, device)
+    else:
+        trained = load_trained(absolute(options.ckpt), options.weights, device)
     trained = replace(trained, num_gaussians=options.num_gaussians or trained.num_gaussians)
-    return trained, lambda src: open_shards(trained, src, options.batch_size)
+    return trained, lambda src: open_data(trained, src, options.batch_size)
 
 
 def output_of(trained: Trained) -> str:

@@ -29,6 +29,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "b
 """Names of a Parquet file's image column, by preference."""
 
 PARQUET_BATCH_ROWS = 16
+SCAN_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,26 @@ def _parquet_samples(ref: ShardRef, path: str) -> Iterator[RawSample]:
         batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=columns.names, use_threads=False)
         for number, row in enumerate(r for batch in batches for r in batch.to_pylist()):
             yield _parquet_sample(row, columns, f"{ref.name}-{number:08d}")
+
+
+def scan_parquet(ref: ShardRef) -> Iterator[RawSample]:
+    """Keys, captions and labels alone, from their columns."""
+    (url,) = ref.urls
+    with _open_parquet(url, url) as file:
+        columns = _columns(file.schema_arrow, url)
+        fields = [name for name in (columns.key, columns.caption, columns.label) if name]
+        if not fields:
+            for number in range(file.metadata.num_rows):
+                yield RawSample(f"{ref.name}-{number:08d}")
+            return
+        batches = file.iter_batches(SCAN_ROWS, columns=fields, use_threads=False)
+        for number, row in enumerate(r for batch in batches for r in batch.to_pylist()):
+            key = row.get(columns.key)
+            yield RawSample(
+                key=f"{ref.name}-{number:08d}" if key is None else str(key),
+                caption=row.get(columns.caption),
+                label=row.get(columns.label),
+            )
 
 
 def count_parquet(ref: ShardRef) -> Iterator[int]:

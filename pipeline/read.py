@@ -16,13 +16,16 @@ from dataclasses import replace
 from itertools import groupby, islice
 
 from pipeline import storage
-from pipeline.parquet import count_parquet, read_parquet
-from pipeline.sample import RawSample, assemble, storable
+from pipeline.parquet import count_parquet, read_parquet, scan_parquet
+from pipeline.sample import SIDECAR_EXTENSIONS, RawSample, assemble, storable
 from pipeline.tar import MAX_SAMPLE_BYTES, Group, read_groups, scan_groups
 from schemas.errors import SampleError, SourceError
 from schemas.shard import ShardRef
 
 Samples = Generator[RawSample, None, None]
+
+SCANNED = (*SIDECAR_EXTENSIONS, "meta.json")
+"""Extensions of members that say something of the sample."""
 
 
 def read(ref: ShardRef, digest: hashlib._Hash) -> Iterator[RawSample]:
@@ -61,6 +64,12 @@ def count_samples(ref: ShardRef, at_most: int) -> int:
     return count
 
 
+def scan(ref: ShardRef) -> Iterator[RawSample]:
+    """The samples of `ref` in order, at most `ref.limit` of them, without their images: those are
+    passed over where possible. Raises SourceError for what cannot be read to its end."""
+    yield from islice(_SCANNERS[ref.kind](ref), ref.limit)
+
+
 # Tar
 
 
@@ -73,6 +82,11 @@ def _read_tar(ref: ShardRef, digest: hashlib._Hash) -> Samples:
 def _count_tar(ref: ShardRef) -> Iterator[Group]:
     with storage.open_read(ref.urls[0]) as stream:
         yield from scan_groups(ref.urls[0], stream)
+
+
+def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
+    with storage.open_read(ref.urls[0]) as stream:
+        yield from map(assemble, scan_groups(ref.urls[0], stream, SCANNED))
 
 
 # Folder
@@ -101,9 +115,21 @@ def _read_folder(ref: ShardRef, digest: hashlib._Hash) -> Samples:
         yield assemble(group, label_of.get(key.partition("/")[0]))
 
 
+def _scan_folder(ref: ShardRef) -> Iterator[RawSample]:
+    label_of = {name: i for i, name in enumerate(ref.labels)}
+    for key, urls in _folder_groups(ref):
+        group = Group(storable(key))
+        for url in urls:
+            extension = split_stem(url)[1]
+            wanted = extension.lower() in SCANNED
+            group.members[extension] = storage.read_bytes(url) if wanted else None
+        yield assemble(group, label_of.get(key.partition("/")[0]))
+
+
 def _folder_groups(ref: ShardRef) -> Iterator[tuple[str, Iterator[str]]]:
     return groupby(ref.urls, lambda url: split_stem(url[len(ref.root) :].lstrip("/"))[0])
 
 
 _READERS = {"tar": _read_tar, "parquet": read_parquet, "folder": _read_folder}
+_SCANNERS = {"tar": _scan_tar, "parquet": scan_parquet, "folder": _scan_folder}
 _COUNTERS = {"tar": _count_tar, "parquet": count_parquet, "folder": _folder_groups}

@@ -74,7 +74,7 @@ def shard_metadata_of(url: str, format: str | None = None) -> dict[str, Any]:
     `read_rows`."""
     with _reading(url) as stream:
         if _format_of(url, format) == "parquet":
-            return _parquet_metadata(pq.ParquetFile(stream), url)
+            return parquet_metadata(pq.ParquetFile(stream), url)
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             return _tar_metadata(_tar_members(tar), url)
 
@@ -105,7 +105,7 @@ def _reading(url: str) -> Iterator[BinaryIO]:
 
 def _parquet_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
     file = pq.ParquetFile(stream, page_checksum_verification=True)
-    _parquet_metadata(file, url)
+    parquet_metadata(file, url)
     for group in range(file.num_row_groups):
         rows = _batch_rows(file, group)
         for batch in file.iter_batches(rows, [group], use_threads=False):
@@ -126,15 +126,17 @@ def _batch_rows(file: pq.ParquetFile, group: int) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * footer.num_rows // max(1, footer.total_byte_size)))
 
 
-def _parquet_metadata(file: pq.ParquetFile, url: str) -> dict[str, Any]:
+def parquet_metadata(file: pq.ParquetFile, url: str) -> dict[str, Any]:
+    """The constants of an open Parquet shard. Raises CorruptShardError and FormatVersionError."""
     schema = file.schema_arrow
-    metadata = _checked_metadata((schema.metadata or {}).get(METADATA_KEY), url)
+    metadata = checked_metadata((schema.metadata or {}).get(METADATA_KEY), url)
     if not schema.equals(wanted := columns(metadata)):
         raise CorruptShardError(f"{url} has the columns {schema.names}, not {wanted.names}")
     return metadata
 
 
-def _checked_metadata(text: bytes | None, url: str) -> dict[str, Any]:
+def checked_metadata(text: bytes | None, url: str) -> dict[str, Any]:
+    """A shard's constants from their JSON. Raises as `parquet_metadata`, and ValueError."""
     if text is None:
         raise CorruptShardError(f"{url} is not a splat shard: it has no splatshard metadata")
     metadata = json.loads(text)
@@ -174,7 +176,7 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
 
 def _tar_metadata(members: Iterator[tuple[str, bytes]], url: str) -> dict[str, Any]:
     name, data = next(members, ("", b""))
-    return _checked_metadata(data if name == METADATA_MEMBER else None, url)
+    return checked_metadata(data if name == METADATA_MEMBER else None, url)
 
 
 def _tar_rows(stream: BinaryIO, url: str) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,10 +146,16 @@ def read_groups(url: str, stream: BinaryIO, digest: hashlib._Hash) -> Generator[
         source.finish()
 
 
-def scan_groups(url: str, stream: BinaryIO) -> Iterator[Group]:
-    """The groups without their bytes, seeking from header to header. Raises SourceError."""
+def scan_groups(url: str, stream: BinaryIO, extensions: Sequence[str] = ()) -> Iterator[Group]:
+    """The groups without their bytes but for members with one of `extensions`, seeking from header
+    to header. Raises SourceError."""
     with _errors(url, TarStream(stream, hashlib.sha256())), _open(stream) as archive:
-        yield from _groups(_members(archive, None), None)
+
+        def data(info: tarfile.TarInfo) -> bytes | None:
+            wanted = split_name(info.name)[1].lower() in extensions
+            return archive.extractfile(info).read() if wanted else None
+
+        yield from _groups(_members(archive, None), data if extensions else None)
 
 
 def _open(stream: Any) -> tarfile.TarFile:
@@ -214,7 +220,7 @@ def _data(archive: tarfile.TarFile, source: TarStream, info: tarfile.TarInfo) ->
 
 
 def _groups(
-    members: Iterable[tarfile.TarInfo], data: Callable[[tarfile.TarInfo], bytes] | None
+    members: Iterable[tarfile.TarInfo], data: Callable[[tarfile.TarInfo], bytes | None] | None
 ) -> Iterator[Group]:
     """Consecutive members of one key; folders, links, devices and hidden files are passed over."""
     group = None

@@ -58,7 +58,7 @@ def classify(trained: Trained, shards: Data) -> Found:
     """A classifier's own logits."""
     classes = trained.config.num_classes
     assert classes is not None, "the model is a classifier"
-    samples = samples_of(trained, shards, lambda batch: trained.model(inputs_of(batch)))
+    samples = samples_of(trained, shards, trained.model)
     check_labels(samples, classes, f"the model's {classes} classes")
     return _found(samples, classification(samples.vectors, samples.labels))
 
@@ -67,7 +67,7 @@ def probe(trained: Trained, train: Data, shards: Data) -> Found:
     """A linear classifier on the encoder's CLS token."""
 
     def tokens(batch: Any) -> Tensor:
-        return encode(vision_of(trained.model), inputs_of(batch))
+        return encode(vision_of(trained.model), batch)
 
     known, samples = (samples_of(trained, each, tokens) for each in (train, shards))
     check_labels(known, None, "")
@@ -80,12 +80,7 @@ def probe(trained: Trained, train: Data, shards: Data) -> Found:
 
 def unit_images(model: SplatCLIP) -> Any:
     """A function from a batch to unit vectors [B, E]."""
-    return lambda batch: F.normalize(model.encode_image(inputs_of(batch)).float(), dim=1)
-
-
-def inputs_of(batch: Any) -> Any:
-    """What the model gets of a batch: pixels if it has some, else all of it."""
-    return getattr(batch, "pixels", batch)
+    return lambda batch: F.normalize(model.encode_image(batch).float(), dim=1)
 
 
 def check_labels(samples: Samples, classes: int | None, what: str) -> None:

@@ -1,10 +1,10 @@
-"""A trained model, taken from its checkpoint, and what it says of the samples in shards.
+"""A trained model, taken from its checkpoint, and what it says of samples.
 
-    checkpoint -> model -> shards that fit it -> a vector per sample
+    checkpoint -> model -> shards that fit it, or images -> a vector per sample
 
-Shards fit when their numbers mean what those of training meant: the cutoff, which decides the
-picture that the same Gaussians are. The number of Gaussians may differ, and so may image size and
-codec; the stem's constants are part of the model.
+Images are cropped to the size that the model reads. Shards fit when their numbers mean what those
+of training meant: the cutoff, which decides the picture that the same Gaussians are. The number of
+Gaussians may differ, and so may image size and codec; the stem's constants are part of the model.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.data import SplatDataset
+from pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
 from pipeline.models import build_model
+from pipeline.models.classifier import image_config, reads_images
 from pipeline.shards import shard_metadata_of
 from pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, latest, read_checkpoint
 from schemas.errors import CorruptShardError, UsageError
@@ -31,8 +32,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Trained:
     """A model in eval mode on `device`: the checkpoint's at `url`, after `step` steps, or one from
-    elsewhere (None). `weights` is a SHA-256 of them; `cutoff`, `num_gaussians` and `precision` are
-    those of training."""
+    elsewhere (None). `weights` is a SHA-256 of them; `cutoff` (None: of images), `num_gaussians`
+    and `precision` are those of training."""
 
     model: nn.Module
     config: ModelConfig
@@ -54,11 +55,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class Data:
-    """Batches of samples (TrainBatch, or of pixels) from `src`; `content` is a digest of it."""
+    """Batches of samples from `src`; `content` is a digest of it."""
 
     src: str
     content: str
-    batches: Iterable[Any]
+    batches: Iterable[TrainBatch | ImageBatch]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,32 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
         num_gaussians=config.data.num_gaussians,
         precision=config.precision,
     )
+
+
+def open_data(trained: Trained, src: str, batch: int) -> Data:
+    """The samples of `src`, in order, in batches of `batch`, as the model reads them.
+
+    Raises UsageError for shards where it reads images, or the reverse, and what reading raises.
+    """
+    return (open_images if reads_images(trained.config) else open_shards)(trained, src, batch)
+
+
+def open_images(trained: Trained, src: str, batch: int) -> Data:
+    """The images of `src`, as convert understands it, cropped to the model's size. Raises what
+    ImageDataset raises."""
+    if trained.num_gaussians is not None:
+        raise UsageError(
+            f"--num-gaussians {trained.num_gaussians}: {trained.url} is a model that reads images; "
+            "leave it out"
+        )
+    dataset = ImageDataset(
+        src,
+        image_size=image_config(trained.config).image_size,
+        batch_size=batch,
+        shuffle=False,
+        drop_last=False,
+    )
+    return Data(src, dataset.sources[0].content, dataset)
 
 
 def open_shards(trained: Trained, src: str, batch: int) -> Data:

@@ -1,6 +1,7 @@
-"""Splat shards as training batches; start at dataset.py."""
+"""Splat shards, or images, as training batches; start at dataset.py."""
 
-from pipeline.data.batch import TrainBatch
+from pipeline.data.batch import ImageBatch, TrainBatch
 from pipeline.data.dataset import SplatDataset
+from pipeline.data.images import ImageDataset
 
-__all__ = ["SplatDataset", "TrainBatch"]
+__all__ = ["ImageBatch", "ImageDataset", "SplatDataset", "TrainBatch"]

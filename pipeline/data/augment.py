@@ -2,6 +2,7 @@
 
     whole image or random crop -> flip -> rotate, shear, zoom, shift -> hide -> dropout -> colours
 
+Drawn first, as a `Plan`, then done, by `augment_with`; augment_pixels.py does the same to pixels.
 Nothing is rendered. With I(p) the sum of the Gaussians at any point p, not only at pixel centres:
 
     affine    I'(A p + t) = I(p)         means A mu + t, covariances A Sigma A^T; exact, since the
@@ -118,29 +119,71 @@ def _check(ok: bool, name: str, config: Augment, remedy: str) -> None:
         raise UsageError(f"augmentation: {name} is {getattr(config, name)}: {remedy}")
 
 
+DRAWS = 15
+"""Random numbers per image, but for dropout, which takes one per Gaussian."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done to B images, drawn: the same for Gaussians and for pixels.
+
+    matrix, offset  [B, 2, 2], [B, 2] in px: I'(A p + t) = I(p), to the augmented image
+    colors          [B, 3, 3]: I'(p) = M I(p)
+    contrast        [B]: then I'(p) = f I(p) + (1 - f) m, m the image's mean grey
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    colors: Tensor
+    contrast: Tensor
+
+
+def draw_plan(draws: Tensor, heights: Tensor, widths: Tensor, config: Augment) -> Plan:
+    """The plan that the numbers `draws` [B, DRAWS], from 0 to below 1, mean for images of
+    `heights` x `widths` px (int [B])."""
+    boxes = _random_boxes(draws[:, :4], heights.to(draws), widths.to(draws), config)
+    placed = _box_map(boxes, config.height, config.width)
+    matrix, offset = composed(_random_map(draws[:, 4:10], config), placed)
+    return Plan(matrix, offset, *_random_colors(draws[:, 10:], config))
+
+
 def augment(
     splats: Splats, heights: Tensor, widths: Tensor, config: Augment, generator: torch.Generator
 ) -> Splats:
     """The B images of heights x widths px (int [B]), each augmented in its own way, to images of
-    `config.height` x `config.width` px.
+    `config.height` x `config.width` px; see `augment_with`. A generator of the CPU gives the same
+    augmentations wherever the splats are."""
+    draws = torch.rand(len(splats), DRAWS, generator=generator, device=generator.device)
+    plan = draw_plan(draws.to(splats.means), heights, widths, config)
+    chance = None
+    if config.dropout and splats.mask.shape[1]:
+        chance = torch.rand(splats.mask.shape, generator=generator, device=generator.device)
+        chance = chance.to(splats.means.device)
+    return augment_with(splats, plan, config, chance)
+
+
+def augment_with(splats: Splats, plan: Plan, config: Augment, chance: Tensor | None) -> Splats:
+    """The B images augmented by `plan`; `chance` [B, N] are dropout's numbers, from 0 to below 1.
 
     N stays, but is one more with contrast. Gaussians that can no longer be seen, or that dropout
-    took, are masked; masked entries come back as padding: zeros and l11 = l22 = 1. A generator of
-    the CPU gives the same augmentations wherever the splats are.
+    took, are masked; masked entries come back as padding: zeros and l11 = l22 = 1.
     """
-    kind = {"dtype": splats.means.dtype, "device": splats.means.device}
-    draws = torch.rand(len(splats), 15, generator=generator, device=generator.device).to(**kind)
-    boxes = _random_boxes(draws[:, :4], heights.to(**kind), widths.to(**kind), config)
-    placed = _box_map(boxes, config.height, config.width)
-    turned = _random_map(draws[:, 4:10], config)
-    splats = affine(splats, *composed(turned, placed))
+    splats = affine(splats, plan.matrix, plan.offset)
     splats = hide(splats, visible(splats, config.height, config.width, config.cutoff))
     if config.dropout and splats.mask.shape[1]:
-        shape = splats.mask.shape
-        chance = torch.rand(shape, generator=generator, device=generator.device).to(draws.device)
+        assert chance is not None, "dropout needs numbers"
         kept = _not_none(chance >= config.dropout, chance, splats.mask)
         splats = drop(splats, kept, 1 - config.dropout if config.rescale else 1.0)
-    return _recolored(splats, draws[:, 10:], config)
+    if changes_colors(config):
+        splats = recolor(splats, plan.colors)
+    if config.contrast:
+        splats = contrast(splats, plan.contrast, config.height, config.width, config.cutoff)
+    return splats
+
+
+def changes_colors(config: Augment) -> bool:
+    """Whether a plan's colour matrix is more than the identity."""
+    return bool(config.brightness or config.saturation or config.hue or config.grayscale)
 
 
 # Geometry
@@ -318,8 +361,9 @@ def mean_color(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> 
     return (weight[:, None] @ splats.colors)[:, 0]
 
 
-def _recolored(splats: Splats, draws: Tensor, config: Augment) -> Splats:
-    """Brightness, saturation, hue and greyscale as one matrix, then contrast; draws [B, 5]."""
+def _random_colors(draws: Tensor, config: Augment) -> tuple[Tensor, Tensor]:
+    """Brightness, saturation, hue and greyscale as one matrix [B, 3, 3], and contrast's factors
+    [B]; draws [B, 5]."""
     brightness, contrast_, saturation, hue, gray = draws.unbind(1)
     factor = 1 + _either_way(saturation, config.saturation)
     factor = torch.where(gray < config.grayscale, 0.0, factor)
@@ -327,12 +371,7 @@ def _recolored(splats: Splats, draws: Tensor, config: Augment) -> Splats:
     if config.hue:
         matrix = matrix @ hue_matrix(_either_way(hue, math.radians(config.hue)))
     matrix = matrix * (1 + _either_way(brightness, config.brightness))[:, None, None]
-    if config.brightness or config.saturation or config.hue or config.grayscale:
-        splats = recolor(splats, matrix)
-    if config.contrast:
-        factor = 1 + _either_way(contrast_, config.contrast)
-        splats = contrast(splats, factor, config.height, config.width, config.cutoff)
-    return splats
+    return matrix, 1 + _either_way(contrast_, config.contrast)
 
 
 # Which Gaussians there are

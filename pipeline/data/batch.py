@@ -1,10 +1,10 @@
-"""What a training step gets: `TrainBatch`."""
+"""What a training step gets: `TrainBatch` of splats, `ImageBatch` of pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from pipeline.splats import Splats
 
 class Position(NamedTuple):
     """Where the order is once every rank has taken its batch of this step: `samples` into `epoch`,
-    whose order has `lanes` lanes with grains of `grain` samples. See `SplatDataset.state_after`."""
+    whose order has `lanes` lanes with grains of `grain` samples. See `state_after` of the
+    datasets."""
 
     epoch: int
     samples: int
@@ -50,6 +51,10 @@ class TrainBatch:
     def __len__(self) -> int:
         return len(self.splats)
 
+    def __getitem__(self, part: slice) -> TrainBatch:
+        """Some of the samples."""
+        return replace(self, splats=self.splats[part], **_parts(self, part))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TrainBatch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -65,15 +70,78 @@ class TrainBatch:
             splats = Splats(move(s.means), move(s.cholesky), move(s.colors), move(s.mask))
         else:
             splats = splats_of(move(values), move(self.splats.mask))
-        return replace(
-            self,
-            splats=splats,
-            heights=move(self.heights),
-            widths=move(self.widths),
-            labels=move(self.labels),
-            teacher=None if self.teacher is None else move(self.teacher),
-            valid=move(self.valid),
-        )
+        return replace(self, splats=splats, **_moved(self, move))
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """B images, ready to train on: as TrainBatch, with pixels in place of splats.
+
+    pixels    [B, 3, H, W] RGB: uint8 as the dataset makes it; float32, white is 1, once `floating`
+    teacher   None: embeddings are in splat shards
+    valid     bool [B]; False also for a sample that stands in for one that does not decode
+    """
+
+    pixels: Tensor
+    heights: Tensor
+    widths: Tensor
+    keys: list[str]
+    captions: list[str | None]
+    labels: Tensor
+    teacher: Tensor | None
+    valid: Tensor
+    position: Position | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, part: slice) -> ImageBatch:
+        """Some of the samples."""
+        return replace(self, pixels=self.pixels[part], **_parts(self, part))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ImageBatch:
+        """The same batch in page-locked memory; torch's DataLoader calls it for `pin_memory`."""
+        return self._map(Tensor.pin_memory)
+
+    def floating(self) -> ImageBatch:
+        """The same batch with float32 pixels where white is 1."""
+        if self.pixels.is_floating_point():
+            return self
+        return replace(self, pixels=self.pixels.float() / 255)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> ImageBatch:
+        return replace(self, pixels=move(self.pixels), **_moved(self, move))
+
+
+Batch = TrainBatch | ImageBatch
+
+
+def _parts(batch: Batch, part: slice) -> dict[str, Any]:
+    """Some samples of the fields that both kinds of batches have."""
+    return {
+        "heights": batch.heights[part],
+        "widths": batch.widths[part],
+        "keys": batch.keys[part],
+        "captions": batch.captions[part],
+        "labels": batch.labels[part],
+        "teacher": None if batch.teacher is None else batch.teacher[part],
+        "valid": batch.valid[part],
+    }
+
+
+def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The tensors that both kinds of batches have, moved."""
+    return {
+        "heights": move(batch.heights),
+        "widths": move(batch.widths),
+        "labels": move(batch.labels),
+        "teacher": None if batch.teacher is None else move(batch.teacher),
+        "valid": move(batch.valid),
+    }
 
 
 def splats_of(values: Tensor, mask: Tensor) -> Splats:

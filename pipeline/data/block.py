@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.codec import Plane, decode_rows
 from pipeline.data.batch import Position, TrainBatch, splats_of
+from pipeline.data.windows import Choice
 from schemas.errors import CorruptShardError
 
 PADDING = np.array([0, 0, 1, 0, 1, 0, 0, 0], np.float32)
@@ -55,12 +56,8 @@ class Block:
         return len(self.rows)
 
 
-Choice = tuple[Block, NDArray[np.int64]]
-"""Some samples of a block, int64 [b]: places in its arrays."""
-
-
 def assemble(
-    chosen: Sequence[Choice], num_gaussians: int | None, valid: Tensor, position: Position
+    chosen: Sequence[Choice[Block]], num_gaussians: int | None, valid: Tensor, position: Position
 ) -> TrainBatch:
     """The chosen samples as one batch of as many rows, padded to `num_gaussians` or, if None, to
     the largest sample. Raises CorruptShardError for a payload that cannot be decoded."""
@@ -83,13 +80,13 @@ def assemble(
     )
 
 
-def _gathered(chosen: Sequence[Choice], name: str) -> NDArray:
+def _gathered(chosen: Sequence[Choice[Block]], name: str) -> NDArray:
     parts = [getattr(block, name)[places] for block, places in chosen]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _decode(
-    chosen: Sequence[Choice],
+    chosen: Sequence[Choice[Block]],
     counts: NDArray[np.int32],
     heights: NDArray[np.int32],
     widths: NDArray[np.int32],
@@ -125,7 +122,7 @@ def texts(column: pa.StringArray, places: NDArray[np.int64]) -> list[str | None]
     return column.take(pa.array(places)).to_numpy(zero_copy_only=False).tolist()
 
 
-def _teacher(chosen: Sequence[Choice]) -> Tensor | None:
+def _teacher(chosen: Sequence[Choice[Block]]) -> Tensor | None:
     if any(block.teacher is None for block, _ in chosen):
         return None
     return torch.from_numpy(_gathered(chosen, "teacher").astype(np.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,14 +47,27 @@ class Shard:
         return f"run splatshard repair {self.url.rpartition('/')[0]}"
 
 
+class AnyShard(Protocol):
+    """A file, or a part of a folder: where it is, and how many samples it has."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def ok(self) -> int: ...
+
+
+S = TypeVar("S", bound=AnyShard)
+
+
 @dataclass
-class Source:
+class Source(Generic[S]):
     """Shards that are read as one pool. `counts` int64 [S] are the samples that are read of each;
     `kept` has those rows of a shard as packed bits, where a filter leaves some out. `content` has
     a digest of all that the shards of each URL hold."""
 
     urls: tuple[str, ...]
-    shards: list[Shard]
+    shards: list[S]
     content: str
     counts: NDArray[np.int64] = field(init=False)
     kept: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
@@ -63,7 +76,7 @@ class Source:
         self.counts = np.array([shard.ok for shard in self.shards], np.int64)
 
 
-def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source:
+def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]:
     """All done shards of the destinations `urls`.
 
     Raises UsageError where there are none or they do not have `num_gaussians`, CorruptShardError
@@ -111,7 +124,7 @@ def _done(url: str) -> list[ShardManifest]:
     if not done:
         raise UsageError(
             f"{url} has no splat shards: give the folder that convert wrote to (with its *.json "
-            "markers)"
+            "markers); images are converted first, with splatshard convert"
         )
     if failed:
         log.warning(

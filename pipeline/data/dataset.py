@@ -3,70 +3,50 @@
     markers -> shards -> order -> windows (loaded ahead) -> blocks -> batch
 
     catalog.py  which shards there are        filters.py  which of their rows are read
-    order.py    in which order                state.py    how far it was read
+    ordered.py  the order of samples, and how far it was read: the same for images (images.py)
     files.py    opened and checked            cache.py    remote ones by way of a local disk
     read_parquet.py, read_tar.py              rows in memory, packed (block.py)
-    windows.py  what is loaded when           batch.py    what comes out
+    batch.py    what comes out
 
 Unlike the datasets of torch examples it makes whole batches: one pass over packed payloads into one
 tensor costs next to nothing per sample, collating samples does. Give it to
 `DataLoader(dataset, batch_size=None, num_workers=...)`, to torchdata's StatefulDataLoader, or just
 iterate.
-
-What counts as read is what was delivered, though workers read ahead: every batch carries its place
-in the order, and `state_after(batch)` is the state to save with the checkpoint of its step. It fits
-any number of ranks and workers and any batch size. `state_dict()` is the same where no worker is
-between, and StatefulDataLoader asks its workers for it batch by batch.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
+import numpy as np
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from pipeline.data.batch import TrainBatch
+from pipeline.data.batch import Position, TrainBatch
+from pipeline.data.block import Block, assemble
 from pipeline.data.cache import ShardCache
-from pipeline.data.catalog import open_source
-from pipeline.data.files import ShardFiles, default_cache_dir
-from pipeline.data.filters import apply_filter, checked_filter
-from pipeline.data.order import PERIOD, EpochOrder, Reader, Share, shares, steps_of
-from pipeline.data.state import Start, start_of, state_of, worker_state_of
-from pipeline.data.windows import Loader
-from schemas.errors import UsageError
+from pipeline.data.catalog import Shard, Source, open_source
+from pipeline.data.files import ShardFiles, default_cache_dir, shard_errors
+from pipeline.data.filters import Filter, apply_filter
+from pipeline.data.order import Piece
+from pipeline.data.ordered import OrderedDataset, Ordering
+from pipeline.data.read_parquet import parquet_blocks
+from pipeline.data.read_tar import tar_blocks
+from pipeline.data.windows import Choice
+from pipeline.shards import read_rows
 
-log = logging.getLogger(__name__)
 
+class SplatDataset(OrderedDataset[Shard, TrainBatch]):
+    """Batches of the samples in the shards of `src`: folders or URLs that convert wrote to. The
+    arguments that are not named here, such as batch_size and seed, are those of OrderedDataset.
 
-class SplatDataset(IterableDataset[TrainBatch]):
-    """Batches of the samples in the shards of `src`.
-
-    src             what convert wrote to: a folder or URL; several (a sequence, or joined by `::`)
-                    are one pool; a mapping from each to its weight is a mixture
     num_gaussians   how many per sample. Nested shards have several budgets and only the bytes of
                     this one are read; None takes all there are, padded to the batch's largest
-    batch_size      samples per batch of one rank
-    rank, world_size  which of all batches are this process's
-    seed            of the order, which is a function of seed and epoch
-    shuffle         False for evaluation: shards by name, samples as they were
-    shuffle_shards  shards whose samples are mixed. They are in memory together, beside the next as
-                    many (of every lane that a reader reads)
-    lanes           parts of the shards that are read side by side. A multiple of world_size x
-                    workers lets every worker read only shards of its own; with fewer, each shard is
-                    read by several
-    drop_last       what a last step cannot fill for all ranks is left out; else it is padded with
-                    samples that are there a second time, `valid` False
-    filter          conditions (column, operator, number) that samples must fulfil: see filters.py
-    epoch_samples   length of a mixture's epoch; as many samples as there are by default
     checksum        compare SHA-256 of each local file when this process first opens it (remote
                     ones always are, as they are fetched)
     cache_dir, cache_bytes  where and how many bytes of remote shards are kept
-    prefetch_windows  loaded ahead on a thread; 0 for none
 
     Raises UsageError for arguments that do not fit each other or the shards, CorruptShardError for
     shards that are not what their markers say (also while reading), FormatVersionError,
@@ -77,252 +57,38 @@ class SplatDataset(IterableDataset[TrainBatch]):
         self,
         src: str | Sequence[str] | Mapping[str, float],
         *,
-        batch_size: int,
         num_gaussians: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        shuffle_shards: int = 2,
-        lanes: int = 1,
-        drop_last: bool = True,
-        filter: Sequence[Sequence[Any]] = (),
-        epoch_samples: int | None = None,
         checksum: bool = True,
         cache_dir: str | Path | None = None,
         cache_bytes: int = 100 << 30,
-        prefetch_windows: int = 1,
+        **ordering: Unpack[Ordering],
     ) -> None:
-        super().__init__()
-        _check_counts(
-            batch_size=(batch_size, 1),
-            world_size=(world_size, 1),
-            rank=(rank, 0),
-            shuffle_shards=(shuffle_shards, 1),
-            lanes=(lanes, 1),
-            prefetch_windows=(prefetch_windows, 0),
-        )
-        if rank >= world_size:
-            raise UsageError(f"rank is {rank}: it must be below world_size, {world_size}")
-        conditions = checked_filter(filter)
-        self.batch_size, self.num_gaussians = batch_size, num_gaussians
-        self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle, self.shuffle_shards = seed, shuffle, shuffle_shards
-        self.lanes, self.drop_last = lanes, drop_last
-        self.prefetch_windows = prefetch_windows
+        self.num_gaussians = num_gaussians
         cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), cache_bytes)
         self.files = ShardFiles(cache, checksum)
-        pools, self.weights = _pools(src)
-        self.sources = [open_source(urls, num_gaussians) for urls in pools]
+        super().__init__(src, **ordering)
+
+    def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[Shard]:
+        source = open_source(urls, self.num_gaussians)
         if conditions:
-            for source in self.sources:
-                apply_filter(source, conditions, self.files)
-        self.epoch_samples = epoch_samples
-        self._check_sizes()
-        self._settings = {
-            "seed": seed,
-            "shuffle": shuffle,
-            "shuffle_shards": shuffle_shards,
-            "filter": " and ".join(" ".join(map(str, c)) for c in conditions),
-            "data": " ".join(source.content for source in self.sources),
-            "weights": "" if self.weights is None else " ".join(map(repr, self.weights)),
-            "epoch_samples": epoch_samples or 0,
-        }
-        # Shared with DataLoader workers, so that persistent ones see `set_epoch`, too: where the
-        # next iteration begins, and whether workers have begun since that was set.
-        self._shared = torch.zeros(5, dtype=torch.int64).share_memory_()
-        self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
-        self._progress: dict[str, Any] | None = None
-        self._begin(Start(0, 0, lanes, batch_size))
+            apply_filter(source, conditions, self.files)
+        return source
 
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next iteration reads."""
-        return int(self._shared[0])
+    def read(self, source: Source[Shard], piece: Piece) -> list[Block]:
+        shard = source.shards[piece.shard]
+        kept = None
+        if piece.shard in source.kept:
+            kept = np.flatnonzero(np.unpackbits(source.kept[piece.shard], count=shard.samples))
+        threads = get_worker_info() is None  # Arrow's, beside which those of other workers run
+        with shard_errors(shard), self.files.open(shard) as stream:
+            if shard.format == "webdataset":
+                return tar_blocks(stream, shard, kept, piece.begin, piece.end)
+            return parquet_blocks(stream, shard, kept, piece.begin, piece.end, threads=threads)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Read `epoch` next, from its beginning, unless a state was loaded that is within it.
+    def assemble(
+        self, chosen: Sequence[Choice[Block]], valid: Tensor, position: Position
+    ) -> TrainBatch:
+        return assemble(chosen, self.num_gaussians, valid, position)
 
-        Call it before each epoch, as one does with torch's samplers: DataLoader workers do not
-        know what the last ones read. Raises UsageError for what is no epoch.
-        """
-        _check_counts(epoch=(epoch, 0))
-        self._shared[4] = 0
-        if epoch != self.epoch:
-            self._begin(Start(epoch, 0, self.lanes, self.batch_size))
-
-    def __len__(self) -> int:
-        """Batches of this rank in the next iteration: what is left of the epoch."""
-        start = self._start()
-        left = self._total() - start.samples
-        return steps_of(left, self.batch_size, self.world_size, self.drop_last)
-
-    def __iter__(self) -> Iterator[TrainBatch]:
-        reader = self._reader()
-        start, taken = self._own or (self._start(), 0)
-        self._note_workers(reader)
-        self._note_lanes(start, reader)
-        self._own = None
-        self._progress = self._state(start, reader, taken)
-        return self._batches(start, reader, taken)
-
-    def _batches(self, start: Start, reader: Reader, taken: int) -> Iterator[TrainBatch]:
-        order = self._order(start)
-        loader = Loader(self.sources, self.files, threads=get_worker_info() is None)
-        total, drop_last = order.total, self.drop_last
-
-        def mine() -> Iterator[Share]:
-            return shares(start.samples, total, self.batch_size, drop_last, reader, taken)
-
-        batches = loader.batches(
-            order, mine, self.batch_size, self.num_gaussians, start.epoch, self.prefetch_windows
-        )
-        with closing(batches):
-            for batch in batches:
-                taken += 1
-                if get_worker_info() is None:
-                    self._progress = self.state_after(batch)
-                else:
-                    self._progress = self._state(start, reader, taken)
-                yield batch
-        if get_worker_info() is None:
-            self._begin(Start(start.epoch + 1, 0, self.lanes, self.batch_size))
-
-    def state_after(self, batch: TrainBatch) -> dict[str, Any]:
-        """The state once all ranks have taken their batches of the same step as `batch`.
-
-        After the last step nothing of the epoch is left, and `set_epoch` begins the next one.
-        """
-        if batch.position is None:
-            raise UsageError("the batch has no position: give one as the dataset made it")
-        return state_of(Start(*batch.position), self._settings)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch that the newest iterator gave out.
-
-        Raises UsageError where DataLoader workers gave them out: then `state_after(batch)` knows.
-        """
-        in_workers = get_worker_info() is None and self._shared[4]
-        if self._progress is not None and not in_workers:
-            return self._progress
-        if in_workers:
-            raise UsageError(
-                "state_dict() was asked of a dataset that DataLoader workers read: use "
-                "dataset.state_after(batch), or torchdata's StatefulDataLoader"
-            )
-        return state_of(self._start(), self._settings)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin the next iteration where `state` was taken, with any number of ranks and workers.
-
-        Raises UsageError for a state of other data or settings, naming the field.
-        """
-        start, taken = start_of(state, self._settings, self._reader())
-        if start.samples > self._total():
-            raise UsageError(
-                f"the state says samples {start.samples}, the epoch has {self._total()}"
-            )
-        if get_worker_info() is None:
-            self._begin(start)
-        else:
-            self._own = start, taken
-            self._progress = self._state(start, self._reader(), taken)
-
-    def _note_workers(self, reader: Reader) -> None:
-        """Note for other processes that DataLoader workers read, and say it when they do so again
-        from where they began. The first of them speaks for all."""
-        if get_worker_info() is None:
-            self._shared[4] = 0
-        elif reader.worker == 0:
-            if self._shared[4] and self.shuffle and self._own is None:
-                log.warning("epoch %d is read again: call set_epoch before each epoch", self.epoch)
-            self._shared[4] = 1
-
-    def _note_lanes(self, start: Start, reader: Reader) -> None:
-        """Say once a run, where it begins, that readers get in one another's way."""
-        readers = reader.world_size * reader.workers
-        first = reader.rank == reader.worker == start.epoch == start.samples == 0
-        if first and start.lanes % readers and sum(len(s.shards) for s in self.sources) > readers:
-            log.warning(
-                "lanes is %d with %d ranks x workers, so several of them read the same shards: "
-                "lanes=%d gives each its own", start.lanes, readers, readers,
-            )  # fmt: skip
-
-    def _begin(self, start: Start) -> None:
-        self._shared[:] = torch.tensor([*start, 0])
-        self._progress = None
-
-    def _start(self) -> Start:
-        return Start(*self._shared[:4].tolist())
-
-    def _reader(self) -> Reader:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return Reader(self.rank, self.world_size, worker, workers)
-
-    def _state(self, start: Start, reader: Reader, taken: int) -> dict[str, Any]:
-        if get_worker_info() is None:
-            return state_of(start, self._settings)
-        return worker_state_of(start, self._settings, reader, taken)
-
-    def _total(self) -> int:
-        return self.epoch_samples or sum(int(source.counts.sum()) for source in self.sources)
-
-    def _order(self, start: Start) -> EpochOrder:
-        return EpochOrder(
-            [source.counts for source in self.sources],
-            start.epoch,
-            seed=self.seed,
-            lanes=start.lanes,
-            grain=start.grain,
-            shuffle=self.shuffle,
-            shuffle_shards=self.shuffle_shards,
-            weights=self.weights,
-            epoch_samples=self.epoch_samples,
-        )
-
-    def _check_sizes(self) -> None:
-        for source in self.sources:
-            samples = int(source.counts.sum())
-            if not samples:
-                raise UsageError(
-                    f"no sample of {'::'.join(source.urls)} passes: loosen filter, or look at "
-                    "splatshard status"
-                )
-            if self.weights is not None and samples < self.lanes:
-                raise UsageError(
-                    f"lanes is {self.lanes}, but {'::'.join(source.urls)} has {samples} samples: a "
-                    "mixture needs one per lane"
-                )
-        if self.epoch_samples is not None and (self.weights is None or self.epoch_samples < 1):
-            raise UsageError(
-                f"epoch_samples is {self.epoch_samples}: it is the positive length of a mixture's "
-                "epoch; another dataset's is its number of samples"
-            )
-
-
-def _check_counts(**values: tuple[object, int]) -> None:
-    """Raises UsageError unless each value is a whole number that is at least as large as said."""
-    for name, (value, least) in values.items():
-        if type(value) is not int or value < least:
-            raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")
-
-
-def _pools(
-    src: str | Sequence[str] | Mapping[str, float],
-) -> tuple[list[list[str]], tuple[float, ...] | None]:
-    """The URLs of each source, and the weights of a mixture. Raises UsageError."""
-    if isinstance(src, Mapping):
-        weights = tuple(map(float, src.values()))
-        small = sum(weights) / (2 * PERIOD)
-        bad = [url for url, w in zip(src, weights, strict=True) if not small < w < float("inf")]
-        if bad or not weights:
-            raise UsageError(
-                f"src gives {', '.join(bad) or 'no source'} a weight that is not positive, or "
-                f"less than 1 / {2 * PERIOD} of all"
-            )
-        return [url.split("::") for url in src], weights
-    urls = src.split("::") if isinstance(src, str) else [u for s in src for u in s.split("::")]
-    if not urls:
-        raise UsageError("src names no source: give the folder that convert wrote to")
-    return [urls], None
+    def keys_of(self, shard: Shard) -> Iterator[str]:
+        return (row["key"] for row in read_rows(shard.url, shard.format))

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.data.catalog import Shard, Source
+from pipeline.data.catalog import S, Shard, Source
 from pipeline.data.files import ShardFiles, look_for, shard_errors
 from pipeline.data.read_tar import tar_rows
 from schemas.errors import CorruptShardError, UsageError
@@ -84,14 +84,20 @@ def checked_filter(conditions: Sequence[Sequence[Any]]) -> Filter:
     return tuple(found)
 
 
-def apply_filter(source: Source, conditions: Filter, files: ShardFiles) -> None:
+def apply_filter(source: Source[Shard], conditions: Filter, files: ShardFiles) -> None:
     """Set `source.kept` and `source.counts` to the rows that `conditions` leave.
 
     Raises CorruptShardError, SourceError and UnavailableError.
     """
+    keep(source, lambda shard: rows_left(shard, conditions, files))
+
+
+def keep(source: Source[S], rows: Callable[[S], NDArray[np.bool_]]) -> None:
+    """Set `source.kept` and `source.counts` to what `rows`, on several threads, says of each
+    shard: bool [samples]."""
     begin = said = time.monotonic()
     with ThreadPoolExecutor(SCANNERS, thread_name_prefix="filter") as pool:
-        found = pool.map(lambda shard: rows_left(shard, conditions, files), source.shards)
+        found = pool.map(rows, source.shards)
         for i, kept in enumerate(found):
             source.counts[i] = int(kept.sum())
             source.kept[i] = np.packbits(kept)
@@ -146,7 +152,13 @@ def _table_of(rows: list[dict[str, Any]], names: list[str]) -> pa.Table:
 
 
 def _left(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
-    left = pc.equal(table.column("status"), OK).to_numpy()
+    return pc.equal(table.column("status"), OK).to_numpy() & fulfilled(table, conditions)
+
+
+def fulfilled(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
+    """bool [rows]: which rows of `table` fulfil all `conditions`; it has their columns, and
+    `caption` for CAPTION_LENGTH."""
+    left = np.ones(len(table), np.bool_)
     for column, comparison, value in conditions:
         if column == CAPTION_LENGTH:
             values = pc.utf8_length(table.column("caption"))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.codec import Plane
 from pipeline.data.block import Block, Part
 from pipeline.data.catalog import Shard, check_layout
-from pipeline.shards import _parquet_metadata
+from pipeline.shards import parquet_metadata
 from schemas.errors import CorruptShardError
 from schemas.shard import OK
 from schemas.splats import TEACHER
@@ -38,7 +38,7 @@ def parquet_blocks(
     Raises CorruptShardError, ValueError and pyarrow's errors.
     """
     file = pq.ParquetFile(stream)
-    metadata = _parquet_metadata(file, shard.url)
+    metadata = parquet_metadata(file, shard.url)
     check_layout(metadata, shard)
     layout = shard.layout
     if file.metadata.num_rows != shard.samples:

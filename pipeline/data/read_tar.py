@@ -22,7 +22,7 @@ from pipeline.codec import Plane, column, split_member
 from pipeline.data.block import Block, Part
 from pipeline.data.catalog import Shard, check_layout
 from pipeline.data.read_parquet import checked, teacher_of
-from pipeline.shards import _checked_metadata
+from pipeline.shards import checked_metadata
 from pipeline.tar import match_file
 from schemas.errors import CorruptShardError
 from schemas.shard import OK
@@ -55,7 +55,7 @@ def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
     members = _members(view)
     name, start, stop = next(members, ("", 0, 0))
     text = bytes(view[start:stop]) if name == METADATA_MEMBER else None
-    metadata = _checked_metadata(text, shard.url)
+    metadata = checked_metadata(text, shard.url)
     check_layout(metadata, shard)
     layout = shard.layout
     payloads = {splat_suffix(name) for name, _, _ in layout.columns}

@@ -52,7 +52,7 @@ def start_of(
     expected = {"version", *Start._fields, *settings}
     if not isinstance(state, Mapping) or not expected <= state.keys() <= expected | {"reader"}:
         raise UsageError(
-            f"this is no state of a SplatDataset: it must have the fields {sorted(expected)}"
+            f"this is no state of a dataset: it must have the fields {sorted(expected)}"
         )
     for name, value in {"version": VERSION, **settings}.items():
         if state[name] != value:

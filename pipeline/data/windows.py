@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline import storage
-from pipeline.data.batch import Position, TrainBatch
-from pipeline.data.block import Block, Choice, assemble
+from pipeline.data.batch import Position
 from pipeline.data.catalog import Source
-from pipeline.data.files import ShardFiles, shard_errors
 from pipeline.data.order import EpochOrder, Piece, Share, Span, WindowKey
-from pipeline.data.read_parquet import parquet_blocks
-from pipeline.data.read_tar import tar_blocks
 from pipeline.prefetch import map_ahead, prefetch
 
 FETCHERS = 8
 """Files of a window that are fetched at once from a remote store."""
 
 
-class Loaded(NamedTuple):
+Block = TypeVar("Block", bound=Sized)
+Batch = TypeVar("Batch")
+
+Choice = tuple[Block, NDArray[np.int64]]
+"""Some samples of a block, int64 [b]: places in its arrays."""
+
+
+class Loaded(NamedTuple, Generic[Block]):
     """A window in memory. `starts` [blocks + 1]: which of its places, before the permutation, are
     in which block."""
 
@@ -34,7 +38,7 @@ class Loaded(NamedTuple):
     blocks: list[Block]
     starts: NDArray[np.int64]
 
-    def choose(self, begin: int, end: int) -> list[Choice]:
+    def choose(self, begin: int, end: int) -> list[Choice[Block]]:
         """The samples at `begin` to `end` of the permutation, in the order in which they lie in
         the files: so a batch is decoded block by block and front to back."""
         places = np.sort(self.permutation[begin:end])
@@ -48,31 +52,38 @@ class Loaded(NamedTuple):
         ]
 
 
-class Loader:
-    """Reads windows of `sources`. `threads`: whether Arrow may use more than one."""
+class Loader(Generic[Block, Batch]):
+    """Windows of `sources`, whose shards are splats or images.
 
-    def __init__(self, sources: Sequence[Source], files: ShardFiles, threads: bool) -> None:
-        self.sources, self.files, self.threads = sources, files, threads
+    read      a piece of a shard as blocks; several threads call it
+    assemble  the chosen samples of blocks, and which of them are valid, as a batch
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source[Any]],
+        read: Callable[[Source[Any], Piece], list[Block]],
+        assemble: Callable[[Sequence[Choice[Block]], Tensor, Position], Batch],
+    ) -> None:
+        self.sources, self.read, self.assemble = sources, read, assemble
 
     def batches(
         self,
         order: EpochOrder,
         shares: Callable[[], Iterator[Share]],
         batch_size: int,
-        num_gaussians: int | None,
         epoch: int,
         ahead: int,
-    ) -> Iterator[TrainBatch]:
+    ) -> Iterator[Batch]:
         """The batches of `shares`, with up to `ahead` windows loaded before they are needed.
 
-        Raises CorruptShardError for whatever is wrong with a file, naming it, and what ShardFiles
-        raises.
+        Raises what `read` and `assemble` raise.
         """
         windows = self._windows(order, shares())
         with closing(prefetch(windows, ahead) if ahead else windows) as loaded:
-            held: dict[tuple[int, int], Loaded] = {}
+            held: dict[tuple[int, int], Loaded[Block]] = {}
             for share in shares():
-                chosen: list[Choice] = []
+                chosen: list[Choice[Block]] = []
                 for span in _spans(order, share):
                     window = held.get(span.window.stream)
                     if window is None or window.key != span.window:
@@ -84,9 +95,9 @@ class Loader:
                     chosen += window.choose(span.begin, span.end)
                 valid = torch.arange(batch_size) < share.end - share.begin
                 position = Position(epoch, share.after, order.lanes, order.grain)
-                yield assemble(_padded(chosen, batch_size), num_gaussians, valid, position)
+                yield self.assemble(_padded(chosen, batch_size), valid, position)
 
-    def _windows(self, order: EpochOrder, plans: Iterable[Share]) -> Iterator[Loaded]:
+    def _windows(self, order: EpochOrder, plans: Iterable[Share]) -> Iterator[Loaded[Block]]:
         """All windows that `plans` need, in the order in which they are first needed."""
         latest: dict[tuple[int, int], WindowKey] = {}
         for share in plans:
@@ -95,26 +106,16 @@ class Loader:
                     latest[span.window.stream] = span.window
                     yield self._load(order, span.window)
 
-    def _load(self, order: EpochOrder, key: WindowKey) -> Loaded:
+    def _load(self, order: EpochOrder, key: WindowKey) -> Loaded[Block]:
         window = order.window(key)
         source = self.sources[window.source]
         remote = not storage.is_local(source.urls[0])
-        read = partial(self._read, source)
+        read = partial(self.read, source)
         found = map_ahead(read, window.pieces, min(FETCHERS, len(window.pieces)) if remote else 0)
         with closing(found):
             blocks = [block for blocks in found for block in blocks]
         starts = np.concatenate(([0], np.cumsum([len(block) for block in blocks])))
         return Loaded(key, window.permutation, blocks, starts)
-
-    def _read(self, source: Source, piece: Piece) -> list[Block]:
-        shard = source.shards[piece.shard]
-        kept = None
-        if piece.shard in source.kept:
-            kept = np.flatnonzero(np.unpackbits(source.kept[piece.shard], count=shard.samples))
-        with shard_errors(shard), self.files.open(shard) as stream:
-            if shard.format == "webdataset":
-                return tar_blocks(stream, shard, kept, piece.begin, piece.end)
-            return parquet_blocks(stream, shard, kept, piece.begin, piece.end, threads=self.threads)
 
 
 def _spans(order: EpochOrder, share: Share) -> list[Span]:
@@ -125,7 +126,7 @@ def _spans(order: EpochOrder, share: Share) -> list[Span]:
     return order.spans(share.begin, share.end)
 
 
-def _padded(chosen: list[Choice], size: int) -> list[Choice]:
+def _padded(chosen: list[Choice[Block]], size: int) -> list[Choice[Block]]:
     """`chosen`, again and again, until there are `size` samples."""
     missing = size - sum(len(places) for _, places in chosen)
     result = list(chosen)

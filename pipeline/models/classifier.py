@@ -5,16 +5,18 @@ B images, D width, C classes
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
-from pipeline.data.batch import TrainBatch
+from pipeline.data.batch import ImageBatch, TrainBatch
 from pipeline.models.encoder import SplatEncoder
-from pipeline.models.patches import PatchEncoder
-from schemas.model import ModelConfig
+from pipeline.models.patches import PatchEncoder, Triple, normalised
+from schemas.model import EncoderConfig, ModelConfig
 
 
 class SplatClassifier(nn.Module):
-    """Logits of a batch of splats, or of pixels if the encoder's input is patches."""
+    """Logits of a batch of splats, or of images if the encoder's input is patches."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -25,8 +27,8 @@ class SplatClassifier(nn.Module):
         nn.init.zeros_(self.head.weight)  # the loss starts at log C
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, inputs: TrainBatch | Tensor) -> Tensor:
-        """A batch of splats, or pixels [B, 3, H, W], to logits [B, C]."""
+    def forward(self, inputs: TrainBatch | ImageBatch | Tensor) -> Tensor:
+        """A batch, or normalised pixels [B, 3, H, W], to logits [B, C]."""
         return self.head(encode(self.encoder, inputs))
 
 
@@ -36,8 +38,21 @@ def make_encoder(config: ModelConfig) -> SplatEncoder | PatchEncoder:
     return make(config.encoder)
 
 
-def encode(encoder: nn.Module, inputs: TrainBatch | Tensor) -> Tensor:
-    """[B, D] of a batch of splats or of pixels [B, 3, H, W]."""
+def reads_images(config: ModelConfig) -> bool:
+    """Whether the model's samples are images; else they are splats."""
+    return image_config(config).input == "patches"
+
+
+def image_config(config: ModelConfig) -> EncoderConfig:
+    """The part of the model that reads the samples; its `image_size` is that of images."""
+    return config.encoder if config.gvit is None else config.gvit.predictor
+
+
+def encode(encoder: nn.Module, inputs: TrainBatch | ImageBatch | Tensor) -> Tensor:
+    """[B, D] of a batch of splats or of images, or of normalised pixels [B, 3, H, W]."""
     if isinstance(inputs, Tensor):
         return encoder(inputs)
-    return encoder(inputs.splats, inputs.heights, inputs.widths)
+    if isinstance(inputs, TrainBatch):
+        return encoder(inputs.splats, inputs.heights, inputs.widths)
+    mean, std = (cast(Triple, getattr(encoder, name)) for name in ("mean", "std"))
+    return encoder(normalised(inputs.floating().pixels, mean, std))

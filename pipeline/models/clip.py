@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from pipeline.data.batch import TrainBatch
+from pipeline.data.batch import ImageBatch, TrainBatch
 from pipeline.models.classifier import encode, make_encoder
 from schemas.errors import UsageError
 from schemas.model import ModelConfig, TextConfig
@@ -47,8 +47,8 @@ class SplatCLIP(nn.Module):
             nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
 
-    def encode_image(self, inputs: TrainBatch | Tensor) -> Tensor:
-        """A batch of splats, or pixels [B, 3, H, W], to [B, E]; not normalised."""
+    def encode_image(self, inputs: TrainBatch | ImageBatch | Tensor) -> Tensor:
+        """A batch, or normalised pixels [B, 3, H, W], to [B, E] that are not unit vectors."""
         return self.visual_projection(encode(self.vision, inputs))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -60,7 +60,7 @@ class SplatCLIP(nn.Module):
 
     def forward(
         self,
-        inputs: TrainBatch | Tensor,
+        inputs: TrainBatch | ImageBatch | Tensor,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:

@@ -14,13 +14,17 @@ from transformers import CLIPVisionModel
 from pipeline.models.encoder import CLIP_MEAN, CLIP_STD, run_blocks, vision_config
 from schemas.model import EncoderConfig
 
+Triple = tuple[float, float, float]
+
 
 class PatchEncoder(nn.Module):
-    """Pixels to the CLS token after the final norm."""
+    """Pixels to the CLS token after the final norm. `mean` and `std` are of the pixels (0 to 1)
+    that it was trained on; they are not among its parameters."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
         model = CLIPVisionModel(vision_config(config))
         self.embeddings = model.embeddings
         self.pre_layrnorm = model.pre_layrnorm
@@ -33,7 +37,7 @@ class PatchEncoder(nn.Module):
         return run_blocks(self, x_BTD, self.config.gradient_checkpointing)
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] from 0 to 1, standardised as CLIP wants them."""
-    mean, std = (pixels.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
-    return (pixels - mean) / std
+def normalised(pixels: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD) -> Tensor:
+    """Pixels [B, 3, H, W] from 0 to 1, standardised; by default as CLIP wants them."""
+    shift, scale = (pixels.new_tensor(x)[:, None, None] for x in (mean, std))
+    return (pixels - shift) / scale

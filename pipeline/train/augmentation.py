@@ -1,4 +1,5 @@
-"""Augmentation whose random numbers belong to the sample, not to its place in a batch.
+"""Augmentation whose random numbers belong to the sample, not to its place in a batch: splats and
+the images that they are of get the same.
 
 `pipeline.data.augment` draws for a whole batch from one generator. Which row of which batch a
 sample is in depends on the number of processes, so here each sample has a seed, and its numbers are
@@ -9,23 +10,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from pipeline.data import augment as space
-from pipeline.data.augment import Augment
+from pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
+from pipeline.data.augment_pixels import augment_pixels
 from pipeline.splats import Splats
 from schemas.train import AugmentConfig
 
-DRAWS = 15
-"""Random numbers per sample but for dropout, which takes one per Gaussian."""
 
-
-def augment_of(config: AugmentConfig, cutoff: float) -> Augment:
-    """`config` for shards with this cutoff. Raises UsageError for values it does not take."""
-    return Augment(**asdict(config), cutoff=cutoff)
+def augment_of(config: AugmentConfig, cutoff: float | None) -> Augment:
+    """`config` for shards with this cutoff, or for images (None). Raises UsageError for values it
+    does not take."""
+    found = Augment(**asdict(config))
+    return found if cutoff is None else replace(found, cutoff=cutoff)
 
 
 def sample_seeds(keys: Sequence[str], *numbers: int) -> Tensor:
@@ -41,17 +41,16 @@ def augmented(
     """As `pipeline.data.augment.augment`, with `seeds` [B] in place of a generator."""
     numbers = uniform(seeds, DRAWS + splats.mask.shape[1] * bool(config.dropout))
     draws, chance = numbers[:, :DRAWS], numbers[:, DRAWS:]
-    kind = {"dtype": splats.means.dtype, "device": splats.means.device}
-    boxes = space._random_boxes(draws[:, :4], heights.to(**kind), widths.to(**kind), config)
-    placed = space._box_map(boxes, config.height, config.width)
-    turned = space._random_map(draws[:, 4:10], config)
-    splats = space.affine(splats, *space.composed(turned, placed))
-    shown = space.visible(splats, config.height, config.width, config.cutoff)
-    splats = space.hide(splats, shown)
-    if config.dropout and splats.mask.shape[1]:
-        kept = space._not_none(chance >= config.dropout, chance, splats.mask)
-        splats = space.drop(splats, kept, 1 - config.dropout if config.rescale else 1.0)
-    return space._recolored(splats, draws[:, 10:], config)
+    plan = draw_plan(draws.to(splats.means), heights, widths, config)
+    return augment_with(splats, plan, config, chance)
+
+
+def augmented_pixels(
+    pixels: Tensor, heights: Tensor, widths: Tensor, config: Augment, seeds: Tensor
+) -> Tensor:
+    """Images float [B, 3, H, W] by the plans that `augmented` has for the same seeds."""
+    draws = uniform(seeds, DRAWS).to(pixels)
+    return augment_pixels(pixels, draw_plan(draws, heights, widths, config), config)
 
 
 def uniform(seeds: Tensor, count: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Shards to what a training step gets.
+"""Splat shards, or images, to what a training step gets.
 
-    SplatDataset -> Prepare (in the reading processes) -> Feed (in this one) -> Step
+    SplatDataset or ImageDataset -> Prepare (in the reading processes) -> Feed (in this one) -> Step
 
 All that is wrong with samples is found here, before they are trained on: Prepare looks at every
 batch where it was read, and Feed raises what it found, naming shard and key.
@@ -17,19 +17,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.data import SplatDataset, TrainBatch
+from pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
+from pipeline.data.augment import Augment
+from pipeline.data.augment_pixels import check_pixels
 from pipeline.data.batch import values_of
-from pipeline.data.order import EpochOrder
+from pipeline.data.ordered import Ordering
+from pipeline.models.classifier import image_config, reads_images
 from pipeline.models.clip import load_tokenizer, tokenize
-from pipeline.shards import read_rows, shard_metadata_of
+from pipeline.shards import shard_metadata_of
 from pipeline.splats import Splats
-from pipeline.train.augmentation import augment_of, augmented, sample_seeds
+from pipeline.train.augmentation import augment_of, augmented, augmented_pixels, sample_seeds
 from pipeline.train.distributed import World
 from schemas.errors import CorruptShardError, UsageError
 from schemas.splats import TEACHER
-from schemas.train import DataConfig, TrainConfig
+from schemas.train import TrainConfig
 
 State = dict[str, Any]
+Dataset = SplatDataset | ImageDataset
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Step:
     problem   what is wrong with a sample, and its key; empty where nothing is
     """
 
-    batch: TrainBatch
+    batch: TrainBatch | ImageBatch
     tokens: Tensor | None
     seeds: Tensor
     problem: tuple[str, str] | None = None
@@ -51,20 +55,8 @@ class Step:
         return len(self.batch)
 
     def __getitem__(self, part: slice) -> Step:
-        b = self.batch
-        batch = replace(
-            b,
-            splats=b.splats[part],
-            heights=b.heights[part],
-            widths=b.widths[part],
-            keys=b.keys[part],
-            captions=b.captions[part],
-            labels=b.labels[part],
-            teacher=None if b.teacher is None else b.teacher[part],
-            valid=b.valid[part],
-        )
         tokens = None if self.tokens is None else self.tokens[part]
-        return Step(batch, tokens, self.seeds[part])
+        return Step(self.batch[part], tokens, self.seeds[part])
 
     def to(self, device: torch.device) -> Step:
         """The same on `device`."""
@@ -86,7 +78,7 @@ class Prepare:
         self.text = config.model.text if config.stage == "contrast" else None
         self.tokenizer = load_tokenizer(self.text) if self.text else None
 
-    def __call__(self, batch: TrainBatch) -> Step:
+    def __call__(self, batch: TrainBatch | ImageBatch) -> Step:
         position = batch.position
         assert position is not None, "the dataset makes batches with positions"
         seeds = sample_seeds(batch.keys, self.config.data.seed, position.epoch, position.samples)
@@ -97,19 +89,20 @@ class Prepare:
         return Step(batch, tokens, seeds, problem_of(batch, self.config))
 
 
-def problem_of(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+def problem_of(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:
     """What is wrong with the first bad sample, with its remedy, and its key."""
-    values = values_of(batch.splats)
-    assert values is not None, "a batch as the dataset made it"
-    bad = first_of(~values.isfinite().flatten(1).all(1))
-    if bad is not None:
-        message = "has numbers that are not finite: make the shard anew with splatshard repair"
-        return message, batch.keys[bad]
+    if isinstance(batch, TrainBatch):
+        values = values_of(batch.splats)
+        assert values is not None, "a batch as the dataset made it"
+        bad = first_of(~values.isfinite().flatten(1).all(1))
+        if bad is not None:
+            message = "has numbers that are not finite: make the shard anew with splatshard repair"
+            return message, batch.keys[bad]
     find = {"classify": _label_problem, "distill": _teacher_problem, "contrast": _caption_problem}
     return find[config.stage](batch, config)
 
 
-def _label_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+def _label_problem(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:
     classes = config.model.num_classes
     assert classes is not None, "checked by the configuration"
     bad = first_of((batch.labels < 0) | (batch.labels >= classes))
@@ -123,7 +116,7 @@ def _label_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | 
     return f"has the label {label}, and model.num_classes is {classes}: {remedy}", key
 
 
-def _teacher_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+def _teacher_problem(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:
     if batch.teacher is None:
         return "is in a shard without teacher's embeddings: run splatshard embed", batch.keys[0]
     size, width = batch.teacher.shape[1], config.model.encoder.width
@@ -140,7 +133,7 @@ def _teacher_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] 
     return "has a teacher's embedding that is zero or not finite: embed again", batch.keys[bad]
 
 
-def _caption_problem(batch: TrainBatch, config: TrainConfig) -> tuple[str, str] | None:
+def _caption_problem(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:
     if config.data.empty_captions == "keep":
         return None
     missing = [not (caption or "").strip() for caption in batch.captions]
@@ -162,22 +155,25 @@ def first_of(bad: Tensor) -> int | None:
 
 class Feed:
     """The steps of one process, epoch after epoch, from `state` on. `shards` says what the data
-    are: the shards' fingerprint, cutoff and teacher.
+    are: the shards' fingerprint, cutoff (None: images) and teacher.
 
-    Raises UsageError for data that do not fit the configuration, and what SplatDataset raises.
+    Raises UsageError for data that do not fit the configuration, and what the datasets raise.
     """
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         data = config.data
         if not data.src:
-            raise UsageError("data.src is empty: give the folder that splatshard convert wrote to")
+            kind = "images" if reads_images(config.model) else "splats"
+            raise UsageError(f"data.src is empty: {WANTED[kind]}")
         if data.batch_size % world.size:
             raise UsageError(
                 f"data.batch_size is {data.batch_size}, of all {world.size} processes together: "
                 f"choose a multiple of {world.size}"
             )
         self.config, self.world = config, world
-        self.dataset = open_dataset(data, world)
+        if reads_images(config.model):
+            check_images(config)
+        self.dataset = open_dataset(config, world)
         self.steps_per_epoch = len(self.dataset)
         if not self.steps_per_epoch:
             samples = sum(int(source.counts.sum()) for source in self.dataset.sources)
@@ -186,7 +182,7 @@ class Feed:
                 f"to train on: choose at most {samples}"
             )
         constants = constants_of(self.dataset, config)
-        self.cutoff: float = constants["cutoff"]
+        self.cutoff: float | None = constants["cutoff"]
         self.augment = config.augment and augment_of(config.augment, self.cutoff)
         self.state: State = self.dataset.state_dict()
         self.shards = {"data": self.state["data"], **constants}
@@ -228,51 +224,102 @@ class Feed:
     def _placed(self, step: Step) -> Step:
         """On the device, augmented there."""
         step = step.to(self.world.device)
+        if isinstance(step.batch, ImageBatch):
+            step = replace(step, batch=step.batch.floating())
         if self.augment is None:
             return step
-        batch = step.batch
-        with torch.no_grad():
-            splats = augmented(batch.splats, batch.heights, batch.widths, self.augment, step.seeds)
-        batch = replace(
-            batch,
-            splats=splats,
-            heights=torch.full_like(batch.heights, self.augment.height),
-            widths=torch.full_like(batch.widths, self.augment.width),
-        )
-        return replace(step, batch=batch)
+        return replace(step, batch=augmented_batch(step.batch, self.augment, step.seeds))
 
     def _complain(self, step: Step) -> None:
         assert step.problem is not None
         message, key = step.problem
-        url = shard_of(self.dataset, step.batch, key, self.config.data.batch_size)
+        url = self.dataset.shard_of(step.batch, key, self.config.data.batch_size)
         kind = CorruptShardError if "not finite" in message else UsageError
         raise kind(f"{url}: sample {key} {message}")
 
 
-def open_dataset(data: DataConfig, world: World) -> SplatDataset:
-    """This process's part of the samples. Raises what SplatDataset raises."""
+WANTED = {
+    "splats": "give the folder that splatshard convert wrote to",
+    "images": "the model reads images: give what splatshard convert takes as its source",
+}
+
+
+def check_images(config: TrainConfig) -> None:
+    """Raises UsageError for what a run on images cannot have."""
+    if config.stage == "distill":
+        raise UsageError(
+            "stage is distill, but the model reads images, and a teacher's embeddings are in splat "
+            "shards: choose classify or contrast, or a model.encoder.input of splats"
+        )
+    if config.data.num_gaussians is not None:
+        raise UsageError(
+            f"data.num_gaussians is {config.data.num_gaussians}, but the model reads images: leave "
+            "it at None"
+        )
+    if config.augment is None:
+        return
+    check_pixels(augment_of(config.augment, None))
+    size, side = (
+        (config.augment.height, config.augment.width),
+        image_config(config.model).image_size,
+    )
+    if size != (side, side):
+        raise UsageError(
+            f"augment.height and augment.width are {size[0]} and {size[1]}, but the model reads "
+            f"images of {side} px: set both to that"
+        )
+
+
+def open_dataset(config: TrainConfig, world: World) -> Dataset:
+    """This process's part of the samples. Raises what the datasets raise."""
+    data = config.data
     sources = [part for part in data.src.split("::") if part]
     mixture = dict(zip(sources, data.weights, strict=True)) if data.weights else None
+    ordering: Ordering = {
+        "batch_size": data.batch_size // world.size,
+        "rank": world.rank,
+        "world_size": world.size,
+        "seed": data.seed,
+        "shuffle_shards": data.shuffle_shards,
+        "lanes": data.lanes or world.size * max(1, data.workers),
+        "filter": data.filter,
+        "epoch_samples": data.epoch_samples,
+    }
+    if reads_images(config.model):
+        side = image_config(config.model).image_size
+        return ImageDataset(mixture or data.src, image_size=side, **ordering)
     return SplatDataset(
         mixture or sources,
-        batch_size=data.batch_size // world.size,
         num_gaussians=data.num_gaussians,
-        rank=world.rank,
-        world_size=world.size,
-        seed=data.seed,
-        shuffle_shards=data.shuffle_shards,
-        lanes=data.lanes or world.size * max(1, data.workers),
-        filter=data.filter,
-        epoch_samples=data.epoch_samples,
         checksum=data.checksum,
         cache_dir=data.cache_dir or None,
         cache_bytes=data.cache_bytes,
+        **ordering,
     )
 
 
-def constants_of(dataset: SplatDataset, config: TrainConfig) -> dict[str, Any]:
+def augmented_batch(
+    batch: TrainBatch | ImageBatch, config: Augment, seeds: Tensor
+) -> TrainBatch | ImageBatch:
+    """`batch`, whose images get `config`'s size."""
+    sides = {
+        "heights": torch.full_like(batch.heights, config.height),
+        "widths": torch.full_like(batch.widths, config.width),
+    }
+    with torch.no_grad():
+        if isinstance(batch, ImageBatch):
+            pixels = augmented_pixels(batch.pixels, batch.heights, batch.widths, config, seeds)
+            return replace(batch, pixels=pixels, **sides)
+        splats = augmented(batch.splats, batch.heights, batch.widths, config, seeds)
+        return replace(batch, splats=splats, **sides)
+
+
+def constants_of(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     """What all sources must have in common for their numbers to mean the same: the cutoff, and for
-    distillation the teacher. Raises UsageError where they differ, or there is no teacher."""
+    distillation the teacher; images have no cutoff. Raises UsageError where they differ, or there
+    is no teacher."""
+    if isinstance(dataset, ImageDataset):
+        return {"cutoff": None}
     names = ("cutoff", TEACHER) if config.stage == "distill" else ("cutoff",)
     found: dict[str, Any] = {}
     folders = {s.url.rpartition("/")[0]: s for source in dataset.sources for s in source.shards}
@@ -293,57 +340,31 @@ def constants_of(dataset: SplatDataset, config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def shard_of(dataset: SplatDataset, batch: TrainBatch, key: str, together: int) -> str:
-    """URL of the shard that has the sample `key` of `batch`, which is one of a step of `together`
-    samples; looks into the few shards that the step is read from."""
-    position = batch.position
-    assert position is not None, "the dataset makes batches with positions"
-    order = EpochOrder(
-        [source.counts for source in dataset.sources],
-        position.epoch,
-        seed=dataset.seed,
-        grain=position.grain,
-        lanes=position.lanes,
-        shuffle=dataset.shuffle,
-        shuffle_shards=dataset.shuffle_shards,
-        weights=dataset.weights,
-        epoch_samples=dataset.epoch_samples,
-    )
-    end = min(position.samples, order.total // together * together)
-    keys = {span.window for span in order.spans(end - together, end)}
-    windows = [order.window(window) for window in sorted(keys)]
-    shards = {
-        shard.url: shard
-        for window in windows
-        for shard in (dataset.sources[window.source].shards[p.shard] for p in window.pieces)
-    }
-    for url, shard in shards.items():
-        if any(row["key"] == key for row in read_rows(url, shard.format)):
-            return url
-    return " or ".join(shards)
-
-
 def probe(config: TrainConfig, device: torch.device) -> Step:
     """Two made-up samples, to see what a loss depends on before there is any data."""
+    text, zeros = config.model.text, torch.zeros(2, dtype=torch.int64, device=device)
+    tokens = None
+    if text is not None:
+        tokens = torch.full((2, text.context_length), text.eos, device=device)
+    images = reads_images(config.model)
+    size = image_config(config.model).image_size if images else 32
+    side = torch.full((2,), size, dtype=torch.int32, device=device)
+    fields: dict[str, Any] = {
+        "heights": side,
+        "widths": side,
+        "keys": ["0", "1"],
+        "captions": ["", ""],
+        "labels": zeros,
+        "valid": zeros == 0,
+    }
+    if images:
+        pixels = torch.full((2, 3, size, size), 0.5, device=device)
+        return Step(ImageBatch(pixels=pixels, teacher=None, **fields), tokens, zeros)
     splats = Splats(
         torch.full((2, 4, 2), 16.0, device=device),
         torch.tensor([1.0, 0.0, 1.0], device=device).expand(2, 4, 3).contiguous(),
         torch.full((2, 4, 3), 0.5, device=device),
         torch.ones(2, 4, dtype=torch.bool, device=device),
     )
-    side = torch.full((2,), 32, dtype=torch.int32, device=device)
-    text, zeros = config.model.text, torch.zeros(2, dtype=torch.int64, device=device)
-    batch = TrainBatch(
-        splats=splats,
-        heights=side,
-        widths=side,
-        keys=["0", "1"],
-        captions=["", ""],
-        labels=zeros,
-        teacher=torch.ones(2, config.model.encoder.width, device=device),
-        valid=zeros == 0,
-    )
-    tokens = None
-    if text is not None:
-        tokens = torch.full((2, text.context_length), text.eos, device=device)
-    return Step(batch, tokens, zeros)
+    teacher = torch.ones(2, config.model.encoder.width, device=device)
+    return Step(TrainBatch(splats=splats, teacher=teacher, **fields), tokens, zeros)

@@ -241,7 +241,7 @@ def initial_weights(url: str) -> tuple[Weights, Checkpoint | None]:
     return found.weights(name), found
 
 
-def refuse_other_inputs(origin: Checkpoint, config: TrainConfig, cutoff: float) -> None:
+def refuse_other_inputs(origin: Checkpoint, config: TrainConfig, cutoff: float | None) -> None:
     """Raises UsageError where the weights of `origin` were trained on numbers that mean something
     else: shards with another cutoff, or a stem with other constants."""
     before = dict(flat(origin.config["model"]["encoder"]["stem"]))
@@ -251,7 +251,7 @@ def refuse_other_inputs(origin: Checkpoint, config: TrainConfig, cutoff: float) 
         for name, value in now.items()
         if before.get(name) != value
     ]
-    if origin.shards["cutoff"] != cutoff:
+    if origin.shards["cutoff"] != cutoff and None not in (origin.shards["cutoff"], cutoff):
         different.append(f"the shards' cutoff was {origin.shards['cutoff']} and is {cutoff}")
     if different:
         raise UsageError(
