@@ -51,31 +51,35 @@ def _check(ok: bool, name: str, value: object, remedy: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read; see pipeline.data.SplatDataset."""
+    """What is read; see pipeline.data.SplatDataset and ImageDataset."""
 
     src: str = ""
-    """Folder or URL that convert wrote to; several, joined by ::, are one pool."""
+    """Folder or URL that convert wrote to; several, joined by ::, are one pool. For a model that
+    reads images (model.encoder.input is patches): what convert takes as its source."""
     weights: tuple[float, ...] = ()
     """One for each of several src: then they are a mixture in these proportions."""
     epoch_samples: int | None = None
     """Length of a mixture's epoch; None: as many samples as there are."""
     num_gaussians: int | None = None
-    """Gaussians per sample, one of the budgets of nested shards; None: all."""
+    """Gaussians per sample, one of the budgets of nested shards; None: all. Not of images."""
     batch_size: int = 256
     """Samples per step, of all processes together: another number of processes is the same run."""
     seed: int = 0
     """Of the order and of the augmentation."""
     filter: tuple[tuple[str, str, float], ...] = ()
-    """Conditions on columns that samples must fulfil, as in (("psnr", ">=", 25),)."""
+    """Conditions on columns that samples must fulfil, as in (("psnr", ">=", 25),); of images, on
+    label and caption_length."""
     shuffle_shards: int = 2
-    """Shards whose samples are mixed."""
+    """Shards whose samples are mixed. Each reading process holds up to four times as many bytes as
+    they have; of images these are the files."""
     lanes: int | None = None
     """Parts of the shards that are read side by side; None: one per reading process at the first
     start. A resumed run goes on with those that it has."""
     workers: int = 2
     """Reading processes of each training process; 0: it reads by itself."""
     checksum: bool = True
-    """Compare each file's SHA-256 with its marker when it is first opened."""
+    """Compare each file's SHA-256 with its marker when it is first opened. Splat shards only, as
+    are the next two."""
     cache_dir: str = ""
     """Local folder for remote shards; empty: below the user's cache."""
     cache_bytes: int = 100 << 30
@@ -104,12 +108,13 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """What pipeline.data.augment does to the training samples; see `Augment` there for the exact
-    meaning. With these defaults nothing but the size changes."""
+    meaning. With these defaults nothing but the size changes. The same numbers do the same to
+    images (pipeline/data/augment_pixels.py), but for dropout, which they cannot have."""
 
     height: int = 224
-    """Of the augmented image, px."""
+    """Of the augmented image, px; a model that reads images wants its image_size."""
     width: int = 224
-    """Of the augmented image, px."""
+    """As height."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Share of the image's area in the crop; (1, 1) takes the whole image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -240,8 +245,9 @@ class TrainConfig:
     model: ModelConfig
     """See schemas/model.py."""
     init: str = ""
-    """Where weights come from at the first start: another run's dst, one of its checkpoints or a
-    .safetensors file (parameters of the same name and shape are taken); empty: random."""
+    """Where weights come from at the first start: another run's dst, one of its checkpoints (their
+    average where there is one, optim.ema) or a .safetensors file. Parameters of the same name and
+    shape are taken; empty: random."""
     init_clip: str = ""
     """An RGB CLIP whose blocks, projections and text tower the model begins with, before `init`: a
     local folder or a name that transformers knows; empty: none."""

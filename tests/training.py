@@ -134,6 +134,21 @@ def toy_config(
     return replace(config, **own)
 
 
+def toy_patches() -> EncoderConfig:
+    return EncoderConfig(
+        input="patches", width=WIDTH, layers=2, heads=2, image_size=32, patch_size=8, tokens=16
+    )
+
+
+def images_config(
+    shards: Path, dst: Path | str, stage: str = "classify", **fields: Any
+) -> TrainConfig:
+    """As `toy_config`, on patches of the images that the shards were made of."""
+    fields = {"data__src": f"{shards}/images/*.tar"} | fields
+    model = replace(toy_model(shards, stage), encoder=toy_patches())
+    return toy_config(shards, dst, stage, **{"model": model} | fields)
+
+
 def curve(dst: Path | str, name: str = "loss") -> dict[int, float]:
     """A figure by step, from the log."""
     return {r["step"]: r[name] for r in read_log(str(dst)) if r["event"] == "step"}

@@ -225,11 +225,12 @@ def _may_change(name: str) -> bool:
 
 def initial_weights(url: str) -> tuple[Weights, Checkpoint | None]:
     """Weights from a run's dst (its newest checkpoint), a checkpoint or a .safetensors file, and
-    the checkpoint that they are of.
+    the checkpoint that they are of. Of a checkpoint it is the average where there is one, which is
+    also what evaluation takes; its model.safetensors can be named as a file.
 
     Raises UsageError where there are none, CorruptShardError for damaged ones.
     """
-    url, name = url.rstrip("/"), MODEL
+    url, name = url.rstrip("/"), ""
     if url.endswith(".safetensors"):
         url, _, name = url.rpartition("/")
         if not storage.exists(f"{url}/{CONFIG}"):
@@ -238,12 +239,14 @@ def initial_weights(url: str) -> tuple[Weights, Checkpoint | None]:
     found = read_checkpoint(url) if storage.exists(f"{url}/{CONFIG}") else latest(url)
     if found is None:
         raise UsageError(f"init is {url}: no checkpoint is there; give the dst of another run")
-    return found.weights(name), found
+    return found.weights(name or (AVERAGE if AVERAGE in found.files else MODEL)), found
 
 
 def refuse_other_inputs(origin: Checkpoint, config: TrainConfig, cutoff: float | None) -> None:
     """Raises UsageError where the weights of `origin` were trained on numbers that mean something
     else: shards with another cutoff, or a stem with other constants."""
+    if "patches" in (origin.config["model"]["encoder"]["input"], config.model.encoder.input):
+        return  # no stem, no cutoff; and `take` refuses the encoder of the other kind
     before = dict(flat(origin.config["model"]["encoder"]["stem"]))
     now = dict(flat(json.loads(json.dumps(to_dict(config.model.encoder.stem)))))
     different = [
