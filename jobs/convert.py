@@ -217,10 +217,13 @@ def execute(
     started: float,
 ) -> int:
     """Convert what is left to do of `plan`, tell the result; returns the exit code."""
+    from pipeline.class_texts import copy_texts
     from pipeline.commit import clean_staging
 
     say(describe(plan, len(refs)))
     write_plan(dst, planned(refs, plan, config))
+    for url in copy_texts(refs, dst):
+        say(f"copied for evaluation: {url}")
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started, dst)
     catalog = Catalog(dst, [*plan.done, *plan.others])  # what is replaced stays until it is

@@ -261,7 +261,7 @@ def evaluated(
 ) -> Result:
     """The result for one dataset: the one that is there already if nothing has changed, else
     computed and written. Raises UsageError for data that do not fit the model or the task."""
-    from pipeline.zeroshot import CLASSNAMES, TEMPLATES
+    from pipeline.class_texts import CLASSNAMES, TEMPLATES
 
     shards = open_data(dataset.src)
     train = None
@@ -336,7 +336,8 @@ def check_task(task: str, dataset: Dataset, trained: Trained, names: bool) -> st
 def lines_of(given: str, name: str, src: str) -> list[str]:
     """The lines of the file `given`, else of the one called `name` beside the data; none where
     there is none."""
-    from pipeline.zeroshot import find, read_lines
+    from pipeline.class_texts import find
+    from pipeline.zeroshot import read_lines
 
     url = given or find(name, folders_of(src))
     return read_lines(url) if url else []
@@ -352,6 +353,7 @@ def templates_of(dataset: Dataset, name: str) -> list[str]:
 
 def folders_of(src: str) -> list[str]:
     """Where the texts of a dataset may be: with the shards, and with the images they are of."""
+    from pipeline.class_texts import beside
     from pipeline.markers import read_markers
     from schemas.shard import ShardManifest
 
@@ -360,7 +362,7 @@ def folders_of(src: str) -> list[str]:
     src = src.rpartition("/")[0] if src.endswith((".tar", ".parquet")) else src  # --images
     is_file = source.endswith((".tar", ".parquet"))
     folders = [src, source.rpartition("/")[0] if is_file else source]
-    return [place for folder in folders if folder for place in (folder, folder.rpartition("/")[0])]
+    return [place for folder in folders for place in beside(folder)]
 
 
 def computed(

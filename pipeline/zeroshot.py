@@ -1,14 +1,13 @@
 """Zero-shot classification: class names and prompts to the text side of a classifier.
 
-CLIP_benchmark's layout keeps both beside the tars of a dataset: classnames.txt, a name per line in
-the order of the labels, and zeroshot_classification_templates.txt, prompts with {c} in place of the
-name. A class is the mean of its prompts' unit vectors, made one again (arXiv 2103.00020).
+class_texts.py says where both are found. A class is the mean of its prompts' unit vectors, made
+one again (arXiv 2103.00020).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +17,8 @@ from pipeline import storage
 from pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
 from schemas.errors import SourceError, UsageError
 
-CLASSNAMES = "classnames.txt"
-TEMPLATES = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 TOGETHER = 256
-
-
-def find(name: str, folders: Iterable[str]) -> str | None:
-    """The first of `folders` that has the file `name`, as its URL."""
-    for folder in folders:
-        url = f"{folder.rstrip('/')}/{name}"
-        try:
-            if storage.exists(url):
-                return url
-        except SourceError:  # the source's store is not there any more
-            continue
-    return None
 
 
 def read_lines(url: str, *, numbered: bool = True) -> list[str]:
