@@ -196,6 +196,9 @@ class GViTConfig:
     """Patch embedding and blocks; patches and Gaussians are its tokens."""
     bands: int = 6
     """Fourier bands of the positions in the embedding of Gaussians, as StemConfig.bands."""
+    bias: Literal["none", "distance"] = "distance"
+    """Added to the attention of Gaussians. distance: minus the squared distance between where they
+    start and what they look at, times a factor of each head."""
     renderer: Literal["sum", "alpha"] = "sum"
     """sum: the rendering of our shards, colours -1 to 1. alpha: composited, the first Gaussian in
     front, colours 0 to 1; fast on CUDA only, through gsplat."""
@@ -207,6 +210,7 @@ class GViTConfig:
     def __post_init__(self) -> None:
         _check(self.gaussians >= 1, "gvit.gaussians", self.gaussians, "must be positive")
         _check(self.start in ("random", "learned"), "gvit.start", self.start, "random or learned")
+        _check(self.bias in ("none", "distance"), "gvit.bias", self.bias, "none or distance")
         _check(self.renderer in ("sum", "alpha"), "gvit.renderer", self.renderer, "sum or alpha")
         _check(0 <= self.bands <= 16, "gvit.bands", self.bands, "choose 0 to 16")
         _check(0 < self.cutoff <= 6, "gvit.cutoff", self.cutoff, "choose up to 6")

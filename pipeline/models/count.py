@@ -36,6 +36,7 @@ STAGE2 = (
 """What stage 2 trains with the text tower frozen."""
 
 GROUPS = {
+    "predictor": ("predictor.*",),
     "vision embeddings": ("vision.embeddings.*", "vision.class_embedding"),
     "stem": ("vision.stem.*",),
     "resampler": ("vision.resampler.*",),

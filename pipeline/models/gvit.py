@@ -40,15 +40,17 @@ from torch import Tensor, nn
 
 from pipeline.metrics import psnr
 from pipeline.models.encoder import SplatEncoder
-from pipeline.models.gaussian_space import NUMBERS, drawn, splats_of
+from pipeline.models.gaussian_space import MARGIN, NUMBERS, drawn, grid, splats_of
 from pipeline.models.patches import PatchEncoder, normalised
 from pipeline.models.reconstruct import block_outputs, perceptual_loss, reconstruction_loss
 from pipeline.models.stem import wavenumbers
 from pipeline.splats import Splats
 from schemas.errors import UsageError
-from schemas.model import GViTConfig, GViTLossConfig, ModelConfig
+from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig
 
 LAST_LAYER_STD = 1e-3
+STEEPEST, FLATTEST = 1.3, 0.04
+"""Slope of the first head's distance bias, and of the last head's as a share of it."""
 
 
 class Output(NamedTuple):
@@ -128,7 +130,9 @@ class GaussianPredictor(nn.Module):
             features_BkF = self._features(g0)
         patches_BPD = self.tower.embeddings(normalised(pixels))
         x_BTD = torch.cat((patches_BPD, self.embedding(features_BkF).to(patches_BPD.dtype)), 1)
-        x_BTD = block_outputs(self.tower, x_BTD, self.config.predictor.gradient_checkpointing)[-1]
+        bias = distance_bias(g0, self.config.predictor) if self.config.bias == "distance" else None
+        checkpointed = self.config.predictor.gradient_checkpointing
+        x_BTD = block_outputs(self.tower, x_BTD, checkpointed, bias)[-1]
         x_BkD = cast(nn.Module, self.tower.post_layernorm)(x_BTD[:, -g0.shape[1] :])
         return g0 + self.residual(x_BkD).float()
 
@@ -166,6 +170,22 @@ class GaussianPredictor(nn.Module):
             ),
             -1,
         )
+
+
+@torch.no_grad()
+def distance_bias(g0: Tensor, config: EncoderConfig) -> Tensor:
+    """What is added to the attention's logits, float32 [B, heads, T, T] with T = 1 + P + k: in the
+    rows of Gaussians minus the squared distance to patches and Gaussians, in patches, times the
+    head's slope. Nothing for CLS."""
+    side = config.image_size // config.patch_size
+    patches_P2, _ = grid(config.tokens, side, side)
+    places_Bk2 = (1 + 2 * MARGIN) * g0[..., :2].sigmoid() - MARGIN
+    seen_BT2 = torch.cat((patches_P2.to(g0).expand(len(g0), -1, -1), places_Bk2), 1)
+    distances = (side * (places_Bk2[:, :, None] - seen_BT2[:, None])).square().sum(-1)
+    heads = torch.arange(config.heads, device=g0.device)
+    slopes = STEEPEST * FLATTEST ** (heads / max(1, config.heads - 1))
+    rows_BhkT = F.pad(-slopes[:, None, None] * distances[:, None], (1, 0))
+    return F.pad(rows_BhkT, (0, 0, 1 + config.tokens, 0))
 
 
 # Guidance

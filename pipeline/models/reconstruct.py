@@ -94,15 +94,18 @@ def _features(tower: PatchEncoder, image: Tensor) -> list[Tensor]:
     return [F.normalize(x_BTD.float(), dim=-1) for x_BTD in states]
 
 
-def block_outputs(model: nn.Module, x_BTD: Tensor, checkpointed: bool) -> list[Tensor]:
+def block_outputs(
+    model: nn.Module, x_BTD: Tensor, checkpointed: bool, bias: Tensor | None = None
+) -> list[Tensor]:
     """All tokens after each block of `model`, whose parts are named as PatchEncoder's; before the
-    final norm. As `pipeline.models.encoder.run_blocks`, which returns the first token."""
+    final norm. As `pipeline.models.encoder.run_blocks`, which returns the first token. `bias`
+    [B, heads, T, T] is added to the attention's logits."""
     x_BTD = cast(nn.Module, model.pre_layrnorm)(x_BTD)
     states: list[Tensor] = []
     for block in cast(Iterable[Any], cast(Any, model.encoder).layers):
         if checkpointed and model.training:
-            x_BTD = checkpoint(block, x_BTD, None, use_reentrant=False)
+            x_BTD = checkpoint(block, x_BTD, bias, use_reentrant=False)
         else:
-            x_BTD = block(x_BTD, None)
+            x_BTD = block(x_BTD, bias)
         states.append(x_BTD)
     return states
