@@ -8,62 +8,126 @@ all are started again, and go on from there. Those of Ray Train are not used.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from threading import Thread
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.queue import Queue
 
-from jobs.cli import say
+from jobs.cli import Interrupted, say
 from jobs.cluster import ray_session
+from jobs.signals import StopSignals
+from pipeline.train.loop import TrainResult
 from schemas.errors import SplatshardError, UnavailableError, UsageError
 from schemas.train import TrainConfig
 
 RESTARTS = 3
 """How often all processes are started again after one died."""
 
+POLL_S = 1.0
+
 Show = Callable[[Mapping[str, Any]], None]
 
 
-def launch(config: TrainConfig, workers: int, show: Show) -> None:
-    """Run `train(config)` in `workers` processes, one per GPU where Ray has GPUs.
+def launch(config: TrainConfig, workers: int, show: Show) -> TrainResult:
+    """Run `train(config)` in `workers` processes, one per GPU where Ray has GPUs; SIGINT and
+    SIGTERM end it as they end one process.
 
     Raises the SplatshardError of the process that failed, UsageError where the cluster has no room.
     """
+    ends: list[Mapping[str, Any]] = []
+
+    def shown(record: Mapping[str, Any]) -> None:
+        show(record)
+        if record["event"] in ("end", "stop"):
+            ends.append(record)
+
     with ray_session(workers):
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        kind, room = ("GPU", gpus) if gpus else ("CPU", int(ray.cluster_resources()["CPU"]))
-        if workers > room:
-            raise UsageError(
-                f"--ray-workers {workers}: the cluster has {room} {kind}s: choose at most that many"
-            )
-        scaling = ScalingConfig(
-            num_workers=workers, use_gpu=bool(gpus), resources_per_worker={kind: 1}
+        scaling = scaling_of(workers)
+        with tempfile.TemporaryDirectory(prefix="splatshard-ray-") as folder, told(shown) as queue:
+            run_all(config, scaling, folder, queue)
+    (end,) = ends[-1:] or [{"step": 0, "url": ""}]
+    return TrainResult(end["step"], end["url"], {}, end.get("signal", 0))
+
+
+def scaling_of(workers: int) -> ScalingConfig:
+    """One GPU for each worker, or one core. Raises UsageError where there are not so many."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    kind, room = ("GPU", gpus) if gpus else ("CPU", int(ray.cluster_resources()["CPU"]))
+    if workers > room:
+        raise UsageError(
+            f"--ray-workers {workers}: the cluster has {room} {kind}s: choose at most that many"
         )
-        with tempfile.TemporaryDirectory(prefix="splatshard-ray-") as folder, told(show) as queue:
-            for left in reversed(range(RESTARTS + 1)):
-                trainer = TorchTrainer(
-                    train_worker,
-                    train_loop_config={"config": config, "queue": queue},
-                    scaling_config=scaling,
-                    run_config=RunConfig(storage_path=folder),
-                )
-                try:
-                    trainer.fit()
-                    return
-                except TrainingFailedError as error:
-                    _raise_own(error)
-                    if not left:
-                        raise SplatshardError(
-                            f"training failed {RESTARTS + 1} times: {error}"
-                        ) from error
-                    say(f"a training process died; all start again: {_last_line(error)}")
+    return ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={kind: 1})
+
+
+def run_all(config: TrainConfig, scaling: ScalingConfig, folder: str, queue: Queue) -> None:
+    """All processes until they are through, started again where one dies. Raises as `launch`."""
+    orders = ray.remote(num_cpus=0)(Orders).remote()
+    settings = {"config": config, "queue": queue, "orders": orders}
+    with StopSignals() as signals:  # after Ray has set a handler of its own
+        for left in reversed(range(RESTARTS + 1)):
+            trainer = TorchTrainer(
+                train_worker,
+                train_loop_config=settings,
+                scaling_config=scaling,
+                run_config=RunConfig(storage_path=folder),
+            )
+            try:
+                fit(trainer, orders, signals)
+                return
+            except TrainingFailedError as error:
+                _raise_own(error)
+                if signals.received:
+                    raise Interrupted(128 + signals.received, signals.message) from error
+                if not left:
+                    raise SplatshardError(
+                        f"training failed {RESTARTS + 1} times: {error}"
+                    ) from error
+                say(f"a training process died; all start again: {_last_line(error)}")
+
+
+def fit(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> None:
+    """`trainer.fit()`, on a thread: there it sets no handler for Ctrl-C, which would abort."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as e:
+            failed.append(e)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    passed_on = 0
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if signals.received and not passed_on:
+            passed_on = signals.received
+            orders.give.remote(passed_on)
+    if failed:
+        raise failed[0]
+
+
+class Orders:
+    """An actor that keeps the signal to stop for the processes that start later, too."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def give(self, signal: int) -> None:
+        self.signal = signal
+
+    def look(self) -> int:
+        return self.signal
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
@@ -73,7 +137,21 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     config: TrainConfig = settings["config"]
     if config.device == "auto":
         config = replace(config, device=str(get_device()))
-    train(config, settings["queue"].put)
+    train(config, settings["queue"].put, looked_for(settings["orders"]))
+
+
+def looked_for(orders: Any) -> Callable[[], int]:
+    """The order of the actor `orders`, looked for on a thread until there is one."""
+    found = [0]
+
+    def look() -> None:
+        with suppress(RayError):  # the driver is gone
+            while not found[0]:
+                found[0] = ray.get(orders.look.remote())
+                time.sleep(POLL_S)
+
+    Thread(target=look, daemon=True).start()
+    return lambda: found[0]
 
 
 @contextmanager

@@ -14,10 +14,12 @@ MESSAGES = {
 
 
 class StopSignals:
-    """While active, the first signal sets `received`; a second Ctrl-C raises KeyboardInterrupt."""
+    """While active, the first signal sets `received`; a second Ctrl-C raises KeyboardInterrupt.
+    `quiet` ones say nothing: they are beside one that does."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.received = 0
+        self.quiet = quiet
         self._before: dict[int, object] = {}
 
     @property
@@ -42,4 +44,5 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        say("stopping after the current batch (Ctrl-C again to stop now) ...")
+        if not self.quiet:
+            say("stopping after the current batch (Ctrl-C again to stop now) ...")

@@ -4,12 +4,15 @@
     torchrun --nproc-per-node 8 -m jobs.train RECIPE ...
     ray job submit -- python -m jobs.train RECIPE ... --ray-workers 16
 
-The same command again goes on from the last checkpoint in dst.
+The same command again goes on from the last checkpoint in dst. SIGTERM and the first Ctrl-C end the
+run after its step, with a checkpoint (exit codes 143 and 130); torchrun passes both on, but kills
+its processes 30 s later and ends with a code of its own.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -20,9 +23,19 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jobs.cli import EXIT_OK, Switch, duration, parse, print_json, run, size
+from jobs.cli import (
+    EXIT_OK,
+    Interrupted,
+    Switch,
+    duration,
+    parse,
+    print_json,
+    run,
+    size,
+)
 from jobs.log import configure, log, structured
 from jobs.recipe import load_recipe
+from jobs.signals import MESSAGES, StopSignals
 from schemas.errors import UsageError
 
 LINE_EVERY_S = 5.0
@@ -61,15 +74,22 @@ def start(options: TrainOptions) -> int:
         os.environ["SPLATSHARD_DEBUG"] = "1"
     configure(options.log_format)
     config = load_recipe(options.recipe, options.set)
-    with Shown() as shown:
+    first = os.environ.get("RANK", "0") == "0"  # the others of torchrun tell nothing
+    with Shown(first) as shown:
         if options.ray_workers:
             from jobs.launch import launch
 
-            launch(config, options.ray_workers, shown)
+            result = launch(config, options.ray_workers, shown)
         else:
             from pipeline.train.loop import train
 
-            train(config, shown)
+            with StopSignals(quiet=not first) as signals:
+                result = train(config, shown, lambda: signals.received)
+    if result.stopped:
+        message = MESSAGES[signal.Signals(result.stopped)]
+        if not first:
+            return 128 + result.stopped
+        raise Interrupted(128 + result.stopped, f"{message} (saved: {result.checkpoint})")
     if options.json and shown.end:
         print_json(shown.last | shown.end)
     return EXIT_OK
@@ -79,14 +99,13 @@ class Shown:
     """Shows a run's records: a live bar on a terminal, else a line every few seconds. `last` is the
     last one about a step, `end` the one at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: bool = True) -> None:
         self.last: dict[str, Any] = {}
         self.end: dict[str, Any] = {}
         self._steps = 0
         self._last_line = float("-inf")
         console = Console(stderr=True)
         self._bar: Progress | None = None
-        first = os.environ.get("RANK", "0") == "0"  # the others of torchrun have no records
         if console.is_terminal and first and not structured():
             columns = (BarColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=console, transient=True)

@@ -27,7 +27,7 @@ from pipeline.models.clip import load_tokenizer, tokenize
 from pipeline.shards import shard_metadata_of
 from pipeline.splats import Splats
 from pipeline.train.augmentation import augment_of, augmented, augmented_pixels, sample_seeds
-from pipeline.train.distributed import World
+from pipeline.train.distributed import World, unasked
 from schemas.errors import CorruptShardError, UsageError
 from schemas.splats import TEACHER
 from schemas.train import TrainConfig
@@ -194,6 +194,7 @@ class Feed:
             collate_fn=Prepare(config),
             pin_memory=world.device.type == "cuda",
             persistent_workers=data.workers > 0,
+            worker_init_fn=unasked,
         )
 
     def load(self, state: Mapping[str, Any]) -> None:

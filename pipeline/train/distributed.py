@@ -3,12 +3,17 @@
 Who starts them is not known here: torchrun (its environment variables are there), a cluster's
 launcher (its process group is there), or nobody, and then it is one process. Collectives of one
 process do nothing.
+
+All end together, too. One that was told to stop (a spot machine's, say) must not leave the others
+waiting for its gradients, so about once a second they tell each other (Stopping).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +49,59 @@ class World:
         """
         return _Gather.apply(rows, self.rank, self.size) if self.size > 1 else rows
 
+    def largest(self, *values: int) -> list[int]:
+        """The largest that any process has, of each of `values`."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
+
     def same(self, value: Any) -> Any:
         """Rank 0's value, on all."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+
+ASK_EVERY_S = 1.0
+
+
+class Stopping:
+    """Whether all processes end after a step, since one was asked to: `asked` gives a signal's
+    number, 0 where nobody asks.
+
+    To tell each other at every step would make a GPU wait for its process at every step. So they
+    do it every so many steps, which are as many as the fastest takes in a second, and each time
+    agree on the next such step as well. One process alone just looks.
+    """
+
+    def __init__(self, world: World, asked: Callable[[], int]) -> None:
+        self.world, self.asked = world, asked
+        self._wait = self._every = 1
+        self._since = time.perf_counter()
+
+    def after_step(self) -> int:
+        """The signal's number on all processes, or 0; all call it after every step."""
+        if self.world.size == 1:
+            return self.asked()
+        self._wait -= 1
+        if self._wait:
+            return 0
+        now = time.perf_counter()
+        steps = self._every * ASK_EVERY_S / max(now - self._since, 1e-6)
+        self._since = now
+        found, every = self.world.largest(self.asked(), min(100, max(1, int(steps))))
+        self._wait = self._every = every
+        return found
+
+
+def unasked(worker: int) -> None:
+    """For processes that only read: whoever signals a whole group (Ctrl-C, Slurm) means the ones
+    that train, which need these until their step is done, and end them afterwards."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Gather(torch.autograd.Function):

@@ -4,6 +4,7 @@
     {"event": "step", "step": 10, ...}       every `log.every` steps
     {"event": "checkpoint", "step": 1000, "url": ...}
     {"event": "end", "step": 5000, ...}
+    {"event": "stop", "step": 1234, ...}     in its place where a signal ended the run
 
 `step` counts the steps that are done. A run that goes on from a checkpoint first cuts off the lines
 after that, so the file is always the history of the weights.

@@ -8,6 +8,7 @@ and in a cluster's workers (distributed.py).
 
 What a step sees is a function of the configuration, the shards and the step's number. So a run that
 was killed goes on from its last checkpoint as if nothing had happened, on any number of processes.
+One that is asked to stop saves one more after its step.
 
 Left out: sharding of model or optimiser (the models here are far smaller than a GPU), and
 validation, which `splatshard evaluate` does on the checkpoints.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,8 +32,9 @@ from pipeline.models.weights import init_from_clip, load_clip
 from pipeline.storage import absolute
 from pipeline.train import checkpoint as checkpoints
 from pipeline.train.batches import Feed, probe
+from pipeline.train.check import check_data
 from pipeline.train.checkpoint import Checkpoint, Weights
-from pipeline.train.distributed import World, world
+from pipeline.train.distributed import Stopping, World, world
 from pipeline.train.groups import Average, Groups, freeze, groups_of, make_optimizer, report
 from pipeline.train.losses import STAGES, Stage, clamp, vision_of
 from pipeline.train.schedule import learning_rate, seed_everything
@@ -45,79 +48,111 @@ from schemas.train import OptimConfig, TrainConfig
 class TrainResult:
     """Where a run ended: `steps` are done, `checkpoint` is the URL of its last one's folder,
     `record` the last line about a step that this call wrote (empty where there was nothing to
-    do)."""
+    do), `stopped` the signal's number where it was asked to stop before its end, else 0."""
 
     steps: int
     checkpoint: str
     record: dict[str, Any]
+    stopped: int = 0
 
 
-def train(config: TrainConfig, show: Show = lambda record: None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    show: Show = lambda record: None,
+    asked: Callable[[], int] = lambda: 0,
+) -> TrainResult:
     """Train as `config` says, from the last checkpoint in `config.dst` on if there is one.
 
-    `show` gets every record of the log as it is written (rank 0 only). Raises UsageError for
-    configurations, samples and checkpoints that do not fit each other, CorruptShardError for
-    damaged ones, StorageError and UnavailableError, SplatshardError where the loss is not finite.
+    `show` gets every record of the log as it is written (rank 0 only). Once `asked()` is a
+    signal's number in any of the processes, all end after a step, with a checkpoint of it. Raises
+    UsageError for configurations, samples and checkpoints that do not fit each other,
+    CorruptShardError for damaged ones, StorageError and UnavailableError, SplatshardError where
+    the loss is not finite.
     """
     config = replace(config, dst=destination(config))
-    dst = config.dst
     with world(config.device) as here:
-        feed = Feed(config, here)
-        steps = steps_of(config.optim, feed.steps_per_epoch)
-        stage = STAGES[config.stage]
-        found = here.same(checkpoints.latest(dst) if here.rank == 0 else None)
-        if found:
-            checkpoints.refuse_changes(found, config)
-        model = start_model(config, found, feed.cutoff).to(here.device)
-        groups = used_groups(model, stage, config, here)
-        optimizer = make_optimizer(model, groups, config.optim)
-        scaler = torch.amp.GradScaler(here.device.type, enabled=config.precision == "fp16")
-        average = Average(model, config.optim.ema) if config.optim.ema else None
-        first = resume(found, config, feed, optimizer, scaler, average) if found else 0
-        told = Telling(config, here, feed, first, steps, show)
-        told.start(report(model, groups))
+        return train_here(config, here, show, asked)  # nothing of it may outlive the process group
 
-        gradients = None
-        url = found.url if found else ""
-        for number, step in zip(range(first, steps), feed, strict=False):
-            if gradients is None or number == groups.later_from:
-                freeze(model, groups.at(number))
-                gradients = None  # DDP's hooks go with it
-                gradients = Gradients(parallel(model, stage, here), stage, config, here, scaler)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(number, steps, config.optim)
-            loss, metrics = gradients(step, number)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            clamp(model)
-            if average:
-                average.update(model, number)
-            done = number + 1
-            saving = done == steps or done % config.checkpoint.every == 0
-            if saving or done % config.log.every == 0 or done == 1:
-                told.step(done, loss, metrics | {"grad_norm": norm})
-            if saving and here.rank == 0:
-                state = {
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "reader": feed.state,
-                }
-                url = checkpoints.save(
-                    dst,
-                    done,
-                    model.state_dict(),
-                    average.values if average else None,
-                    state,
-                    config,
-                    feed.shards,
-                    config.checkpoint.keep,
-                )
-                told.checkpoint(done, url)
-        told.end(steps, url)
-        return TrainResult(max(first, steps), here.same(url), told.record)
+
+def train_here(
+    config: TrainConfig, here: World, show: Show, asked: Callable[[], int]
+) -> TrainResult:
+    """`train` in one of the processes. Its frame holds DDP, which holds the process group: that one
+    then ended outside of the barrier, when the other process was gone, and waited for it for ever
+    in 2 of 8 stopped runs of two processes; since then in none of 15."""
+    feed = Feed(config, here)
+    steps = steps_of(config.optim, feed.steps_per_epoch)
+    stage = STAGES[config.stage]
+    found = here.same(checkpoints.latest(config.dst) if here.rank == 0 else None)
+    if found:
+        checkpoints.refuse_changes(found, config)
+    else:
+        check_data(feed.dataset, config, here)
+    model = start_model(config, found, feed.cutoff).to(here.device)
+    groups = used_groups(model, stage, config, here)
+    optimizer = make_optimizer(model, groups, config.optim)
+    scaler = torch.amp.GradScaler(here.device.type, enabled=config.precision == "fp16")
+    average = Average(model, config.optim.ema) if config.optim.ema else None
+    first = resume(found, config, feed, optimizer, scaler, average) if found else 0
+    told = Telling(config, here, feed, first, steps, show)
+    told.start(report(model, groups))
+
+    stopping = Stopping(here, asked)
+    gradients = None
+    url = found.url if found else ""
+    done, stopped = first, 0
+    for number, step in zip(range(first, steps), feed, strict=False):
+        if gradients is None or number == groups.later_from:
+            freeze(model, groups.at(number))
+            gradients = None  # DDP's hooks go with it
+            gradients = Gradients(parallel(model, stage, here), stage, config, here, scaler)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(number, steps, config.optim)
+        loss, metrics = gradients(step, number)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        clamp(model)
+        if average:
+            average.update(model, number)
+        done = number + 1
+        stopped = stopping.after_step() if done < steps else 0
+        saving = done == steps or done % config.checkpoint.every == 0
+        if saving or done % config.log.every == 0 or done == 1:
+            told.step(done, loss, metrics | {"grad_norm": norm})
+        elif stopped:
+            told.unrecorded(done, loss)
+        if (saving or stopped) and here.rank == 0:
+            url = save(done, config, model, average, optimizer, scaler, feed)
+            told.checkpoint(done, url)
+        if stopped:
+            break
+    told.end(done, url, stopped)
+    return TrainResult(done, here.same(url), told.record, stopped)
+
+
+def save(
+    done: int,
+    config: TrainConfig,
+    model: nn.Module,
+    average: Average | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    feed: Feed,
+) -> str:
+    """Write the checkpoint after step number `done`; its folder's URL."""
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "reader": feed.state,
+    }
+    values = average.values if average else None
+    keep = config.checkpoint.keep
+    return checkpoints.save(
+        config.dst, done, model.state_dict(), values, state, config, feed.shards, keep
+    )
 
 
 def destination(config: TrainConfig) -> str:
@@ -134,7 +169,7 @@ def steps_of(config: OptimConfig, steps_per_epoch: int) -> int:
     return config.steps or (config.epochs or 0) * steps_per_epoch
 
 
-def start_model(config: TrainConfig, found: Checkpoint | None, cutoff: float) -> nn.Module:
+def start_model(config: TrainConfig, found: Checkpoint | None, cutoff: float | None) -> nn.Module:
     """The model with the weights of the checkpoint `found`, else as the configuration begins.
 
     Raises UsageError for weights of another model or of shards with another `cutoff`.

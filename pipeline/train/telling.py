@@ -75,13 +75,14 @@ class Telling:
             "memory_bytes": memory_bytes(self.world.device),
             "eta_s": passed / steps * (self.steps - done),
         }
-        if not math.isfinite(fields["loss"]):
-            raise SplatshardError(
-                f"the loss is {fields['loss']} in step {done}: nothing was saved since the last "
-                "checkpoint; choose a smaller optim.lr, a longer optim.warmup_steps or optim.clip"
-            )
+        check_finite(done, fields["loss"])
         self.record = fields | {"step": done}
         self._write("step", done, fields)
+
+    def unrecorded(self, done: int, loss: Tensor) -> None:
+        """After step number `done`, which is to be saved though it is not to be recorded: a run
+        that goes on then has the log of one that was never stopped. Raises as `step`."""
+        check_finite(done, float(self.world.mean(loss.detach().float())))
 
     def checkpoint(self, done: int, url: str) -> None:
         """The checkpoint after step number `done` is written."""
@@ -89,12 +90,24 @@ class Telling:
         if self.log:
             self.log.flush()
 
-    def end(self, done: int, url: str) -> None:
-        """The run is through."""
-        self._write("end", done, {"url": url})
+    def end(self, done: int, url: str, signal: int) -> None:
+        """The run is through, or was stopped by `signal`."""
+        if signal:
+            self._write("stop", done, {"url": url, "signal": signal})
+        else:
+            self._write("end", done, {"url": url})
         if self.log:
             self.log.close()
 
     def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         if self.log:
             self.show(self.log.write(event, step, fields))
+
+
+def check_finite(done: int, loss: float) -> None:
+    """Raises SplatshardError where the loss of step number `done` is not finite."""
+    if not math.isfinite(loss):
+        raise SplatshardError(
+            f"the loss is {loss} in step {done}: nothing was saved since the last checkpoint; "
+            "choose a smaller optim.lr, a longer optim.warmup_steps or optim.clip"
+        )

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.train.checkpoint import latest, read_checkpoint
+from pipeline.train import loop
+from pipeline.train.checkpoint import initial_weights, latest, read_checkpoint
 from pipeline.train.log import read_log
 from pipeline.train.loop import train
 from schemas.errors import CorruptShardError, SplatshardError, UsageError
@@ -37,6 +38,13 @@ STAGES = ("classify", "distill", "contrast")
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the look at all shards, of which test_train_check.py is: what is wrong in tars, say,
+    is found batch by batch."""
+    monkeypatch.setattr(loop, "check_data", lambda *arguments: None)
 
 
 class Stop(Exception):
@@ -144,6 +152,20 @@ def test_stage_two_begins_with_the_weights_of_stage_one(shards: Path, tmp_path: 
         assert torch.allclose(a[name], c[name.replace("vision.", "encoder.", 1)], atol=1e-6)
 
 
+def test_weights_to_begin_with_are_the_average_where_there_is_one(
+    shards: Path, tmp_path: Path
+) -> None:
+    """As evaluation takes it; a file that is named is taken as it is."""
+    one = train(toy_config(shards, tmp_path / "one", steps=3, optim__ema=0.9)).checkpoint
+    average, named = initial_weights(one)[0], initial_weights(f"{one}/model.safetensors")[0]
+    found = read_checkpoint(one)
+    assert same_weights(average, found.weights("ema.safetensors"))
+    assert same_weights(named, found.weights())
+    assert not same_weights(average, named)
+    plain = train(toy_config(shards, tmp_path / "plain", steps=1)).checkpoint
+    assert same_weights(initial_weights(plain)[0], weights_of(plain))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_and_the_rest_of_the_options(
     shards: Path, tmp_path: Path, precision: str
@@ -171,6 +193,7 @@ def with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
     return table.set_column(number, table.schema.field(name), pa.array(values, table[name].type))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_captions_are_missing(shards: Path, tmp_path: Path) -> None:
     bad = changed(shards, tmp_path, lambda t: with_column(t, "caption", [None] * len(t)))
     with pytest.raises(UsageError, match=r"sample \d+ has no caption, .*16 of 16.*empty_captions"):
@@ -179,6 +202,7 @@ def test_captions_are_missing(shards: Path, tmp_path: Path) -> None:
     train(toy_config(bad, tmp_path / "keep", "contrast", steps=1, data__empty_captions="keep"))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("label", "message"),
     [(None, "has no label.*data.filter"), (24, "has the label 24, and model.num_classes is 24")],
@@ -218,6 +242,7 @@ def test_numbers_that_are_not_finite(
         train(toy_config(shards, tmp_path))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_teachers_column(shards: Path, tmp_path: Path) -> None:
     bad = changed(shards, tmp_path, without_teacher)
     with pytest.raises(UsageError, match=r"no teacher.s emb.*splatshard embed .*/splats --teacher"):

@@ -1,0 +1,146 @@
+"""SIGTERM and Ctrl-C to training processes: a checkpoint of the step they were in, and the same
+command goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.train.checkpoint import latest
+from pipeline.train.log import read_log
+from pipeline.train.loop import train
+from schemas.train import TrainConfig
+from tests.integration.test_train_processes import AUGMENT, ROOT, close, write_recipe
+from tests.training import curve, events, make_shards, same_weights, toy_config
+
+pytestmark = pytest.mark.integration
+
+JOB = ("-m", "jobs.train")
+TORCHRUN = (
+    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    *("-m", "jobs.train"),
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the other processes have, so that sums are added up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config_of(shards: Path, dst: Path, workers: int, steps: int) -> TrainConfig:
+    """Without a checkpoint before the end, unless a signal brings one."""
+    return toy_config(
+        shards, dst, steps=steps, augment=AUGMENT, optim__ema=0.9,
+        checkpoint__every=1000, data__workers=workers, log__every=7,
+    )  # fmt: skip
+
+
+def run_until_signalled(
+    number: int, dst: Path, *arguments: str, to_all: bool = False
+) -> tuple[int, str]:
+    """Run Python with these arguments, send the signal once there are some steps in the log of
+    `dst`; exit code and standard error."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = dst / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 4):
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr and process.stderr.read()
+    send = os.killpg if to_all else os.kill
+    send(process.pid, number)
+    _, told = process.communicate(timeout=120)
+    return process.returncode, told
+
+
+def stopped_at(dst: Path) -> int:
+    """The step of the checkpoint that the signal brought, which is the only one."""
+    found = latest(str(dst))
+    assert found is not None
+    assert [p.name for p in (dst / "checkpoints").iterdir()] == [f"{found.step:08d}"]
+    (stop,) = [record for record in read_log(str(dst)) if record["event"] == "stop"]
+    assert (stop["step"], stop["url"]) == (found.step, found.url)
+    return found.step
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # few cores
+@pytest.mark.parametrize(
+    ("number", "code", "to_all"),
+    [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)],
+)
+def test_a_signal_saves_the_step(
+    shards: Path, tmp_path: Path, number: int, code: int, to_all: bool
+) -> None:
+    """Also when the reading process gets it (`to_all`): Ctrl-C and Slurm signal all of them."""
+    steps = 120
+    whole = train(config_of(shards, tmp_path / "whole", 0, steps))
+    config = config_of(shards, tmp_path / "cut", 1, steps)
+    recipe = write_recipe(tmp_path / "recipe.py", config)
+    found, told = run_until_signalled(number, tmp_path / "cut", *JOB, recipe, to_all=to_all)
+    assert found == code, told
+    step = stopped_at(tmp_path / "cut")
+    assert 14 <= step < steps
+    words = "terminated" if number == signal.SIGTERM else "interrupted"
+    assert f"{words}; run the same command again to continue (saved: " in told
+    assert f"checkpoints/{step:08d})" in told
+    assert told.count("stopping after the current batch") == 1
+    assert "Traceback" not in told
+    again = train(config)
+    assert again.stopped == 0
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    found, undisturbed = latest(str(tmp_path / "cut")), latest(str(tmp_path / "whole"))
+    assert found is not None
+    assert undisturbed is not None
+    assert found.step == whole.steps
+    assert same_weights(found.weights(), undisturbed.weights())
+    assert same_weights(found.weights("ema.safetensors"), undisturbed.weights("ema.safetensors"))
+
+
+def test_a_signal_to_torchrun(shards: Path, tmp_path: Path) -> None:
+    """It passes it on; both processes end after the same step."""
+    steps = 200
+    train(config_of(shards, tmp_path / "whole", 0, steps))
+    config = config_of(shards, tmp_path / "cut", 0, steps)
+    recipe = write_recipe(tmp_path / "recipe.py", config)
+    code, told = run_until_signalled(signal.SIGTERM, tmp_path / "cut", *TORCHRUN, recipe)
+    assert code != 0
+    assert 14 <= stopped_at(tmp_path / "cut") < steps, told
+    assert told.count("terminated; run the same command") == 1, told
+    train(config)
+    assert close(curve(tmp_path / "cut"), curve(tmp_path / "whole"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
+def test_a_signal_to_the_driver_of_ray(shards: Path, tmp_path: Path) -> None:
+    steps = 300
+    config = config_of(shards, tmp_path / "cut", 0, steps)
+    recipe = write_recipe(tmp_path / "recipe.py", config)
+    code, told = run_until_signalled(
+        signal.SIGTERM, tmp_path / "cut", *JOB, recipe, "--ray-workers", "2"
+    )
+    assert code == 143, told
+    assert 14 <= stopped_at(tmp_path / "cut") < steps, told
+    assert "terminated; run the same command again to continue (saved: " in told
+    assert "start" in events(tmp_path / "cut")
