@@ -53,7 +53,7 @@ def sources(plan: Plan, config: Augment, width: int, height: int) -> Tensor:
         indexing="ij",
     )
     centres = torch.stack((x, y), -1).flatten(0, 1)  # [P, 2]
-    inverse = torch.linalg.inv(plan.matrix)
+    inverse = torch.linalg.inv_ex(plan.matrix).inverse  # inv itself would wait for the GPU
     places = (centres - plan.offset[:, None]) @ inverse.mT
     places = 2 * places / places.new_tensor([width, height]) - 1
     return places.unflatten(1, (config.height, config.width))

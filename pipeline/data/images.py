@@ -313,7 +313,8 @@ def problem_of(block: ImageBlock, place: int, config: DecodeConfig) -> str:
 
 
 def decoders() -> int:
-    """Threads for a process, of as many as its DataLoader has."""
+    """Threads for this process, beside other ranks (torchrun and Ray say how many there are here)
+    and a DataLoader's workers."""
     worker = get_worker_info()
-    processes = worker.num_workers if worker else 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (worker.num_workers if worker else 1)
     return max(1, min(DECODERS, (os.cpu_count() or 1) // processes))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,15 @@ from pipeline.train.loop import train
 from schemas.errors import UsageError
 from schemas.train import AugmentConfig, TrainConfig
 from tests.integration.stores import Store
-from tests.training import curve, events, make_shards, same_weights, toy_config, weights_of
+from tests.training import (
+    curve,
+    events,
+    images_config,
+    make_shards,
+    same_weights,
+    toy_config,
+    weights_of,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -112,6 +122,40 @@ def test_two_processes_are_one_with_the_whole_batch(shards: Path, tmp_path: Path
         for key in theirs:
             assert torch.allclose(ours[key], theirs[key], atol=2e-4), (name, key)
     assert events(tmp_path / "two/resumed").count("start") == 2
+
+
+ONCE = """
+import sys
+from jobs.recipe import load_recipe
+from pipeline.train.loop import train
+train(load_recipe(sys.argv[1]))
+"""
+
+
+def test_two_processes_are_one_on_images(shards: Path, tmp_path: Path) -> None:
+    """Into the second epoch, with an image that does not decode: what stands in for it does not
+    depend on the batch that it is in."""
+    images = shutil.copytree(shards / "images", tmp_path / "images")
+    path = images / "00001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"\x89PNG", b"\x89PIG", 2))  # of 40
+    fields: dict[str, Any] = {
+        "steps": 7,
+        "augment": replace(AUGMENT, dropout=0.0, contrast=0.2),
+        "data__src": str(images),
+    }
+    whole = train(images_config(shards, tmp_path / "whole", "contrast", **fields))
+    config = images_config(shards, tmp_path / "two", "contrast", **fields)
+    recipe = write_recipe(tmp_path / "recipe.py", config)
+    (tmp_path / "once.py").write_text(ONCE)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_script(*launcher, f"{tmp_path}/once.py", recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "does not decode and is replaced" in done.stderr
+    assert close(curve(tmp_path / "two"), curve(tmp_path / "whole"))
+    ours, theirs = weights_of(f"{tmp_path}/two/checkpoints/00000007"), weights_of(whole.checkpoint)
+    for key in theirs:
+        assert torch.allclose(ours[key], theirs[key], atol=2e-4), key
 
 
 KILLED = """
