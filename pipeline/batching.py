@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from schemas.config import ConvertConfig
+from schemas.config import ConvertConfig, TeacherConfig
 from schemas.errors import BackendError
 
 Result = TypeVar("Result")
@@ -40,6 +40,13 @@ for target and residual, 16 for tile lists, up to 45 float32 planes in the start
 to 4 batches on their way. Per Gaussian: 8 parameters, their gradients, two moments, and some 28 x 8
 temporaries of a step in torch."""
 
+TEACHER_TOGETHER = 64
+"""Images that go through a teacher together, however many are fitted: so its memory is bounded."""
+SMALLEST_PATCH = 14
+"""px, of the CLIPs there are; it is not part of a recipe."""
+IN_WORK = 2
+"""Shards of which a worker may be embedding images at the same time."""
+
 
 def auto_batch_size(config: ConvertConfig, device: torch.device) -> int:
     """Images per batch where --batch-size is not given: 16 on the CPU, else by free memory.
@@ -49,6 +56,8 @@ def auto_batch_size(config: ConvertConfig, device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_BATCH
     free_bytes, _ = torch.cuda.mem_get_info(device)
+    if config.teacher is not None:
+        free_bytes -= teacher_bytes(config.teacher)
     fitting = int(free_bytes * FREE_SHARE) // bytes_per_image(config)
     if fitting < MULTIPLE:
         return max(1, fitting)
@@ -59,6 +68,19 @@ def bytes_per_image(config: ConvertConfig) -> int:
     """Estimated device memory of one image in a batch; see BYTES_PER_PX."""
     pixels = config.decode.image_size**2
     return BYTES_PER_PX * pixels + BYTES_PER_GAUSSIAN * config.fit.num_gaussians
+
+
+def teacher_bytes(teacher: TeacherConfig) -> int:
+    """Estimated device memory of a teacher at work, on the large side.
+
+    Weights: 12 dim^2 in each of dim / 32 blocks (ViT-L/14 has 24 of 1024, ViT-B/16 12 of 768), as
+    singles and as the halves of autocast. Activations: 40 bytes per number of every token (input
+    and residual as singles, query, key, value, their sum, two of the MLP's four-fold width as
+    halves).
+    """
+    weights = 12 * teacher.dim**2 * (teacher.dim // 32 + 1) * 6
+    tokens = (teacher.image_size // SMALLEST_PATCH) ** 2 + 1
+    return weights + IN_WORK * TEACHER_TOGETHER * tokens * teacher.dim * 40
 
 
 class BatchLimit:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.batching import BatchLimit, auto_batch_size, own_stream
+from pipeline.batching import TEACHER_TOGETHER, BatchLimit, auto_batch_size, own_stream
 from pipeline.clock import StageClock
 from pipeline.commit import publish, staged_file
 from pipeline.decode import DecodedImage, decode
@@ -382,7 +382,7 @@ def embedded_rows(pixels: Tensor, config: ConvertConfig, device: torch.device) -
         with own_stream(device):
             return teacher(pixels[part])
 
-    parts = BatchLimit(PACKED_TOGETHER).in_parts(len(pixels), embed)
+    parts = BatchLimit(TEACHER_TOGETHER).in_parts(len(pixels), embed)
     for embedding in chain.from_iterable(parts):
         yield {TEACHER: embedding}
 

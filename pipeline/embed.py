@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from pipeline.batching import BatchLimit
+from pipeline.batching import TEACHER_TOGETHER, BatchLimit
 from pipeline.commit import publish, staged_file
-from pipeline.convert import MAX_DECODERS, PACKED_TOGETHER, overlaps
+from pipeline.convert import MAX_DECODERS, overlaps
 from pipeline.decode import decode
 from pipeline.prefetch import map_ahead
 from pipeline.read import RawSample, read
@@ -96,7 +96,7 @@ def embedded(
         return row, torch.from_numpy(image.pixels)
 
     on_device = overlaps(teacher.device)
-    limit = BatchLimit(PACKED_TOGETHER if on_device else CPU_TOGETHER)
+    limit = BatchLimit(TEACHER_TOGETHER if on_device else CPU_TOGETHER)
     threads = min(MAX_DECODERS, len(os.sched_getaffinity(0))) if on_device else 0
     with closing(map_ahead(decoded, samples, threads)) as images:
         while batch := list(islice(images, limit.images)):
