@@ -112,7 +112,7 @@ def test_the_dataset_of_workers_does_not_know_how_far_they_are(dst: str) -> None
 def log_of(path: Path) -> Iterator[None]:
     """What the dataset logs in this process and those that it forks, in a file."""
     file = logging.FileHandler(path)
-    logger = logging.getLogger("pipeline.data.dataset")
+    logger = logging.getLogger("pipeline.data.ordered")
     logger.addHandler(file)
     try:
         yield
