@@ -79,10 +79,10 @@ class SplatEncoder(nn.Module):
     def init_from_patches(self, state: dict[str, Tensor]) -> None:
         """Take over a PatchEncoder's blocks, norms, CLS and position embeddings.
 
-        `state` as in PatchEncoder.state_dict(). Of a resampler the latents become the position embeddings at
-        their anchors (bilinear where the grids differ). With local tokens their layer becomes the
-        patch embedding and attention adds nothing yet, so that the encoder starts as near the RGB
-        model as the splats are near the picture.
+        `state` as in PatchEncoder.state_dict(). Of a resampler the latents become the position
+        embeddings at their anchors (bilinear where the grids differ). With local tokens their layer
+        becomes the patch embedding and attention adds nothing yet, so that the encoder starts as
+        near the RGB model as the splats are near the picture.
         """
         shared = ("pre_layrnorm.", "encoder.", "post_layernorm.")
         blocks = {k: v for k, v in state.items() if k.startswith(shared)}
