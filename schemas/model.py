@@ -232,8 +232,9 @@ class GViTLossConfig:
 
     classification: float = 1.0
     """Weight of the cross-entropy."""
-    reconstruction: float = 1.0
-    """Weight of (1 - dssim) L1 + dssim (1 - SSIM)."""
+    reconstruction: float = 10.0
+    """Weight of (1 - dssim) L1 + dssim (1 - SSIM), which is of the order of 0.1, while the
+    cross-entropy is of the order of 1."""
     dssim: float = 0.2
     """Share of 1 - SSIM in it, as is usual for Gaussians (arXiv 2308.04079)."""
     perceptual: float = 0.0

@@ -47,9 +47,10 @@ JITTER = 0.5
 """Of the means at the start: the largest distance from the cell's middle, in half cells."""
 SCALE, SCALE_JITTER = 0.5, 0.25
 """Standard deviations at the start in units of the spacing, and of their logarithm at most."""
-COLOR, OPACITY, LOOK_JITTER = 0.57, 0.5, 0.5
+COLOR, OPACITY, LOOK_JITTER = 0.57, 0.5, 0.1
 """At the start; the last is in units of g. Discs half a spacing wide overlap 2 pi 0.5^2 = 1.57
-times, so the sum is 0.45, the mean of photographs."""
+times, so the sum is 0.45, the mean of photographs. On digits (k = 24, 200 steps, one seed) a jitter
+of 0.1 gave 18.0 dB, 0.5 17.6: noise that has to be undone, and places tell tokens apart already."""
 
 
 def drawn(seeds: Tensor, count: int, height: int, width: int, config: GViTConfig) -> Tensor:

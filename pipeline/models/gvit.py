@@ -19,6 +19,9 @@ Not published, and so ours:
   absolute range would depend on batch size, micro-batches, the scale of fp16 and how far training
   has come. In the space of g the nine numbers can share one.
 - The last layer starts near zero: the first picture is that of g0.
+- Gaussians attend by distance from where they start. Without it attention has to learn first which
+  patch is where: on digits (k = 24, 200 steps, one seed) 13.2 dB against 17.6. The bias is a tensor
+  [B, heads, T, T], the price of blocks that are transformers' own.
 - A Gaussian's token has no embedding of its place in the list; it is known by its numbers. So a
   model takes any number of Gaussians, and their order means nothing (but for alpha's front).
 - At evaluation all images start from the same draw, seed 0.
