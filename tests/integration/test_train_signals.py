@@ -44,7 +44,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def config_of(shards: Path, dst: Path, workers: int, steps: int) -> TrainConfig:
+STEPS = 130
+"""Of which two processes do fewer in the second after which they agree on the last one."""
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dst = tmp_path_factory.mktemp("whole")
+    train(config_of(shards, dst, 0))
+    torch.set_num_threads(threads)
+    return dst
+
+
+def config_of(shards: Path, dst: Path, workers: int, steps: int = STEPS) -> TrainConfig:
     """Without a checkpoint before the end, unless a signal brings one."""
     return toy_config(
         shards, dst, steps=steps, augment=AUGMENT, optim__ema=0.9,
@@ -91,17 +106,15 @@ def stopped_at(dst: Path) -> int:
     [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)],
 )
 def test_a_signal_saves_the_step(
-    shards: Path, tmp_path: Path, number: int, code: int, to_all: bool
+    shards: Path, whole: Path, tmp_path: Path, number: int, code: int, to_all: bool
 ) -> None:
     """Also when the reading process gets it (`to_all`): Ctrl-C and Slurm signal all of them."""
-    steps = 120
-    whole = train(config_of(shards, tmp_path / "whole", 0, steps))
-    config = config_of(shards, tmp_path / "cut", 1, steps)
+    config = config_of(shards, tmp_path / "cut", 1)
     recipe = write_recipe(tmp_path / "recipe.py", config)
     found, told = run_until_signalled(number, tmp_path / "cut", *JOB, recipe, to_all=to_all)
     assert found == code, told
     step = stopped_at(tmp_path / "cut")
-    assert 14 <= step < steps
+    assert 14 <= step < STEPS
     words = "terminated" if number == signal.SIGTERM else "interrupted"
     assert f"{words}; run the same command again to continue (saved: " in told
     assert f"checkpoints/{step:08d})" in told
@@ -109,27 +122,25 @@ def test_a_signal_saves_the_step(
     assert "Traceback" not in told
     again = train(config)
     assert again.stopped == 0
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    found, undisturbed = latest(str(tmp_path / "cut")), latest(str(tmp_path / "whole"))
+    assert curve(tmp_path / "cut") == curve(whole)
+    found, undisturbed = latest(str(tmp_path / "cut")), latest(str(whole))
     assert found is not None
     assert undisturbed is not None
-    assert found.step == whole.steps
+    assert found.step == undisturbed.step == STEPS
     assert same_weights(found.weights(), undisturbed.weights())
     assert same_weights(found.weights("ema.safetensors"), undisturbed.weights("ema.safetensors"))
 
 
-def test_a_signal_to_torchrun(shards: Path, tmp_path: Path) -> None:
+def test_a_signal_to_torchrun(shards: Path, whole: Path, tmp_path: Path) -> None:
     """It passes it on; both processes end after the same step."""
-    steps = 200
-    train(config_of(shards, tmp_path / "whole", 0, steps))
-    config = config_of(shards, tmp_path / "cut", 0, steps)
+    config = config_of(shards, tmp_path / "cut", 0)
     recipe = write_recipe(tmp_path / "recipe.py", config)
     code, told = run_until_signalled(signal.SIGTERM, tmp_path / "cut", *TORCHRUN, recipe)
     assert code != 0
-    assert 14 <= stopped_at(tmp_path / "cut") < steps, told
+    assert 14 <= stopped_at(tmp_path / "cut") < STEPS, told
     assert told.count("terminated; run the same command") == 1, told
     train(config)
-    assert close(curve(tmp_path / "cut"), curve(tmp_path / "whole"))
+    assert close(curve(tmp_path / "cut"), curve(whole))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
