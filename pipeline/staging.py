@@ -53,7 +53,10 @@ def sweep(folder: Path) -> None:
     """Delete what dead processes of this host left in `folder`'s staging folder. A process id that
     was given to a new process keeps its leftovers until a later call. Raises OSErrors."""
     staging, suffix = folder / STAGING, f"-{socket.gethostname()}"
-    for file in sorted(os.listdir(staging)) if staging.is_dir() else ():
+    files: list[str] = []
+    with suppress(FileNotFoundError):  # another process may delete it at any time
+        files = sorted(os.listdir(staging))
+    for file in files:
         name, _, pid = file.rpartition("-")[0].rpartition("-")
         if name.endswith(suffix) and pid.isdecimal() and not _is_alive(int(pid)):
             (staging / file).unlink(missing_ok=True)
