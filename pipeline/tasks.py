@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.evaluate import classification, linear_probe, retrieval
-from pipeline.models import SplatCLIP
+from pipeline.metrics import psnr
+from pipeline.models import GViT, SplatCLIP
 from pipeline.models.classifier import encode
+from pipeline.models.gaussian_space import render
 from pipeline.train.losses import vision_of
 from pipeline.trained import Data, Samples, Trained, samples_of
 from pipeline.zeroshot import class_vectors, text_vectors
@@ -55,19 +57,27 @@ def retrieve(trained: Trained, shards: Data) -> Found:
 
 
 def classify(trained: Trained, shards: Data) -> Found:
-    """A classifier's own logits."""
-    classes = trained.config.num_classes
+    """A classifier's own logits; of a GViT the mean PSNR of its Gaussians' pictures, too, dB."""
+    classes, model = trained.config.num_classes, trained.model
     assert classes is not None, "the model is a classifier"
-    samples = samples_of(trained, shards, trained.model)
+    predicts = isinstance(model, GViT)
+    samples = samples_of(trained, shards, logits_and_psnr(model) if predicts else model)
     check_labels(samples, classes, f"the model's {classes} classes")
-    return _found(samples, classification(samples.vectors, samples.labels))
+    metrics = classification(samples.vectors[:, :classes], samples.labels)
+    if predicts:
+        metrics["psnr"] = float(samples.vectors[:, classes].mean())
+    return _found(samples, metrics)
 
 
 def probe(trained: Trained, train: Data, shards: Data) -> Found:
-    """A linear classifier on the encoder's CLS token."""
+    """A linear classifier on the encoder's CLS token; of a GViT the one of its Gaussians."""
 
     def tokens(batch: Any) -> Tensor:
-        return encode(vision_of(trained.model), batch)
+        model = trained.model
+        if not isinstance(model, GViT):
+            return encode(vision_of(model), batch)
+        pixels = batch.floating().pixels
+        return model.read(model.predictor(pixels), *pixels.shape[2:])
 
     known, samples = (samples_of(trained, each, tokens) for each in (train, shards))
     check_labels(known, None, "")
@@ -76,6 +86,19 @@ def probe(trained: Trained, train: Data, shards: Data) -> Found:
     logits, weight = linear_probe(known.vectors, known.labels, samples.vectors, classes)
     found = _found(samples, classification(logits, samples.labels))
     return found | {"training_samples": len(known.keys), "l2": weight}
+
+
+def logits_and_psnr(model: GViT) -> Any:
+    """A function from a batch of images to [B, C + 1]: logits, and how well the image is drawn, at
+    most 100 dB."""
+
+    def found(batch: Any) -> Tensor:
+        pixels = batch.floating().pixels
+        logits, _, g = model(pixels)
+        quality = psnr(render(g, *pixels.shape[2:], model.space), pixels).clamp(max=100)
+        return torch.cat((logits.float(), quality.float()[:, None]), 1)
+
+    return found
 
 
 def unit_images(model: SplatCLIP) -> Any:

@@ -239,6 +239,9 @@ class GViTLossConfig:
     """Share of 1 - SSIM in it, as is usual for Gaussians (arXiv 2308.04079)."""
     perceptual: float = 0.0
     """Weight of the distance between the features of a CLIP's tokens; 0 for none."""
+    tower: str = ""
+    """That CLIP: a local folder, an open_clip checkpoint or a name that transformers knows. It is
+    no part of the model, and not loaded where `perceptual` is 0."""
     gamma: float = 1.0
     """Factor of the cross-entropy's gradient with respect to the Gaussians once the ramp is over;
     0: unguided."""

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
 from schemas.errors import UsageError
-from schemas.model import ModelConfig
+from schemas.model import GViTLossConfig, ModelConfig
 
 Config = TypeVar("Config")
 
-StageName = Literal["classify", "distill", "contrast"]
-STAGES = ("classify", "distill", "contrast")
+StageName = Literal["classify", "distill", "contrast", "gvit"]
+STAGES = ("classify", "distill", "contrast", "gvit")
 
 MAY_CHANGE = (
     "dst",
@@ -41,7 +41,8 @@ MAY_CHANGE = (
 )
 """Fields (or groups of them) that a resumed run may have changed: none of them changes which
 samples a step sees. `data.src` may move, since the shards' fingerprint says whether they are the
-same; more epochs or steps stretch what is left of the learning rate's cosine."""
+same; more epochs or steps stretch what is left of the learning rate's cosine. Not in the stage
+gvit, whose ramp of guidance is in shares of the steps."""
 
 
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:
@@ -239,7 +240,8 @@ class TrainConfig:
 
     stage: StageName
     """classify: labels. distill: the teacher's embeddings that are in the shards (stage 1 of
-    GaussianVision). contrast: captions, as CLIP (stage 2)."""
+    GaussianVision). contrast: captions, as CLIP (stage 2). gvit: labels, of a model that predicts
+    the Gaussians it classifies by."""
     dst: str = ""
     """Folder or URL for checkpoints and log.jsonl. The same command again goes on from there."""
     model: ModelConfig
@@ -257,6 +259,8 @@ class TrainConfig:
     augment: AugmentConfig | None = None
     """None: samples as they are in the shards."""
     optim: OptimConfig
+    gvit: GViTLossConfig | None = None
+    """The loss and the guidance of the stage gvit; None in the others."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the model computes in; weights, losses and the optimiser are fp32."""
     micro_batch: int | None = None
@@ -282,6 +286,20 @@ class TrainConfig:
         if self.stage == "contrast":
             remedy = "contrastive training needs a text tower"
             _check(self.model.text is not None, "model.text", self.model.text, remedy)
+        self._check_gvit()
+
+    def _check_gvit(self) -> None:
+        """The stage gvit has a model of that kind and its loss, and no other stage has either."""
+        if self.stage != "gvit":
+            remedy = f"of the stage gvit; this is {self.stage}: leave it at None"
+            _check(self.gvit is None, "gvit", self.gvit, remedy)
+            _check(self.model.gvit is None, "model.gvit", self.model.gvit, remedy)
+            return
+        _check(self.gvit is not None, "gvit", None, "the stage gvit wants a GViTLossConfig()")
+        _check(self.model.gvit is not None, "model.gvit", None, "give it a GViTConfig()")
+        loss = cast(GViTLossConfig, self.gvit)
+        remedy = "gvit.perceptual wants a CLIP's weights: give a local folder, or set that to 0"
+        _check(not loss.perceptual or bool(loss.tower), "gvit.tower", loss.tower, remedy)
 
 
 # From and to plain data

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pipeline.models.classifier import SplatClassifier
 from pipeline.models.clip import SplatCLIP
 from pipeline.models.encoder import SplatEncoder
+from pipeline.models.gvit import GViT
 from pipeline.models.patches import PatchEncoder
 from pipeline.models.weights import init_from_clip, load_clip, load_encoder, save_encoder
 from schemas.model import ModelConfig
 
 __all__ = [
+    "GViT",
     "PatchEncoder",
     "SplatCLIP",
     "SplatClassifier",
@@ -22,6 +24,9 @@ __all__ = [
 ]
 
 
-def build_model(config: ModelConfig) -> SplatCLIP | SplatClassifier:
-    """A classifier if `config.num_classes` is set, else a CLIP; weights from torch's generator."""
+def build_model(config: ModelConfig) -> SplatCLIP | SplatClassifier | GViT:
+    """A GViT if `config.gvit` is set, else a classifier if `config.num_classes` is, else a CLIP;
+    weights from torch's generator."""
+    if config.gvit is not None:
+        return GViT(config)
     return SplatCLIP(config) if config.num_classes is None else SplatClassifier(config)

@@ -56,6 +56,16 @@ STEEPEST, FLATTEST = 1.3, 0.04
 """Slope of the first head's distance bias, and of the last head's as a share of it."""
 
 
+class Guidance(NamedTuple):
+    """How much of the classifier's gradient reaches g, as in `guided`."""
+
+    gamma: float
+    clip: float
+
+
+UNGUIDED = Guidance(0.0, math.inf)
+
+
 class Output(NamedTuple):
     """logits [B, C]; splats, those of g, with the gradient of whatever is made of them; g
     [B, k, 9], see gaussian_space.py."""
@@ -97,9 +107,13 @@ class GViT(nn.Module):
 
     def classify(self, g: Tensor, height: int, width: int) -> Tensor:
         """Logits [B, C] of g [B, k, 9] on images of this size."""
+        return self.head(self.read(g, height, width))
+
+    def read(self, g: Tensor, height: int, width: int) -> Tensor:
+        """The encoder's CLS token [B, D] of g [B, k, 9] on images of this size."""
         sizes = torch.tensor([height, width], device=g.device).expand(len(g), 2)
         splats = splats_of(g, height, width, self.space)
-        return self.head(self.encoder(splats, sizes[:, 0], sizes[:, 1]))
+        return self.encoder(splats, sizes[:, 0], sizes[:, 1])
 
 
 class GaussianPredictor(nn.Module):
@@ -223,6 +237,11 @@ def gamma_at(step: int, steps: int, config: GViTLossConfig) -> float:
     if step < begin:
         return 0.0
     return config.gamma * (1.0 if step >= end else (step - begin) / (end - begin))
+
+
+def guidance_at(step: int, steps: int, config: GViTLossConfig | None) -> Guidance:
+    """Of step `step` (from 0) of `steps`; a run without such a loss has none."""
+    return UNGUIDED if config is None else Guidance(gamma_at(step, steps, config), config.clip)
 
 
 def gvit_loss(

@@ -20,6 +20,9 @@ from pipeline.data.augment_pixels import augment_pixels
 from pipeline.splats import Splats
 from schemas.train import AugmentConfig
 
+START = 0x5851F42D4C957F2D
+"""What tells the two uses of a sample's seed apart: any 63 bits."""
+
 
 def augment_of(config: AugmentConfig, cutoff: float | None) -> Augment:
     """`config` for shards with this cutoff, or for images (None). Raises UsageError for values it
@@ -33,6 +36,12 @@ def sample_seeds(keys: Sequence[str], *numbers: int) -> Tensor:
     prefix = repr(numbers)
     digests = (hashlib.blake2b(f"{prefix}{key}".encode(), digest_size=8).digest() for key in keys)
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
+
+
+def start_seeds(seeds: Tensor) -> Tensor:
+    """Seeds [B] of the Gaussians that GViT starts from: `uniform` of them has nothing to do with
+    the numbers that augment the same samples."""
+    return seeds ^ START
 
 
 def augmented(

@@ -24,6 +24,7 @@ from pipeline.data.batch import values_of
 from pipeline.data.ordered import Ordering
 from pipeline.models.classifier import image_config, reads_images
 from pipeline.models.clip import load_tokenizer, tokenize
+from pipeline.models.gvit import UNGUIDED, Guidance
 from pipeline.shards import shard_metadata_of
 from pipeline.splats import Splats
 from pipeline.train.augmentation import augment_of, augmented, augmented_pixels, sample_seeds
@@ -42,7 +43,8 @@ class Step:
 
     batch     B samples, augmented once they are on the device
     tokens    int64 [B, L], captions as token ids; None where the stage reads none
-    seeds     int64 [B], of the samples' augmentation
+    seeds     int64 [B], of the samples' augmentation, and of the Gaussians that GViT starts from
+    guidance  of GViT in this step
     problem   what is wrong with a sample, and its key; empty where nothing is
     """
 
@@ -50,13 +52,14 @@ class Step:
     tokens: Tensor | None
     seeds: Tensor
     problem: tuple[str, str] | None = None
+    guidance: Guidance = UNGUIDED
 
     def __len__(self) -> int:
         return len(self.batch)
 
     def __getitem__(self, part: slice) -> Step:
         tokens = None if self.tokens is None else self.tokens[part]
-        return Step(self.batch[part], tokens, self.seeds[part])
+        return Step(self.batch[part], tokens, self.seeds[part], guidance=self.guidance)
 
     def to(self, device: torch.device) -> Step:
         """The same on `device`."""
@@ -98,8 +101,8 @@ def problem_of(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str
         if bad is not None:
             message = "has numbers that are not finite: make the shard anew with splatshard repair"
             return message, batch.keys[bad]
-    find = {"classify": _label_problem, "distill": _teacher_problem, "contrast": _caption_problem}
-    return find[config.stage](batch, config)
+    find = {"distill": _teacher_problem, "contrast": _caption_problem}
+    return find.get(config.stage, _label_problem)(batch, config)
 
 
 def _label_problem(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:

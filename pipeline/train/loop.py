@@ -2,9 +2,9 @@
 
     feed -> gradients -> clip -> AdamW -> average -> (record) -> (checkpoint)
 
-One loop for three stages (losses.py): classification, distillation from the teacher's embeddings in
-the shards, contrastive training on captions. The same function runs in one process, under torchrun
-and in a cluster's workers (distributed.py).
+One loop for four stages (losses.py): classification, distillation from the teacher's embeddings in
+the shards, contrastive training on captions, Gaussians learned together with their classifier. The
+same function runs in one process, under torchrun and in a cluster's workers (distributed.py).
 
 What a step sees is a function of the configuration, the shards and the step's number. So a run that
 was killed goes on from its last checkpoint as if nothing had happened, on any number of processes.
@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.commit import check_destination
 from pipeline.models import SplatCLIP, build_model
+from pipeline.models.gvit import guidance_at
 from pipeline.models.weights import init_from_clip, load_clip
 from pipeline.storage import absolute
 from pipeline.train import checkpoint as checkpoints
@@ -36,7 +37,7 @@ from pipeline.train.check import check_data
 from pipeline.train.checkpoint import Checkpoint, Weights
 from pipeline.train.distributed import Stopping, World, world
 from pipeline.train.groups import Average, Groups, freeze, groups_of, make_optimizer, report
-from pipeline.train.losses import STAGES, Stage, clamp, vision_of
+from pipeline.train.losses import Stage, clamp, stage_of, vision_of
 from pipeline.train.schedule import learning_rate, seed_everything
 from pipeline.train.step import Embedder, Gradients
 from pipeline.train.telling import Show, Telling
@@ -82,10 +83,11 @@ def train_here(
     in 2 of 8 stopped runs of two processes; since then in none of 15."""
     feed = Feed(config, here)
     steps = steps_of(config.optim, feed.steps_per_epoch)
-    stage = STAGES[config.stage]
+    stage = stage_of(config, here.device)
     found = here.same(checkpoints.latest(config.dst) if here.rank == 0 else None)
     if found:
         checkpoints.refuse_changes(found, config)
+        refuse_another_ramp(found, config)
     else:
         check_data(feed.dataset, config, here)
     model = start_model(config, found, feed.cutoff).to(here.device)
@@ -108,6 +110,7 @@ def train_here(
             gradients = Gradients(parallel(model, stage, here), stage, config, here, scaler)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, steps, config.optim)
+        step = replace(step, guidance=guidance_at(number, steps, config.gvit))
         loss, metrics = gradients(step, number)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
@@ -167,6 +170,18 @@ def destination(config: TrainConfig) -> str:
 def steps_of(config: OptimConfig, steps_per_epoch: int) -> int:
     """Steps of the whole run."""
     return config.steps or (config.epochs or 0) * steps_per_epoch
+
+
+def refuse_another_ramp(found: Checkpoint, config: TrainConfig) -> None:
+    """Raises UsageError where the stage gvit is to have another number of steps than it began
+    with: the ramp of its guidance, in shares of them, would move."""
+    before, now = found.train_config().optim, config.optim
+    if config.gvit and (before.steps, before.epochs) != (now.steps, now.epochs):
+        raise UsageError(
+            f"optim.steps and optim.epochs were {before.steps} and {before.epochs} in {found.url} "
+            f"and are {now.steps} and {now.epochs}: gvit.ramp is in shares of the run, and would "
+            f"move: set them as they were, or choose another dst and init={found.url}"
+        )
 
 
 def start_model(config: TrainConfig, found: Checkpoint | None, cutoff: float | None) -> nn.Module:

@@ -1,9 +1,11 @@
-"""The three stages: what each computes of a batch, and its loss.
+"""The four stages: what each computes of a batch, and its loss.
 
     classify   logits                                cross-entropy with the labels
     distill    the encoder's CLS token               squared distance of unit vectors to the
                                                      teacher's: stage 1 of arXiv 2509.22615
     contrast   image and text embeddings, scale      CLIP's loss (arXiv 2103.00020): stage 2
+    gvit       logits, the Gaussians' picture        cross-entropy, and the picture's distance from
+                                                     the image (pipeline/models/gvit.py)
 
 A stage is two functions. `embed` turns samples into features, sample by sample: tensors [B, ...],
 and scalars that are parameters. `loss` turns the features of all of a process's samples into the
@@ -21,15 +23,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.data import ImageBatch
 from pipeline.models.classifier import encode
 from pipeline.models.clip import SplatCLIP
+from pipeline.models.gaussian_space import render
+from pipeline.models.gvit import GViT, gvit_loss
+from pipeline.models.patches import PatchEncoder
+from pipeline.models.reconstruct import load_tower
+from pipeline.train.augmentation import start_seeds
 from pipeline.train.batches import Step
 from pipeline.train.distributed import World
 from schemas.train import TrainConfig
@@ -106,11 +114,54 @@ def contrast_loss(
     return loss, {"accuracy": accuracy, "logit_scale": scale.detach()}
 
 
+def gvit_features(model: nn.Module, step: Step) -> Features:
+    """Logits [B, C] and pictures [B, 3, H, W], white is 1."""
+    model = cast(GViT, model)
+    pixels = _pixels(step)
+    found = model(pixels, start_seeds(step.seeds), *step.guidance)
+    height, width = pixels.shape[2:]
+    return found.logits.float(), render(found.g, height, width, model.space)
+
+
+def gvit_losses(
+    features: Features,
+    step: Step,
+    config: TrainConfig,
+    world: World,
+    tower: PatchEncoder | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy and reconstruction by their weights, and each of them. `tower`: see
+    `gvit_loss`."""
+    assert config.gvit is not None, "checked by the configuration"
+    (logits, rendered), labels = features, step.batch.labels
+    smoothing = config.optim.label_smoothing
+    loss, metrics = gvit_loss(
+        logits, labels, rendered, _pixels(step), config.gvit, tower, smoothing
+    )
+    return loss, metrics | {"gamma": loss.new_tensor(step.guidance.gamma)}
+
+
+def _pixels(step: Step) -> Tensor:
+    assert isinstance(step.batch, ImageBatch), "a GViT reads images"
+    return step.batch.pixels
+
+
 STAGES: dict[str, Stage] = {
     "classify": Stage(classify_features, classify_loss),
     "distill": Stage(distill_features, distill_loss),
     "contrast": Stage(contrast_features, contrast_loss, couples=True),
+    "gvit": Stage(gvit_features, gvit_losses),
 }
+
+
+def stage_of(config: TrainConfig, device: torch.device) -> Stage:
+    """The stage of a run. The tower of a perceptual loss is loaded here, once, and is no part of
+    the model: it is not trained, saved or averaged. Raises UsageError where it cannot be loaded."""
+    stage = STAGES[config.stage]
+    if config.gvit is None or not config.gvit.perceptual:
+        return stage
+    tower = load_tower(config.gvit.tower).to(device)
+    return replace(stage, loss=lambda *given: gvit_losses(*given, tower=tower))
 
 
 @torch.no_grad()
