@@ -1,11 +1,13 @@
 """Classification on splats against RGB patches: the control experiment.
 
-    python -m benchmarks.accuracy                       20 classes, on 2 cores, under 30 minutes
-    python -m benchmarks.accuracy --classes 100 --gaussians 64 128 196 --further BCDEFGPT \
-        --epochs 100 --width 192 --layers 9 --heads 3 --lr 1e-3 --batch-size 256    on a GPU
+    python -m benchmarks.accuracy                       digits, on 2 cores, under 30 minutes
+    python -m benchmarks.accuracy --dataset tiny-imagenet --classes 20 --gaussians 128 64
+    python -m benchmarks.accuracy --dataset tiny-imagenet --classes 100 --gaussians 64 128 196 \
+        --further BCDEFGPT --epochs 100 --width 192 --layers 9 --heads 3 --lr 1e-3 --batch-size 256
 
-Tiny-ImageNet at 64 px, from random weights, 3 seeds; the arms differ in what the first layer reads
-and in nothing else: samples, order, augmentation's random numbers, blocks, tokens, steps, schedule.
+The last on a GPU. Digits at 32 px or Tiny-ImageNet at 64, from random weights, 3 seeds; the arms
+differ in what the first layer reads and in nothing else: samples, order, augmentation's random
+numbers, blocks, tokens, steps, schedule.
 
     A  RGB patches of the source's files             E  patches of JPEG or WebP files, and F of as
     B  RGB patches of what the splats render to         few pixels, as the splats take bytes
@@ -28,7 +30,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
@@ -40,17 +42,16 @@ from benchmarks.record import save
 from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
 from schemas.train import AugmentConfig, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 
-SIDE = 64
 PATCH = 8
-TOKENS = (SIDE // PATCH) ** 2
 LAYOUT = "{:<4}{:<18}{:>7}{:>8}{:>8}{:>7}  {:<14}{:<14}{:<16}{:>8}{:>8}"
 
 
 @dataclass(frozen=True)
 class Args:
-    classes: int = 20
-    """The first so many of Tiny-ImageNet-100's."""
-    gaussians: tuple[int, ...] = (128, 64)
+    dataset: Literal["digits", "tiny-imagenet"] = "digits"
+    classes: int = 10
+    """The first so many of the dataset's 10 or 100."""
+    gaussians: tuple[int, ...] = (24, 16)
     """Per image."""
     arms: str = "ABCDEFGPT"
     """Run with the first of these numbers,"""
@@ -71,12 +72,22 @@ class Args:
     name: str = "accuracy"
     """Of the results' file."""
 
+    @property
+    def side(self) -> int:
+        """Of the images, px."""
+        return 32 if self.dataset == "digits" else 64
+
+    @property
+    def tokens(self) -> int:
+        """One for each patch, in all arms but T."""
+        return (self.side // PATCH) ** 2
+
 
 def config_of(args: Args, arm: str, n: int, seed: int, samples: int) -> TrainConfig:
     """What all arms have in common, and the one thing in which they differ."""
-    sizes = {"width": args.width, "layers": args.layers, "heads": args.heads, "tokens": TOKENS}
+    sizes = {"width": args.width, "layers": args.layers, "heads": args.heads, "tokens": args.tokens}
     if arm in "ABEF":
-        encoder = EncoderConfig(input="patches", patch_size=PATCH, image_size=SIDE, **sizes)
+        encoder = EncoderConfig(input="patches", patch_size=PATCH, image_size=args.side, **sizes)
     else:
         resampler = ResamplerConfig(heads=args.heads)
         if arm == "P":
@@ -91,15 +102,7 @@ def config_of(args: Args, arm: str, n: int, seed: int, samples: int) -> TrainCon
         model=ModelConfig(encoder=encoder, num_classes=args.classes),
         seed=seed,
         data=DataConfig(batch_size=args.batch_size, seed=seed, workers=0, shuffle_shards=64),
-        augment=AugmentConfig(
-            height=SIDE,
-            width=SIDE,
-            crop_scale=(0.3, 1.0),
-            flip=0.5,
-            brightness=0.3,
-            contrast=0.3,
-            saturation=0.3,
-        ),
+        augment=augment_of(args),
         optim=OptimConfig(
             steps=steps,
             lr=args.lr,
@@ -113,22 +116,31 @@ def config_of(args: Args, arm: str, n: int, seed: int, samples: int) -> TrainCon
     )
 
 
+def augment_of(args: Args) -> AugmentConfig:
+    """What can be done to Gaussians and to pixels alike."""
+    side = args.side
+    if args.dataset == "digits":
+        return AugmentConfig(height=side, width=side, rotation=8, zoom=(0.9, 1.1), shift=0.08)
+    colors = dict.fromkeys(("brightness", "contrast", "saturation"), 0.3)
+    return AugmentConfig(height=side, width=side, crop_scale=(0.3, 1.0), flip=0.5, **colors)
+
+
 def prepare(args: Args, folder: Path) -> dict[str, data.Inputs]:
     """All sets of inputs by arm and N, `A`, `B128`, ...; JPEG and WebP are arms E and e."""
-    source = data.write_source(folder / "source", args.classes)
+    source = data.write_source(folder / "source", args.dataset, args.classes)
     found = {"A": source} if "A" in args.arms else {}
     for i, n in enumerate(args.gaussians):
         arms = args.arms if i == 0 else args.further
-        splats = data.convert(source, folder / f"splats{n}", n, SIDE)
+        splats = data.convert(source, folder / f"splats{n}", n, args.side)
         found |= {f"{arm}{n}": splats for arm in "CDPT" if arm in arms}
         if "B" in arms:
             found[f"B{n}"] = data.render(source, splats, folder / f"rendered{n}")
         if "E" in arms:
             for arm, format in (("E", "JPEG"), ("e", "WEBP")):
                 place = folder / f"{format.lower()}{n}"
-                found[f"{arm}{n}"] = data.compress(source, splats, place, format, SIDE)
+                found[f"{arm}{n}"] = data.compress(source, splats, place, format, args.side)
         if "F" in arms:
-            found[f"F{n}"] = data.shrink(source, splats, folder / f"tiny{n}", SIDE)
+            found[f"F{n}"] = data.shrink(source, splats, folder / f"tiny{n}", args.side)
         if "G" in arms:
             found[f"G{n}"] = data.shuffle(splats, folder / f"shuffled{n}")
     return found
@@ -169,7 +181,9 @@ def execute_all(runs: list[Run], args: Args) -> Iterable[dict[str, Any]]:
             yield from pool.map(execute, group, [threads] * len(group))
 
 
-def rows_of(results: list[dict[str, Any]], inputs: dict[str, data.Inputs]) -> list[dict[str, Any]]:
+def rows_of(
+    args: Args, results: list[dict[str, Any]], inputs: dict[str, data.Inputs]
+) -> list[dict[str, Any]]:
     """A row per arm and N: mean and deviation over seeds, and both ratios to arm A."""
     by_arm: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda r: r["seed"]):
@@ -185,7 +199,7 @@ def rows_of(results: list[dict[str, Any]], inputs: dict[str, data.Inputs]) -> li
             "inputs": given.name,
             "bytes": given.size_bytes,
             "psnr": given.psnr,
-            "tokens": int(name[1:]) if name[0] == "T" else TOKENS,
+            "tokens": int(name[1:]) if name[0] == "T" else args.tokens,
             "seeds": len(found),
             "top1": statistics.mean(top1),
             "top1_deviation": statistics.stdev(top1) if len(top1) > 1 else None,
@@ -241,7 +255,7 @@ def main() -> None:
                 f"seed {result['seed']}: {100 * result['top1']:.1f} %  {result['train_s']:.0f} s",
                 flush=True,
             )
-    rows = rows_of(results, inputs)
+    rows = rows_of(args, results, inputs)
     head = "arm inputs bytes dB tokens seeds top1,% top5,% ratio fit,ms train,s"
     print("\n" + LAYOUT.format(*head.split()))
     for row in rows:

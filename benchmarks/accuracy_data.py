@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from benchmarks.record import DATA
+from jobs.recipes.toys import digits
 from pipeline.commit import publish, staged_file
 from pipeline.kernels.backend import select_backend
 from pipeline.markers import read_markers
@@ -61,12 +62,11 @@ class Inputs:
         return str(self.folder / name)
 
 
-def write_source(folder: Path, classes: int) -> Inputs:
-    """The first `classes` of Tiny-ImageNet-100 in shards of PER_SHARD, shuffled."""
+def write_source(folder: Path, dataset: str, classes: int) -> Inputs:
+    """The first `classes` of a dataset in shards of PER_SHARD, shuffled."""
     sizes: list[int] = []
-    for split, pattern in zip(SPLITS, ("train*.parquet", "validation*.parquet"), strict=True):
-        paths = sorted((DATA / "tiny-imagenet-100").glob(pattern))
-        table = pa.concat_tables([pq.read_table(path) for path in paths])
+    for split in SPLITS:
+        table = photographs(split) if dataset == "tiny-imagenet" else handwriting(split)
         table = table.filter(pc.less(table["label"], classes))
         table = table.take(np.random.default_rng(0).permutation(len(table)))
         (folder / split).mkdir(parents=True)
@@ -75,6 +75,20 @@ def write_source(folder: Path, classes: int) -> Inputs:
             pq.write_table(part, folder / split / f"{begin // PER_SHARD:05d}.parquet")
             sizes += [len(image["bytes"]) for image in part["image"].to_pylist()]
     return Inputs("source", folder, float(np.mean(sizes)))
+
+
+def photographs(split: str) -> pa.Table:
+    """Tiny-ImageNet-100, 64 px."""
+    pattern = "train*.parquet" if split == "train" else "validation*.parquet"
+    paths = sorted((DATA / "tiny-imagenet-100").glob(pattern))
+    return pa.concat_tables([pq.read_table(path) for path in paths])
+
+
+def handwriting(split: str) -> pa.Table:
+    """scikit-learn's digits, 32 px; every sixth is for validation, as in the recipes' toys."""
+    samples = [(n, s) for n, s in enumerate(digits()) if (n % 6 == 0) == (split == "val")]
+    images = [{"bytes": png(np.asarray(image)), "path": str(n)} for n, (image, *_) in samples]
+    return pa.table({"image": images, "label": [label for _, (*_, label) in samples]})
 
 
 def convert(source: Inputs, folder: Path, n: int, side: int) -> Inputs:
