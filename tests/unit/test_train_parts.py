@@ -18,8 +18,10 @@ from torch import nn
 
 from jobs.recipe import load_recipe, with_settings
 from jobs.train import Shown, step_line
+from pipeline.data import ImageBatch, TrainBatch
 from pipeline.data.augment import Augment, augment
 from pipeline.models import build_model
+from pipeline.models.gvit import Guidance
 from pipeline.train.augmentation import augment_of, augmented, sample_seeds, uniform
 from pipeline.train.batches import Step
 from pipeline.train.distributed import World
@@ -28,7 +30,15 @@ from pipeline.train.losses import STAGES, clamp
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import Embedder, Gradients
 from schemas.errors import UsageError
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
+from schemas.model import (
+    EncoderConfig,
+    GViTConfig,
+    GViTLossConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+    TextConfig,
+)
 from schemas.train import (
     MAY_CHANGE,
     AugmentConfig,
@@ -51,10 +61,20 @@ ENCODER = EncoderConfig(
     resampler=ResamplerConfig(heads=2),
 )
 TEXT = TextConfig(width=16, layers=1, heads=2, vocab_size=20, context_length=6, tokenizer="")
+PREDICTS = GViTConfig(
+    gaussians=6,
+    predictor=EncoderConfig(
+        input="patches", width=16, layers=1, heads=2, image_size=16, patch_size=8, tokens=4
+    ),
+)
 OPTIM = OptimConfig(steps=10, lr=1e-2, warmup_steps=4)
 
 
 def config_of(stage: str, **options: Any) -> TrainConfig:
+    if stage == "gvit":
+        model = ModelConfig(encoder=replace(ENCODER, resampler=None), num_classes=5, gvit=PREDICTS)
+        loss = GViTLossConfig(ramp=(0, 0))
+        return TrainConfig(stage=stage, model=model, optim=OPTIM, gvit=loss, **options)
     classify = stage == "classify"
     model = ModelConfig(
         encoder=ENCODER,
@@ -65,29 +85,32 @@ def config_of(stage: str, **options: Any) -> TrainConfig:
     return TrainConfig(stage=stage, model=model, optim=OPTIM, **options)  # type: ignore[arg-type]
 
 
-def step_of(count: int = 7, seed: int = 0) -> Step:
-    from pipeline.data import TrainBatch
-
+def step_of(count: int = 7, seed: int = 0, stage: str = "") -> Step:
+    """Splats, or images if the stage is gvit."""
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 19, (count, 6), generator=g)
     tokens[:, -1] = 19
-    batch = TrainBatch(
-        splats=random_splats(count, 6, seed),
-        heights=torch.full((count,), HEIGHT, dtype=torch.int32),
-        widths=torch.full((count,), WIDTH, dtype=torch.int32),
-        keys=[str(i) for i in range(count)],
-        captions=["a caption"] * count,
-        labels=torch.randint(5, (count,), generator=g),
-        teacher=torch.randn(count, 16, generator=g),
-        valid=torch.ones(count, dtype=torch.bool),
-    )
+    fields: dict[str, Any] = {
+        "heights": torch.full((count,), HEIGHT, dtype=torch.int32),
+        "widths": torch.full((count,), WIDTH, dtype=torch.int32),
+        "keys": [str(i) for i in range(count)],
+        "captions": ["a caption"] * count,
+        "labels": torch.randint(5, (count,), generator=g),
+        "teacher": torch.randn(count, 16, generator=g),
+        "valid": torch.ones(count, dtype=torch.bool),
+    }
+    if stage == "gvit":
+        pixels = torch.rand(count, 3, 16, 16, generator=g)
+        batch = ImageBatch(pixels=pixels, **fields)
+        return Step(batch, None, torch.arange(count), guidance=Guidance(0.7, 2.0))
+    batch = TrainBatch(splats=random_splats(count, 6, seed), **fields)
     return Step(batch, tokens, torch.arange(count))
 
 
 def model_of(config: TrainConfig) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(config.model)
-    if config.stage == "classify":  # its head begins with zeros
+    if config.stage in ("classify", "gvit"):  # their heads begin with zeros
         nn.init.normal_(model.head.weight)  # type: ignore[union-attr,arg-type]
     return model
 
@@ -129,7 +152,9 @@ def test_gradients_in_parts_are_those_of_the_whole(stage: str, size: int) -> Non
         model = model_of(config)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         embedder = Embedder(model, STAGES[stage])
-        loss, metrics = Gradients(embedder, STAGES[stage], config, ALONE, scaler)(step_of(), 0)
+        loss, metrics = Gradients(embedder, STAGES[stage], config, ALONE, scaler)(
+            step_of(stage=stage), 0
+        )
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((loss, metrics, gradients))
     (loss, metrics, whole), (loss_of_parts, metrics_of_parts, parts) = found
