@@ -58,13 +58,13 @@ class Args:
     further: str = "T"
     """and with all of them."""
     seeds: int = 3
-    epochs: int = 20
-    batch_size: int = 100
+    epochs: int = 25
+    batch_size: int = 50
     width: int = 64
     layers: int = 3
     heads: int = 2
     lr: float = 2e-3
-    precision: str = "bf16"
+    precision: str = "fp32"
     processes: int = 2
     """Runs side by side."""
     folder: str = ""
