@@ -16,6 +16,7 @@ JOBS = {
     "embed": "add a teacher's embeddings to finished shards",
     "train": "train a model on splat shards, as a recipe says",
     "evaluate": "zero-shot, retrieval, linear probe, top-1 of a checkpoint on shards",
+    "explain": "what a classifier of splats looks at in images, Gaussian by Gaussian",
     "export": "one sample as .png, or as .ply for viewers of Gaussian splats",
 }
 

@@ -87,7 +87,7 @@ def test_every_job_has_help_and_needs_its_arguments(
     assert main([job, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"splatshard {job}" in out
-    needed = {"train": "RECIPE", "evaluate": "CKPT"}.get(job, "DST")
+    needed = {"train": "RECIPE", "evaluate": "CKPT", "explain": "CKPT"}.get(job, "DST")
     assert needed in out
     assert needed in error_of([job], capsys)
 
