@@ -21,7 +21,7 @@ from pipeline.models.gvit import gamma_at
 from pipeline.train import losses
 from pipeline.train.augmentation import start_seeds, uniform
 from pipeline.train.batches import Feed
-from pipeline.train.checkpoint import read_checkpoint
+from pipeline.train.checkpoint import latest, read_checkpoint
 from pipeline.train.distributed import World
 from pipeline.train.log import read_log
 from pipeline.train.loop import start_model, train, used_groups
@@ -203,6 +203,25 @@ def test_the_perceptual_tower_is_no_part_of_the_model(
     ours, theirs = weights_of(result.checkpoint), weights_of(plain.checkpoint)
     assert ours.keys() == theirs.keys()
     assert not same_weights(ours, theirs)
+
+
+def test_low_precision_in_parts(folder: Path, tmp_path: Path) -> None:
+    """Rendering and losses are float32 all the same: the same run but for the blocks' rounding."""
+    for name, fields in (("fp32", {}), ("bf16", {"precision": "bf16", "micro_batch": 5})):
+        train(gvit_config(folder, tmp_path / name, steps=3, **fields))
+    for name, far in (("loss", 0.02), ("reconstruction", 0.02), ("psnr", 0.02)):
+        ours, theirs = (curve(tmp_path / precision, name) for precision in ("bf16", "fp32"))
+        assert ours == pytest.approx(theirs, rel=far)
+        assert ours != theirs
+
+
+def test_a_run_begins_with_the_weights_of_another(folder: Path, run: Path) -> None:
+    """Predictor and classifier, say of an unguided run; the average where there is one."""
+    config = gvit_config(folder, "", init=str(run), loss=GViTLossConfig(ramp=(0, 0)))
+    found = latest(str(run))
+    assert found is not None
+    state = start_model(config, None, None).state_dict()
+    assert same_weights(state, found.weights("ema.safetensors"))
 
 
 # Configurations
