@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load as read_safetensors
@@ -42,6 +42,9 @@ from pipeline.models.encoder import SplatEncoder
 from pipeline.models.patches import PatchEncoder
 from schemas.errors import SourceError, UnavailableError, UsageError
 from schemas.model import EncoderConfig, ModelConfig, TextConfig
+
+if TYPE_CHECKING:
+    from pipeline.models.gvit import GViT
 
 HEAD_WIDTH = 64  # of every model that open_clip's plain CLIP configs describe
 Activation = Literal["gelu", "quick_gelu"]
@@ -280,7 +283,7 @@ def init_from_clip(student: SplatCLIP, clip: SplatCLIP) -> None:
         student.logit_scale.copy_(clip.logit_scale)
 
 
-def save_encoder(folder: str, model: SplatCLIP | SplatClassifier) -> None:
+def save_encoder(folder: str, model: SplatCLIP | SplatClassifier | GViT) -> None:
     """Write `model` less its text tower to `folder`, for `load_encoder`.
 
     Raises StorageError and UnavailableError.
@@ -296,15 +299,17 @@ def save_encoder(folder: str, model: SplatCLIP | SplatClassifier) -> None:
     storage.write_bytes(f"{folder}/config.json", text.encode())
 
 
-def load_encoder(folder: str) -> SplatCLIP | SplatClassifier:
+def load_encoder(folder: str) -> SplatCLIP | SplatClassifier | GViT:
     """What `save_encoder` wrote, in eval mode, on the CPU: `encode_image(batch)` of a SplatCLIP
-    without text tower, or the logits of a SplatClassifier. Raises UsageError, SourceError where
-    there is nothing, and UnavailableError."""
+    without text tower, the logits of a SplatClassifier, or a GViT. Raises UsageError, SourceError
+    where there is nothing, and UnavailableError."""
+    from pipeline.models import build_model  # which imports this module
+
     try:
         config = ModelConfig.from_dict(json.loads(_read(f"{folder}/config.json")))
     except ValueError as error:
         raise UsageError(f"{folder}/config.json: not a model's configuration: {error}") from error
-    model = SplatCLIP(config) if config.num_classes is None else SplatClassifier(config)
+    model = build_model(config)
     try:
         model.load_state_dict(read_state(f"{folder}/model.safetensors"))
     except RuntimeError as error:

@@ -204,7 +204,8 @@ def start_model(config: TrainConfig, found: Checkpoint | None, cutoff: float | N
                 checkpoints.refuse_other_inputs(origin, config, cutoff)
             take(model, weights, config.init)
     if config.compile:
-        for tower in (vision_of(model), getattr(model, "text", None)):
+        others = (getattr(model, name, None) for name in ("text", "predictor"))
+        for tower in (vision_of(model), *others):
             if tower is not None:
                 tower.compile()
     return model.train()

@@ -16,8 +16,9 @@ import torch
 from jobs.evaluate import main as evaluate
 from jobs.recipe import load_recipe
 from jobs.recipes.toys import shapes, write_tars
+from pipeline.models import PatchEncoder, load_encoder, save_encoder
 from pipeline.models.gaussian_space import drawn
-from pipeline.models.gvit import gamma_at
+from pipeline.models.gvit import GViT, gamma_at
 from pipeline.train import losses
 from pipeline.train.augmentation import start_seeds, uniform
 from pipeline.train.batches import Feed
@@ -25,6 +26,7 @@ from pipeline.train.checkpoint import latest, read_checkpoint
 from pipeline.train.distributed import World
 from pipeline.train.log import read_log
 from pipeline.train.loop import start_model, train, used_groups
+from pipeline.trained import load_trained
 from schemas.errors import UsageError
 from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
 from schemas.train import AugmentConfig, TrainConfig, from_dict, to_dict
@@ -183,7 +185,6 @@ def test_draws_are_the_samples_own_and_not_the_augmentations(folder: Path) -> No
 def test_the_perceptual_tower_is_no_part_of_the_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.models import PatchEncoder
 
     loaded: list[str] = []
 
@@ -303,6 +304,17 @@ def test_evaluation_of_a_run(folder: Path, run: Path, tmp_path: Path) -> None:
     assert abs(found["metrics"]["psnr"] - sum(trained) / 5) < 2
     chosen = results_of(tmp_path, str(run), data, "--metric", "psnr")
     assert chosen["main"] == {"metric": "psnr", "value": found["metrics"]["psnr"]}
+
+
+def test_an_exported_model_says_the_same(run: Path, tmp_path: Path) -> None:
+    trained = load_trained(str(run), "auto", ALONE.device)
+    assert isinstance(trained.model, GViT)
+    save_encoder(str(tmp_path), trained.model)
+    loaded = load_encoder(str(tmp_path))
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        ours, theirs = (model(pixels).logits for model in (loaded, trained.model))
+    assert torch.equal(ours, theirs)
 
 
 def test_a_linear_probe_on_the_gaussians(folder: Path, run: Path, tmp_path: Path) -> None:
