@@ -263,9 +263,13 @@ def seeing_red() -> SplatClassifier:
     return model.eval()
 
 
-def pointing(model: SplatClassifier, label: int, count: int) -> tuple[dict[str, float], float]:
-    """The pointing game on scenes of the class `label`: shares of hits by score, and of chance."""
+def pointing(
+    model: SplatClassifier, count: int, label: int = 1, turn: int = 0
+) -> tuple[dict[str, float], float]:
+    """The pointing game on scenes of the class `label`: shares of hits by score, and of chance.
+    With `turn` a scene has the box of another one."""
     splats, _, boxes = scenes(2 * count, 7)
+    boxes = boxes[turn:] + boxes[:turn]
     hits = dict.fromkeys(SCORES, 0.0)
     chance = 0.0
     for i in range(label, 2 * count, 2):
@@ -279,16 +283,18 @@ def pointing(model: SplatClassifier, label: int, count: int) -> tuple[dict[str, 
 
 
 def test_a_trained_model_points_at_the_object() -> None:
-    hits, chance = pointing(seeing_red(), 1, 20)
+    hits, chance = pointing(seeing_red(), 12)
     assert chance < 0.08
     assert min(hits.values()) > 0.9
 
 
 def test_a_model_that_knows_nothing_is_near_chance() -> None:
-    """On clutter alone: what is red stands out to random weights, too."""
-    games = [pointing(model_of(replace(PLAIN, layers=1), seed), 0, 10) for seed in range(4)]
+    """On clutter, as what is red stands out to random weights too, and with boxes that are not
+    around Gaussians: maps are large where many are, and boxes around one hold its neighbours."""
+    models = [model_of(replace(PLAIN, layers=1), seed) for seed in range(4)]
+    games = [pointing(model, 8, 0, 2) for model in models]
     for name in SCORES:
-        assert np.mean([hits[name] - chance for hits, chance in games]) < 0.15
+        assert abs(np.mean([hits[name] - chance for hits, chance in games])) < 0.12
 
 
 def test_the_map_is_largest_where_the_only_one_that_matters_is() -> None:
