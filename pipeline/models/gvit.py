@@ -265,7 +265,7 @@ def gvit_loss(
             "accuracy": (logits.argmax(1) == labels).float().mean(),
             "entropy": entropy,
             "reconstruction": distance,
-            "psnr": psnr(rendered, pixels).mean().float(),
+            "psnr": psnr(rendered, pixels).clamp(max=100).mean().float(),  # of a black image, say
         }
     if config.perceptual:
         assert tower is not None, "a perceptual loss has a tower"
