@@ -218,9 +218,10 @@ def explained(
         result["boxes"] = boxes
         result["hit"] = {name: stage.pointing_hit(x, boxes) for name, x in maps.items()}
         result["chance"] = stage.covered(boxes, size, size).float().mean().item()
-    shown = (pixels[0].permute(1, 2, 0), rendering[0].permute(1, 2, 0))
+    image, rendered = (x[0].permute(1, 2, 0).cpu().numpy() for x in (pixels, rendering))
     result["picture"] = sheet(
-        *(x.cpu().numpy() for x in shown),
+        image,
+        rendered,
         found.splats,
         found.attention.cpu().numpy(),
         found.gradient.cpu().numpy(),
@@ -240,7 +241,7 @@ def figures(found: Explanation, names: list[str]) -> Result:
         )
 
     probabilities = found.probabilities
-    best = probabilities.argsort(descending=True)[:5].tolist()
+    best = found.logits.argsort(descending=True, stable=True)[:5].tolist()
     return {
         "label": found.label,
         "class": names[found.label],

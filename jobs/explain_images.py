@@ -105,9 +105,10 @@ def fitted(pixels: Tensor, config: FitConfig, backend: Backend) -> tuple[Splats,
 
     from pipeline.fit import fit
 
+    height, width = pixels.shape[2:]
     splats, _ = fit(pixels, config, backend)
     with torch.no_grad():
-        return splats, backend.render(splats, *pixels.shape[2:], config.cutoff)
+        return splats, backend.render(splats, height, width, config.cutoff)
 
 
 def read_image(url: str, size: int) -> DecodedImage:

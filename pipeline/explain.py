@@ -103,7 +103,7 @@ def explain(
     means, cholesky, colors = (x.clone().requires_grad_() for x in parts)
     with torch.enable_grad(), recorded(encoder) as seen:
         logits = logits_of(model, Splats(means, cholesky, colors, splats.mask), sizes)
-        label = int(logits.argmax()) if label is None else label
+        label = int(logits.argsort(descending=True, stable=True)[0]) if label is None else label
         gradients = torch.autograd.grad(logits[label], (means, cholesky, colors))
     splats = Splats(means.detach(), cholesky.detach(), colors.detach(), splats.mask)
     gradient = sizes_of(splats, gradients)
