@@ -44,7 +44,14 @@ from pipeline.splats import Splats, scales_and_angles
 from pipeline.train.loop import train
 from pipeline.trained import Trained
 from schemas.config import DecodeConfig
-from schemas.model import EncoderConfig, GViTConfig, ModelConfig, ResamplerConfig, StemConfig
+from schemas.model import (
+    EncoderConfig,
+    GViTConfig,
+    GViTLossConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+)
 from tests.make import encode
 from tests.training import images_config, make_shards, toy_config
 
@@ -491,13 +498,29 @@ def test_without_its_shards_a_run_wants_to_be_told(
     assert (found["size"], len(found["gaussians"]["means"])) == (24, 6)
 
 
-@pytest.mark.parametrize("renderer", ["sum", "alpha"])
-def test_gvit_is_explained_by_the_gaussians_it_predicts(renderer: Any) -> None:
+def toy_gvit(**space: Any) -> ModelConfig:
     predictor = EncoderConfig(
         input="patches", width=16, layers=1, heads=2, image_size=24, patch_size=8, tokens=9
     )
-    space = GViTConfig(gaussians=10, predictor=predictor, bands=2, renderer=renderer)
-    config = ModelConfig(encoder=PLAIN, num_classes=3, gvit=space)
+    gvit = GViTConfig(gaussians=10, predictor=predictor, bands=2, **space)
+    return ModelConfig(encoder=PLAIN, num_classes=24, gvit=gvit)
+
+
+def test_the_command_takes_runs_of_gvit(toys: Path, tmp_path: Path, capsys: Capsys) -> None:
+    images = images_config(toys, tmp_path / "gvit", steps=1)
+    train(replace(images, stage="gvit", model=toy_gvit(), gvit=GViTLossConfig()))
+    arguments = ["explain", f"{tmp_path}/gvit", f"{toys}/a.png"]
+    assert main([*arguments, "--boxes", f"{toys}/boxes.csv"]) == 0
+    assert "pointing game, 1 image: " in capsys.readouterr().err
+    found = json.loads((tmp_path / "gvit/explain/00000001/a.json").read_text())
+    assert (found["size"], len(found["gaussians"]["means"])) == (24, 10)
+    assert main([*arguments, "--image-size", "32"]) == 1
+    assert "the model reads 24 px: leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("renderer", ["sum", "alpha"])
+def test_gvit_is_explained_by_the_gaussians_it_predicts(renderer: Any) -> None:
+    config = toy_gvit(renderer=renderer)
     torch.manual_seed(0)
     model = GViT(config).eval()
     nn.init.normal_(model.head.weight)
@@ -505,7 +528,9 @@ def test_gvit_is_explained_by_the_gaussians_it_predicts(renderer: Any) -> None:
     pixels = np.asarray(next(shapes(1))[0].resize((24, 24)))
     size, take = gaussians_of(trained, None, None)
     decoded = DecodedImage(pixels.copy(), 48, 24)
-    result = explained(trained, decoded, take, None, ["x", "y", "z"], [(0, 0, 24, 24)])
+    result = explained(
+        trained, decoded, take, None, list("abcdefghijklmnopqrstuvwx"), [(0, 0, 24, 24)]
+    )
     assert (size, result["size"], len(result["gaussians"]["means"])) == (24, 24, 10)
     assert result["hit"] == {"gradient": True, "contribution": True, "attention": True}
     assert result["attention_kind"] == "last block"
