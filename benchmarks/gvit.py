@@ -2,7 +2,7 @@
 
     python -m benchmarks.gvit                                     digits, on 2 cores
     python -m benchmarks.gvit --datasets tiny-imagenet --classes 20 --gaussians 64 128 196 \
-        --further guided --epochs 10                              20 classes, on 2 cores
+        --further guided --epochs 8                               20 classes, on 2 cores
     python -m benchmarks.gvit --datasets tiny-imagenet --classes 100 --gaussians 64 128 196 \
         --shards 0 --further guided unguided learned offline --epochs 100 --width 192 --layers 9 \
         --predictor-layers 6 --heads 3 --lr 1e-3 --batch-size 256 --precision bf16    on a GPU
@@ -76,7 +76,7 @@ class Args:
     further: tuple[Arm, ...] = ("guided", "unguided", "offline")
     """and with all of them."""
     seeds: int = 3
-    epochs: int = 20
+    epochs: int = 16
     batch_size: int = 50
     width: int = 64
     layers: int = 3

