@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs import convert, embed, evaluate, train
+from jobs import convert, embed, evaluate, explain, train
 from jobs.cli import parse
 from jobs.recipe import load_recipe
 from pipeline.train.loop import train as run_training
@@ -40,6 +40,7 @@ def parsed(command: str) -> Any:
     options = {
         "embed": embed.EmbedOptions,
         "evaluate": evaluate.EvaluateOptions,
+        "explain": explain.ExplainOptions,
         "train": train.TrainOptions,
     }
     return parse(options[job], job, words)
