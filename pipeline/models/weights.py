@@ -38,7 +38,6 @@ from transformers import CLIPConfig, CLIPModel
 from pipeline import storage
 from pipeline.models.classifier import SplatClassifier
 from pipeline.models.clip import SplatCLIP
-from pipeline.models.encoder import SplatEncoder
 from pipeline.models.patches import PatchEncoder
 from schemas.errors import SourceError, UnavailableError, UsageError
 from schemas.model import EncoderConfig, ModelConfig, TextConfig
@@ -257,18 +256,23 @@ def read_state(path: str) -> dict[str, Tensor]:
 
 
 def init_from_clip(student: SplatCLIP, clip: SplatCLIP) -> None:
-    """Give `student` (splats) what it shares with `clip` (RGB): blocks, norms, CLS, projections,
-    the text tower if it has one; its latents become the position embeddings.
+    """Give `student` what it shares with `clip` (RGB): blocks, norms, CLS, projections, the text
+    tower if it has one. Of a student on splats the latents become the position embeddings; one on
+    patches gets all there is.
 
     Raises UsageError where the sizes differ.
     """
-    assert isinstance(student.vision, SplatEncoder), "the student's input is splats"
     assert isinstance(clip.vision, PatchEncoder), "the teacher's input is patches"
     ours, theirs = student.config, clip.config
     for name in ("width", "layers", "heads", "mlp_ratio", "activation", "layer_norm_eps"):
         _same(f"encoder.{name}", getattr(ours.encoder, name), getattr(theirs.encoder, name))
     _same("embed_dim", ours.embed_dim, theirs.embed_dim)
-    student.vision.init_from_patches(clip.vision.state_dict())
+    if isinstance(student.vision, PatchEncoder):
+        for name in ("patch_size", "image_size"):
+            _same(f"encoder.{name}", getattr(ours.encoder, name), getattr(theirs.encoder, name))
+        student.vision.load_state_dict(clip.vision.state_dict())
+    else:
+        student.vision.init_from_patches(clip.vision.state_dict())
     student.visual_projection.load_state_dict(clip.visual_projection.state_dict())
     if student.text is None:
         return

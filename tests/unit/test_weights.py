@@ -86,6 +86,17 @@ def test_student_starts_from_the_teacher(theirs: tuple[CLIPModel, Path]) -> None
     torch.testing.assert_close(fewer.state_dict()["vision.resampler.latents"], expected)
 
 
+def test_a_student_on_patches_is_the_teacher(theirs: tuple[CLIPModel, Path]) -> None:
+    teacher = load_clip(str(theirs[1]))
+    torch.manual_seed(1)
+    student = SplatCLIP(teacher.config)
+    init_from_clip(student, teacher)
+    assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in student.state_dict().items())
+    other = replace(teacher.config.encoder, patch_size=16, tokens=4)
+    with pytest.raises(UsageError, match=r"encoder\.patch_size = 16"):
+        init_from_clip(SplatCLIP(replace(teacher.config, encoder=other)), teacher)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
