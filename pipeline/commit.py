@@ -71,7 +71,7 @@ def check_destination(dst: str) -> None:
     for place in (folder, *folder.parents):
         if place.is_dir():
             break
-        if os.path.lexists(place):
+        if os.path.lexists(place) and not place.is_dir():  # another process may just have made it
             raise UsageError(f"DST {dst}: {place} is not a folder; choose another")
     with storage_errors(dst):
         folder.mkdir(parents=True, exist_ok=True)

@@ -131,6 +131,7 @@ def test_a_signal_saves_the_step(
     assert same_weights(found.weights("ema.safetensors"), undisturbed.weights("ema.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun(shards: Path, whole: Path, tmp_path: Path) -> None:
     """It passes it on; both processes end after the same step."""
     config = config_of(shards, tmp_path / "cut", 0)
@@ -143,6 +144,7 @@ def test_a_signal_to_torchrun(shards: Path, whole: Path, tmp_path: Path) -> None
     assert close(curve(tmp_path / "cut"), curve(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
 def test_a_signal_to_the_driver_of_ray(shards: Path, tmp_path: Path) -> None:
     steps = 300

@@ -684,3 +684,21 @@ def test_a_marker_that_tells_other_things_is_found(tmp_path: Path, format: str) 
     other = "webdataset" if format == "parquet" else "parquet"
     (text,) = problems(format=other)
     assert "cannot be read" in text
+
+
+def test_a_destination_that_another_process_is_making(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It appears between two looks at it."""
+    real = os.path.lexists
+
+    def appears(path: str | Path) -> bool:
+        Path(path).mkdir(exist_ok=True)
+        return real(path)
+
+    monkeypatch.setattr(os.path, "lexists", appears)
+    check_destination(str(tmp_path / "out"))
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is not a folder"):
+        check_destination(str(tmp_path / "file"))
