@@ -1,11 +1,12 @@
 """Classification on splats against RGB patches: the control experiment.
 
-    python -m benchmarks.accuracy                       digits, on 2 cores, under 30 minutes
-    python -m benchmarks.accuracy --dataset tiny-imagenet --classes 20 --gaussians 128 64
-    python -m benchmarks.accuracy --dataset tiny-imagenet --classes 100 --gaussians 64 128 196 \
-        --further BCDEFGPT --epochs 100 --width 192 --layers 9 --heads 3 --lr 1e-3 --batch-size 256
+    python -m benchmarks.accuracy               20 classes, on 2 cores, under 30 minutes
+    python -m benchmarks.accuracy --dataset digits --classes 10 --gaussians 24 16 \
+        --arms ABCDEFGPT --further T --epochs 25 --name accuracy_digits
+    python -m benchmarks.accuracy --classes 100 --further BCDEFGPT --epochs 100 --width 192 \
+        --layers 9 --heads 3 --lr 1e-3 --batch-size 256 --precision bf16
 
-The last on a GPU. Digits at 32 px or Tiny-ImageNet at 64, from random weights, 3 seeds; the arms
+The last on a GPU. Tiny-ImageNet at 64 px or digits at 32, from random weights, 3 seeds; the arms
 differ in what the first layer reads and in nothing else: samples, order, augmentation's random
 numbers, blocks, tokens, steps, schedule.
 
@@ -13,69 +14,62 @@ numbers, blocks, tokens, steps, schedule.
     B  RGB patches of what the splats render to         few pixels, as the splats take bytes
     C  splats by the resampler, as many tokens as A  G  as C, colours changed about among each
     D  as C, distilled from A first (stage 1)           image's Gaussians
-    P  as C, the resampler as it was published       T  splats, a token each, no resampler
+    P  as C, the resampler as it was published       L  as A, with a block more: its parameters are
+    T  splats, a token each, no resampler               nearer to those of C, which has a resampler
 
 `ratio`: mean top-1 over that of A, and in brackets the mean of the seeds' ratios. Bytes are what a
 sample takes in its shard (JPEG's tables not counted), `fit` core seconds per image of conversion
-(wall seconds on a GPU), `train` wall seconds of the run. Runs are side by side, one thread each.
+(wall seconds on a GPU), `train` wall seconds of the run, `all` with the fitting of its training
+images. Runs are side by side, one thread each.
 """
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+import time
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 import tyro
 
 from benchmarks import accuracy_data as data
-from benchmarks.accuracy_train import Run, execute
+from benchmarks.accuracy_train import Run
+from benchmarks.arms import (
+    SIDES,
+    Dataset,
+    Options,
+    by_arm,
+    deviation,
+    execute_all,
+    percent,
+    summary,
+    workspace,
+)
 from benchmarks.record import save
 from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
-from schemas.train import AugmentConfig, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from schemas.train import TrainConfig
 
 PATCH = 8
-LAYOUT = "{:<4}{:<18}{:>7}{:>8}{:>8}{:>7}  {:<14}{:<14}{:<16}{:>8}{:>8}"
+LAYOUT = "{:<4}{:<18}{:>7}{:>8}{:>8}{:>7}  {:<14}{:<8}{:<16}{:>8}{:>8}{:>8}"
 
 
-@dataclass(frozen=True)
-class Args:
-    dataset: Literal["digits", "tiny-imagenet"] = "digits"
-    classes: int = 10
-    """The first so many of the dataset's 10 or 100."""
-    gaussians: tuple[int, ...] = (24, 16)
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
+    dataset: Dataset = "tiny-imagenet"
+    gaussians: tuple[int, ...] = (128, 64, 196)
     """Per image."""
-    arms: str = "ABCDEFGPT"
+    arms: str = "ABCDEFGLP"
     """Run with the first of these numbers,"""
-    further: str = "T"
+    further: str = "C"
     """and with all of them."""
-    seeds: int = 3
-    epochs: int = 25
-    batch_size: int = 50
-    width: int = 64
-    layers: int = 3
-    heads: int = 2
-    lr: float = 2e-3
-    precision: str = "fp32"
-    processes: int = 2
-    """Runs side by side."""
-    folder: str = ""
-    """Inputs and runs stay here, for looking at; empty: a temporary folder."""
     name: str = "accuracy"
     """Of the results' file."""
 
     @property
     def side(self) -> int:
         """Of the images, px."""
-        return 32 if self.dataset == "digits" else 64
+        return SIDES[self.dataset]
 
     @property
     def tokens(self) -> int:
@@ -83,10 +77,11 @@ class Args:
         return (self.side // PATCH) ** 2
 
 
-def config_of(args: Args, arm: str, n: int, seed: int, samples: int) -> TrainConfig:
-    """What all arms have in common, and the one thing in which they differ."""
-    sizes = {"width": args.width, "layers": args.layers, "heads": args.heads, "tokens": args.tokens}
-    if arm in "ABEF":
+def config_of(args: Args, arm: str, seed: int, samples: int) -> TrainConfig:
+    """The one thing in which an arm differs from the others: its encoder."""
+    layers = args.layers + (arm == "L")
+    sizes = {"width": args.width, "layers": layers, "heads": args.heads, "tokens": args.tokens}
+    if arm in "ABEFL":
         encoder = EncoderConfig(input="patches", patch_size=PATCH, image_size=args.side, **sizes)
     else:
         resampler = ResamplerConfig(heads=args.heads)
@@ -94,41 +89,17 @@ def config_of(args: Args, arm: str, n: int, seed: int, samples: int) -> TrainCon
             resampler = ResamplerConfig(heads=args.heads, neighbours=0, bias="none")
         if arm == "T":
             resampler = None
-        stem = StemConfig(hidden=2 * args.width)
-        encoder = EncoderConfig(stem=stem, resampler=resampler, **sizes)
-    steps = args.epochs * (samples // args.batch_size)
-    return TrainConfig(
-        stage="classify",
-        model=ModelConfig(encoder=encoder, num_classes=args.classes),
-        seed=seed,
-        data=DataConfig(batch_size=args.batch_size, seed=seed, workers=0, shuffle_shards=64),
-        augment=augment_of(args),
-        optim=OptimConfig(
-            steps=steps,
-            lr=args.lr,
-            warmup_steps=steps // 10,
-            weight_decay=0.05,
-            label_smoothing=0.1,
-            ema=0.99,
-        ),
-        precision=args.precision,  # type: ignore[arg-type]
-        checkpoint=CheckpointConfig(every=1 << 30, keep=1),
-    )
-
-
-def augment_of(args: Args) -> AugmentConfig:
-    """What can be done to Gaussians and to pixels alike."""
-    side = args.side
-    if args.dataset == "digits":
-        return AugmentConfig(height=side, width=side, rotation=8, zoom=(0.9, 1.1), shift=0.08)
-    colors = dict.fromkeys(("brightness", "contrast", "saturation"), 0.3)
-    return AugmentConfig(height=side, width=side, crop_scale=(0.3, 1.0), flip=0.5, **colors)
+        encoder = EncoderConfig(
+            stem=StemConfig(hidden=2 * args.width), resampler=resampler, **sizes
+        )
+    model = ModelConfig(encoder=encoder, num_classes=args.classes)
+    return args.training(args.dataset, samples, seed, stage="classify", model=model)
 
 
 def prepare(args: Args, folder: Path) -> dict[str, data.Inputs]:
     """All sets of inputs by arm and N, `A`, `B128`, ...; JPEG and WebP are arms E and e."""
     source = data.write_source(folder / "source", args.dataset, args.classes)
-    found = {"A": source} if "A" in args.arms else {}
+    found = {arm: source for arm in "AL" if arm in args.arms}
     for i, n in enumerate(args.gaussians):
         arms = args.arms if i == 0 else args.further
         splats = data.convert(source, folder / f"splats{n}", n, args.side)
@@ -147,19 +118,18 @@ def prepare(args: Args, folder: Path) -> dict[str, data.Inputs]:
 
 
 def runs_of(args: Args, inputs: dict[str, data.Inputs], folder: Path) -> list[Run]:
-    """Every arm with every seed; those that wait for arm A's come last."""
-    paths = (folder / "source" / "train").glob("*.parquet")
-    samples = sum(pq.read_metadata(path).num_rows for path in paths)
+    """Every arm with every seed."""
+    samples = samples_in(folder / "source" / "train")
     runs = []
     for name, given in inputs.items():
-        arm, n = name[0], int(name[1:] or 0)
+        arm = name[0]
         for seed in range(args.seeds):
             runs.append(
                 Run(
                     arm=arm,
                     inputs=given.name,
                     seed=seed,
-                    config=config_of(args, arm.upper(), n, seed, samples),
+                    config=config_of(args, arm.upper(), seed, samples),
                     train=given.split("train"),
                     val=given.split("val"),
                     dst=str(folder / "runs" / f"{name}-{seed}"),
@@ -167,60 +137,45 @@ def runs_of(args: Args, inputs: dict[str, data.Inputs], folder: Path) -> list[Ru
                     teacher=str(folder / "runs" / f"A-{seed}") if arm == "D" else "",
                 )
             )
-    return sorted(runs, key=lambda run: bool(run.teacher))
+    return runs
 
 
-def execute_all(runs: list[Run], args: Args) -> Iterable[dict[str, Any]]:
-    """Results as they come. Arm D begins when all else is through."""
-    threads = 0 if torch.cuda.is_available() else 1
-    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        for group in (
-            [r for r in runs if not r.teacher],
-            [r for r in runs if r.teacher],
-        ):
-            yield from pool.map(execute, group, [threads] * len(group))
+def samples_in(folder: Path) -> int:
+    """Of a folder's Parquet files."""
+    return sum(pq.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
 
 
 def rows_of(
-    args: Args, results: list[dict[str, Any]], inputs: dict[str, data.Inputs]
+    args: Args, results: list[dict[str, Any]], inputs: dict[str, data.Inputs], samples: int
 ) -> list[dict[str, Any]]:
-    """A row per arm and N: mean and deviation over seeds, and both ratios to arm A."""
-    by_arm: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for result in sorted(results, key=lambda r: r["seed"]):
-        by_arm.setdefault((result["arm"], result["inputs"]), []).append(result)
-    base = [r["top1"] for r in by_arm.get(("A", "source"), [])]
+    """A row per arm and N: mean and deviation over seeds, and both ratios to arm A; `samples` of
+    training."""
+    found = by_arm(results)
+    base = [r["top1"] for r in found.get(("A", "source"), [])]
     rows = []
     for name, given in inputs.items():
-        found = by_arm[name[0], given.name]
-        top1 = [r["top1"] for r in found]
-        top5 = [r["top5"] for r in found]
+        own = found[name[0], given.name]
+        means = summary(own)
         row = {
             "arm": name[0],
             "inputs": given.name,
             "bytes": given.size_bytes,
             "psnr": given.psnr,
             "tokens": int(name[1:]) if name[0] == "T" else args.tokens,
-            "seeds": len(found),
-            "top1": statistics.mean(top1),
-            "top1_deviation": statistics.stdev(top1) if len(top1) > 1 else None,
-            "top5": statistics.mean(top5),
+            **means,
             "fit_s_per_image": given.seconds,
-            "train_s": statistics.mean(r["train_s"] for r in found),
-            "parameters": found[0]["parameters"],
+            "all_s": means["train_s"] + samples * given.seconds,
         }
         if base:
-            ratios = [a / b for a, b in zip(top1, base, strict=False)]
-            row["ratio_of_means"] = statistics.mean(top1) / statistics.mean(base)
-            row["mean_of_ratios"] = statistics.mean(ratios)
-            row["ratio_deviation"] = statistics.stdev(ratios) if len(ratios) > 1 else None
+            ratios = [r["top1"] / a for r, a in zip(own, base, strict=True)]
+            row["ratio_of_means"] = means["top1"] * len(base) / sum(base)
+            row["mean_of_ratios"] = sum(ratios) / len(ratios)
+            row["ratio_deviation"] = deviation(ratios)
         rows.append(row)
     return sorted(rows, key=lambda row: (row["arm"].upper(), row["arm"], row["bytes"]))
 
 
 def describe(row: dict[str, Any]) -> str:
-    def percent(value: float, deviation: float | None) -> str:
-        return f"{100 * value:.1f}" + ("" if deviation is None else f" +- {100 * deviation:.1f}")
-
     ratio = "-"
     if "ratio_of_means" in row:
         ratio = f"{row['ratio_of_means']:.3f} ({row['mean_of_ratios']:.3f})"
@@ -232,35 +187,30 @@ def describe(row: dict[str, Any]) -> str:
         row["tokens"],
         row["seeds"],
         percent(row["top1"], row["top1_deviation"]),
-        percent(row["top5"], None),
+        percent(row["top5"]),
         ratio,
         f"{row['fit_s_per_image'] * 1000:.1f}",
         f"{row['train_s']:.0f}",
+        f"{row['all_s']:.0f}",
     )
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    if args.folder:
-        Path(args.folder).mkdir(parents=True, exist_ok=True)
-    with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    begin = time.perf_counter()
+    with workspace(args.folder) as folder:
         inputs = prepare(args, folder)
         runs = runs_of(args, inputs, folder)
-        results = []
-        for result in execute_all(runs, args):
-            results.append(result)
-            print(
-                f"  {len(results)}/{len(runs)}  {result['arm']} {result['inputs']} "
-                f"seed {result['seed']}: {100 * result['top1']:.1f} %  {result['train_s']:.0f} s",
-                flush=True,
-            )
-    rows = rows_of(args, results, inputs)
-    head = "arm inputs bytes dB tokens seeds top1,% top5,% ratio fit,ms train,s"
+        samples = samples_in(folder / "source" / "train")
+        results = execute_all(runs, args.processes)
+    rows = rows_of(args, results, inputs, samples)
+    head = "arm inputs bytes dB tokens seeds top1,% top5,% ratio fit,ms train,s all,s"
     print("\n" + LAYOUT.format(*head.split()))
     for row in rows:
         print(describe(row))
-    save(args.name, {"arguments": asdict(args), "rows": rows, "runs": results})
+    wall = time.perf_counter() - begin
+    print(f"{wall / 60:.1f} minutes")
+    save(args.name, {"arguments": asdict(args), "wall_s": wall, "rows": rows, "runs": results})
 
 
 if __name__ == "__main__":

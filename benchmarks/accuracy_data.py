@@ -1,4 +1,4 @@
-"""The inputs that benchmarks/accuracy.py compares: one set of pictures in different clothes.
+"""The inputs of benchmarks/accuracy.py and gvit.py: one set of pictures in different clothes.
 
     source     the photographs, as they came            splats     converted by splatshard
     rendered   the splats' pictures, as PNG             shuffled   splats, colours changed about

@@ -1,4 +1,4 @@
-"""One training of benchmarks/accuracy.py, in a process of its own."""
+"""One training of an arm, in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
@@ -54,9 +52,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     if run.teacher:
         config = distilled(run, config)
     records: list[dict[str, Any]] = []
-    # the fused attention's backward takes 40 % of such a step on a CPU
-    with nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH):
-        train(config, lambda record: records.append(dict(record)))
+    train(config, lambda record: records.append(dict(record)))
     seconds = time.perf_counter() - begin
     trained = load_trained(
         run.dst, "auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")
