@@ -39,7 +39,7 @@ from jobs.plan import Plan, make_plan, planned, refuse_stale
 from jobs.progress import Progress, run_summary
 from jobs.signals import StopSignals
 from pipeline.storage import absolute
-from schemas.config import PRESETS, ConvertConfig
+from schemas.config import ENCODER, PRESETS, ConvertConfig
 from schemas.errors import SourceError, StorageError, UnavailableError, UsageError
 from schemas.shard import ShardRef
 
@@ -181,7 +181,7 @@ def convert(options: ConvertOptions, started: float) -> int:
     from pipeline.sources import list_shards
 
     prepare(options)
-    config = with_teacher(options.config, options.teacher)
+    config = with_teacher(with_encoder(options.config), options.teacher)
     dst = absolute(options.dst).rstrip("/")
     refs = list_shards(options.src, options.limit, options.samples_per_shard)
     if not options.dry_run:
@@ -206,6 +206,19 @@ def with_teacher(config: ConvertConfig, model: str) -> ConvertConfig:
     from pipeline.teacher import described
 
     return replace(config, teacher=described(model))
+
+
+def with_encoder(config: ConvertConfig) -> ConvertConfig:
+    """`config` with the encoder of `--init encoder:CHECKPOINT`, if one is named, as a recipe has
+    it. Raises UsageError where it cannot be loaded, or does not fit."""
+    fit = config.fit
+    if not fit.init.startswith(ENCODER):
+        return config
+    from pipeline.predict import described
+
+    return replace(
+        config, fit=replace(fit, init=described(fit.init, (*fit.budgets, fit.num_gaussians)[0]))
+    )
 
 
 def execute(

@@ -1,4 +1,5 @@
-"""Where Gaussians start: random, the published grid, or the adaptive start (the default).
+"""Where Gaussians start: random, the published grid, the adaptive start (the default), or what a
+trained encoder predicts.
 
 Adaptive. Gaussians should be dense where the picture changes, and every step that a good start
 saves is saved for every image ever converted. (1) The structure tensor of the image, blurred,
@@ -43,7 +44,7 @@ COLOR_STEPS = 3  # conjugate-gradient steps
 def initial_splats(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     """Splats to start fitting `target` [B, 3, H, W] (0 to 1) from, by `config.init`; all of the
     mask set."""
-    start = {"adaptive": adaptive, "grid": grid, "random": random}[config.init]
+    start = {"adaptive": adaptive, "grid": grid, "random": random}.get(config.init, predicted)
     return start(target, config, backend)
 
 
@@ -91,6 +92,15 @@ def random(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     cholesky = circles(target, sigma, batch, n)
     mask = torch.ones(batch, n, dtype=torch.bool, device=target.device)
     return Splats(means, cholesky, values_at(target, means) / 2, mask)
+
+
+def predicted(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
+    """What a trained encoder says, its colours solved again; see predict.py, also for what it
+    raises."""
+    from pipeline.predict import predict  # which knows models; few conversions do
+
+    splats = predict(target, config.init, config.num_gaussians)
+    return solve_colors(splats, target, COLOR_STEPS, config.cutoff, backend)
 
 
 def circles(like: Tensor, sigma: float, batch: int, n: int) -> Tensor:

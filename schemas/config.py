@@ -24,6 +24,9 @@ input."""
 
 MAX_GAUSSIANS = 65536
 
+ENCODER = "encoder:"
+"""Begins the name of a start that a trained model predicts; see pipeline/predict.py."""
+
 
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
@@ -63,9 +66,9 @@ class FitConfig:
     themselves, and so on; a reader takes any of them. Replaces --num-gaussians."""
     steps: int = 100
     """Optimisation steps per image."""
-    init: Literal["adaptive", "grid", "random"] = "adaptive"
+    init: str = "adaptive"
     """Where Gaussians start: adaptive (density from image gradients), grid (the published one),
-    random."""
+    random, or encoder:CHECKPOINT (what a trained GViT predicts)."""
     target_psnr: float | None = None
     """Stop an image early once it reaches this PSNR in dB (checked every 10 steps)."""
     cutoff: float = 3.0
@@ -108,11 +111,12 @@ class FitConfig:
             f"choose 1 to {MAX_GAUSSIANS}",
         )
         _check(0 <= self.steps <= 1_000_000, "steps", self.steps, "choose 0 to 1000000")
+        encoder = self.init.startswith(ENCODER) and self.init != ENCODER
         _check(
-            self.init in ("adaptive", "grid", "random"),
+            encoder or self.init in ("adaptive", "grid", "random"),
             "init",
             self.init,
-            "choose adaptive, grid or random",
+            "choose adaptive, grid, random, or encoder: and the dst of a run of the stage gvit",
         )
         _check(
             self.target_psnr is None or 0 < self.target_psnr < 100,
