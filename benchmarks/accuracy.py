@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import tyro
 
 from benchmarks import accuracy_data as data
@@ -43,6 +42,7 @@ from benchmarks.arms import (
     deviation,
     execute_all,
     percent,
+    samples_in,
     summary,
     workspace,
 )
@@ -138,11 +138,6 @@ def runs_of(args: Args, inputs: dict[str, data.Inputs], folder: Path) -> list[Ru
                 )
             )
     return runs
-
-
-def samples_in(folder: Path) -> int:
-    """Of a folder's Parquet files."""
-    return sum(pq.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
 
 
 def rows_of(

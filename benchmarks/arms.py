@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.parquet as pq
 import torch
 
 from benchmarks.accuracy_train import Run, execute
@@ -77,6 +78,11 @@ def augment_of(dataset: Dataset) -> AugmentConfig:
         return AugmentConfig(height=side, width=side, rotation=8, zoom=(0.9, 1.1), shift=0.08)
     colors = dict.fromkeys(("brightness", "contrast", "saturation"), 0.3)
     return AugmentConfig(height=side, width=side, crop_scale=(0.3, 1.0), flip=0.5, **colors)
+
+
+def samples_in(folder: Path) -> int:
+    """Of a folder's Parquet files."""
+    return sum(pq.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pipeline.models.clip import SplatCLIP
 from pipeline.models.encoder import SplatEncoder
 from pipeline.models.gvit import GViT
 from pipeline.models.patches import PatchEncoder
-from pipeline.models.weights import init_from_clip, load_clip, load_encoder, save_encoder
+from pipeline.models.weights import init_from_clip, load_clip, load_encoder, save_clip, save_encoder
 from schemas.model import ModelConfig
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "init_from_clip",
     "load_clip",
     "load_encoder",
+    "save_clip",
     "save_encoder",
 ]
 

@@ -5,6 +5,8 @@
     init_from_clip(student, clip)                           blocks, norms, text; latents from its
                                                             position embeddings
 
+    save_clip("teacher", model)                             an RGB model, as transformers loads it
+
 An encoder is exported as `model.safetensors` and `config.json`, written in this order, and used so:
 
     from pipeline.models import load_encoder
@@ -37,7 +39,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from pipeline import storage
 from pipeline.models.classifier import SplatClassifier
-from pipeline.models.clip import SplatCLIP
+from pipeline.models.clip import SplatCLIP, load_tokenizer, text_config
+from pipeline.models.encoder import vision_config
 from pipeline.models.patches import PatchEncoder
 from schemas.errors import SourceError, UnavailableError, UsageError
 from schemas.model import EncoderConfig, ModelConfig, TextConfig
@@ -319,6 +322,30 @@ def load_encoder(folder: str) -> SplatCLIP | SplatClassifier | GViT:
     except RuntimeError as error:
         raise UsageError(f"{folder}: weights do not fit config.json: {error}") from error
     return model.eval()
+
+
+def save_clip(folder: str, model: SplatCLIP) -> None:
+    """Write an RGB CLIP as transformers does, with its tokenizer, for `load_clip`, `--teacher` and
+    `init_clip`; the inverse of `from_transformers`. `folder` is local.
+
+    Raises UsageError for a model on splats or without a text tower.
+    """
+    if not isinstance(model.vision, PatchEncoder) or model.text is None:
+        raise UsageError(
+            f"{folder}: only a model on patches with a text tower is a CLIP that transformers "
+            "knows: save_encoder writes the others"
+        )
+    assert model.config.text is not None, "it has a text tower"
+    config = CLIPConfig(
+        vision_config=vision_config(model.config.encoder).to_dict(),
+        text_config=text_config(model.config.text).to_dict(),
+        projection_dim=model.config.embed_dim,
+    )
+    clip = CLIPModel(config)
+    ours = model.state_dict()
+    clip.load_state_dict({name: ours[_renamed(name)] for name in clip.state_dict()})
+    clip.save_pretrained(folder)
+    load_tokenizer(model.config.text).save_pretrained(folder)
 
 
 def _read(url: str) -> bytes:

@@ -21,6 +21,7 @@ from pipeline.models import (
     init_from_clip,
     load_clip,
     load_encoder,
+    save_clip,
     save_encoder,
 )
 from pipeline.models.weights import from_open_clip, open_clip_config
@@ -65,6 +66,38 @@ def test_transformers_clip_gives_the_same(theirs: tuple[CLIPModel, Path]) -> Non
         torch.testing.assert_close(ours.encode_image(PIXELS), image, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours.encode_text(IDS), text, atol=1e-5, rtol=1e-5)
     assert ours.logit_scale.item() == clip.logit_scale.item()
+
+
+def test_an_rgb_model_is_saved_as_transformers_does(
+    theirs: tuple[CLIPModel, Path], tmp_path: Path
+) -> None:
+    ours = load_clip(str(theirs[1]))
+    folder = str(tmp_path / "saved")
+    save_clip(folder, ours)
+    clip, again = CLIPModel.from_pretrained(folder).eval(), load_clip(folder)
+    assert again.config == replace(
+        ours.config,
+        text=replace(ours.config.text, tokenizer=folder),  # type: ignore[type-var]
+    )
+    with torch.no_grad():
+        for model in (again, theirs[0], clip):
+            found = (
+                (model.encode_image(PIXELS), model.encode_text(IDS))
+                if isinstance(model, SplatCLIP)
+                else (
+                    model.get_image_features(PIXELS).pooler_output,
+                    model.get_text_features(IDS).pooler_output,
+                )
+            )
+            torch.testing.assert_close(found[0], ours.encode_image(PIXELS), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[1], ours.encode_text(IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_only_an_rgb_clip_is_saved_so(theirs: tuple[CLIPModel, Path], tmp_path: Path) -> None:
+    teacher = load_clip(str(theirs[1]))
+    student = SplatCLIP(ModelConfig(encoder=STUDENT, text=teacher.config.text, embed_dim=16))
+    with pytest.raises(UsageError, match="only a model on patches"):
+        save_clip(str(tmp_path / "saved"), student)
 
 
 def test_student_starts_from_the_teacher(theirs: tuple[CLIPModel, Path]) -> None:
