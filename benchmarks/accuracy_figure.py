@@ -54,7 +54,7 @@ def figure(rows: list[dict[str, Any]]) -> str:
             f'stroke="#dddddd"/><text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" '
             f'text-anchor="end">{tick}</text>'
         )
-    for size in (2**i for i in range(math.ceil(low - 0.3), math.floor(high) + 1)):
+    for size in (2**i for i in range(math.ceil(low - 0.3), math.floor(high + 1) + 1)):
         parts.append(
             f'<text x="{x(size):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{size:,} B'
             "</text>"
@@ -63,7 +63,7 @@ def figure(rows: list[dict[str, Any]]) -> str:
         f"{x(r['bytes']):.1f},{y(100 * r['top1']):.1f}" for r in shown if r["arm"] == "C"
     )
     parts.append(f'<polyline points="{line}" fill="none" stroke="#c0392b" stroke-opacity="0.4"/>')
-    names: list[float] = []
+    names: dict[bool, list[float]] = {True: [], False: []}
     for row in sorted(shown, key=lambda r: -r["top1"]):
         name, color = LABELS[row["arm"]]
         if row["arm"] == "C":
@@ -74,11 +74,13 @@ def figure(rows: list[dict[str, Any]]) -> str:
             f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y(least):.1f}" y2="{y(most):.1f}" '
             f'stroke="{color}"/><circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{color}"/>'
         )
+        left = row["arm"] in "EeF"  # they crowd
         at = py + 4
-        while any(abs(at - other) < 13 for other in names):  # no name lies on another
-            at += 2
-        names.append(at)
-        parts.append(f'<text x="{px + 8:.1f}" y="{at:.1f}" fill="{color}">{escape(name)}</text>')
+        while any(abs(at - other) < 13 for other in names[left]):  # no name lies on another
+            at += 1
+        names[left].append(at)
+        side = f'x="{px - 8:.1f}" text-anchor="end"' if left else f'x="{px + 8:.1f}"'
+        parts.append(f'<text {side} y="{at:.1f}" fill="{color}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
