@@ -32,6 +32,10 @@ class StemConfig:
     log_scale_mean: float = -3.6
     """Of the natural logarithm of a Gaussian's standard deviations over the image's side."""
     log_scale_std: float = 0.8
+    angle: Literal["unit", "weighted"] = "unit"
+    """unit: (sin 2a, cos 2a) of the larger axis' angle, which jumps about as a Gaussian becomes
+    round. weighted: that times (s1^2 - s2^2) / (s1^2 + s2^2), which is 0 then: smooth, for models
+    whose Gaussians are learned (GViT)."""
     color_mean: tuple[float, float, float] = (0.25, 0.25, 0.25)
     """Of the Gaussians' colours (white is 1)."""
     color_std: tuple[float, float, float] = (0.35, 0.35, 0.35)
@@ -40,6 +44,7 @@ class StemConfig:
         _check(0 <= self.bands <= 16, "stem.bands", self.bands, "choose 0 to 16")
         _check(self.hidden >= 0, "stem.hidden", self.hidden, "must not be negative")
         _check(self.log_scale_std > 0, "stem.log_scale_std", self.log_scale_std, "must be positive")
+        _check(self.angle in ("unit", "weighted"), "stem.angle", self.angle, "unit or weighted")
         _check(min(self.color_std) > 0, "stem.color_std", self.color_std, "must be positive")
 
 

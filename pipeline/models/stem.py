@@ -7,7 +7,8 @@
 After arXiv 2509.22615 (log transform, Fourier features, norm, linear), whose constants are not
 published; ours: means to [-1, 1] by the image's size, 8 bands; log of the two standard deviations
 over the image's side; (sin 2a, cos 2a) of the larger axis' angle a, which repeats after half a
-turn; colours standardised. So shards of 64 px and of 224 px are alike to the model.
+turn, or with `angle` weighted these two by how far the Gaussian is from round; colours
+standardised. So shards of 64 px and of 224 px are alike to the model.
 
 Padding is replaced before anything is computed of it: whatever it holds, NaN too, nothing of it
 goes on.
@@ -52,15 +53,16 @@ def features(splats: Splats, means_BN2: Tensor, side_B: Tensor, config: StemConf
     """float32 [B, N, F]: positions, their Fourier features, log scales, angle, colours."""
     waves_BN2K = means_BN2[..., None] * wavenumbers(config.bands, means_BN2)
     xx, xy, yy = covariances(splats.cholesky).unbind(-1)
-    half = (xx - yy) / 2
-    radius = torch.hypot(half, xy)
-    major = (xx + yy) / 2 + radius
+    half, mean_variance = (xx - yy) / 2, (xx + yy) / 2
+    # of a circle hypot has no gradient but NaN
+    radius = (half * half + xy * xy + (1e-6 * mean_variance).square()).sqrt()
+    major = mean_variance + radius
     determinant = (splats.cholesky[..., 0] * splats.cholesky[..., 2]).square()
     variances_BN2 = torch.stack((major, determinant / major), -1)
     log_scales_BN2 = variances_BN2.log() / 2 - side_B.log()[:, None, None]
     # a circle has no angle: there both go to 0 instead of to whatever rounding says
-    radius = radius + 1e-6 * major
-    angle_BN2 = torch.stack((xy / radius, half / radius), -1)
+    length = mean_variance if config.angle == "weighted" else radius + 1e-6 * major
+    angle_BN2 = torch.stack((xy / length, half / length), -1)
     mean, std = (splats.colors.new_tensor(x) for x in (config.color_mean, config.color_std))
     return torch.cat(
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -189,6 +189,38 @@ def test_features_are_of_order_one_and_turn_with_half_a_turn() -> None:
     assert x[0, 2, 12:14].abs().max() < 0.3  # a circle has no angle
     assert x[0, 0, 14:].abs().max() < 1e-6
     assert x[0, 0, :2].tolist() == pytest.approx((2 * 20 / 64 - 1,) * 2)
+
+
+@pytest.mark.parametrize("angle", ["unit", "weighted"])
+def test_features_of_a_circle_have_a_gradient(angle: Literal["unit", "weighted"]) -> None:
+    """Where models learn Gaussians, some become exactly round."""
+    cholesky = torch.tensor([[[1.0, 0.0, 1.0], [3.0, 0.0, 3.0]]], requires_grad=True)
+    means, colors = torch.zeros(1, 2, 2), torch.zeros(1, 2, 3)
+    splats = Splats(means, cholesky, colors, torch.ones(1, 2, dtype=torch.bool))
+    config = StemConfig(angle=angle)
+    x = features(splats, means, torch.tensor([64.0]), config)
+    x.square().sum().backward()
+    assert cholesky.grad is not None
+    assert cholesky.grad.isfinite().all()
+    assert x[..., -5:-3].abs().max() == 0
+
+
+def test_a_weighted_angle_fades_as_a_gaussian_becomes_round() -> None:
+    """Its length is that of (s1^2 - s2^2) / (s1^2 + s2^2), so small changes of the shape are small
+    changes of the features: the unit angle of nearly round ones jumps."""
+    scales = torch.tensor([[[3.0, 1.0], [3.001, 3.0], [3.001, 3.0]]])
+    cholesky = cholesky_from_scales_and_angles(scales, torch.tensor([[0.3, 0.3, 1.9]]))
+    means, colors = torch.zeros(1, 3, 2), torch.zeros(1, 3, 3)
+    splats = Splats(means, cholesky, colors, torch.ones(1, 3, dtype=torch.bool))
+    found = {
+        angle: features(splats, means, torch.tensor([64.0]), StemConfig(angle=angle))[0, :, -5:-3]
+        for angle in ("unit", "weighted")
+    }
+    turn = torch.tensor((math.sin(0.6), math.cos(0.6)))
+    torch.testing.assert_close(found["unit"][0], turn, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found["weighted"][0], 0.8 * turn, atol=1e-4, rtol=0)
+    assert (found["unit"][1] - found["unit"][2]).norm() > 1.9
+    assert (found["weighted"][1] - found["weighted"][2]).norm() < 1e-3
 
 
 @pytest.mark.parametrize("bias", BIASES)
