@@ -8,6 +8,7 @@ the `config.json` of checkpoints and exports. The defaults are the published siz
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -39,6 +40,24 @@ class StemConfig:
     color_mean: tuple[float, float, float] = (0.25, 0.25, 0.25)
     """Of the Gaussians' colours (white is 1)."""
     color_std: tuple[float, float, float] = (0.35, 0.35, 0.35)
+
+    @classmethod
+    def for_gvit(cls, gaussians: int, hidden: int = 512) -> StemConfig:
+        """For so many Gaussians as GViT predicts: near their even start, in weak colours, and with
+        an angle that is smooth, since gradients go through it.
+
+        On 64 predicted Gaussians (predictor frozen, Tiny-ImageNet, 20 classes, 6 epochs, one seed)
+        a classifier reaches 26 % so and 19 % with the constants of fits.
+        """
+        return cls(
+            bands=4,
+            hidden=hidden,
+            angle="weighted",
+            log_scale_mean=math.log(0.5 / math.sqrt(gaussians)),
+            log_scale_std=0.3,
+            color_mean=(0.35, 0.35, 0.35),
+            color_std=(0.18, 0.18, 0.18),
+        )
 
     def __post_init__(self) -> None:
         _check(0 <= self.bands <= 16, "stem.bands", self.bands, "choose 0 to 16")
