@@ -29,12 +29,17 @@ from torch import Tensor
 from pipeline.init import blur, circles, initial_splats, square_norm
 from pipeline.kernels.backend import Backend, LossAndGrad
 from pipeline.splats import Splats
-from schemas.config import FitConfig
+from schemas.config import ENCODER, FitConfig
 
 MIN_SIGMA_PX = 0.3  # lower bound of the diagonal factors of the published parametrisation
 CHECK_EVERY = 10  # steps between looks at the target PSNR
 
 HOLD = 0.5  # share of the budget at the full step size
+
+NEAR_STEPS = 10
+"""From an encoder's prediction shorter fits take smaller steps, in proportion: it is nearer to the
+image than the other starts, and a few full steps would lead away. 1 / 3 steps from 19.0 dB, 64
+Gaussians: 15.9 / 18.1 dB with full ones, 19.1 / 19.5 so; from 10 on full ones are the best."""
 
 RELOCATE_UNTIL = 0.68  # share of the budget after which nothing moves
 RELOCATE_SHARE = 0.35  # of the Gaussians, at most, each time
@@ -96,6 +101,7 @@ def _optimize(
         splats = Splats(*(x.clone(memory_format=torch.contiguous_format) for x in fields(splats)))
     moments = (target.new_zeros(*splats.mask.shape, 8), target.new_zeros(*splats.mask.shape, 8))
     one = make_step(target, config)
+    size = min(1.0, steps / NEAR_STEPS) if config.init.startswith(ENCODER) else 1.0
     for step in range(steps):
         relocates = config.relocate and relocates_at(step, steps)
         if relocates:
@@ -110,7 +116,7 @@ def _optimize(
                     break
                 one = make_step(target, config)
                 one.loss(splats, True)
-        rate = step_size(step / steps, config.schedule) / (1 - beta1 ** (step + 1))
+        rate = size * step_size(step / steps, config.schedule) / (1 - beta1 ** (step + 1))
         splats = one.update(splats, moments, beta1, rate, 1 - config.beta2 ** (step + 1))
     return splats
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from jobs.convert import main as convert
 from jobs.recipes.toys import shapes, write_tars
 from pipeline import predict as prediction
+from pipeline.fit import fit
 from pipeline.init import initial_splats
 from pipeline.kernels.backend import select_backend
 from pipeline.markers import read_markers
@@ -92,6 +93,16 @@ def test_its_colours_are_solved(folder: Path) -> None:
     solved = psnr(CPU.render(start, SIDE, SIDE, 3.0), target)
     assert bool((solved > raw).all())
     assert torch.allclose(start.means, predict(target, init, 9).means)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_a_few_steps_lead_nearer(folder: Path, steps: int) -> None:
+    """And not away from what was predicted, as full steps do."""
+    target = pictures()
+    config = FitConfig(num_gaussians=9, init=described(f"encoder:{folder}/run", 9), steps=steps)
+    start = CPU.render(initial_splats(target, config, CPU), SIDE, SIDE, 3.0)
+    fitted = CPU.render(fit(target, config, CPU)[0], SIDE, SIDE, 3.0)
+    assert psnr(fitted, target).mean() > psnr(start, target).mean()
 
 
 @pytest.mark.integration

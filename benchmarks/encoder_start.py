@@ -1,0 +1,115 @@
+"""Fits that begin where a trained GViT says, beside the other starts: PSNR against steps.
+
+    python -m benchmarks.encoder_start                   trains an encoder first, on 2 cores
+    python -m benchmarks.encoder_start --encoder RUN     takes that of a run of the stage gvit
+
+Tiny-ImageNet at 64 px: the encoder learns to reconstruct the training images of 20 classes, without
+labels; the fits are of held-out ones. `ms` is per image, start included, on one core, all images of
+a batch of 16: of the start alone where there are no steps. All else is convert's default recipe.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks import accuracy_data as data
+from benchmarks.arms import Options, samples_in, workspace
+from benchmarks.gvit import Args as GViTArgs
+from benchmarks.gvit import config_of
+from benchmarks.record import save
+from pipeline.data import ImageDataset
+from pipeline.fit import fit
+from pipeline.kernels.backend import select_backend
+from pipeline.metrics import psnr
+from pipeline.predict import described
+from pipeline.train.loop import train
+from schemas.config import FitConfig
+from schemas.model import GViTLossConfig
+
+SIDE = 64
+TOGETHER = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
+    encoder: str = ""
+    """The dst of a run of the stage gvit; empty: one is trained."""
+    epochs: int = 10
+    gaussians: tuple[int, ...] = (64, 128, 196)
+    steps: tuple[int, ...] = (0, 1, 3, 10, 30, 100)
+    images: int = 64
+    name: str = "encoder_start"
+    """Of the results' file."""
+
+
+def trained_encoder(args: Args, folder: Path) -> str:
+    """The dst of a GViT that has only learned to reconstruct."""
+    middle = args.gaussians[len(args.gaussians) // 2]
+    own = GViTArgs(gaussians=(middle,), classes=args.classes, epochs=args.epochs, lr=args.lr)
+    samples = samples_in(folder / "source" / "train")
+    config = config_of(own, "unguided", middle, 0, samples)
+    dst = str(folder / "encoder")
+    train(
+        replace(
+            config,
+            gvit=GViTLossConfig(classification=0.0, gamma=0.0),
+            data=replace(config.data, src=str(folder / "source" / "train")),
+            dst=dst,
+        )
+    )
+    return dst
+
+
+def held_out(folder: Path, count: int) -> torch.Tensor:
+    """[count, 3, 64, 64], 0 to 1."""
+    src = str(folder / "source" / "val")
+    dataset = ImageDataset(src, image_size=SIDE, batch_size=count, shuffle=False)
+    return next(iter(dataset)).floating().pixels
+
+
+def measured(target: torch.Tensor, config: FitConfig) -> dict[str, float]:
+    """Mean PSNR in dB and ms per image."""
+    backend = select_backend("cpu")
+    quality: list[float] = []
+    fit(target[:TOGETHER], config, backend)  # compiled, loaded
+    begin = time.perf_counter()
+    fits = [fit(part, config, backend)[0] for part in target.split(TOGETHER)]
+    seconds = time.perf_counter() - begin
+    for part, splats in zip(target.split(TOGETHER), fits, strict=True):
+        quality += psnr(backend.render(splats, SIDE, SIDE, config.cutoff), part).tolist()
+    return {"psnr": statistics.mean(quality), "ms_per_image": 1000 * seconds / len(target)}
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with workspace(args.folder) as folder:
+        data.write_source(folder / "source", "tiny-imagenet", args.classes)
+        encoder = f"encoder:{args.encoder or trained_encoder(args, folder)}"
+        target = held_out(folder, args.images)
+        print(
+            f"{'N':>5}{'steps':>7}" + "".join(f"{x:>20}" for x in ("adaptive", "grid", "encoder"))
+        )
+        for n in args.gaussians:
+            starts = {"adaptive": "adaptive", "grid": "grid", "encoder": described(encoder, n)}
+            for steps in args.steps:
+                row: dict[str, Any] = {"gaussians": n, "steps": steps}
+                for name, init in starts.items():
+                    config = FitConfig(num_gaussians=n, steps=steps, init=init)
+                    row[name] = measured(target, config)
+                rows.append(row)
+                cells = (f"{row[x]['psnr']:.2f} dB {row[x]['ms_per_image']:.1f} ms" for x in starts)
+                print(f"{n:>5}{steps:>7}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+    save(args.name, {"arguments": asdict(args), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
