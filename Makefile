@@ -26,10 +26,11 @@ check: install  ## lint, format and types, without changing anything
 	$(BIN)/pyright
 
 test: install  ## all tests that need neither a GPU nor many minutes
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not integration and not slow and not gpu" --numprocesses auto
+	$(BIN)/pytest -m "integration and not slow and not gpu"
 
 test-unit: install  ## the fast tests only
-	$(BIN)/pytest -m "not integration and not slow and not gpu"
+	$(BIN)/pytest -m "not integration and not slow and not gpu" --numprocesses auto
 
 test-integration: install  ## the tests that start Ray
 	$(BIN)/pytest -m "integration and not slow and not gpu"

@@ -19,6 +19,10 @@ if not torch.cuda.is_available():  # before Triton is imported: its interpreter 
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would only be in their way
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The sample data (SPLATSHARD_DATA or ../shared/data); skips the test where it is absent."""

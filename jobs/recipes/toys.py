@@ -4,7 +4,9 @@
     python -m jobs.recipes.toys digits images/     scikit-learn's 1,797 digits, 32 px
 
 Both write tars of 150 samples, as `splatshard convert` reads them: images/train/*.tar and, of every
-sixth sample, images/val/*.tar. shapes also writes images/tokenizer, of the captions' words alone.
+sixth sample, images/val/*.tar. shapes also writes images/tokenizer, of the captions' words alone,
+and the pictures of images/val once more, images/scenes/*.png with images/boxes.csv, for `splatshard
+explain --boxes`.
 """
 
 from __future__ import annotations
@@ -77,6 +79,22 @@ def digits() -> Iterator[Sample]:
         yield small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), f"the digit {label}", label
 
 
+def write_scenes(folder: Path, samples: Sequence[Sample]) -> None:
+    """Pictures of shapes as PNG in {folder}/scenes, and where the shapes are in {folder}/boxes.csv:
+    all that is not the ground, whose colour is the first pixel's."""
+    (folder / "scenes").mkdir(parents=True, exist_ok=True)
+    lines = ["image,left,top,right,bottom"]
+    for number, (image, _, _) in enumerate(samples):
+        name = f"{number:06d}.png"
+        image.save(folder / "scenes" / name)
+        pixels = np.asarray(image)
+        shape = (pixels != pixels[0, 0]).any(-1)
+        rows, columns = (np.flatnonzero(shape.any(axis)) for axis in (1, 0))
+        box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        lines.append(",".join([name, *map(str, box)]))
+    (folder / "boxes.csv").write_text("\n".join(lines) + "\n")
+
+
 def write_tars(folder: Path, samples: Sequence[Sample], per_tar: int = PER_TAR) -> None:
     """Tars in WebDataset's layout: .png, .txt, .cls."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         captions = [caption for _, caption, _ in samples]
         size = write_tokenizer(options.folder / "tokenizer", captions)
         print(f"{options.folder}/tokenizer has {size} tokens")
+        write_scenes(options.folder, samples[::6])
 
 
 if __name__ == "__main__":
