@@ -72,7 +72,7 @@ class Args(Options):
     further: tuple[Arm, ...] = ("guided",)
     """and with all of them."""
     epochs: int = 5
-    first: int = 5
+    first: int = 4
     """Epochs of reconstruction alone, before those of the arms that predict Gaussians."""
     predictor_layers: int = 2
     """Of what predicts Gaussians."""
@@ -103,8 +103,7 @@ def model_of(args: Args, arm: Arm, k: int) -> ModelConfig:
         encoder = EncoderConfig(input="patches", layers=args.layers, **patches)
         return ModelConfig(encoder=encoder, num_classes=args.classes)
     hidden = 2 * args.width
-    middle = args.gaussians[len(args.gaussians) // 2]  # one stem for all, as weights go along
-    stem = StemConfig.for_gvit(middle, hidden) if arm in FIRST else StemConfig(hidden=hidden)
+    stem = StemConfig.for_gvit(k, hidden) if arm in FIRST else StemConfig(hidden=hidden)
     encoder = EncoderConfig(layers=args.layers, stem=stem, resampler=None, **sizes)
     if arm == "offline":
         return ModelConfig(encoder=encoder, num_classes=args.classes)
@@ -114,26 +113,26 @@ def model_of(args: Args, arm: Arm, k: int) -> ModelConfig:
     return ModelConfig(encoder=encoder, num_classes=args.classes, gvit=gvit)
 
 
-def first_runs(args: Args, source: data.Inputs, samples: int, folder: Path) -> list[Run]:
-    """The predictors that learn to reconstruct; drawn ones with the first number of Gaussians, and
-    then used for all."""
-    wanted = {FIRST[arm]: arm for arm in args.arms if arm in FIRST}
-    runs = []
-    for name, arm in wanted.items():
-        for seed in range(args.seeds):
-            config = config_of(args, arm, args.gaussians[0], seed, samples)
-            steps = args.first * (samples // args.batch_size)
-            config = replace(
-                config,
-                gvit=GViTLossConfig(classification=0.0, gamma=0.0),
-                optim=replace(config.optim, steps=steps, warmup_steps=steps // 10),
-            )
-            train, val = source.split("train"), source.split("val")
-            dst = str(folder / "runs" / f"{name}-{seed}")
-            runs.append(
-                Run(name, f"{args.dataset}{args.gaussians[0]}", seed, config, train, val, dst)
-            )
-    return runs
+def first_run(
+    args: Args, arm: Arm, k: int, seed: int, source: data.Inputs, samples: int, folder: Path
+) -> Run:
+    """The predictor that `arm` begins with, which learns to reconstruct. One for each k: of what
+    one made for 64 Gaussians says with 196, a classifier learns nothing in so few epochs."""
+    config = config_of(args, arm, k, seed, samples)
+    steps = args.first * (samples // args.batch_size)
+    return Run(
+        arm=FIRST[arm],
+        inputs=f"{args.dataset}{k}",
+        seed=seed,
+        config=replace(
+            config,
+            gvit=GViTLossConfig(classification=0.0, gamma=0.0),
+            optim=replace(config.optim, steps=steps, warmup_steps=steps // 10),
+        ),
+        train=source.split("train"),
+        val=source.split("val"),
+        dst=str(folder / "runs" / f"{FIRST[arm]}{k}-{seed}"),
+    )
 
 
 def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]]:
@@ -142,7 +141,8 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
     source = data.write_source(folder / "source", dataset, args.classes)
     samples = samples_in(folder / "source" / "train")
     inputs = {dataset: source}
-    runs = first_runs(args, source, samples, folder)
+    runs: list[Run] = []
+    first: dict[str, Run] = {}
     for i, k in enumerate(args.gaussians):
         arms = [a for a in (args.arms if i == 0 else args.further) if i == 0 or a != "patches"]
         for arm in arms:
@@ -151,7 +151,10 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
                 given = data.convert(source, folder / f"splats{k}", k, SIDES[dataset])
                 inputs[name] = given
             for seed in range(args.seeds):
-                before = f"{folder}/runs/{FIRST[arm]}-{seed}" if arm in FIRST else ""
+                before = ""
+                if arm in FIRST:
+                    run = first_run(args, arm, k, seed, source, samples, folder)
+                    before = first.setdefault(run.dst, run).dst
                 runs.append(
                     Run(
                         arm=arm,
@@ -164,7 +167,7 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
                         after=before,
                     )
                 )
-    return runs, inputs
+    return [*first.values(), *runs], inputs
 
 
 def rows_of(
