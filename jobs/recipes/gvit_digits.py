@@ -31,7 +31,7 @@ config = TrainConfig(
     stage="gvit",
     model=ModelConfig(
         encoder=EncoderConfig(
-            width=64, layers=3, heads=4, stem=StemConfig(bands=4, hidden=64), resampler=None
+            width=64, layers=3, heads=4, stem=StemConfig.for_gvit(24, hidden=64), resampler=None
         ),
         num_classes=10,
         gvit=GViTConfig(

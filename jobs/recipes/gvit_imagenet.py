@@ -15,13 +15,15 @@ Expected: not run here for want of a GPU and of the data. Published (GViT, arXiv
 top-1 guided, 73.6 % unguided, 78.7 % from patches.
 """
 
-from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig
+from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
 from schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     stage="gvit",
     model=ModelConfig(
-        encoder=EncoderConfig(width=768, layers=12, heads=12, resampler=None),
+        encoder=EncoderConfig(
+            width=768, layers=12, heads=12, stem=StemConfig.for_gvit(196), resampler=None
+        ),
         num_classes=1000,
         gvit=GViTConfig(
             gaussians=196,
