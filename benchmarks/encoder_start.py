@@ -1,10 +1,11 @@
 """Fits that begin where a trained GViT says, beside the other starts: PSNR against steps.
 
-    python -m benchmarks.encoder_start                   trains an encoder first, on 2 cores
-    python -m benchmarks.encoder_start --encoder RUN     takes that of a run of the stage gvit
+    python -m benchmarks.encoder_start                   trains an encoder for each N first
+    python -m benchmarks.gvit --folder gvit              or takes those of these runs:
+    python -m benchmarks.encoder_start --encoders gvit/runs/guided{64,128,196}-0
 
-Tiny-ImageNet at 64 px: the encoder learns to reconstruct the training images of 20 classes, without
-labels; the fits are of held-out ones. `ms` is per image, start included, on one core, all images of
+Tiny-ImageNet at 64 px: encoders learn from the training images of 20 classes, by default to
+reconstruct alone, without labels; the fits are of held-out images. `ms` is per image, start included, on one core, all images of
 a batch of 16: of the start alone where there are no steps. All else is convert's default recipe.
 """
 
@@ -39,8 +40,8 @@ TOGETHER = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Args(Options):
-    encoder: str = ""
-    """The dst of a run of the stage gvit; empty: one is trained."""
+    encoders: tuple[str, ...] = ()
+    """The dst of a run of the stage gvit for each number of Gaussians; none: they are trained."""
     epochs: int = 10
     gaussians: tuple[int, ...] = (64, 128, 196)
     steps: tuple[int, ...] = (0, 1, 3, 10, 30, 100)
@@ -49,13 +50,12 @@ class Args(Options):
     """Of the results' file."""
 
 
-def trained_encoder(args: Args, folder: Path) -> str:
-    """The dst of a GViT that has only learned to reconstruct."""
-    middle = args.gaussians[len(args.gaussians) // 2]
-    own = GViTArgs(gaussians=(middle,), classes=args.classes, epochs=args.epochs, lr=args.lr)
+def trained_encoder(args: Args, n: int, folder: Path) -> str:
+    """The dst of a GViT of `n` Gaussians that has only learned to reconstruct."""
+    own = GViTArgs(gaussians=(n,), classes=args.classes, epochs=args.epochs, lr=args.lr)
     samples = samples_in(folder / "source" / "train")
-    config = config_of(own, "unguided", middle, 0, samples)
-    dst = str(folder / "encoder")
+    config = config_of(own, "unguided", n, 0, samples)
+    dst = str(folder / f"encoder{n}")
     train(
         replace(
             config,
@@ -93,13 +93,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with workspace(args.folder) as folder:
         data.write_source(folder / "source", "tiny-imagenet", args.classes)
-        encoder = f"encoder:{args.encoder or trained_encoder(args, folder)}"
+        encoders = args.encoders or [trained_encoder(args, n, folder) for n in args.gaussians]
         target = held_out(folder, args.images)
         print(
             f"{'N':>5}{'steps':>7}" + "".join(f"{x:>20}" for x in ("adaptive", "grid", "encoder"))
         )
-        for n in args.gaussians:
-            starts = {"adaptive": "adaptive", "grid": "grid", "encoder": described(encoder, n)}
+        for n, run in zip(args.gaussians, encoders, strict=True):
+            own = described(f"encoder:{run}", n)
+            starts = {"adaptive": "adaptive", "grid": "grid", "encoder": own}
             for steps in args.steps:
                 row: dict[str, Any] = {"gaussians": n, "steps": steps}
                 for name, init in starts.items():
