@@ -5,8 +5,8 @@
     python -m benchmarks.encoder_start --encoders gvit/runs/guided{64,128,196}-0
 
 Tiny-ImageNet at 64 px: encoders learn from the training images of 20 classes, by default to
-reconstruct alone, without labels; the fits are of held-out images. `ms` is per image, start included, on one core, all images of
-a batch of 16: of the start alone where there are no steps. All else is convert's default recipe.
+reconstruct alone, without labels; the fits are of held-out images. `ms` is per image, start
+included, on one core in batches of 16. All else is convert's default recipe.
 """
 
 from __future__ import annotations
