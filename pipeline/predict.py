@@ -2,8 +2,8 @@
 
     target -> the encoder's size (antialiased bicubic) -> Gaussians -> the target's size
 
-Any number of Gaussians, and images of any size: the encoder sees them at the size that it was
-trained on, and what it says is scaled. Colours are solved anew by the caller (init.py), so the
+Images of any size: the encoder sees them at the size that it was trained on, and what it says is
+scaled. Any number of Gaussians, but it is best at the one that it was trained with. Colours are solved anew by the caller (init.py), so the
 cutoff need not be that of training. After arXiv 2506.23532, whose predictions are never refined.
 
 A recipe has such a start as `encoder:URL#DIGEST`, a checkpoint and the beginning of its weights'

@@ -208,7 +208,7 @@ def distance_bias(g0: Tensor, config: EncoderConfig) -> Tensor:
 
 
 def squared_distances(a_BM2: Tensor, b_BN2: Tensor) -> Tensor:
-    """|a - b|^2 [B, M, N], as one matrix product: a third of the time at k = 196."""
+    """|a - b|^2 [B, M, N], as one matrix product."""
     products = a_BM2 @ b_BN2.mT
     return a_BM2.square().sum(-1, True) + b_BN2.square().sum(-1)[:, None] - 2 * products
 
