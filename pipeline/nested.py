@@ -105,7 +105,7 @@ def fit_nested(
     with torch.no_grad():
         first, steps = fit(target, config, backend)
         image = rendering(first, target, config, backend)
-        config = replace(config, init="adaptive")  # a start that tiers and sweeps have none of
+        config = replace(config, init="adaptive")  # its smaller steps are for the first tier alone
         tiers = [Tier(first, image, target.new_ones(len(target)))]
         for below, budget in pairwise(budgets):
             own = replace(config, num_gaussians=budget - below)

@@ -3,8 +3,9 @@
     target -> the encoder's size (antialiased bicubic) -> Gaussians -> the target's size
 
 Images of any size: the encoder sees them at the size that it was trained on, and what it says is
-scaled. Any number of Gaussians, but it is best at the one that it was trained with. Colours are solved anew by the caller (init.py), so the
-cutoff need not be that of training. After arXiv 2506.23532, whose predictions are never refined.
+scaled. Any number of Gaussians, but it is best at the one that it was trained with. Colours are
+solved anew by the caller (init.py), so the cutoff need not be that of training. After arXiv
+2506.23532, whose predictions are never refined.
 
 A recipe has such a start as `encoder:URL#DIGEST`, a checkpoint and the beginning of its weights'
 SHA-256: other weights are other shards, and a worker that finds others than the recipe says stops.
