@@ -19,9 +19,9 @@ That is the guided arm. The others of arXiv 2506.23532's ablation, each with a d
 
 The classifier's blocks, the steps and the augmentation are those of classify_digits.py.
 
-Expected: 460 steps, two minutes of one core; gamma rises from step 46 to 230; loss 6.6 to 1.1; of
-the 300 digits in images/val 93.7 %, drawn with 20.4 dB. Unguided it was 93.7 %, too, and 21.7 dB:
-one seed each.
+Expected: 460 steps, two minutes of one core; gamma rises from step 46 to 230; loss 6.6 to 1.0; of
+the 300 digits in images/val 96.7 %, drawn with 20.7 dB: one seed. benchmarks/gvit.py compares the
+arms.
 """
 
 from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
