@@ -1,8 +1,8 @@
 """Gaussians learned with their classifier, against offline fits and patches: GViT's ablation.
 
-    python -m benchmarks.gvit                         20 classes of Tiny-ImageNet, and
-    python -m benchmarks.gvit --dataset digits --classes 10 --gaussians 64 --name gvit_digits
-                                                      digits, on 2 cores
+    python -m benchmarks.gvit                         20 classes of Tiny-ImageNet, on 2 cores
+    python -m benchmarks.gvit --dataset digits --classes 10 --gaussians 64 --epochs 15 \
+        --name gvit_digits                            digits
     python -m benchmarks.gvit --classes 100 --further guided unguided learned offline --first 20 \
         --epochs 100 --width 192 --layers 9 --predictor-layers 6 --heads 3 --lr 1e-3 \
         --batch-size 256 --precision bf16

@@ -68,7 +68,7 @@ class FitConfig:
     """Optimisation steps per image."""
     init: str = "adaptive"
     """Where Gaussians start: adaptive (density from image gradients), grid (the published one),
-    random, or encoder:CHECKPOINT (what a trained GViT predicts; for fits of up to 10 steps)."""
+    random, or encoder:CHECKPOINT (what a trained GViT predicts; ahead at 0 to 3 steps only)."""
     target_psnr: float | None = None
     """Stop an image early once it reaches this PSNR in dB (checked every 10 steps)."""
     cutoff: float = 3.0
