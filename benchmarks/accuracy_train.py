@@ -29,9 +29,8 @@ DISTILLED = 0.4
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed. `train` and `val` are folders. `after` is the dst of a run whose
-    weights this one begins with; a `teacher` that of a run on patches, whose blocks and embeddings
-    `train` are distilled from first."""
+    """One arm with one seed. `train` and `val` are folders. A `teacher` is the dst of a run on
+    patches, from whose blocks and embeddings `train` are distilled first."""
 
     arm: str
     inputs: str
@@ -42,12 +41,6 @@ class Run:
     dst: str
     source: str = ""
     teacher: str = ""
-    after: str = ""
-
-    @property
-    def waits(self) -> bool:
-        """For another run's end."""
-        return bool(self.teacher or self.after)
 
 
 def execute(run: Run, threads: int) -> dict[str, Any]:
@@ -56,7 +49,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
     begin = time.perf_counter()
     own = replace(run.config.data, src=run.train)
-    config = replace(run.config, dst=run.dst, init=run.after, data=own)
+    config = replace(run.config, dst=run.dst, data=own)
     if run.teacher:
         config = distilled(run, config)
     records: list[dict[str, Any]] = []

@@ -97,10 +97,10 @@ def workspace(folder: str) -> Iterator[Path]:
 
 
 def execute_all(runs: Sequence[Run], processes: int) -> list[Result]:
-    """All runs, so many at a time with one thread each, told as they end. Those that need another
-    one begin when all others are through."""
+    """All runs, so many at a time with one thread each, told as they end. Those that need a teacher
+    begin when all others are through."""
     threads = 0 if torch.cuda.is_available() else 1
-    waves = [[r for r in runs if r.waits == late] for late in (False, True)]
+    waves = [[r for r in runs if bool(r.teacher) == late] for late in (False, True)]
     results: list[Result] = []
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:

@@ -1,9 +1,9 @@
 """Gaussians learned with their classifier, against offline fits and patches: GViT's ablation.
 
     python -m benchmarks.gvit                         20 classes of Tiny-ImageNet, on 2 cores
-    python -m benchmarks.gvit --dataset digits --classes 10 --gaussians 64 --epochs 15 \
-        --name gvit_digits                            digits
-    python -m benchmarks.gvit --classes 100 --further guided unguided learned offline --first 20 \
+    python -m benchmarks.gvit --dataset digits --classes 10 --gaussians 4 8 16 --residual 1 \
+        --epochs 24 --name gvit_digits                digits
+    python -m benchmarks.gvit --classes 100 --further guided unguided learned offline \
         --epochs 100 --width 192 --layers 9 --predictor-layers 6 --heads 3 --lr 1e-3 \
         --batch-size 256 --precision bf16
 
@@ -14,23 +14,21 @@ schedule. The arms, after arXiv 2506.23532:
     guided     the predictor gets the classifier's gradient, too
     unguided   it gets the reconstruction's alone
     learned    guided, from Gaussians that are weights and not drawn
+    grey       guided, from Gaussians that are drawn in grey, as published: ours take the image's
+               colours (not among the arms run by default)
     offline    splatshard convert's fits, a token each
     patches    the classifier on patches, no Gaussians
 
-Where Gaussians are predicted, the predictor first learns to reconstruct, without labels or
-classifier (`predictor`, and `queries` for the arm learned), as offline fits are made without them;
-from there all arms train as many epochs. A classifier that begins beside a predictor that knows
-nothing learns little in so few: top-1 was 10 % for 23 % (k = 64, 6 epochs, one seed).
-
-`points` are of top-1, to patches. `dB` is the PSNR of held-out images: of the fits, or of what the
-trained predictor draws. `train` is in wall seconds; runs are side by side, one thread each.
+`patches` and `unguided` in the table are points of top-1 above these arms, the latter at the same
+k, seed by seed: mean and deviation. `dB` is the PSNR of held-out images: of the fits, or of what
+the trained predictor draws. `train` is in wall seconds; runs are side by side, one thread each.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +40,9 @@ from benchmarks.arms import (
     SIDES,
     Dataset,
     Options,
+    Result,
     by_arm,
+    deviation,
     execute_all,
     percent,
     samples_in,
@@ -53,13 +53,18 @@ from benchmarks.record import save
 from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
 from schemas.train import TrainConfig
 
-Arm = Literal["guided", "unguided", "learned", "offline", "patches"]
-ARMS: tuple[Arm, ...] = ("guided", "unguided", "learned", "offline", "patches")
-FIRST: dict[Arm, str] = {"guided": "predictor", "unguided": "predictor", "learned": "queries"}
-"""Arms that predict Gaussians, and the run that each begins with."""
+Arm = Literal["guided", "unguided", "learned", "grey", "offline", "patches"]
+ORDER: tuple[Arm, ...] = ("guided", "unguided", "learned", "grey", "offline", "patches")
+STARTS: dict[Arm, Literal["image", "random", "learned"]] = {
+    "guided": "image",
+    "unguided": "image",
+    "learned": "learned",
+    "grey": "random",
+}
+"""Of the arms that predict Gaussians."""
 PATCHES = 8
 """On each side of an image, in both ViTs."""
-LAYOUT = "{:<15}{:<10}{:>5}{:>7}{:>7}  {:<14}{:>7}{:>8}{:>9}{:>9}"
+LAYOUT = "{:<15}{:<10}{:>5}{:>7}{:>7}  {:<14}{:<14}{:<14}{:>6}{:>9}{:>9}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +72,15 @@ class Args(Options):
     dataset: Dataset = "tiny-imagenet"
     gaussians: tuple[int, ...] = (64, 128, 196)
     """Per image."""
-    arms: tuple[Arm, ...] = ARMS
+    arms: tuple[Arm, ...] = ("guided", "unguided", "learned", "offline", "patches")
     """Run with the first of these numbers,"""
     further: tuple[Arm, ...] = ("guided",)
     """and with all of them."""
-    epochs: int = 5
-    first: int = 4
-    """Epochs of reconstruction alone, before those of the arms that predict Gaussians."""
+    epochs: int = 6
     predictor_layers: int = 2
     """Of what predicts Gaussians."""
+    residual: float = 0.3
+    """Of GViTConfig."""
     name: str = "gvit"
     """Of the results' file."""
 
@@ -83,7 +88,7 @@ class Args(Options):
 def config_of(args: Args, arm: Arm, k: int, seed: int, samples: int) -> TrainConfig:
     """What an arm reads, and what its predictor learns from; all have the same blocks for the
     classifier."""
-    predicted = arm in FIRST
+    predicted = arm in STARTS
     return args.training(
         args.dataset,
         samples,
@@ -103,36 +108,13 @@ def model_of(args: Args, arm: Arm, k: int) -> ModelConfig:
         encoder = EncoderConfig(input="patches", layers=args.layers, **patches)
         return ModelConfig(encoder=encoder, num_classes=args.classes)
     hidden = 2 * args.width
-    stem = StemConfig.for_gvit(k, hidden) if arm in FIRST else StemConfig(hidden=hidden)
+    stem = StemConfig.for_gvit(k, hidden) if arm in STARTS else StemConfig(hidden=hidden)
     encoder = EncoderConfig(layers=args.layers, stem=stem, resampler=None, **sizes)
     if arm == "offline":
         return ModelConfig(encoder=encoder, num_classes=args.classes)
     predictor = EncoderConfig(input="patches", layers=args.predictor_layers, **patches)
-    start = "learned" if arm == "learned" else "random"
-    gvit = GViTConfig(gaussians=k, start=start, predictor=predictor)
+    gvit = GViTConfig(gaussians=k, start=STARTS[arm], residual=args.residual, predictor=predictor)
     return ModelConfig(encoder=encoder, num_classes=args.classes, gvit=gvit)
-
-
-def first_run(
-    args: Args, arm: Arm, k: int, seed: int, source: data.Inputs, samples: int, folder: Path
-) -> Run:
-    """The predictor that `arm` begins with, which learns to reconstruct. One for each k: of what
-    one made for 64 Gaussians says with 196, a classifier learns nothing in so few epochs."""
-    config = config_of(args, arm, k, seed, samples)
-    steps = args.first * (samples // args.batch_size)
-    return Run(
-        arm=FIRST[arm],
-        inputs=f"{args.dataset}{k}",
-        seed=seed,
-        config=replace(
-            config,
-            gvit=GViTLossConfig(classification=0.0, gamma=0.0),
-            optim=replace(config.optim, steps=steps, warmup_steps=steps // 10),
-        ),
-        train=source.split("train"),
-        val=source.split("val"),
-        dst=str(folder / "runs" / f"{FIRST[arm]}{k}-{seed}"),
-    )
 
 
 def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]]:
@@ -142,7 +124,6 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
     samples = samples_in(folder / "source" / "train")
     inputs = {dataset: source}
     runs: list[Run] = []
-    first: dict[str, Run] = {}
     for i, k in enumerate(args.gaussians):
         arms = [a for a in (args.arms if i == 0 else args.further) if i == 0 or a != "patches"]
         for arm in arms:
@@ -151,10 +132,6 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
                 given = data.convert(source, folder / f"splats{k}", k, SIDES[dataset])
                 inputs[name] = given
             for seed in range(args.seeds):
-                before = ""
-                if arm in FIRST:
-                    run = first_run(args, arm, k, seed, source, samples, folder)
-                    before = first.setdefault(run.dst, run).dst
                 runs.append(
                     Run(
                         arm=arm,
@@ -164,18 +141,18 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
                         train=given.split("train"),
                         val=given.split("val"),
                         dst=str(folder / "runs" / f"{arm}{k}-{seed}"),
-                        after=before,
                     )
                 )
-    return [*first.values(), *runs], inputs
+    return runs, inputs
 
 
 def rows_of(
-    results: list[dict[str, Any]], dataset: Dataset, inputs: dict[str, data.Inputs]
+    results: list[Result], dataset: Dataset, inputs: dict[str, data.Inputs]
 ) -> list[dict[str, Any]]:
-    """A row per arm and k, and its distance to patches in points of top-1."""
+    """A row per arm and k, and what it is above patches and unguided, in points of top-1."""
     rows = []
-    for (arm, name), own in by_arm(results).items():
+    runs = by_arm(results)
+    for (arm, name), own in runs.items():
         offline = arm == "offline"
         quality = [r["psnr"] for r in own if "psnr" in r]
         rows.append(
@@ -185,15 +162,20 @@ def rows_of(
                 "gaussians": int(name.removeprefix(dataset) or 0),
                 "psnr": inputs[name].psnr if offline else mean(quality),
                 **summary(own),
+                **gain(own, runs.get(("patches", dataset)), "patches"),
+                **gain(own, runs.get(("unguided", name)), "unguided"),
                 "fit_s_per_image": inputs[name].seconds if offline else 0.0,
             }
         )
-    base = [row["top1"] for row in rows if row["arm"] == "patches"]
-    for row in rows:
-        classifies = bool(base) and row["arm"] not in FIRST.values()
-        row["points"] = 100 * (row["top1"] - base[0]) if classifies else None
-    order = (*ARMS, *FIRST.values())
-    return sorted(rows, key=lambda row: (row["gaussians"], order.index(row["arm"])))
+    return sorted(rows, key=lambda row: (row["gaussians"], ORDER.index(row["arm"])))
+
+
+def gain(own: list[Result], base: list[Result] | None, name: str) -> dict[str, float | None]:
+    """Of `own` over `base`, points of top-1, seed by seed: mean and deviation."""
+    if base is None or own is base:
+        return {f"to_{name}": None, f"to_{name}_deviation": None}
+    points = [100 * (a["top1"] - b["top1"]) for a, b in zip(own, base, strict=True)]
+    return {f"to_{name}": mean(points), f"to_{name}_deviation": deviation(points)}
 
 
 def mean(values: list[float]) -> float | None:
@@ -208,11 +190,20 @@ def describe(row: dict[str, Any]) -> str:
         row["seeds"],
         "-" if row["psnr"] is None else f"{row['psnr']:.1f}",
         percent(row["top1"], row["top1_deviation"]),
-        "-" if row["points"] is None else f"{row['points']:+.1f}",
+        points(row, "patches"),
+        points(row, "unguided"),
         percent(row["top5"]),
         f"{row['fit_s_per_image'] * 1000:.1f}",
         f"{row['train_s']:.0f}",
     )
+
+
+def points(row: dict[str, Any], name: str) -> str:
+    """`-1.9 +- 0.4`."""
+    value, spread = row[f"to_{name}"], row[f"to_{name}_deviation"]
+    if value is None:
+        return "-"
+    return f"{value:+.1f}" + ("" if spread is None else f" +- {spread:.1f}")
 
 
 def main() -> None:
@@ -222,7 +213,7 @@ def main() -> None:
         runs, inputs = runs_of(args, folder)
         results = execute_all(runs, args.processes)
     rows = rows_of(results, args.dataset, inputs)
-    head = "set arm k seeds dB top1,% points top5,% fit,ms train,s"
+    head = "set arm k seeds dB top1,% patches unguided top5,% fit,ms train,s"
     print("\n" + LAYOUT.format(*head.split()))
     for row in rows:
         print(describe(row))

@@ -58,7 +58,7 @@ def described(init: str, count: int) -> str:
     if gvit.start == "learned" and gvit.gaussians != count:
         raise UsageError(
             f"--init {init}: gives {gvit.gaussians} Gaussians and no other number, but {count} are "
-            "wanted: choose that many, or a run with model.gvit.start=random"
+            "wanted: choose that many, or a run with model.gvit.start=image"
         )
     return f"{ENCODER}{trained.url}#{trained.weights[:DIGEST]}"
 

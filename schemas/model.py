@@ -211,9 +211,10 @@ class GViTConfig:
 
     gaussians: int = 196
     """k, of each image. With a random start a model takes any other number at run time."""
-    start: Literal["random", "learned"] = "random"
-    """What the predictor moves. random: Gaussians drawn anew for each sample. learned: the same k
-    Gaussians for all images, which are weights."""
+    start: Literal["image", "random", "learned"] = "image"
+    """What the predictor moves. random: Gaussians drawn anew for each sample. image: these, in the
+    colours of the image under them. learned: the same k Gaussians for all images, which are
+    weights."""
     predictor: EncoderConfig = field(
         default_factory=lambda: EncoderConfig(input="patches", layers=6)
     )
@@ -223,6 +224,9 @@ class GViTConfig:
     bias: Literal["none", "distance"] = "distance"
     """Added to the attention of Gaussians. distance: minus the squared distance between where they
     start and what they look at, times a factor of each head."""
+    residual: float = 0.3
+    """Factor of what the predictor adds to their start. With less they stay nearer to it, which a
+    classifier beside a young predictor likes; few Gaussians, which must move far, want 1."""
     renderer: Literal["sum", "alpha"] = "sum"
     """sum: the rendering of our shards, colours -1 to 1. alpha: composited, the first Gaussian in
     front, colours 0 to 1; fast on CUDA only, through gsplat."""
@@ -233,9 +237,11 @@ class GViTConfig:
 
     def __post_init__(self) -> None:
         _check(self.gaussians >= 1, "gvit.gaussians", self.gaussians, "must be positive")
-        _check(self.start in ("random", "learned"), "gvit.start", self.start, "random or learned")
+        starts = ("image", "random", "learned")
+        _check(self.start in starts, "gvit.start", self.start, ", ".join(starts))
         _check(self.bias in ("none", "distance"), "gvit.bias", self.bias, "none or distance")
         _check(self.renderer in ("sum", "alpha"), "gvit.renderer", self.renderer, "sum or alpha")
+        _check(self.residual > 0, "gvit.residual", self.residual, "must be positive")
         _check(0 <= self.bands <= 16, "gvit.bands", self.bands, "choose 0 to 16")
         _check(0 < self.cutoff <= 6, "gvit.cutoff", self.cutoff, "choose up to 6")
         _check(self.min_scale > 0, "gvit.min_scale", self.min_scale, "must be positive")
@@ -269,7 +275,7 @@ class GViTLossConfig:
     gamma: float = 1.0
     """Factor of the cross-entropy's gradient with respect to the Gaussians once the ramp is over;
     0: unguided."""
-    ramp: tuple[float, float] = (0.1, 0.5)
+    ramp: tuple[float, float] = (0.05, 0.2)
     """Shares of the run between which gamma rises from 0, linearly."""
     clip: float = 3.0
     """Largest entry of that gradient, in units of the root mean square of its sample's entries."""

@@ -36,6 +36,7 @@ config = TrainConfig(
         num_classes=10,
         gvit=GViTConfig(
             gaussians=24,
+            residual=1.0,
             predictor=EncoderConfig(
                 input="patches",
                 width=64,

@@ -19,10 +19,10 @@ Colours are signed in a sum, as in our shards, where they make up for overlaps; 
 factor of the colour and says nothing of its own.
 
 Where Gaussians start: in rows of equal cells, one Gaussian each, moved within its cell. Any k
-covers the image without holes, so every Gaussian has pixels of its own to explain, and the first
-picture is an even grey. Means drawn independently leave e^-pi = 4 % of the image further than two
-standard deviations from any Gaussian, and crowd elsewhere. The other numbers are drawn about a disc
-of half the spacing, in grey. All that differs between the draws is what tokens are told apart by.
+covers the image without holes, so every Gaussian has pixels of its own to explain. Means drawn
+independently leave e^-pi = 4 % of the image further than two standard deviations from any Gaussian,
+and crowd elsewhere. The other numbers are drawn about a disc of half the spacing, in grey;
+`colored` gives it the image's colour. So the first picture is an even grey, or the image, blurred.
 """
 
 from __future__ import annotations
@@ -43,14 +43,18 @@ NUMBERS = 9
 MARGIN = 0.1
 """How far beyond the border means may be, in images."""
 
-JITTER = 0.5
+JITTER = 0.25
 """Of the means at the start: the largest distance from the cell's middle, in half cells."""
 SCALE, SCALE_JITTER = 0.5, 0.25
 """Standard deviations at the start in units of the spacing, and of their logarithm at most."""
-COLOR, OPACITY, LOOK_JITTER = 0.57, 0.5, 0.1
-"""At the start; the last is in units of g. Discs half a spacing wide overlap 2 pi 0.5^2 = 1.57
-times, so the sum is 0.45, the mean of photographs. On digits (k = 24, 200 steps, one seed) a jitter
-of 0.1 gave 18.0 dB, 0.5 17.6: noise that has to be undone, and places tell tokens apart already."""
+OVERLAP = 2 * math.pi * SCALE**2
+"""How many times over discs of this size cover the image: 1.57."""
+GREY, OPACITY, LOOK_JITTER = 0.45, 0.8, 0.1
+"""At the start: the mean of photographs; the last is in units of g. On digits (k = 24, 200 steps,
+one seed) a jitter of 0.1 gave 18.0 dB, 0.5 17.6: noise that has to be undone, and places tell
+tokens apart already."""
+SEEN = 0.25
+"""Standard deviation, in spacings, of the window through which `colored` sees the image."""
 
 
 def drawn(seeds: Tensor, count: int, height: int, width: int, config: GViTConfig) -> Tensor:
@@ -63,8 +67,9 @@ def drawn(seeds: Tensor, count: int, height: int, width: int, config: GViTConfig
     low, high = math.log(config.min_scale), math.log(math.sqrt(height * width))
     logs = math.log(SCALE * spacing) + SCALE_JITTER * noise[..., 2:4]
     share = ((logs - low) / (high - low)).clamp(0.02, 0.98)  # also of a few px
-    color = (1 + COLOR) / 2 if config.renderer == "sum" else COLOR
-    look = torch.logit(noise.new_tensor((color, color, color, OPACITY)))
+    look = torch.cat(
+        (numbers_of(noise.new_full((3,), GREY), config), noise.new_tensor([OPACITY]).logit())
+    )
     return torch.cat(
         (
             torch.logit(places),
@@ -74,6 +79,34 @@ def drawn(seeds: Tensor, count: int, height: int, width: int, config: GViTConfig
         ),
         -1,
     )
+
+
+@torch.no_grad()
+def colored(g: Tensor, pixels: Tensor, config: GViTConfig) -> Tensor:
+    """g [B, k, 9] in the colours that the images [B, 3, H, W], 0 to 1, have at its means."""
+    height, width = pixels.shape[2:]
+    places_Bk2 = (1 + 2 * MARGIN) * g[..., :2].sigmoid() - MARGIN
+    deviation = SEEN * math.sqrt(height * width / g.shape[1])
+    with torch.autocast(pixels.device.type, enabled=False):
+        across_BkW = window(width * places_Bk2[..., 0], width, deviation)
+        down_BkH = window(height * places_Bk2[..., 1], height, deviation)
+        rows_BkCW = torch.einsum("bkh,bchw->bkcw", down_BkH, pixels.float())
+        colors_BkC = torch.einsum("bkw,bkcw->bkc", across_BkW, rows_BkCW).clamp(0, 1)
+    return torch.cat((g[..., :5], numbers_of(colors_BkC, config), g[..., 8:]), -1)
+
+
+def window(centers: Tensor, size: int, deviation: float) -> Tensor:
+    """Weights [..., size] of a row of pixels under a Gaussian about `centers` [...], px; their sum
+    is 1."""
+    pixels = torch.arange(size, device=centers.device) + 0.5
+    return (-0.5 * ((pixels - centers[..., None]) / deviation).square()).softmax(-1)
+
+
+def numbers_of(colors: Tensor, config: GViTConfig) -> Tensor:
+    """What g holds where the picture is to have these colours, 0 to 1, at the start."""
+    if config.renderer == "alpha":
+        return torch.logit(colors, 0.02)
+    return torch.logit((1 + colors / (OVERLAP * OPACITY)) / 2)
 
 
 def grid(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:

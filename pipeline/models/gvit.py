@@ -3,9 +3,9 @@
     B images, P patches, k Gaussians, F features, D width of the predictor, C classes
 
     pixels [B, 3, H, W] -> patch embeddings [B, 1 + P, D] (as in PatchEncoder, CLS included)
-    g0 [B, k, 9], drawn -> features [B, k, F] -> Gaussian tokens [B, k, D]
+    g0 [B, k, 9], drawn, in the pixels' colours -> features [B, k, F] -> Gaussian tokens [B, k, D]
     both, concatenated  -> blocks -> the k last tokens -> MLP -> delta [B, k, 9]
-    g = g0 + delta      -> Splats -> SplatEncoder, one token each -> logits [B, C]
+    g = g0 + r delta    -> Splats -> SplatEncoder, one token each -> logits [B, C]
     g                   -> Splats -> render -> [B, 3, H, W]
 
 After arXiv 2506.23532; gaussian_space.py says what the nine numbers are. Two losses meet in g: the
@@ -25,8 +25,13 @@ Not published, and so ours:
 - A Gaussian's token has no embedding of its place in the list; it is known by its numbers. So a
   model takes any number of Gaussians, and their order means nothing (but for alpha's front).
 - At evaluation all images start from the same draw, seed 0.
+- Drawn Gaussians take the colour of the image under them. From grey ones a predictor has to learn
+  first what an image is; until then more Gaussians are more that overlap and mean little each. On
+  20 classes of Tiny-ImageNet (6 epochs, one seed, guided) a classifier reaches 20 % with k = 64 and
+  11 % with k = 128 from grey, {} and {} from the image's colours.
 
-With `start` learned, g0 is a weight, the same for all images: the ablation's learned queries.
+With `start` random they are grey, as published. With `start` learned, g0 is a weight, the same for
+all images: the ablation's learned queries.
 
 Left out: several rounds of denoising, and the classifier's gradient as a step at evaluation, which
 would need labels.
@@ -43,7 +48,7 @@ from torch import Tensor, nn
 
 from pipeline.metrics import psnr
 from pipeline.models.encoder import SplatEncoder
-from pipeline.models.gaussian_space import MARGIN, NUMBERS, drawn, grid, splats_of
+from pipeline.models.gaussian_space import MARGIN, NUMBERS, colored, drawn, grid, splats_of
 from pipeline.models.patches import PatchEncoder, normalised
 from pipeline.models.reconstruct import block_outputs, perceptual_loss, reconstruction_loss
 from pipeline.models.stem import wavenumbers
@@ -151,7 +156,7 @@ class GaussianPredictor(nn.Module):
         checkpointed = self.config.predictor.gradient_checkpointing
         x_BTD = block_outputs(self.tower, x_BTD, checkpointed, bias)[-1]
         x_BkD = cast(nn.Module, self.tower.post_layernorm)(x_BTD[:, -g0.shape[1] :])
-        return g0 + self.residual(x_BkD).float()
+        return g0 + self.config.residual * self.residual(x_BkD).float()
 
     def g0(self, pixels: Tensor, seeds: Tensor | None = None, count: int | None = None) -> Tensor:
         """What is moved, float32 [B, k, 9]. Raises UsageError for another k than there are learned
@@ -162,13 +167,14 @@ class GaussianPredictor(nn.Module):
             if count != len(self.start):
                 raise UsageError(
                     f"{count} Gaussians: this model has learned {len(self.start)}; "
-                    "only random starts take another number"
+                    "only drawn starts (image, random) take another number"
                 )
             return self.start.float().expand(batch, -1, -1)
         if seeds is None:
-            one = torch.zeros(1, dtype=torch.int64, device=pixels.device)
-            return drawn(one, count, height, width, self.config).expand(batch, -1, -1)
-        return drawn(seeds.to(pixels.device), count, height, width, self.config)
+            seeds = torch.zeros(1, dtype=torch.int64)
+        g = drawn(seeds.to(pixels.device), count, height, width, self.config)
+        g = g.expand(batch, -1, -1)
+        return colored(g, pixels, self.config) if self.config.start == "image" else g
 
     def _features(self, g: Tensor) -> Tensor:
         """[B, k, 9] to [B, k, F]: numbers, waves of the positions, the angle's two."""

@@ -19,6 +19,7 @@ from pipeline.models.count import count
 from pipeline.models.gaussian_space import (
     MARGIN,
     NUMBERS,
+    colored,
     drawn,
     gaussians_of,
     grid,
@@ -141,10 +142,61 @@ def test_the_start_is_a_grey_picture(k: int) -> None:
     assert 0.35 < picture.mean() < 0.55
     assert picture.min() > 0
     assert picture.max() < 1.1
-    model = model_of(loud=False)
+    model = model_of(loud=False, start="random")
     out = model(pixels_of(2), seeds_of(3, 4))
     assert (out.g - drawn(seeds_of(3, 4), 13, SIDE, SIDE, SPACE)).abs().max() < 0.1
     assert not out.logits.any()
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_the_start_shows_the_image_blurred(renderer: Any) -> None:
+    config = replace(SPACE, renderer=renderer)
+    plain = torch.tensor((0.9, 0.5, 0.1))[:, None, None].expand(2, 3, 40, 40)
+    g = colored(drawn(torch.arange(2), 49, 40, 40, config), plain, config)
+    middle = render(g, 40, 40, config)[..., 8:-8, 8:-8].mean((2, 3))
+    share = middle / plain[..., 0, 0]
+    # opaque discs do not cover all of what lies behind them, a sum is made to
+    low, high = (0.9, 1.1) if renderer == "sum" else (0.75, 0.9)
+    assert low < share.min()
+    assert share.max() < high
+    image = F.interpolate(pixels_of(2), (40, 40), mode="bilinear")
+    qualities = []
+    for k in (9, 25, 100):
+        grey = drawn(torch.arange(2), k, 40, 40, config)
+        pictures = [render(x, 40, 40, config) for x in (grey, colored(grey, image, config))]
+        qualities.append([psnr(picture, image).mean().item() for picture in pictures])
+    assert all(seen > grey + 1 for grey, seen in qualities), qualities
+    model = model_of(loud=False, renderer=renderer)
+    start = drawn(seeds_of(3, 4), 13, SIDE, SIDE, config)
+    wanted = colored(start, pixels_of(2), config)
+    assert (model(pixels_of(2), seeds_of(3, 4)).g - wanted).abs().max() < 0.1
+
+
+def test_a_start_has_the_colours_under_its_means() -> None:
+    """Beside a window over all pixels at once; whatever precision autocast asks for."""
+    height, width, pixels = 17, 30, torch.rand(2, 3, 17, 30)
+    g = drawn(torch.arange(2), 11, height, width, SPACE)
+    found = colored(g, pixels, SPACE)
+    splats, opacities = gaussians_of(found, height, width, SPACE)
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    dx, dy = (splats.means[..., i, None, None] - p for i, p in enumerate((x, y)))
+    deviation = 0.25 * math.sqrt(height * width / 11)
+    weights = (-(dx * dx + dy * dy) / (2 * deviation**2)).exp()
+    seen = (weights[:, :, None] * pixels[:, None]).sum((3, 4)) / weights.sum((2, 3))[..., None]
+    torch.testing.assert_close(splats.colors * 0.8, seen / (math.pi / 2), atol=1e-5, rtol=1e-4)
+    assert (opacities - 0.8).abs().max() < 0.05
+    others = [0, 1, 2, 3, 4, 8]
+    assert torch.equal(found[..., others], g[..., others])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(colored(g, pixels, SPACE), found)
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_augmented_colours_beyond_white_and_black_are_no_nan(renderer: Any) -> None:
+    config = replace(SPACE, renderer=renderer)
+    for value in (-3.0, 0.0, 1.0, 3.0):
+        pixels = torch.full((1, 3, 12, 12), value)
+        assert colored(drawn(seeds_of(1), 5, 12, 12, config), pixels, config).isfinite().all()
 
 
 def test_same_seeds_same_gaussians_wherever_in_a_batch() -> None:
@@ -161,6 +213,17 @@ def test_same_seeds_same_gaussians_wherever_in_a_batch() -> None:
     assert torch.equal(
         drawn(seeds_of(5, 9), 7, 9, 9, SPACE)[1], drawn(seeds_of(9), 7, 9, 9, SPACE)[0]
     )
+
+
+def test_the_residual_is_counted_in_the_configs_unit() -> None:
+    pixels, moved = pixels_of(2), []
+    for residual in (1.0, 0.25):
+        model = model_of(residual=residual)
+        g0 = model.predictor.g0(pixels, seeds_of(1, 2))
+        moved.append(model(pixels, seeds_of(1, 2)).g - g0)
+    torch.testing.assert_close(0.25 * moved[0], moved[1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match=r"gvit.residual = 0"):
+        replace(SPACE, residual=0)
 
 
 def test_evaluation_draws_the_same_for_all() -> None:
@@ -202,7 +265,7 @@ def test_learned_gaussians_are_weights_of_their_number() -> None:
     assert model.predictor.start is not None
     assert model.predictor.start.grad is not None
     assert model.predictor.start.grad.abs().min() > 0
-    with pytest.raises(UsageError, match=r"14 Gaussians: this model has learned 13; only random"):
+    with pytest.raises(UsageError, match=r"14 Gaussians: this model has learned 13; only drawn"):
         model(pixels, count=14)
 
 
@@ -225,7 +288,7 @@ def test_one_guided_step_lowers_the_cross_entropy(seed: int, clip: float) -> Non
         leaf = g.clone().requires_grad_()
         entropy_of(model, guided(leaf, gamma, clip), labels).backward()
         assert leaf.grad is not None
-        step = 1e-3 * leaf.grad / leaf.grad.norm(dim=(1, 2), keepdim=True)
+        step = 3e-4 * leaf.grad / leaf.grad.norm(dim=(1, 2), keepdim=True)
         with torch.no_grad():
             before, after = (
                 F.cross_entropy(model.classify(x, SIDE, SIDE), labels, reduction="none")
@@ -235,7 +298,7 @@ def test_one_guided_step_lowers_the_cross_entropy(seed: int, clip: float) -> Non
         # as far as the gradient says, within the second order
         if clip == math.inf:
             slope = 5 * leaf.grad.norm(dim=(1, 2)) / gamma
-            torch.testing.assert_close((before - after) / 1e-3, slope, rtol=0.15, atol=2e-3)
+            torch.testing.assert_close((before - after) / 3e-4, slope, rtol=0.15, atol=2e-3)
 
 
 def test_guidance_scales_and_clips_the_gradient_alone() -> None:
@@ -262,7 +325,7 @@ def gradients(model: GViT, gamma: float, clip: float = math.inf) -> dict[str, Te
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-@pytest.mark.parametrize("start", ["random", "learned"])
+@pytest.mark.parametrize("start", ["image", "random", "learned"])
 def test_gamma_is_what_the_predictor_gets_of_the_cross_entropy(start: Any) -> None:
     model = model_of(start=start)
     none, half, whole = (gradients(model, gamma) for gamma in (0.0, 0.5, 1.0))
@@ -329,8 +392,10 @@ def test_gaussians_look_at_what_is_near() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bias": "none"}], ids=str)
 def test_a_short_training_improves_the_picture(options: dict[str, Any]) -> None:
+    """From grey, where there is much to improve."""
     torch.manual_seed(0)
-    model = GViT(replace(CONFIG, gvit=replace(SPACE, **options)))
+    space = replace(SPACE, start="random", residual=1.0, **options)
+    model = GViT(replace(CONFIG, gvit=space))
     config = GViTLossConfig(reconstruction=10, ramp=(0, 0.5))
     pixels, labels = pixels_of(8, cells=2), torch.arange(8) % 3
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
