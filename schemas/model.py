@@ -226,7 +226,8 @@ class GViTConfig:
     start and what they look at, times a factor of each head."""
     residual: float = 0.3
     """Factor of what the predictor adds to their start. With less they stay nearer to it, which a
-    classifier beside a young predictor likes; few Gaussians, which must move far, want 1."""
+    classifier beside a young predictor likes; few Gaussians, which must move far, want 1. 0: they
+    stay where they are, a control."""
     renderer: Literal["sum", "alpha"] = "sum"
     """sum: the rendering of our shards, colours -1 to 1. alpha: composited, the first Gaussian in
     front, colours 0 to 1; fast on CUDA only, through gsplat."""
@@ -241,7 +242,7 @@ class GViTConfig:
         _check(self.start in starts, "gvit.start", self.start, ", ".join(starts))
         _check(self.bias in ("none", "distance"), "gvit.bias", self.bias, "none or distance")
         _check(self.renderer in ("sum", "alpha"), "gvit.renderer", self.renderer, "sum or alpha")
-        _check(self.residual > 0, "gvit.residual", self.residual, "must be positive")
+        _check(self.residual >= 0, "gvit.residual", self.residual, "must not be negative")
         _check(0 <= self.bands <= 16, "gvit.bands", self.bands, "choose 0 to 16")
         _check(0 < self.cutoff <= 6, "gvit.cutoff", self.cutoff, "choose up to 6")
         _check(self.min_scale > 0, "gvit.min_scale", self.min_scale, "must be positive")

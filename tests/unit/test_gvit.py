@@ -222,8 +222,10 @@ def test_the_residual_is_counted_in_the_configs_unit() -> None:
         g0 = model.predictor.g0(pixels, seeds_of(1, 2))
         moved.append(model(pixels, seeds_of(1, 2)).g - g0)
     torch.testing.assert_close(0.25 * moved[0], moved[1], atol=1e-5, rtol=1e-5)
-    with pytest.raises(UsageError, match=r"gvit.residual = 0"):
-        replace(SPACE, residual=0)
+    still = model_of(residual=0)
+    assert torch.equal(still(pixels).g, still.predictor.g0(pixels))
+    with pytest.raises(UsageError, match=r"gvit.residual = -1"):
+        replace(SPACE, residual=-1)
 
 
 def test_evaluation_draws_the_same_for_all() -> None:
