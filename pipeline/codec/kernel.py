@@ -230,6 +230,8 @@ def decode_batch(columns, rows, counts, heights, widths, out, start) -> None:
     header = np.zeros(len(rows), np.dtype([("step", "<f4"), ("level", "u1"), ("cell_log", "i1")]))
     header[filled] = headers.reshape(-1).view(header.dtype)
     status = np.zeros(len(rows), np.uint8)
+    with np.errstate(invalid="ignore"):  # a signalling NaN, say: decode_planes refuses it
+        step = header["step"].astype(np.float64)
     decode_planes(
         tuple(plane.data for plane in columns),
         tuple(plane.offsets for plane in columns),
@@ -238,7 +240,7 @@ def decode_batch(columns, rows, counts, heights, widths, out, start) -> None:
         heights,
         widths,
         (
-            header["step"].astype(np.float64),
+            step,
             header["level"].astype(np.int64),
             header["cell_log"].astype(np.int64),
         ),

@@ -17,7 +17,8 @@ def decode(payload: bytes, height: int, width: int) -> NDArray[np.float64]:
     """A payload to Gaussians [N, 8]: x, y, l11, l21, l22 in px, r, g, b."""
     planes = np.frombuffer(payload, np.uint8, -1, HEADER_BYTES).reshape(BYTES, -1)
     codes = np.ascontiguousarray(planes.T)
-    scale = np.frombuffer(payload, "<f4", 1).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN is one like others
+        scale = np.frombuffer(payload, "<f4", 1).astype(np.float64)
     wide = codes.astype(int)
     steps = wide[:, 4:6] << 2 | np.stack((wide[:, 7] & 3, wide[:, 7] >> 2 & 3), 1)
     turns = (wide[:, 6] << 4 | wide[:, 7] >> 4) - 2048
