@@ -273,14 +273,15 @@ def test_the_arms_in_the_recipes_docstring(name: str) -> None:
     ]
     arms = [shlex.split(c) for c in commands if f"recipes/{name}.py" in c]
     configs = [load_recipe(str(ROOT / words[0]), words[2::2]) for words in arms]
-    assert len(arms) == (3 if name == "gvit_digits" else 2)
+    assert len(arms) == (4 if name == "gvit_digits" else 2)
     for words in arms:
         assert set(words[1::2]) == {"--set"}
     if name == "gvit_digits":
-        guided, unguided, learned = configs
+        guided, unguided, learned, grey = configs
         assert all(c.gvit is not None and c.model.gvit is not None for c in configs)
         assert unguided == replace(guided, gvit=GViTLossConfig(gamma=0.0), data=unguided.data)
-        assert learned.model.gvit.start == "learned"  # type: ignore[union-attr]
+        starts = [c.model.gvit.start for c in (guided, learned, grey) if c.model.gvit is not None]
+        assert starts == ["image", "learned", "random"]
     else:
         offline, patches = (c.model.encoder for c in configs)
         assert (offline.input, offline.resampler) == ("splats", None)
