@@ -14,8 +14,8 @@ schedule. The arms, after arXiv 2506.23532:
     guided     the predictor gets the classifier's gradient, too
     unguided   it gets the reconstruction's alone
     learned    guided, from Gaussians that are weights and not drawn
-    grey       guided, from Gaussians that are drawn in grey, as published: ours take the image's
-               colours (not among the arms run by default)
+    grey       guided, from Gaussians drawn without a look at the image, as the paper's are: ours
+               take its colours (not among the arms run by default)
     offline    splatshard convert's fits, a token each
     patches    the classifier on patches, no Gaussians
 
@@ -30,7 +30,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 
@@ -54,7 +54,6 @@ from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig
 from schemas.train import TrainConfig
 
 Arm = Literal["guided", "unguided", "learned", "grey", "offline", "patches"]
-ORDER: tuple[Arm, ...] = ("guided", "unguided", "learned", "grey", "offline", "patches")
 STARTS: dict[Arm, Literal["image", "random", "learned"]] = {
     "guided": "image",
     "unguided": "image",
@@ -167,7 +166,7 @@ def rows_of(
                 "fit_s_per_image": inputs[name].seconds if offline else 0.0,
             }
         )
-    return sorted(rows, key=lambda row: (row["gaussians"], ORDER.index(row["arm"])))
+    return sorted(rows, key=lambda row: (row["gaussians"], get_args(Arm).index(row["arm"])))
 
 
 def gain(own: list[Result], base: list[Result] | None, name: str) -> dict[str, float | None]:

@@ -4,8 +4,8 @@
         --set data.src='imagenet/train-*.tar' --set dst=runs/gvit
     splatshard train jobs/recipes/gvit_imagenet.py ...   on one device
 
-Arms: unguided --set gvit.gamma=0, learned queries --set model.gvit.start=learned, grey draws as
-published --set model.gvit.start=random. Offline fits are classify_imagenet.py with --set
+Arms: unguided --set gvit.gamma=0, learned queries --set model.gvit.start=learned, grey
+draws --set model.gvit.start=random. Offline fits are classify_imagenet.py with --set
 model.encoder.resampler=None --set data.num_gaussians=196 on shards that were converted with
 --num-gaussians 196; patches are the same recipe with --set model.encoder.input=patches --set
 augment.dropout=0 --set data.num_gaussians=None on the images.

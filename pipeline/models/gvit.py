@@ -30,8 +30,8 @@ Not published, and so ours:
   20 classes of Tiny-ImageNet (benchmarks/gvit.py, guided, k = 64 and 128) a classifier reaches 15.2
   and 10.7 % from grey, 23.0 and 23.1 % from the image's colours.
 
-With `start` random they are grey, as published. With `start` learned, g0 is a weight, the same for
-all images: the ablation's learned queries.
+With `start` random they are grey: the paper's draws know nothing of the image, either. With `start`
+learned, g0 is a weight, the same for all images: the ablation's learned queries.
 
 Left out: several rounds of denoising, and the classifier's gradient as a step at evaluation, which
 would need labels.

@@ -485,6 +485,13 @@ def test_a_huge_count_takes_no_memory(count: int) -> None:
     assert peak < 1 << 20
 
 
+def test_a_signalling_nan_in_q11_is_no_warning() -> None:
+    """Which would be an error here."""
+    found = values_of(unpack([{"splats": SIGNALLING_NAN + bytes(11)}], 8, 16, "q11"))[0]
+    assert found[..., 5:].isnan().all()
+    assert found[..., :5].isfinite().all()
+
+
 def test_fixed_bytes_of_q11() -> None:
     """Format version 1; schemas/FORMAT.md has them too."""
     payload = bytes.fromhex(

@@ -108,8 +108,8 @@ def test_a_config_with_budgets_of_its_own_gives_the_same():
 def test_any_rising_budgets_at_tiny_sizes(height, width, budgets, steps, seed):
     """More Gaussians than pixels, increments of one, no steps: finite, as many as asked for, and no
     budget worse than the one below it by more than the sweeps may shift. Where the lower one has a
-    Gaussian for every pixel there is next to nothing to win (one image in thousands lost 0.34 dB of
-    39): there it only has to stay good."""
+    Gaussian for every pixel there is next to nothing to win (the example's second image loses 0.34
+    dB of 39): there it only has to stay good."""
     target = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
     splats, _ = fit_nested(target, tuple(budgets), FitConfig(steps=steps), CPU)
     assert splats.means.shape == (2, budgets[-1], 2)
