@@ -15,7 +15,8 @@ Left out: dropout and stochastic depth, which CLIP does without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -60,8 +61,11 @@ class SplatEncoder(nn.Module):
         x_BTD = self.tokens(splats, heights, widths, tokens)
         cls_B1D = self.class_embedding.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
         x_BTD = torch.cat((cls_B1D, x_BTD), 1)
-        mask = F.pad(splats.mask, (1, 0), value=True) if self.resampler is None else None
-        return run_blocks(self, x_BTD, self.config.gradient_checkpointing, mask)
+        mask = None
+        if self.resampler is None:
+            mask = F.pad(splats.mask, (1, 0), value=True)[:, None, None, :]
+        x_BTD = run_blocks(self, x_BTD, self.config.gradient_checkpointing, mask)
+        return self.post_layernorm(x_BTD[:, 0])
 
     def tokens(
         self, splats: Splats, heights: Tensor, widths: Tensor, tokens: int | None = None
@@ -121,15 +125,22 @@ def vision_config(config: EncoderConfig) -> CLIPVisionConfig:
 
 
 def run_blocks(
-    model: nn.Module, x_BTD: Tensor, checkpointed: bool, mask_BT: Tensor | None = None
+    model: nn.Module, x_BTD: Tensor, checkpointed: bool, mask: Tensor | None = None
 ) -> Tensor:
-    """Pre-norm, blocks, final norm of `model`; the first token, [B, D]. Tokens that are False in
-    `mask_BT` are not attended to."""
+    """All tokens after the last block of `model`, before its final norm; as `block_states`."""
+    return deque(block_states(model, x_BTD, checkpointed, mask), maxlen=1).pop()
+
+
+def block_states(
+    model: nn.Module, x_BTD: Tensor, checkpointed: bool, mask: Tensor | None = None
+) -> Iterator[Tensor]:
+    """All tokens [B, T, D] after each block of `model`, whose first norm and blocks are named as
+    PatchEncoder's. `mask` for the attention, broadcast to [B, heads, T, T]: tokens where it is
+    False are not attended to; a float one is added to the logits."""
     x_BTD = cast(nn.Module, model.pre_layrnorm)(x_BTD)
-    mask = None if mask_BT is None else mask_BT[:, None, None, :]
     for block in cast(Iterable[Any], cast(Any, model.encoder).layers):
         if checkpointed and model.training:
             x_BTD = checkpoint(block, x_BTD, mask, use_reentrant=False)
         else:
             x_BTD = block(x_BTD, mask)
-    return cast(nn.Module, model.post_layernorm)(x_BTD[:, 0])
+        yield x_BTD

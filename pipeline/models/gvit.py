@@ -47,10 +47,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.metrics import psnr
-from pipeline.models.encoder import SplatEncoder
+from pipeline.models.encoder import SplatEncoder, run_blocks
 from pipeline.models.gaussian_space import MARGIN, NUMBERS, colored, drawn, grid, splats_of
 from pipeline.models.patches import PatchEncoder, normalised
-from pipeline.models.reconstruct import block_outputs, perceptual_loss, reconstruction_loss
+from pipeline.models.reconstruct import perceptual_loss, reconstruction_loss
 from pipeline.models.stem import wavenumbers
 from pipeline.splats import Splats
 from schemas.errors import UsageError
@@ -154,7 +154,7 @@ class GaussianPredictor(nn.Module):
         x_BTD = torch.cat((patches_BPD, self.embedding(features_BkF).to(patches_BPD.dtype)), 1)
         bias = distance_bias(g0, self.config.predictor) if self.config.bias == "distance" else None
         checkpointed = self.config.predictor.gradient_checkpointing
-        x_BTD = block_outputs(self.tower, x_BTD, checkpointed, bias)[-1]
+        x_BTD = run_blocks(self.tower, x_BTD, checkpointed, bias)
         x_BkD = cast(nn.Module, self.tower.post_layernorm)(x_BTD[:, -g0.shape[1] :])
         return g0 + self.config.residual * self.residual(x_BkD).float()
 

@@ -34,7 +34,8 @@ class PatchEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W], see `normalised`, to [B, D]; H and W are the config's `image_size`."""
         x_BTD = self.embeddings(pixels)
-        return run_blocks(self, x_BTD, self.config.gradient_checkpointing)
+        x_BTD = run_blocks(self, x_BTD, self.config.gradient_checkpointing)
+        return self.post_layernorm(x_BTD[:, 0])
 
 
 def normalised(pixels: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD) -> Tensor:

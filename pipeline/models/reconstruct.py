@@ -16,14 +16,11 @@ Left out: LPIPS, whose weights want torchvision's networks; a CLIP's tokens stan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, cast
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
+from pipeline.models.encoder import block_states
 from pipeline.models.patches import PatchEncoder, normalised
 from pipeline.models.weights import Activation, load_clip
 from schemas.errors import UsageError
@@ -90,22 +87,5 @@ def _features(tower: PatchEncoder, image: Tensor) -> list[Tensor]:
     side = tower.config.image_size
     if image.shape[-2:] != (side, side):
         image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
-    states = block_outputs(tower, tower.embeddings(normalised(image)), False)
+    states = block_states(tower, tower.embeddings(normalised(image)), False)
     return [F.normalize(x_BTD.float(), dim=-1) for x_BTD in states]
-
-
-def block_outputs(
-    model: nn.Module, x_BTD: Tensor, checkpointed: bool, bias: Tensor | None = None
-) -> list[Tensor]:
-    """All tokens after each block of `model`, whose parts are named as PatchEncoder's; before the
-    final norm. As `pipeline.models.encoder.run_blocks`, which returns the first token. `bias`
-    [B, heads, T, T] is added to the attention's logits."""
-    x_BTD = cast(nn.Module, model.pre_layrnorm)(x_BTD)
-    states: list[Tensor] = []
-    for block in cast(Iterable[Any], cast(Any, model.encoder).layers):
-        if checkpointed and model.training:
-            x_BTD = checkpoint(block, x_BTD, bias, use_reentrant=False)
-        else:
-            x_BTD = block(x_BTD, bias)
-        states.append(x_BTD)
-    return states
