@@ -281,6 +281,7 @@ def evaluated(
         "train": train.content if train else "",
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest() if texts else "",
         "num_gaussians": trained.num_gaussians,
+        "device": trained.device.type,  # whose precision may be another
         "task": task,
     }
     before = read_result(output, dataset.name)

@@ -51,16 +51,17 @@ def launch(config: TrainConfig, workers: int, show: Show) -> TrainResult:
             ends.append(record)
 
     with ray_session(workers):
-        scaling = scaling_of(workers)
+        scaling = scaling_of(workers, config.device)
         with tempfile.TemporaryDirectory(prefix="splatshard-ray-") as folder, told(shown) as queue:
             run_all(config, scaling, folder, queue)
     (end,) = ends[-1:] or [{"step": 0, "url": ""}]
     return TrainResult(end["step"], end["url"], {}, end.get("signal", 0))
 
 
-def scaling_of(workers: int) -> ScalingConfig:
-    """One GPU for each worker, or one core. Raises UsageError where there are not so many."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+def scaling_of(workers: int, device: str) -> ScalingConfig:
+    """One GPU for each worker, or one core where there are none or `device` is cpu. Raises
+    UsageError where there are not so many."""
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
     kind, room = ("GPU", gpus) if gpus else ("CPU", int(ray.cluster_resources()["CPU"]))
     if workers > room:
         raise UsageError(

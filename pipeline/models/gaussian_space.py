@@ -148,10 +148,11 @@ def render(g: Tensor, height: int, width: int, config: GViTConfig) -> Tensor:
 
     Raises BackendError where the device has no kernel.
     """
-    g = g.float()
-    if config.renderer == "alpha":
-        splats, opacities = gaussians_of(g, height, width, config)
-        composite = render_alpha if g.is_cuda else reference_alpha
-        return composite(splats, opacities, height, width)
-    backend = select_backend("triton" if g.is_cuda else "cpu")
-    return backend.render(splats_of(g, height, width, config), height, width, config.cutoff)
+    with torch.autocast(g.device.type, enabled=False):
+        g = g.float()
+        if config.renderer == "alpha":
+            splats, opacities = gaussians_of(g, height, width, config)
+            composite = render_alpha if g.is_cuda else reference_alpha
+            return composite(splats, opacities, height, width)
+        backend = select_backend("triton" if g.is_cuda else "cpu")
+        return backend.render(splats_of(g, height, width, config), height, width, config.cutoff)

@@ -148,11 +148,16 @@ class GaussianPredictor(nn.Module):
     ) -> Tensor:
         """As GViT's; g is float32 whatever autocast says."""
         g0 = self.g0(pixels, seeds, count)
+        bias = None
         with torch.autocast(pixels.device.type, enabled=False):
             features_BkF = self._features(g0)
+            if self.config.bias == "distance":
+                bias = distance_bias(g0, self.config.predictor)
+        if bias is not None and torch.is_autocast_enabled(pixels.device.type):
+            # once, where attention would do so in every block and keep each copy
+            bias = bias.to(torch.get_autocast_dtype(pixels.device.type))
         patches_BPD = self.tower.embeddings(normalised(pixels))
         x_BTD = torch.cat((patches_BPD, self.embedding(features_BkF).to(patches_BPD.dtype)), 1)
-        bias = distance_bias(g0, self.config.predictor) if self.config.bias == "distance" else None
         checkpointed = self.config.predictor.gradient_checkpointing
         x_BTD = run_blocks(self.tower, x_BTD, checkpointed, bias)
         x_BkD = cast(nn.Module, self.tower.post_layernorm)(x_BTD[:, -g0.shape[1] :])

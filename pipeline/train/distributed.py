@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class World:
 
 
 ASK_EVERY_S = 1.0
+LONGEST_WAIT_S = 3600
+"""Of a process for the others: rank 0 looks at all shards, and uploads checkpoints, meanwhile."""
 
 
 class Stopping:
@@ -125,7 +128,9 @@ class _Gather(torch.autograd.Function):
 def world(device: str) -> Iterator[World]:
     """This process's place among those that train together; ends a process group that it made.
 
-    Raises UsageError for a device that is not there.
+    Not after an error: NCCL would wait for the others, which wait for this one, and nobody would
+    see the error. The launcher ends them once this process is gone. Raises UsageError for a device
+    that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,17 +138,15 @@ def world(device: str) -> Iterator[World]:
     launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     ours = launched and not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        if dist.is_initialized():
-            yield World(dist.get_rank(), dist.get_world_size(), chosen)
-            if ours:
-                dist.barrier()  # nobody leaves while another one still reads from it
-        else:
-            yield World(0, 1, chosen)
-    finally:
-        if ours:
-            dist.destroy_process_group()
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=LONGEST_WAIT_S))
+    if not dist.is_initialized():
+        yield World(0, 1, chosen)
+        return
+    yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    if ours:
+        dist.barrier()  # nobody leaves while another one still reads from it
+        dist.destroy_process_group()
 
 
 def _device(name: str) -> torch.device:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from schemas.errors import UsageError
 from schemas.train import OptimConfig
 
+NOT_DECAYED = ("predictor.start",)
+"""GViT's learned Gaussians: zero is the middle of the image, in grey."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -67,19 +70,22 @@ def freeze(model: nn.Module, trained: Sequence[str]) -> None:
 def make_optimizer(model: nn.Module, groups: Groups, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over all that is ever trained; what has no gradient yet it leaves alone.
 
-    No weight decay on what has fewer than two dimensions: biases, norms, the logit scale.
+    No weight decay on what has fewer than two dimensions (biases, norms, the logit scale), nor on
+    NOT_DECAYED.
     """
     chosen = set(groups.now + groups.later)
-    parameters = [p for name, p in model.named_parameters() if name in chosen]
+    named = [(name, p) for name, p in model.named_parameters() if name in chosen]
+    decayed = [p for name, p in named if p.ndim >= 2 and name not in NOT_DECAYED]
+    others = [p for name, p in named if p.ndim < 2 or name in NOT_DECAYED]
     return torch.optim.AdamW(
         [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=all(p.is_cuda for p in parameters),
+        fused=all(p.is_cuda for _, p in named),
     )
 
 

@@ -16,6 +16,7 @@ every checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -45,7 +46,7 @@ class Log:
     def write(self, event: str, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Add a record, and return it."""
         record = {"event": event, "step": step, "time": round(time.time(), 3), **fields}
-        line = json.dumps(record) + "\n"
+        line = json.dumps({name: finite(value) for name, value in record.items()}) + "\n"
         if is_local(self._url):
             with storage_errors(self._url), local_path(self._url).open("a") as file:
                 file.write(line)
@@ -69,6 +70,11 @@ class Log:
         self.flush()
         if self._board:
             self._board.close()
+
+
+def finite(value: Any) -> Any:
+    """`value`, but None for an infinite number or NaN, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(dst: str) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def train_here(
         if saving or done % config.log.every == 0 or done == 1:
             told.step(done, loss, metrics | {"grad_norm": norm})
         elif stopped:
-            told.unrecorded(done, loss)
+            told.unrecorded(done, loss, norm)
         if (saving or stopped) and here.rank == 0:
             url = save(done, config, model, average, optimizer, scaler, feed)
             told.checkpoint(done, url)
@@ -277,6 +277,8 @@ def resume(
     """Bring all but the model to where the checkpoint was saved; the steps that are done."""
     state = found.state()
     feed.load(state["reader"])
+    for saved, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        saved["fused"] = own["fused"]  # as suits this device, not the one before
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     if average:

@@ -58,7 +58,8 @@ class Telling:
 
     def step(self, done: int, loss: Tensor, metrics: Metrics) -> None:
         """After step number `done`, of which `loss` and `metrics` are this process's share. All
-        processes call it. Raises SplatshardError where the loss is not finite."""
+        processes call it. Raises SplatshardError where the loss is not finite, nor the gradient
+        whose step nothing skips."""
         names = ["loss", *metrics]
         values = [loss.detach().float(), *(value.detach().float() for value in metrics.values())]
         together = self.world.mean(torch.stack(values)).tolist()
@@ -75,14 +76,15 @@ class Telling:
             "memory_bytes": memory_bytes(self.world.device),
             "eta_s": passed / steps * (self.steps - done),
         }
-        check_finite(done, fields["loss"])
+        self._check_finite(done, fields["loss"], fields["grad_norm"])
         self.record = fields | {"step": done}
         self._write("step", done, fields)
 
-    def unrecorded(self, done: int, loss: Tensor) -> None:
+    def unrecorded(self, done: int, loss: Tensor, norm: Tensor) -> None:
         """After step number `done`, which is to be saved though it is not to be recorded: a run
         that goes on then has the log of one that was never stopped. Raises as `step`."""
-        check_finite(done, float(self.world.mean(loss.detach().float())))
+        values = torch.stack((loss.detach().float(), norm.float()))
+        self._check_finite(done, *self.world.mean(values).tolist())
 
     def checkpoint(self, done: int, url: str) -> None:
         """The checkpoint after step number `done` is written."""
@@ -99,15 +101,15 @@ class Telling:
         if self.log:
             self.log.close()
 
+    def _check_finite(self, done: int, loss: float, norm: float) -> None:
+        # fp16's scaler skips such a step by itself
+        if not math.isfinite(loss) or (not math.isfinite(norm) and self.config.precision != "fp16"):
+            raise SplatshardError(
+                f"the loss is {loss} in step {done}, its gradient's norm {norm}: nothing was "
+                "saved since the last checkpoint; choose a smaller optim.lr, a longer "
+                "optim.warmup_steps or optim.clip"
+            )
+
     def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         if self.log:
             self.show(self.log.write(event, step, fields))
-
-
-def check_finite(done: int, loss: float) -> None:
-    """Raises SplatshardError where the loss of step number `done` is not finite."""
-    if not math.isfinite(loss):
-        raise SplatshardError(
-            f"the loss is {loss} in step {done}: nothing was saved since the last checkpoint; "
-            "choose a smaller optim.lr, a longer optim.warmup_steps or optim.clip"
-        )

@@ -150,6 +150,15 @@ def test_a_start_has_the_colours_under_its_means() -> None:
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
+def test_pictures_are_float32_whatever_autocast_says(renderer: Any) -> None:
+    config = replace(SPACE, renderer=renderer)
+    g = drawn(torch.arange(2), 5, 12, 15, config)
+    wanted = render(g, 12, 15, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(render(g, 12, 15, config), wanted)
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
 def test_augmented_colours_beyond_white_and_black_are_no_nan(renderer: Any) -> None:
     config = replace(SPACE, renderer=renderer)
     for value in (-3.0, 0.0, 1.0, 3.0):

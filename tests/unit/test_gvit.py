@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.metrics import psnr
+from pipeline.models import gvit
 from pipeline.models.count import count
+from pipeline.models.encoder import run_blocks
 from pipeline.models.gaussian_space import (
     NUMBERS,
     colored,
@@ -323,6 +325,26 @@ def test_lower_precision_and_checkpointing_change_rounding_alone() -> None:
         full = model(pixels, seeds_of(1, 2))
     assert low.g.dtype == low.splats.means.dtype == torch.float32
     assert (low.g - full.g).abs().max() < 0.1 * full.g.abs().max()
+
+
+def test_distances_are_exact_in_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are differences of squares, which bfloat16 cannot take. Rounded at the end, once."""
+    model, pixels = model_of(), pixels_of(2)
+    seen: list[Tensor] = []
+
+    def spy(tower: Any, x: Tensor, checkpointed: bool, bias: Tensor) -> Tensor:
+        seen.append(bias)
+        return run_blocks(tower, x, checkpointed, bias)
+
+    monkeypatch.setattr(gvit, "run_blocks", spy)
+    with torch.no_grad():
+        model(pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(pixels)
+    exact, rounded = seen
+    assert exact.dtype == torch.float32
+    assert exact.max() == 0
+    assert torch.equal(rounded, exact.bfloat16())
 
 
 def test_configurations_go_to_json_and_back() -> None:

@@ -4,6 +4,7 @@ is named before the first step."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,10 +15,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.models import build_model
 from pipeline.train import loop
+from pipeline.train.batches import Feed
 from pipeline.train.checkpoint import initial_weights, latest, read_checkpoint
+from pipeline.train.distributed import World
+from pipeline.train.groups import groups_of, make_optimizer
 from pipeline.train.log import read_log
-from pipeline.train.loop import train
+from pipeline.train.loop import resume, train
+from pipeline.train.step import Gradients
 from schemas.errors import CorruptShardError, SplatshardError, UsageError
 from schemas.train import AugmentConfig
 from tests.training import (
@@ -33,6 +39,7 @@ from tests.training import (
 )
 
 STAGES = ("classify", "distill", "contrast")
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,26 @@ def test_it_goes_on_with_more_workers_and_more_steps(shards: Path, tmp_path: Pat
     train(toy_config(shards, tmp_path / "cut", steps=9, data__workers=2, data__lanes=4, **same))
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert events(tmp_path / "cut").count("start") == 2
+
+
+def test_the_optimiser_suits_the_device_on_which_a_run_goes_on(
+    shards: Path, tmp_path: Path
+) -> None:
+    """A checkpoint of a CPU would make a GPU's AdamW a slow one, and fp16's fail."""
+    config = toy_config(shards, tmp_path, steps=4)
+    train(config)
+    found = latest(str(tmp_path))
+    assert found is not None
+    parameters = found.state()["optimizer"]["param_groups"][0]["params"]
+    model = build_model(config.model)
+    groups = groups_of(model, config.optim)
+    optimizer = torch.optim.AdamW(make_optimizer(model, groups, config.optim).param_groups)
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert resume(found, config, Feed(config, ALONE), optimizer, scaler, None) == 4
+    assert len(optimizer.param_groups[0]["params"]) == len(parameters)
+    assert [group["fused"] for group in optimizer.param_groups] == [True, True]
 
 
 def test_a_finished_run_has_nothing_to_do(shards: Path, tmp_path: Path) -> None:
@@ -290,6 +317,29 @@ def test_a_loss_that_is_not_finite_is_not_saved(shards: Path, tmp_path: Path) ->
     with pytest.raises(SplatshardError, match="the loss is nan in step 1"):
         train(toy_config(shards, tmp_path / "new", init=str(tmp_path / "bad.safetensors")))
     assert latest(str(tmp_path / "new")) is None
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_gradient_that_is_not_finite_is_not_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """The loss is of the weights before; those after the step are NaN. `stopped`: in a step that is
+    saved because somebody asks, and not recorded."""
+    whole = Gradients.__call__
+
+    def broken(self: Gradients, step: Any, number: int) -> Any:
+        found = whole(self, step, number)
+        if number == 3:
+            next(p for p in self.embedder.parameters() if p.grad is not None).grad[0] = math.inf
+        return found
+
+    monkeypatch.setattr(Gradients, "__call__", broken)
+    every = {"checkpoint__every": 8 if stopped else 4, "log__every": 8 if stopped else 1}
+    config = toy_config(shards, tmp_path, steps=8, **every)
+    asked = iter([0, 0, 0, 15]) if stopped else iter([0] * 8)
+    with pytest.raises(SplatshardError, match=r"in step 4, its gradient's norm inf"):
+        train(config, asked=lambda: next(asked))
+    assert latest(str(tmp_path)) is None
 
 
 def test_sources_whose_numbers_mean_different_things(shards: Path, tmp_path: Path) -> None:

@@ -279,6 +279,19 @@ def test_weight_decay_of_matrices_alone() -> None:
     assert {n.rsplit(".", 1)[-1] for n in names if "norm" in n} == {"weight", "bias"}
 
 
+def test_no_weight_decay_of_learned_gaussians() -> None:
+    config = config_of("gvit")
+    assert config.model.gvit is not None
+    learned = replace(config.model.gvit, start="learned")
+    model = model_of(replace(config, model=replace(config.model, gvit=learned)))
+    start = dict(model.named_parameters())["predictor.start"]
+    decayed, others = (
+        g["params"] for g in make_optimizer(model, groups_of(model, OPTIM), OPTIM).param_groups
+    )
+    assert any(p is start for p in others)
+    assert not any(p is start for p in decayed)
+
+
 def test_freezing_takes_gradients_away() -> None:
     model = model_of(config_of("contrast"))
     for parameter in model.parameters():
