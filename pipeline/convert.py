@@ -122,12 +122,6 @@ def try_samples(
         yield from convert_samples(islice(samples, *span), config, backend, clock)
 
 
-def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Backend) -> list[Row]:
-    """Samples to rows, one each, in order, as one batch; for estimates."""
-    config = replace(config, batch_size=max(1, len(samples)))
-    return [row for rows in convert_samples(samples, config, backend, StageClock()) for row in rows]
-
-
 def read_samples(
     ref: ShardRef,
     digest: hashlib._Hash,

@@ -86,8 +86,9 @@ def decode(image: bytes, name: str, config: DecodeConfig) -> DecodedImage:
     """The upright centred square of an image file, `config.image_size` px wide.
 
     Smaller images are enlarged, transparency is laid over white. `name` goes into messages. Raises
-    SampleError with status empty_image, not_an_image, too_large, animated_image or corrupt_image.
-    Several threads may decode at once. Pillow's warnings are silenced, for good.
+    SampleError with status empty_image, not_an_image, too_large, animated_image or corrupt_image,
+    and MemoryError, which says nothing of the image. Several threads may decode at once. Pillow's
+    warnings are silenced, for good.
     """
     if not image:
         raise SampleError("empty_image", f"{name} has zero bytes")
@@ -102,7 +103,7 @@ def decode(image: bytes, name: str, config: DecodeConfig) -> DecodedImage:
             orientation = read_orientation(source)  # a PNG's may come after its pixels
             if orientation in TRANSPOSE:
                 crop = crop.transpose(TRANSPOSE[orientation])
-        except SampleError:
+        except (SampleError, MemoryError):
             raise
         except Image.DecompressionBombError as e:
             raise SampleError("too_large", f"{name}: {e}") from e
@@ -128,7 +129,7 @@ def silence_pillow() -> None:
 def open_header(image: bytes, name: str) -> ImageFile.ImageFile:
     """The file with its header parsed and no pixel decoded.
 
-    Raises SampleError with status not_an_image, corrupt_image or too_large.
+    Raises SampleError with status not_an_image, corrupt_image or too_large, and MemoryError.
     """
     for kind in FORMATS:
         factory, accept = Image.OPEN[kind]
@@ -136,6 +137,8 @@ def open_header(image: bytes, name: str) -> ImageFile.ImageFile:
             continue
         try:
             return factory(io.BytesIO(image), "")
+        except MemoryError:
+            raise
         except Image.DecompressionBombError as e:
             raise SampleError("too_large", f"{name}: {e}") from e
         except Exception as e:
@@ -160,6 +163,8 @@ def read_orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; unreadable EXIF counts as upright, as in every viewer."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except MemoryError:
+        raise
     except Exception:
         return 1
     return orientation if orientation in TRANSPOSE else 1

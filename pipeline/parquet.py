@@ -1,21 +1,33 @@
 """Hugging Face image Parquet to samples, a few rows at a time.
 
-The columns are told apart by name and type (`_columns`); those that are none of a sample's fields
-become its members (bytes) or its metadata JSON (the rest).
+The columns are told apart by name and type (`_columns`). Nothing is lost: those that are none of a
+sample's fields become its members (bytes, and the bytes of further image structs) or values of its
+metadata JSON (the rest), where an image struct leaves its other fields, such as the file's path.
 
-Left out: columns that hold bytes inside lists or structs (several images per row have no place in a
-one-image sample); the names of a ClassLabel.
+JSON has no form for some of Arrow's values, at any depth:
+
+    NaN, infinity                 text: nan, inf, -inf
+    dates, times, decimals, UUID  text, as Python prints them; nanoseconds with all nine digits
+    durations                     text, as Python prints them; nanoseconds as their number
+    bytes in lists or structs     base64
+    maps                          lists of [key, value]
+
+Left out: the names of a ClassLabel.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,11 +55,6 @@ class _Columns:
     label: str | None
     binary: tuple[str, ...]  # become members
     other: tuple[str, ...]  # become the metadata JSON
-
-    @property
-    def names(self) -> list[str]:
-        single = (self.image, self.key, self.uid, self.caption, self.label)
-        return [name for name in (*single, *self.binary, *self.other) if name]
 
 
 def has_images(url: str) -> bool:
@@ -78,9 +85,28 @@ def read_parquet(ref: ShardRef, digest: hashlib._Hash) -> Iterator[RawSample]:
 def _parquet_samples(ref: ShardRef, path: str) -> Iterator[RawSample]:
     with _open_parquet(ref.urls[0], path) as file:
         columns = _columns(file.schema_arrow, ref.urls[0])
-        batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=columns.names, use_threads=False)
-        for number, row in enumerate(r for batch in batches for r in batch.to_pylist()):
+        batches = file.iter_batches(PARQUET_BATCH_ROWS, use_threads=False)
+        for number, row in enumerate(r for batch in batches for r in _rows(batch, ref.urls[0])):
             yield _parquet_sample(row, columns, f"{ref.name}-{number:08d}")
+
+
+def _rows(batch: pa.RecordBatch, url: str) -> Iterator[dict[str, Any]]:
+    values = [_values(*column, url) for column in zip(batch.schema, batch.columns, strict=True)]
+    for row in zip(*values, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))
+
+
+def _values(field: pa.Field, column: pa.Array, url: str) -> list[Any]:
+    kind = _exact(field.type)
+    try:
+        return (column if kind == field.type else column.cast(kind)).to_pylist()
+    except UnicodeDecodeError:
+        raise  # a damaged file
+    except (OverflowError, LookupError, ValueError) as e:  # year 20000, unknown time zones
+        raise SourceError(
+            f"{url}: column {field.name} of type {field.type} has a value that Python cannot hold: "
+            f"{e}; write the column as text, or leave it out"
+        ) from e
 
 
 def scan_parquet(ref: ShardRef) -> Iterator[RawSample]:
@@ -99,7 +125,7 @@ def scan_parquet(ref: ShardRef) -> Iterator[RawSample]:
             yield RawSample(
                 key=f"{ref.name}-{number:08d}" if key is None else str(key),
                 caption=row.get(columns.caption),
-                label=row.get(columns.label),
+                label=_int64(row.get(columns.label)),
             )
 
 
@@ -128,18 +154,21 @@ def _columns(schema: pa.Schema, url: str) -> _Columns:
             f"{url} has no image column, only {', '.join(schema.names)}; expected one of type "
             f"struct<bytes, path>, or a binary one named {', '.join(IMAGE_COLUMNS)}"
         )
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
 
     def first(names: tuple[str, ...], *tests: Any) -> str | None:
         fits = (n for n in names if n in schema.names)
         return next((n for n in fits if any(t(schema.field(n).type) for t in tests)), None)
 
-    texts = (pa.types.is_string, pa.types.is_large_string)
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     key = first(("__key__", "key"), *texts, pa.types.is_integer)
     uid, caption = first(("uid",), *texts), first(("caption", "text"), *texts)
     label = first(("label", "cls", *_class_labels(schema)), pa.types.is_integer)
     rest = [f for f in schema if f.name not in (image, key, uid, caption, label)]
     binary = [f.name for f in rest if _is_binary(f.type) or _is_image_struct(f.type)]
-    other = [f.name for f in rest if f.name not in binary and "binary" not in str(f.type)]
+    other = [f.name for f in rest if f.name not in binary]
     return _Columns(image, key, uid, caption, label, tuple(binary), tuple(other))
 
 
@@ -156,37 +185,87 @@ def _class_labels(schema: pa.Schema) -> tuple[str, ...]:
 def _parquet_sample(row: dict[str, Any], columns: _Columns, default_key: str) -> RawSample:
     key = row.get(columns.key)
     key = default_key if key is None else str(key)
-    image, path = _image_bytes(row[columns.image])
-    error = None
+    split = {name: _split_image(row[name]) for name in (columns.image, *columns.binary)}
+    image, rest = split.pop(columns.image)
+    path, error = rest.get("path"), None
     if image is None:
         hint = f"; it names {path}, but only embedded images can be read" if path else ""
         error = SampleError("no_image", f"row {key} has no image bytes{hint}")
-    members = [(name, _image_bytes(row[name])[0]) for name in columns.binary]
-    other = {name: _finite(row[name]) for name in columns.other}
+    label = _int64(row.get(columns.label))
+    other = {name: row[name] for name in columns.other}
+    if columns.label and label != row[columns.label]:
+        other[columns.label] = row[columns.label]
+    further = {columns.image: rest} | {name: rest for name, (_, rest) in split.items()}
+    other |= {name: rest for name, rest in further.items() if rest}
     return RawSample(
         key=key,
         image=image or b"",
         image_name=path or key,
         uid=row.get(columns.uid),
         caption=row.get(columns.caption),
-        label=row.get(columns.label),
-        metadata=json.dumps(other, ensure_ascii=False, default=str) if other else None,
-        members=tuple((name, data) for name, data in members if data is not None),
+        label=label,
+        metadata=json.dumps(_plain(other), ensure_ascii=False) if other else None,
+        members=tuple((name, data) for name, (data, _) in split.items() if data is not None),
         error=error,
     )
 
 
-def _image_bytes(value: Any) -> tuple[bytes | None, str | None]:
-    return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+def _split_image(value: Any) -> tuple[bytes | None, dict[str, Any]]:
+    """The bytes of a binary or an image struct, and the struct's other fields, unless null."""
+    if not isinstance(value, dict):
+        return value, {}
+    rest = {name: v for name, v in value.items() if name != "bytes" and v is not None}
+    return value["bytes"], rest
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinity as strings: JSON has no numbers for them."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _int64(label: int | None) -> int | None:
+    """The label, unless an unsigned one is too large for its column."""
+    return label if label is not None and label < 1 << 63 else None
+
+
+def _plain(value: Any) -> Any:
+    """A value of Arrow's as JSON has it; see the top of this file."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    special = isinstance(value, date | time | timedelta | Decimal | UUID)
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if special or infinite else value
+
+
+def _exact(kind: pa.DataType) -> pa.DataType:
+    """The type from which Python gets all of a value: its own times end at microseconds, and only
+    pandas has others."""
+
+    def within(field: pa.Field) -> pa.Field:
+        return field.with_type(_exact(field.type))
+
+    types = pa.types
+    if types.is_struct(kind):
+        return pa.struct([within(kind.field(i)) for i in range(kind.num_fields)])
+    if types.is_list(kind):
+        return pa.list_(within(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(within(kind.value_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(within(kind.value_field), kind.list_size)
+    if types.is_map(kind):
+        return pa.map_(within(kind.key_field), within(kind.item_field), kind.keys_sorted)
+    if types.is_float16(kind):
+        return pa.float32()  # older Arrow gives numpy's
+    if not types.is_temporal(kind) or getattr(kind, "unit", "") != "ns":
+        return kind
+    return pa.int64() if types.is_duration(kind) else pa.string()
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if pa.types.is_dictionary(kind):
+        return _is_binary(kind.value_type)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in (*tests, pa.types.is_fixed_size_binary))
 
 
 def _is_image_struct(kind: pa.DataType) -> bool:

@@ -56,12 +56,13 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         if extension == image or data is None:
             continue
         try:
-            values, exact = _parse(extension.lower(), data, fields)
+            values, exact = _parse(extension.lower(), data)
         except (ValueError, RecursionError) as e:
             text = f"{group.key}.{extension} cannot be parsed: {e}"
             error, values, exact = error or SampleError("bad_metadata", text), {}, False
-        fields |= values
-        if not exact or extension not in SIDECAR_EXTENSIONS:
+        own = extension in SIDECAR_EXTENSIONS  # another spelling (TXT) gives way, and is kept
+        fields = fields | values if own else values | fields
+        if not exact or not own:
             kept.append((extension, data))
     from_json = _json_fields(fields.pop("json", None))
     if from_json.get("label") is None:
@@ -76,7 +77,7 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     )
 
 
-def _parse(extension: str, data: bytes, fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def _parse(extension: str, data: bytes) -> tuple[dict[str, Any], bool]:
     """The fields a member gives, and whether they alone would give its bytes back; under `json`
     the parsed metadata.
 
@@ -91,10 +92,7 @@ def _parse(extension: str, data: bytes, fields: dict[str, Any]) -> tuple[dict[st
         return {"label": int(data)}, str(int(data)).encode() == data
     if extension in ("json", "meta.json"):
         text = data.decode()
-        values = json.loads(text.removeprefix("\ufeff"))
-        if extension != "json" and "metadata" in fields:
-            return {}, True
-        return {"metadata": text, "json": values}, True
+        return {"metadata": text, "json": json.loads(text.removeprefix("\ufeff"))}, True
     return {}, False
 
 

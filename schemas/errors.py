@@ -66,3 +66,6 @@ class SampleError(SplatshardError):
     def __init__(self, status: str, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return type(self), (self.status, str(self))  # Exception's own pickling knows one argument

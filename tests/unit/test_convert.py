@@ -15,7 +15,8 @@ import torch
 
 from pipeline import batching, convert
 from pipeline.batching import BatchLimit, auto_batch_size
-from pipeline.convert import convert_batch, convert_shard
+from pipeline.clock import StageClock
+from pipeline.convert import Row, convert_samples, convert_shard
 from pipeline.decode import DecodedImage
 from pipeline.kernels.backend import Backend, select_backend
 from pipeline.pack import splats_of
@@ -33,6 +34,12 @@ CONFIG = ConvertConfig(
     decode=DecodeConfig(image_size=24), fit=FitConfig(num_gaussians=6, steps=3), backend="cpu"
 )
 CUDA = torch.device("cuda")
+
+
+def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Backend) -> list[Row]:
+    """Samples to rows, one each, in order, as one batch."""
+    config = replace(config, batch_size=len(samples))
+    return [row for rows in convert_samples(samples, config, backend, StageClock()) for row in rows]
 
 
 @pytest.fixture

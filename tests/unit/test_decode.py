@@ -231,12 +231,15 @@ def test_animations(format):
     assert decode_at(animation(format, frames=1)).pixels.shape == (32, 32, 3)
 
 
-def test_out_of_memory_is_a_bad_sample(monkeypatch):
+@pytest.mark.parametrize("where", ["decode.to_rgb", "decode.io.BytesIO", "decode.Image.Exif.get"])
+def test_out_of_memory_says_nothing_of_the_sample(monkeypatch, where):
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("pipeline.decode.to_rgb", fail)
-    assert status_of(jpeg()) == "corrupt_image"
+    image = jpeg()
+    monkeypatch.setattr(f"pipeline.{where}", fail)
+    with pytest.raises(MemoryError):
+        decode_at(image)
 
 
 def test_kodak_photographs():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+from datetime import date, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pytest
 
-from pipeline.read import read
+from pipeline.read import read, scan
 from schemas.errors import SourceError
 from tests.make import image_parquet, jpeg, write_parquet
 from tests.unit.reading import IMAGE, read_all, ref_of, statuses
@@ -20,7 +25,7 @@ def test_hugging_face_parquet(tmp_path):
     assert [s.label for s in samples] == [i % 3 for i in range(40)]
     assert samples[39].image == jpeg(seed=39)
     assert samples[39].image_name == "39.jpg"
-    assert samples[0].metadata is None
+    assert samples[0].metadata == '{"image": {"path": "0.jpg"}}'
     assert len(read_all(tmp_path / "p.parquet", limit=11)) == 11
 
 
@@ -46,6 +51,127 @@ def test_parquet_columns(tmp_path):
     assert json.loads(samples[1].metadata) == {"width": 65, "score": "nan", "tags": []}
     assert samples[0].members == (("mask", b"\0\1"),)
     assert samples[1].members == ()
+
+
+def metadata_of(tmp_path, **columns: Any) -> dict[str, Any]:
+    """The metadata of a sample beside whose image are these values."""
+    table = pa.table({"jpg": [IMAGE]} | columns)
+    (sample,) = read_all(write_parquet(tmp_path / "p.parquet", table))
+    assert sample.members == ()
+    return json.loads(sample.metadata, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary(2), pa.binary_view()], ids=str
+)
+def test_bytes_of_any_type_are_members(tmp_path, kind):
+    columns = {"jpg": [IMAGE], "mask": pa.array([b"\0\1"], kind)}
+    columns["same"] = pa.array([b"\2\3"]).dictionary_encode()
+    (sample,) = read_all(write_parquet(tmp_path / "p.parquet", columns))
+    assert sample.members == (("mask", b"\0\1"), ("same", b"\2\3"))
+    assert sample.metadata is None
+
+
+def test_image_of_any_binary_type(tmp_path):
+    columns = {"image": pa.array([IMAGE], pa.binary_view()), "caption": pa.array(["a"])}
+    columns["caption"] = columns["caption"].cast(pa.string_view())
+    (sample,) = read_all(write_parquet(tmp_path / "p.parquet", columns))
+    assert (sample.image, sample.caption, sample.metadata) == (IMAGE, "a", None)
+
+
+def test_image_structs_keep_their_other_fields(tmp_path):
+    columns = {
+        "image": [{"bytes": IMAGE, "path": "a.jpg"}, {"bytes": IMAGE, "path": None}],
+        "mask": [{"bytes": b"m", "path": "m.png", "classes": [1]}] * 2,
+    }
+    first, second = read_all(write_parquet(tmp_path / "p.parquet", columns))
+    mask = {"path": "m.png", "classes": [1]}
+    assert json.loads(first.metadata) == {"image": {"path": "a.jpg"}, "mask": mask}
+    assert json.loads(second.metadata) == {"mask": mask}
+    assert first.members == second.members == (("mask", b"m"),)
+
+
+def test_nested_columns_are_json(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    box = {"bbox": [1.0, nan], "binary_label": 1}
+    frames = [{"bytes": b"one", "path": "1.jpg"}, None]
+    found = metadata_of(tmp_path, boxes=[[box]], scores=[[-inf, inf]], frames=[frames])
+    assert found["boxes"] == [{"bbox": [1.0, "nan"], "binary_label": 1}]
+    assert found["scores"] == ["-inf", "inf"]
+    assert found["frames"] == [{"bytes": base64.b64encode(b"one").decode(), "path": "1.jpg"}, None]
+
+
+def test_columns_that_json_has_no_form_for_are_text(tmp_path):
+    uuid = UUID(int=1)
+    found = metadata_of(
+        tmp_path,
+        day=[date(2020, 1, 2)],
+        price=[[Decimal("1.50")]],
+        lasts=[timedelta(days=1)],
+        id=pa.array([uuid.bytes], pa.uuid()),
+        words=pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int8())),
+        kind=pa.array(["a"]).dictionary_encode(),
+        half=pa.array([0.5], pa.float16()),
+    )
+    assert found == {
+        "day": "2020-01-02",
+        "price": ["1.50"],
+        "lasts": "1 day, 0:00:00",
+        "id": str(uuid),
+        "words": [["a", 1], ["a", 2]],
+        "kind": "a",
+        "half": 0.5,
+    }
+
+
+def test_nanoseconds_are_kept_without_pandas(tmp_path):
+    ns = pa.timestamp("ns")
+    seen = 1_577_836_800_000_000_000
+    texts = [f"2020-01-01 00:00:00.00000000{i}" for i in range(2)]
+    found = metadata_of(
+        tmp_path,
+        seen=pa.array([seen], ns),
+        there=pa.array([seen + 1], pa.timestamp("ns", "UTC")),
+        took=pa.array([1001], pa.duration("ns")),
+        at=pa.array([1001], pa.time64("ns")),
+        log=pa.array([[seen, seen + 1]], pa.list_(ns)),
+        pair=pa.array([[seen, seen + 1]], pa.list_(ns, 2)),
+        long=pa.array([[seen, seen + 1]], pa.large_list(ns)),
+        one=pa.array([{"at": seen, "by": "me"}], pa.struct([("at", ns), ("by", pa.string())])),
+        by=pa.array([[("me", seen)]], pa.map_(pa.string(), ns)),
+    )
+    assert found == {
+        "seen": texts[0],
+        "there": texts[1] + "Z",
+        "took": 1001,
+        "at": "00:00:00.000001001",
+        "log": texts,
+        "pair": texts,
+        "long": texts,
+        "one": {"at": texts[0], "by": "me"},
+        "by": [["me", texts[0]]],
+    }
+
+
+def test_values_beyond_python_name_their_column(tmp_path):
+    with pytest.raises(
+        SourceError, match=r"p\.parquet: column taken of .* write the column as text"
+    ):
+        metadata_of(tmp_path, taken=pa.array([1 << 62], pa.timestamp("us")))
+
+
+def test_columns_of_one_name(tmp_path):
+    table = pa.table([[IMAGE], [1], [2]], names=["jpg", "a", "a"])
+    with pytest.raises(SourceError, match=r"p\.parquet has several columns named a; rename"):
+        read_all(write_parquet(tmp_path / "p.parquet", table))
+
+
+def test_labels_beyond_int64_stay_in_metadata(tmp_path):
+    label = pa.array([7, 1 << 63, None], pa.uint64())
+    path = write_parquet(tmp_path / "p.parquet", {"jpg": [IMAGE] * 3, "label": label})
+    samples = read_all(path)
+    assert [s.label for s in samples] == [s.label for s in scan(ref_of(path))] == [7, None, None]
+    assert [s.metadata for s in samples] == [None, f'{{"label": {1 << 63}}}', None]
 
 
 def test_parquet_rows_without_image_or_with_one_key(tmp_path):

@@ -112,8 +112,19 @@ def test_every_byte_can_be_given_back(tmp_path):
     back = dict(sample.members)
     back |= {"txt": sample.caption.encode(), "cls": str(sample.label).encode()}
     back |= {"json": sample.metadata.encode(), "jpg": sample.image}
-    assert back == members | {"txt": back["txt"]}
-    assert {"TXT", "npy", "seg.png"} <= dict(sample.members).keys()
+    assert back == members
+    assert {"TXT", "npy", "seg.png"} == dict(sample.members).keys()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_members_that_differ_in_case_alone(tmp_path, order):
+    """The lower case is in the fields, whichever comes first, and the other one a member."""
+    lower = {"cls": b"1", "json": b'{"a": 1}', "txt": b"a boat"}
+    upper = {"CLS": b"2", "JSON": b'{"a": 2}', "TXT": b"a ship"}
+    members = [(f"a.{e}", data) for e, data in (lower | upper).items()][::order]
+    (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), *members)
+    assert (sample.label, sample.metadata, sample.caption) == (1, '{"a": 1}', "a boat")
+    assert dict(sample.members) == upper
 
 
 def test_second_image_becomes_a_member(tmp_path):

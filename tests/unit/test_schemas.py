@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from contextlib import suppress
@@ -27,7 +28,7 @@ from schemas.config import (
     inputs,
     recipe,
 )
-from schemas.errors import CorruptShardError, FormatVersionError, UsageError
+from schemas.errors import CorruptShardError, FormatVersionError, SampleError, UsageError
 from schemas.shard import (
     OK,
     SKIP_STATUSES,
@@ -348,6 +349,11 @@ def test_recipes_go_round() -> None:
     for old in ({"format_version": 1}, {"stages_version": 2}):
         with pytest.raises(UsageError, match="redo them all with convert --overwrite-stale"):
             config_from_recipe(recipe(CONFIG) | old)
+
+
+def test_a_sample_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(SampleError("no_image", "row 3 has no image bytes")))
+    assert (error.status, str(error)) == ("no_image", "row 3 has no image bytes")
 
 
 def test_schemas_import_neither_torch_nor_ray() -> None:
