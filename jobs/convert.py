@@ -89,7 +89,7 @@ class ConvertOptions(RunOptions):
     """Tars, Hugging Face Parquet files or a folder of images: a path, a brace pattern or glob
     (quote it), several joined by ::, a list file (.txt), or any fsspec URL."""
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder for the shards, local or s3://; created when absent."""
+    """Folder for the shards, local or s3://, apart from SRC; created when absent."""
     preset: Preset = "default"
     """Base of the recipe; explicit flags override it. paper: the published recipe."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
@@ -183,7 +183,7 @@ def convert(options: ConvertOptions, started: float) -> int:
     prepare(options)
     config = with_teacher(with_encoder(options.config), options.teacher)
     dst = absolute(options.dst).rstrip("/")
-    refs = list_shards(options.src, options.limit, options.samples_per_shard)
+    refs = list_shards(options.src, options.limit, options.samples_per_shard, dst)
     if not options.dry_run:
         check_destination(dst)
     markers = read_markers(dst)

@@ -141,7 +141,7 @@ def sources_of(
     from pipeline.sources import current, list_shards
 
     if options.src:
-        refs = list_shards(options.src, None, options.samples_per_shard)
+        refs = list_shards(options.src, None, options.samples_per_shard, dst)
     else:
         refs = current(shard.ref for name, shard in read_plan(dst).items() if name in done)
     found = {ref.name: ref for ref in refs}

@@ -44,11 +44,13 @@ def redo(
     """Convert the shards `names` (all of them planned ones) again; returns the exit code.
 
     Their old markers and data stay until the new ones are there. Raises UsageError for a recipe
-    that this build cannot repeat, or a source whose address was a secret, before anything is done.
+    that this build cannot repeat, a source whose address was a secret, or one in `dst`, before
+    anything is done.
     """
     from pipeline.markers import read_markers
-    from pipeline.sources import current
+    from pipeline.sources import check_apart, current
 
+    check_apart((shard.ref for shard in shards.values()), dst)
     for name in sorted(names):
         for url in filter(is_redacted, shards[name].ref.urls):
             raise UsageError(

@@ -140,18 +140,20 @@ def wrong_sizes(dst: str, state: Status) -> dict[str, str]:
 
 
 def sweep(dst: str, delete: bool) -> list[str]:
-    """Data files that no marker names; deletes those that splatshard wrote, if told to.
+    """Files that splatshard wrote and no marker names; deletes them, if told to.
 
     A file that has a marker by now is no orphan: files are listed first, then markers are read.
     """
     from pipeline.markers import read_markers, shard_of
     from pipeline.objects import delete as delete_file
+    from pipeline.shards import is_shard
     from pipeline.storage import list_folder
     from pipeline.store_errors import storage_errors
 
     with storage_errors(dst, "read"):
         files = list(list_folder(dst))
-    found = [f for f in orphans(files, read_markers(dst)) if shard_of(f)]
+    named = [f for f in orphans(files, read_markers(dst)) if shard_of(f)]
+    found = [f for f in named if is_shard(f"{dst}/{f}")]
     for file in found:
         if delete:
             delete_file(f"{dst}/{file}")

@@ -114,7 +114,8 @@ def check(dst: str, markers: Mapping[str, Marker], state: Status) -> Findings:
     with storage_errors(dst, "read"):
         files = list_folder(dst)
     findings.notes += [
-        f"{file}: no marker names this data file; readers ignore it and it can be deleted"
+        f"{file}: no marker names this file, so readers ignore it; if splatshard wrote it, "
+        "splatshard repair --delete-orphans deletes it"
         for file in orphans(files, markers)
     ]
     findings.notes += manifest_notes(dst, markers)

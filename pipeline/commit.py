@@ -19,8 +19,9 @@ no marker has, then the marker is written on condition that it is still as it wa
 So of two jobs on one DST, and of a job and its lost workers, one leaves a shard and the others
 nothing. A data file is deleted only when no marker can name it any more: its own marker was refused
 or replaced. A kill leaves data that no marker names. On a local disk the next commit of that shard
-or the next job deletes it; on S3 the job itself at its end (`clean_attempts`). Another job's may
-belong to a commit that is under way: names of attempts say whose they are.
+or the next job deletes it, if its content is a shard's as well as its name; on S3 the job itself at
+its end (`clean_attempts`). Another job's may belong to a commit that is under way: names of
+attempts say whose they are.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pathlib import Path
 
 from pipeline import objects, storage
 from pipeline.markers import DATA_FILE, DONE, FAILED, read_marker
-from pipeline.shards import survey
+from pipeline.shards import is_shard, survey
 from pipeline.staging import STAGING, scratch, staged, sweep
 from pipeline.storage import is_local, local_path
 from pipeline.store_errors import storage_errors
@@ -288,8 +289,9 @@ def clean_staging(dst: str) -> None:
 
 
 def _delete_leftovers(dst: str, done: ShardManifest, data_files: Iterable[str]) -> None:
+    """Only what splatshard wrote: a name such as `train-00000001.tar` may be anybody's."""
     for file in data_files:
-        if file != done.data_file:
+        if file != done.data_file and is_shard(f"{dst}/{file}"):
             objects.delete(f"{dst}/{file}")
 
 

@@ -79,6 +79,15 @@ def shard_metadata_of(url: str, format: str | None = None) -> dict[str, Any]:
             return _tar_metadata(_tar_members(tar), url)
 
 
+def is_shard(url: str) -> bool:
+    """Whether splatshard wrote the file at `url`, by the constants in it. Raises
+    UnavailableError."""
+    try:
+        return bool(shard_metadata_of(url))
+    except (CorruptShardError, FormatVersionError):
+        return False
+
+
 def _format_of(url: str, format: str | None) -> str:
     by_extension = {extension: name for name, extension in EXTENSIONS.items()}
     format = format or by_extension.get(url.rpartition(".")[2], "")

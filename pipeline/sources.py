@@ -9,9 +9,11 @@ SRC is one of, or several joined by `::` of
                      images, cut into shards by sorted path
     a list file      files.txt: one source per line, # comments, relative to the list's folder
 
-on a local disk or any fsspec URL. Beside each `00000000.tar` img2dataset leaves a metadata file
-`00000000.parquet`: where both are in one folder the tar is meant, and Parquet files without images
-are passed over.
+on a local disk or any fsspec URL. Links are followed; one that leads nowhere is an error, as is a
+folder that cannot be listed. Of a folder, hidden files and folders are left out.
+
+Beside each `00000000.tar` img2dataset leaves a metadata file `00000000.parquet`: where both are in
+one folder the tar is meant, and Parquet files without images are passed over.
 
 Left out: compressed tars; list files inside list files; fsspec's chained URLs (`::` joins here).
 """
@@ -41,30 +43,33 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 def list_shards(
-    src: str, limit: int | None = None, samples_per_shard: int = 1000
+    src: str, limit: int | None = None, samples_per_shard: int = 1000, dst: str = ""
 ) -> list[ShardRef]:
     """The shards of `src` in order; with `limit`, those that hold its first `limit` samples.
 
     The last shard then has a limit of its own, unless all of it is wanted. `samples_per_shard` cuts
-    a folder of images. Raises UsageError when there is nothing at `src`, part of it is missing, or
-    two shards would have one name; SourceError when a place cannot be read; UnavailableError.
+    a folder of images. Raises UsageError when there is nothing at `src`, part of it is missing, two
+    shards would have one name, or what is converted into `dst` and its sources would mix;
+    SourceError when a place cannot be read; UnavailableError.
     """
     for name, value in (("limit", limit), ("samples-per-shard", samples_per_shard)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be 1 or more")
     try:
-        refs = _list(src, samples_per_shard)
+        refs = _list(src, samples_per_shard, dst)
     except UsageError as e:  # messages name URLs, and a signed URL is a secret
         raise UsageError(redact(str(e))) from e
     return refs if limit is None else _take(refs, limit)
 
 
-def _list(src: str, samples_per_shard: int) -> list[ShardRef]:
+def _list(src: str, samples_per_shard: int, dst: str) -> list[ShardRef]:
     patterns = [pattern for source in src.split("::") for pattern in _patterns(source.strip())]
     for pattern in patterns:
         _refuse_compressed(pattern)
-    refs = _resolve(src, patterns, samples_per_shard)
+    refs = _resolve(src, patterns, samples_per_shard, dst)
     _check_names(refs)
+    if dst:
+        check_apart(refs, dst)
     return refs
 
 
@@ -88,6 +93,23 @@ def _check_names(refs: list[ShardRef]) -> None:
                 f"{other.urls[0]} and {ref.urls[0]} would both become shard {ref.name}: "
                 "rename one, or convert them into two destinations"
             )
+
+
+def check_apart(refs: Iterable[ShardRef], dst: str) -> None:
+    """Raises UsageError for a source in or below `dst`: it could be taken for a shard of `dst`."""
+    folders = {url.rpartition("/")[0]: url for ref in refs for url in ref.urls}
+    for folder, url in folders.items():
+        if storage.lies_in(folder, dst):
+            raise UsageError(redact(f"{url} of SRC lies in DST {dst}: choose another DST"))
+
+
+def _check_outside(dst: str, source: str, is_glob: bool) -> None:
+    """Raises UsageError where files of `dst` would be found in the folder or glob `source`."""
+    if dst and (storage.matches(source, dst) if is_glob else storage.lies_in(dst, source)):
+        raise UsageError(
+            f"DST {dst} lies in SRC {source}, and the next run would take its shards for sources: "
+            "choose a DST outside of SRC, or move this one there"
+        )
 
 
 # From SRC to paths and globs
@@ -134,7 +156,7 @@ def _is_glob(pattern: str) -> bool:
 # From paths to shards
 
 
-def _resolve(src: str, patterns: list[str], samples_per_shard: int) -> list[ShardRef]:
+def _resolve(src: str, patterns: list[str], samples_per_shard: int, dst: str) -> list[ShardRef]:
     globs = {p for p in patterns if _is_glob(p)}
     found = storage.stats(p for p in patterns if _kind(p) and p not in globs)
     no_images = _without_images(found)
@@ -143,12 +165,14 @@ def _resolve(src: str, patterns: list[str], samples_per_shard: int) -> list[Shar
         if pattern in no_images:
             raise UsageError(f"{pattern} has no image column; is it img2dataset's metadata?")
         if pattern in globs:
+            _check_outside(dst, pattern, is_glob=True)
             refs += _from_glob(pattern)
         elif pattern in found:
             refs.append(_shard(pattern, found[pattern]))
         elif _kind(pattern) and len(patterns) > 1:
             missing.append(pattern)
         elif storage.is_dir(pattern):
+            _check_outside(dst, pattern, is_glob=False)
             refs += _from_folder(pattern, samples_per_shard)
         elif storage.exists(pattern):
             raise UsageError(
@@ -179,7 +203,8 @@ def _from_glob(pattern: str) -> list[ShardRef]:
 def _from_folder(url: str, samples_per_shard: int) -> list[ShardRef]:
     root = storage.absolute(url).rstrip("/")
     start = len(root) + 1
-    files = {u: s for u, s in storage.find(root).items() if not _hidden(u[start:])}
+    found = storage.find(root, lambda path: not _hidden(path.rpartition("/")[2]))
+    files = {u: s for u, s in found.items() if not _hidden(u[start:])}
     refs = _choose(files) or _cut(root, files, samples_per_shard)
     if not refs:
         for file in files:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from pipeline.patience import Stream, patiently
 from pipeline.staging import scratch, staged
@@ -34,6 +36,7 @@ from pipeline.store_errors import (
     storage_errors,
 )
 from pipeline.store_options import PACKAGES, options_of, redact, scheme_of, set_options
+from pipeline.walk import walk
 from schemas.errors import SourceError, UsageError
 
 T = TypeVar("T")
@@ -212,9 +215,12 @@ def _local_listing(folder: str) -> dict[str, Stat]:
         for entry in entries:
             with suppress(FileNotFoundError):  # a broken link, or deleted just now
                 if entry.is_file():
-                    info = entry.stat()
-                    found[entry.name] = Stat(info.st_size, str(round(info.st_mtime * 1e6)))
+                    found[entry.name] = _local_stat(entry.stat())
     return found
+
+
+def _local_stat(info: os.stat_result) -> Stat:
+    return Stat(info.st_size, str(round(info.st_mtime * 1e6)))
 
 
 def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> Iterable[dict[str, Any]]:
@@ -229,16 +235,24 @@ def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> Iterable[dict[
         raise
 
 
-def _s3_listing(fs: Any, path: str) -> Iterator[dict[str, Any]]:
-    """Page by page. The driver's `ls` would keep all pages, and list an empty folder's parent."""
+def _s3_listing(
+    fs: Any, path: str, stem: str = "", delimiter: str = "/"
+) -> Iterator[dict[str, Any]]:
+    """What lies in the folder `path` and begins with `stem`; without `delimiter`, all files below.
+
+    Page by page. The driver's `ls` would keep all pages, and list an empty folder's parent.
+    """
     bucket, key, _ = fs.split_path(path.rstrip("/"))
-    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "Delimiter": "/"}
+    prefix = (f"{key}/" if key else "") + stem
+    request = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
     while True:
         page = fs.call_s3("list_objects_v2", **request)
         for entry in page.get("Contents", ()):
             if not entry["Key"].endswith("/"):  # a "folder" made in a web console
                 info = {"name": f"{bucket}/{entry['Key']}", "type": "file"}
                 yield info | {"size": entry["Size"], "ETag": entry["ETag"]}
+        for entry in page.get("CommonPrefixes", ()):
+            yield {"name": f"{bucket}/{entry['Prefix']}", "type": "directory"}
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
@@ -290,32 +304,98 @@ def read_bytes(url: str) -> bytes:
 
 
 def glob(pattern: str) -> dict[str, Stat]:
-    """Files that match, in sorted order, each with the scheme of `pattern`. Raises as `stat`."""
+    """Files that match, in sorted order, each with the scheme of `pattern`.
+
+    Only folders that the pattern leads through are looked into. Raises as `find`, and UsageError
+    for a bad pattern.
+    """
     fs, path = driver(pattern)
-    with source_errors(pattern):
-        return _files(fs, pattern, fs.glob(path, detail=True))
+    parts = path.split("/")
+    heads = [_regex("/".join(parts[: n + 1])) for n in range(len(parts))]
+    fixed = re.split(r"[*?\[]", path)[0]
+    folder = fixed[: fixed.rfind("/") + 1]
+
+    def wanted(name: str) -> bool:
+        n = name.count("/")
+        return "**" in parts[: n + 1] or (n < len(parts) and bool(heads[n].match(name)))
+
+    depth = None if "**" in parts else len(parts) - folder.count("/")
+    found = _walk(fs, folder, wanted, depth, fixed[len(folder) :])
+    return _by_url(fs, pattern, (file for file in found if heads[-1].match(file[0])))
 
 
-def find(url: str) -> dict[str, Stat]:
-    """All files below the folder `url`, in sorted order, each with the scheme of `url`. Raises as
-    `stat`."""
+def matches(pattern: str, url: str) -> bool:
+    """Whether `glob(pattern)` would look at files in the folder `url`."""
+    return _regex(place(pattern).rpartition("/")[0]).match(place(url)) is not None
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(glob_translate(pattern))
+    except ValueError as e:
+        raise UsageError(f"{pattern}: {e}") from e
+
+
+def find(url: str, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Stat]:
+    """All files below the folder `url`, in sorted order, each with the scheme of `url`; none when
+    there is no such folder. Local files and folders that are not `wanted` (by path) are left out.
+
+    Links are followed. Raises SourceError when part of it cannot be read, be it a link that leads
+    nowhere, and UnavailableError.
+    """
     fs, path = driver(url)
-    with source_errors(url):
-        return _files(fs, url, fs.find(path, detail=True))
+    return _by_url(fs, url, _walk(fs, path, wanted))
 
 
-def _files(fs: fsspec.AbstractFileSystem, url: str, infos: dict[str, Any]) -> dict[str, Stat]:
-    followed = {path: _follow(info) for path, info in sorted(infos.items())}
-    return {
-        _with_scheme(fs, url, path): _stat(info)
-        for path, info in followed.items()
-        if info and info["type"] == "file"
-    }
+def _by_url(
+    fs: fsspec.AbstractFileSystem, url: str, files: Iterable[tuple[str, Stat]]
+) -> dict[str, Stat]:
+    found = dict(files)
+    return {_with_scheme(fs, url, name): found[name] for name in sorted(found)}
 
 
-def _follow(info: dict[str, Any]) -> dict[str, Any] | None:
-    """What a local link leads to (Hugging Face's cache is made of links); None if broken."""
-    return _info_or_none(info["name"]) if info.get("islink") else info
+def _walk(
+    fs: fsspec.AbstractFileSystem,
+    folder: str,
+    wanted: Callable[[str], bool],
+    depth: int | None = None,
+    stem: str = "",
+) -> Iterator[tuple[str, Stat]]:
+    """Names of the files in `folder` and, where `depth` is not 1, in its `wanted` folders.
+
+    fsspec's own walk takes what cannot be listed for empty. S3 lists all at once where there is no
+    `depth`, and only what begins with `stem`.
+    """
+    if isinstance(fs, LocalFileSystem):
+        yield from ((name, _local_stat(info)) for name, info in walk(folder, wanted, depth))
+        return
+    with source_errors(fs.unstrip_protocol(folder)):
+        if _is_s3(fs):
+            infos = _s3_listing(fs, folder, stem, "/" if depth else "")
+        else:
+            infos = _list_or_nothing(fs, folder)
+        for info in infos:
+            name = info["name"].rstrip("/")
+            if name == folder.rstrip("/"):
+                continue
+            if info["type"] == "file":
+                yield name, _stat(info)
+            elif info["type"] == "directory" and depth != 1 and wanted(name):
+                yield from _walk(fs, info["name"], wanted, depth and depth - 1)
+
+
+def place(url: str) -> str:
+    """`url` as an address that all ways to name that place share: links are followed."""
+    if is_local(url):
+        return os.path.realpath(driver(url)[1])
+    return absolute(url).rstrip("/")
+
+
+def lies_in(url: str, folder: str) -> bool:
+    """Whether `url` is the folder `folder`, or below it."""
+    if len({"" if is_local(u) else scheme_of(u) for u in (url, folder)}) > 1:
+        return False
+    return f"{place(url)}/".startswith(f"{place(folder).rstrip('/')}/")
 
 
 def _with_scheme(fs: fsspec.AbstractFileSystem, url: str, path: str) -> str:

@@ -159,9 +159,12 @@ def test_orphans_are_listed_and_deleted_on_request(
     made: tuple[str, Path, dict[str, bytes]], capsys: Capsys
 ) -> None:
     _, dst, before = made
-    ours = [dst / "00000000-0123abcd-deadbeef7.parquet", dst / "zebra-0123abcd.tar"]
-    foreign = [dst / "mine.parquet", dst / "notes.txt"]
-    for path in (*ours, *foreign):
+    data = data_file(dst, "00000000").read_bytes()
+    ours = [dst / "00000000-0123abcd-deadbeef7.parquet", dst / "zebra-0123abcd.parquet"]
+    foreign = [dst / name for name in ("mine.parquet", "notes.txt", "train-00000001.tar")]
+    for path in ours:
+        path.write_bytes(data)
+    for path in foreign:
         path.write_bytes(b"left by somebody")
     code, found, err = run_json(capsys, repair, dst)
     assert (code, found["orphans"]) == (0, [path.name for path in ours])

@@ -254,6 +254,42 @@ def test_from_s3_to_s3(server: Server, dst: str, tmp_path: Path) -> None:
     assert (ref.name, ref.limit) == ("00000000", 2)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_listings_of_sources(server: Server, dst: str, paged: bool) -> None:
+    """A folder and `**` cost one listing, other patterns one for each folder on their way."""
+    server.put(dst, {f"{part}/{part}{i}.tar": b"" for part in "abc" for i in range(5)})
+    server.put(dst, {"a/deep/d.tar": b"", "other/deep/e.tar": b"", "a/": b""})
+    server.fault = lambda _: "paged" if paged else ""
+
+    def listed(pattern: str) -> tuple[int, int]:
+        server.asked.clear()
+        found = len(list_shards(f"{dst}{pattern}"))
+        listings = [each for each in server.asked if "list-type" in each.query]
+        return found, sum("max-keys=1" not in each.query for each in listings)  # does it exist?
+
+    if paged:
+        assert [listed(p)[0] for p in ("", "/**/*.tar", "/*/*.tar")] == [17, 17, 15]
+        return
+    assert listed("") == (17, 1)
+    assert listed("/**/*.tar") == (17, 1)
+    assert listed("/[ab]/*.tar") == (10, 3)
+    assert listed("/a/*.tar") == (5, 1)
+    assert listed("/a*/*.tar") == (5, 2)
+
+
+def test_a_folder_that_the_store_does_not_list(server: Server, dst: str) -> None:
+    server.put(dst, {f"{part}/{part}.tar": b"" for part in "abc"})
+    server.fault = lambda request: "SlowDown" if "%2Fb%2F" in request.query else ""
+    with pytest.raises(UnavailableError, match=rf"cannot read {dst}/b/?: SlowDown"):
+        list_shards(f"{dst}/*/*.tar")
+    assert len(list_shards(f"{dst}/**/*.tar")) == 3
+    with pytest.raises(UsageError, match=rf"{dst}/a/a\.tar of SRC lies in DST {dst}"):
+        list_shards(f"{dst}/a/a.tar", dst=dst)
+    for dst_in_src in (f"{dst}/splats", dst.replace("s3://", "s3a://") + "/splats"):
+        with pytest.raises(UsageError, match=rf"DST {dst_in_src} lies in SRC {dst}"):
+            list_shards(dst, dst=dst_in_src)
+
+
 def test_a_commit_costs_few_requests(server: Server, dst: str) -> None:
     check_destination(dst)
     server.asked.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from jobs.__main__ import JOBS, main
 from jobs.cli import Interrupted, count, duration, one_line, run, size
 from schemas.config import PRESETS, ConvertConfig
 from schemas.errors import StorageError, UsageError
+from tests.make import image_folder
 
 
 def options(*arguments: str) -> convert.ConvertOptions:
@@ -33,6 +35,18 @@ def test_flags_are_flat_and_have_the_defaults_of_the_configuration() -> None:
     assert parsed.config == ConvertConfig()
     assert parsed.workers == "auto"
     assert parsed.limit is None
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_destination_inside_of_the_source_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    root = image_folder(tmp_path / "photos")
+    before = sorted(root.rglob("*"))
+    error = error_of(["convert", str(root), f"{root}/splats", *flags], capsys)
+    assert f"DST {root}/splats lies in SRC {root}, " in error
+    assert "choose a DST outside of SRC" in error
+    assert sorted(root.rglob("*")) == before
 
 
 def test_explicit_flags_override_the_preset() -> None:

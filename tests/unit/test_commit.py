@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,6 +46,7 @@ from schemas.errors import (
 )
 from schemas.shard import FailedShard, ShardManifest, to_json
 from schemas.splats import EXTENSIONS, FORMAT_VERSION
+from tests.make import datacomp_sample, write_tar
 from tests.rows import FORMATS, config_of, make_ref, make_rows, write_shard
 
 DIGEST = "cd" * 32
@@ -418,10 +420,10 @@ def test_files_for_s3_are_staged_below_tmpdir(
 
 def test_a_commit_that_is_under_way_is_left_alone(tmp_path: Path) -> None:
     """Its data file is in place, its marker not yet; another job starts on the folder."""
-    commit_shard(tmp_path)
+    done = commit_shard(tmp_path)
     other = tmp_path / "00000000-0123abcd.parquet"
     with objects.exclusive(str(tmp_path), "00000000"):
-        other.touch()
+        shutil.copy(tmp_path / done.data_file, other)
         clean_staging(str(tmp_path))
         assert other.exists()
     clean_staging(str(tmp_path))
@@ -594,6 +596,21 @@ def test_many_jobs_at_once_leave_one_shard(tmp_path: Path, configs: tuple[str, s
             assert result == marker
         else:
             assert "pack.format" in str(result)
+
+
+def test_only_what_splatshard_wrote_is_a_leftover(tmp_path: Path) -> None:
+    """img2dataset's numbers look like our fingerprints."""
+    write_tar(tmp_path / "train-00000001.tar", datacomp_sample(0))
+    (tmp_path / "train-00000002.parquet").write_bytes(b"damaged")
+    theirs = snapshot(tmp_path)
+    first = commit_shard(tmp_path, name="train")
+    shutil.copy(tmp_path / first.data_file, tmp_path / "train-00000003.parquet")
+    assert commit_shard(tmp_path, name="train") == first
+    shutil.copy(tmp_path / first.data_file, tmp_path / "train-00000003.parquet")
+    clean_staging(str(tmp_path))
+    left = snapshot(tmp_path)
+    assert left.keys() - theirs.keys() == {first.data_file, "train.json"}
+    assert left | theirs == left
 
 
 def test_a_zombie_does_not_mark_a_done_shard_failed(tmp_path: Path) -> None:

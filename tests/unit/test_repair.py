@@ -73,6 +73,14 @@ def test_a_source_whose_address_was_a_secret_cannot_be_redone(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sources_in_the_destination_are_left_alone(tmp_path: Path) -> None:
+    refs = list_shards(f"{datacomp_tar(tmp_path / 'a.tar', 1)}")
+    shards = planned(refs, make_plan(refs, {}, CONFIG, str), CONFIG)
+    with pytest.raises(UsageError, match=r"a\.tar of SRC lies in DST .*: choose another DST"):
+        redo(str(tmp_path), ["a"], shards, RepairOptions(dst=str(tmp_path)), 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
 def test_each_recipe_gets_its_configuration() -> None:
     other = ConvertConfig(fit=FitConfig(steps=300))
     refs = [make_ref("x"), make_ref("y")]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from pipeline.read import read
 from pipeline.sources import list_shards
-from schemas.errors import UsageError
+from schemas.errors import SourceError, UnavailableError, UsageError
 from schemas.shard import ShardRef
 from tests.make import (
     datacomp_tar,
@@ -317,10 +319,137 @@ def test_links_are_followed(tmp_path):
     folder = tmp_path / "snapshot"
     folder.mkdir()
     (folder / "train.tar").symlink_to(blob)
-    (folder / "broken.tar").symlink_to(tmp_path / "nothing")
     (ref,) = list_shards(str(folder))
     assert ref == list_shards(f"{folder}/train.tar")[0]
     assert ref.size_bytes == blob.stat().st_size
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    root = image_folder(tmp_path / "photos", ("cat", "dog"), per_class=2)
+    image_folder(tmp_path / "elsewhere", ("owl",), per_class=2)
+    (root / "owl").symlink_to(tmp_path / "elsewhere" / "owl")
+    (root / "dog" / "again").symlink_to(root)
+    (ref,) = list_shards(str(root))
+    assert keys([ref]) == [f"{c}/000{i}" for c in ("cat", "dog", "owl") for i in range(2)]
+    assert ref.labels == ("cat", "dog", "owl")
+    for part in ("a", "b"):
+        imagenet_tar(tmp_path / "tars" / part / f"{part}.tar")
+    (tmp_path / "tars" / "c").symlink_to(imagenet_tar(tmp_path / "far" / "c.tar").parent)
+    for pattern in ("", "/*/*.tar", "/**/*.tar"):
+        assert names(list_shards(f"{tmp_path}/tars{pattern}")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("link", ["cat/0009.jpg", "owl", "loop"])
+def test_a_link_that_leads_nowhere_is_an_error(tmp_path, link):
+    root = image_folder(tmp_path / "photos")
+    (root / ".hidden").symlink_to(tmp_path / "nothing")
+    assert len(list_shards(str(root))) == 1
+    (root / link).symlink_to(root / "loop")
+    with pytest.raises(
+        SourceError, match=rf"{root}/{link}: .*fetch .* missing, or delete the link"
+    ):
+        list_shards(str(root))
+
+
+def test_a_pattern_meets_only_links_on_its_way(tmp_path):
+    for part in ("a", "b"):
+        imagenet_tar(tmp_path / part / f"{part}.tar")
+    (tmp_path / "a" / "gone.tar").symlink_to(tmp_path / "nothing")
+    assert names(list_shards(f"{tmp_path}/b*/*.tar")) == ["b"]
+    for pattern in ("*/*.tar", "**/*.tar", "a/*"):
+        with pytest.raises(SourceError, match=r"a/gone\.tar"):
+            list_shards(f"{tmp_path}/{pattern}")
+
+
+@pytest.mark.parametrize("pattern", ["", "/*/*.tar", "/**/*.tar"])
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.EIO, SourceError), (errno.ESTALE, UnavailableError)]
+)
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, pattern, number, error):
+    for part in ("a", "b", ".b"):
+        imagenet_tar(tmp_path / part / f"{part.strip('.')}.tar")
+    scandir = os.scandir
+
+    def broken(path: str) -> Any:
+        if Path(path).name in ("b", ".b"):
+            raise OSError(number, os.strerror(number))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(error, match=rf"cannot read {tmp_path}/\.?b: {os.strerror(number)}"):
+        list_shards(f"{tmp_path}{pattern}")
+    assert names(list_shards(f"{tmp_path}/[a]/*.tar")) == ["a"]
+
+
+def test_a_pattern_looks_no_deeper_than_it_goes(tmp_path, monkeypatch):
+    for place in ("x/1.tar", "x/deep/2.tar", "y/3.tar", "y/deep/er/4.tar"):
+        imagenet_tar(tmp_path / place)
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(str(path)) or scandir(path))
+
+    def listed(pattern: str) -> tuple[list[str], list[str]]:
+        looked.clear()
+        found = names(list_shards(f"{tmp_path}/{pattern}"))
+        return found, sorted(os.path.relpath(folder, tmp_path) for folder in looked)
+
+    assert listed("x/*.tar") == (["1"], ["x"])
+    assert listed("x/*") == (["1"], ["x"])
+    assert listed("*/*.tar") == (["1", "3"], [".", "x", "y"])
+    assert listed("x*/*/*.tar") == (["2"], [".", "x", "x/deep"])
+    assert listed("y/**/*.tar") == (["3", "4"], ["y", "y/deep", "y/deep/er"])
+    with pytest.raises(UsageError, match=r"\*\*"):
+        list_shards(f"{tmp_path}/x**.tar")
+
+
+# A destination that is apart
+
+
+@pytest.mark.parametrize(
+    ("src", "dst"),
+    [
+        ("in/a/0.tar", "in/a"),
+        ("in/a/{0..1}.tar", "in/a"),
+        ("in/a/*.tar", "in/a/"),
+        ("in/*/*.tar", "in"),
+        ("in", "."),
+        ("link/*.tar", "in/a"),
+        ("in/a/0.tar", "link"),
+        ("photos", "photos"),
+        ("photos", "photos/splats"),
+        ("photos/cat", "photos/cat/../cat/splats"),
+        ("photos", "photo-link/splats"),
+        ("in", "in/b"),
+        ("in/*/*.tar", "in/splats"),
+        ("in/**/*.tar", "in/x/splats"),
+        ("in/a/0.tar::photos", "photos/splats"),
+    ],
+)
+def test_sources_and_destination_must_not_mix(tmp_path, monkeypatch, src, dst):
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        imagenet_tar(tmp_path / "in" / "a" / f"{i}.tar", count=1)
+    image_folder(tmp_path / "photos", ("cat",))
+    Path("link").symlink_to("in/a")
+    Path("photo-link").symlink_to("photos")
+    for place in (dst, f"file://{tmp_path}/{dst}"):
+        with pytest.raises(UsageError, match=r"lies in (DST|SRC) \S+ ?.*: choose "):
+            list_shards(src, dst=place)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst"),
+    [
+        ("in/a/*.tar", "in/a/splats"),
+        ("in/a/0.tar", "in/aa"),
+        ("in/*/*.tar", "splats"),
+        ("in/a", "in/a-splats"),
+        ("in/a", "s3://bucket/in/a"),
+    ],
+)
+def test_a_destination_beside_the_sources(tmp_path, monkeypatch, src, dst):
+    monkeypatch.chdir(tmp_path)
+    imagenet_tar(tmp_path / "in" / "a" / "0.tar", count=1)
+    assert list_shards(src, dst=dst) == list_shards(src)
 
 
 # Elsewhere than on the disk
@@ -338,6 +467,27 @@ def test_remote_file_system(memory, tmp_path):
     assert keys(list_shards("memory://bucket/1.tar", limit=1)) == ["n00000000"]
     with pytest.raises(UsageError, match="matches nothing"):
         list_shards("memory://bucket/3.tar")
+
+
+def test_remote_folders_that_cannot_be_listed(memory, monkeypatch):
+    for part in ("a", "b"):
+        memory.pipe(f"/bucket/{part}/{part}.tar", b"")
+    patterns = ("", "/*/*.tar", "/**/*.tar")
+    for pattern in patterns:
+        assert names(list_shards(f"memory://bucket{pattern}")) == ["a", "b"]
+    assert names(list_shards("memory://bucket/b*/b.tar")) == ["b"]
+    listing = type(memory).ls
+
+    def broken(self: Any, path: str, **options: Any) -> Any:
+        if path.endswith("/b"):
+            raise PermissionError(errno.EACCES, "denied")
+        return listing(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "ls", broken)
+    for pattern in patterns:
+        with pytest.raises(SourceError, match=r"cannot read memory:/+bucket/b: denied"):
+            list_shards(f"memory://bucket{pattern}")
+    assert names(list_shards("memory://bucket/a*/*.tar")) == ["a"]
 
 
 def test_remote_parquet_and_folder(memory, tmp_path):
