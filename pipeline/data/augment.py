@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -253,13 +254,13 @@ def visible(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Ten
     """
     l11, l21, l22 = splats.cholesky.unbind(-1)
     reach = torch.stack((l11, torch.hypot(l21, l22)), -1) * (cutoff * (1 + 1e-5))  # and rounding
-    side = splats.means.new_tensor([width, height])
+    side = constant((width, height), splats.means)
     inside = ((splats.means + reach > 0) & (splats.means - reach < side)).all(-1) & splats.mask
     return torch.where(inside.any(1, keepdim=True), inside, splats.mask)
 
 
 def _box_map(boxes: Tensor, height: int, width: int) -> Map:
-    scale = boxes.new_tensor([width, height]) / boxes[:, 2:]
+    scale = constant((width, height), boxes) / boxes[:, 2:]
     return torch.diag_embed(scale), -scale * boxes[:, :2]
 
 
@@ -290,7 +291,7 @@ def _random_map(draws: Tensor, config: Augment) -> Map:
     rotation = torch.stack((cos, -sin, sin, cos), -1).unflatten(1, (2, 2))
     shear = torch.stack((one, slope, 0 * one, one), -1).unflatten(1, (2, 2))
     matrix = rotation @ shear @ _diagonal(sign, one)
-    side = draws.new_tensor([config.width, config.height])
+    side = constant((config.width, config.height), draws)
     offset = (
         side / 2 - (matrix @ side / 2) + _either_way(torch.stack(shift, -1), config.shift) * side
     )
@@ -312,20 +313,27 @@ def brightness_matrix(factor: Tensor) -> Tensor:
 
 def saturation_matrix(factor: Tensor) -> Tensor:
     """[B] factors of the distance to greyscale to [B, 3, 3]: 1 changes nothing, 0 is greyscale."""
-    gray = factor.new_tensor([LUMA] * 3)
+    gray = constant((LUMA,) * 3, factor)
     return brightness_matrix(factor) + (1 - factor)[:, None, None] * gray
 
 
 def hue_matrix(angle: Tensor) -> Tensor:
     """[B] angles in radians to [B, 3, 3], which turn I and Q in YIQ; luma and greys stay."""
-    to_yiq = torch.tensor(TO_YIQ, dtype=torch.float64)
-    to_yiq[0] /= to_yiq[0].sum()
-    to_yiq[1:] -= to_yiq[1:].mean(1, keepdim=True)  # greys are grey to the last digit
-    from_yiq = torch.linalg.inv(to_yiq).to(angle)
+    to_yiq, from_yiq = (constant(rows, angle) for rows in _yiq())
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     rows = (zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos)
     turn = torch.stack(rows, -1).unflatten(1, (3, 3))
-    return from_yiq @ turn @ to_yiq.to(angle)
+    return from_yiq @ turn @ to_yiq
+
+
+@cache
+def _yiq() -> tuple[Values, Values]:
+    """TO_YIQ, whose greys are grey to the last digit, and its inverse."""
+    to_yiq = torch.tensor(TO_YIQ, dtype=torch.float64)
+    to_yiq[0] /= to_yiq[0].sum()
+    to_yiq[1:] -= to_yiq[1:].mean(1, keepdim=True)
+    there, back = (tuple(map(tuple, x.tolist())) for x in (to_yiq, torch.linalg.inv(to_yiq)))
+    return there, back
 
 
 def contrast(
@@ -337,10 +345,10 @@ def contrast(
     all, in the middle of the image and so wide that it is flat over it (FLAT): 1 to within 2^-26.
     Masked where f = 1 or the image has no Gaussians.
     """
-    gray = mean_color(splats, height, width, cutoff) @ splats.colors.new_tensor(LUMA)
-    means = splats.means.new_tensor([width / 2, height / 2]).expand(len(splats), 1, 2)
+    gray = mean_color(splats, height, width, cutoff) @ constant(LUMA, splats.colors)
+    means = constant((width / 2, height / 2), splats.means).expand(len(splats), 1, 2)
     wide = FLAT * math.hypot(height, width)
-    cholesky = splats.cholesky.new_tensor([wide, 0.0, wide]).expand(len(splats), 1, 3)
+    cholesky = constant((wide, 0.0, wide), splats.cholesky).expand(len(splats), 1, 3)
     colors = ((1 - factor) * gray)[:, None, None].expand(-1, 1, 3)
     mask = ((factor != 1) & splats.mask.any(1))[:, None]
     return Splats(
@@ -389,7 +397,7 @@ def drop(splats: Splats, keep: Tensor, share: float = 1.0) -> Splats:
 def hide(splats: Splats, keep: Tensor) -> Splats:
     """Mask all but `keep` (bool [B, N]); what is masked becomes padding, so that nothing leaks."""
     mask = (splats.mask & keep)[..., None]
-    unit = splats.cholesky.new_tensor([1.0, 0.0, 1.0])
+    unit = constant((1.0, 0.0, 1.0), splats.cholesky)
     return Splats(
         torch.where(mask, splats.means, 0),
         torch.where(mask, splats.cholesky, unit),
@@ -402,6 +410,26 @@ def _not_none(keep: Tensor, chance: Tensor, mask: Tensor) -> Tensor:
     """`keep`, and the Gaussian of the best chance in each image."""
     best = torch.where(mask, chance, -1.0).argmax(1, keepdim=True)
     return keep.scatter(1, best, True)
+
+
+# Numbers
+
+Values = tuple[float, ...] | tuple[tuple[float, ...], ...]
+
+
+def constant(values: Values, like: Tensor) -> Tensor:
+    """`values` as a tensor of `like`'s dtype on its device, not to be written to. It is made once,
+    since a copy to a GPU waits until that has done all it was given before.
+
+    Not for modules that torch may compile, which warns of caches.
+    """
+    return _constant(values, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: Values, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # else it could not take part in gradients later
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _between(draws: Tensor, limits: tuple[float, ...]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.augment import LUMA, Augment, Plan, changes_colors
+from pipeline.data.augment import LUMA, Augment, Plan, changes_colors, constant
 from schemas.errors import UsageError
 
 
@@ -38,7 +38,7 @@ def augment_pixels(pixels: Tensor, plan: Plan, config: Augment) -> Tensor:
         pixels = torch.einsum("bij,bjhw->bihw", plan.colors, pixels)
     if config.contrast:
         factor = plan.contrast[:, None, None, None]
-        gray = pixels.mean((2, 3)) @ pixels.new_tensor(LUMA)
+        gray = pixels.mean((2, 3)) @ constant(LUMA, pixels)
         pixels = factor * pixels + (1 - factor) * gray[:, None, None, None]
     return pixels
 
@@ -55,5 +55,5 @@ def sources(plan: Plan, config: Augment, width: int, height: int) -> Tensor:
     centres = torch.stack((x, y), -1).flatten(0, 1)  # [P, 2]
     inverse = torch.linalg.inv_ex(plan.matrix).inverse  # inv itself would wait for the GPU
     places = (centres - plan.offset[:, None]) @ inverse.mT
-    places = 2 * places / places.new_tensor([width, height]) - 1
+    places = 2 * places / constant((width, height), places) - 1
     return places.unflatten(1, (config.height, config.width))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
@@ -62,6 +62,7 @@ class Ordering(TypedDict, total=False):
     filter: Sequence[Sequence[Any]]
     epoch_samples: int | None
     prefetch_windows: int
+    once: Callable[[Callable[[], Any]], Any] | None
 
 
 class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
@@ -83,6 +84,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     filter          conditions (column, operator, number) that samples must fulfil: see filters.py
     epoch_samples   length of a mixture's epoch; as many samples as there are by default
     prefetch_windows  loaded ahead on a thread; 0 for none
+    once            is given what opens the sources, and gives what that finds, so that one process
+                    can open them for all; None opens them in each
 
     Raises UsageError for arguments that do not fit each other or the samples, and what opening and
     reading raise.
@@ -103,6 +106,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         filter: Sequence[Sequence[Any]] = (),
         epoch_samples: int | None = None,
         prefetch_windows: int = 1,
+        once: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:
         super().__init__()
         _check_counts(
@@ -122,7 +126,11 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self.lanes, self.drop_last = lanes, drop_last
         self.prefetch_windows = prefetch_windows
         pools, self.weights = _pools(src)
-        self.sources: list[Source[S]] = [self.open_source(urls, conditions) for urls in pools]
+
+        def opened() -> list[Source[S]]:
+            return [self.open_source(urls, conditions) for urls in pools]
+
+        self.sources: list[Source[S]] = once(opened) if once else opened()
         self.epoch_samples = epoch_samples
         self._check_sizes()
         self._settings = {

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import ImageBatch, TrainBatch
 from pipeline.models.encoder import SplatEncoder
-from pipeline.models.patches import PatchEncoder, Triple, normalised
+from pipeline.models.patches import PatchEncoder, normalised
+from pipeline.models.stem import Triple
 from schemas.model import EncoderConfig, ModelConfig
 
 

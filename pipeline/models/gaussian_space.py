@@ -61,15 +61,14 @@ def drawn(seeds: Tensor, count: int, height: int, width: int, config: GViTConfig
     """g float32 [B, count, 9] for images of this size: a function of each sample's seed, int64 [B],
     wherever in a batch the sample is."""
     noise = 2 * uniform(seeds, count * NUMBERS).unflatten(1, (count, NUMBERS)) - 1
-    centers, cells = (x.to(seeds.device) for x in grid(count, height, width))
+    centers, cells = grid(count, height, width, seeds.device)
     places = (centers + JITTER / 2 * noise[..., :2] * cells + MARGIN) / (1 + 2 * MARGIN)
     spacing = math.sqrt(height * width / count)
     low, high = math.log(config.min_scale), math.log(math.sqrt(height * width))
     logs = math.log(SCALE * spacing) + SCALE_JITTER * noise[..., 2:4]
     share = ((logs - low) / (high - low)).clamp(0.02, 0.98)  # also of a few px
-    look = torch.cat(
-        (numbers_of(noise.new_full((3,), GREY), config), noise.new_tensor([OPACITY]).logit())
-    )
+    grey, opacity = noise.new_full((3,), GREY), noise.new_full((1,), OPACITY)
+    look = torch.cat((numbers_of(grey, config), opacity.logit()))
     return torch.cat(
         (
             torch.logit(places),
@@ -109,23 +108,25 @@ def numbers_of(colors: Tensor, config: GViTConfig) -> Tensor:
     return torch.logit((1 + colors / (OVERLAP * OPACITY)) / 2)
 
 
-def grid(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+def grid(
+    count: int, height: int, width: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Centres and sizes (x, y) of `count` cells that fill an image, float32 [count, 2], in images.
     All rows are as high, and no row has more than one cell more than another."""
     rows = max(1, min(count, round(math.sqrt(count * height / width))))
-    i = torch.arange(count)
+    i = torch.arange(count, device=device)
     row = i * rows // count
     begin = -(-row * count // rows)
     columns = -(-(row + 1) * count // rows) - begin
     centers = torch.stack(((i - begin + 0.5) / columns, (row + 0.5) / rows), -1)
-    cells = torch.stack((1 / columns, torch.full((count,), 1 / rows)), -1)
+    cells = torch.stack((1 / columns, torch.full((count,), 1 / rows, device=device)), -1)
     return centers, cells
 
 
 def gaussians_of(g: Tensor, height: int, width: int, config: GViTConfig) -> tuple[Splats, Tensor]:
     """Gaussians for an image of this size, colours apart from opacities [B, k]; in g's dtype."""
-    size = g.new_tensor((width, height))
-    means = size * ((1 + 2 * MARGIN) * g[..., :2].sigmoid() - MARGIN)
+    x, y = ((1 + 2 * MARGIN) * g[..., :2].sigmoid() - MARGIN).unbind(-1)
+    means = torch.stack((width * x, height * y), -1)
     largest = math.log(math.sqrt(height * width) / config.min_scale)
     scales = config.min_scale * (largest * g[..., 2:4].sigmoid()).exp()
     colors = g[..., 5:8].sigmoid()

@@ -116,9 +116,8 @@ class GViT(nn.Module):
 
     def read(self, g: Tensor, height: int, width: int) -> Tensor:
         """The encoder's CLS token [B, D] of g [B, k, 9] on images of this size."""
-        sizes = torch.tensor([height, width], device=g.device).expand(len(g), 2)
-        splats = splats_of(g, height, width, self.space)
-        return self.encoder(splats, sizes[:, 0], sizes[:, 1])
+        heights, widths = (torch.full((len(g),), n, device=g.device) for n in (height, width))
+        return self.encoder(splats_of(g, height, width, self.space), heights, widths)
 
 
 class GaussianPredictor(nn.Module):
@@ -206,9 +205,9 @@ def distance_bias(g0: Tensor, config: EncoderConfig) -> Tensor:
     rows of Gaussians minus the squared distance to patches and Gaussians, in patches, times the
     head's slope. Nothing for CLS."""
     side = config.image_size // config.patch_size
-    patches_P2, _ = grid(config.tokens, side, side)
+    patches_P2, _ = grid(config.tokens, side, side, g0.device)
     places_Bk2 = (1 + 2 * MARGIN) * g0[..., :2].sigmoid() - MARGIN
-    seen_BT2 = torch.cat((patches_P2.to(g0).expand(len(g0), -1, -1), places_Bk2), 1)
+    seen_BT2 = torch.cat((patches_P2.expand(len(g0), -1, -1), places_Bk2), 1)
     distances_BkT = squared_distances(side * places_Bk2, side * seen_BT2)
     heads = torch.arange(config.heads, device=g0.device)
     slopes = STEEPEST * FLATTEST ** (heads / max(1, config.heads - 1))

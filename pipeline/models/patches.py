@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from pipeline.models.encoder import CLIP_MEAN, CLIP_STD, run_blocks, vision_config
+from pipeline.models.stem import Triple, standardised
 from schemas.model import EncoderConfig
-
-Triple = tuple[float, float, float]
 
 
 class PatchEncoder(nn.Module):
@@ -40,5 +39,4 @@ class PatchEncoder(nn.Module):
 
 def normalised(pixels: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD) -> Tensor:
     """Pixels [B, 3, H, W] from 0 to 1, standardised; by default as CLIP wants them."""
-    shift, scale = (pixels.new_tensor(x)[:, None, None] for x in (mean, std))
-    return (pixels - shift) / scale
+    return standardised(pixels, mean, std, 1)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from pipeline.splats import Splats, covariances
 from schemas.model import StemConfig
 
+Triple = tuple[float, float, float]
+
 
 class SplatStem(nn.Module):
     """Gaussians to tokens; see the module's docstring."""
@@ -63,7 +65,7 @@ def features(splats: Splats, means_BN2: Tensor, side_B: Tensor, config: StemConf
     # a circle has no angle: there both go to 0 instead of to whatever rounding says
     length = mean_variance if config.angle == "weighted" else radius + 1e-6 * major
     angle_BN2 = torch.stack((xy / length, half / length), -1)
-    mean, std = (splats.colors.new_tensor(x) for x in (config.color_mean, config.color_std))
+    colors_BN3 = standardised(splats.colors, config.color_mean, config.color_std, -1)
     return torch.cat(
         (
             means_BN2,
@@ -71,10 +73,17 @@ def features(splats: Splats, means_BN2: Tensor, side_B: Tensor, config: StemConf
             waves_BN2K.cos().flatten(2),
             (log_scales_BN2 - config.log_scale_mean) / config.log_scale_std,
             angle_BN2,
-            (splats.colors - mean) / std,
+            colors_BN3,
         ),
         -1,
     )
+
+
+def standardised(x: Tensor, mean: Triple, std: Triple, dim: int) -> Tensor:
+    """(x - mean) / std of each of the three channels along `dim`, with numbers as Python has them:
+    a tensor of them would be copied to the device at each call, and wait for a GPU's work."""
+    channels = zip(x.unbind(dim), mean, std, strict=True)
+    return torch.stack([(channel - m) / s for channel, m, s in channels], dim)
 
 
 def wavenumbers(bands: int, like: Tensor) -> Tensor:
@@ -85,7 +94,7 @@ def wavenumbers(bands: int, like: Tensor) -> Tensor:
 def without_padding(splats: Splats) -> Splats:
     """float32, every padding entry a black unit circle at the origin, whatever it was."""
     mask = splats.mask[..., None]
-    circle = splats.cholesky.new_tensor((1.0, 0.0, 1.0), dtype=torch.float32)
+    circle = (torch.arange(3, device=mask.device) != 1).float()  # l11 and l22 are 1, l21 is 0
     return Splats(
         torch.where(mask, splats.means.float(), 0.0),
         torch.where(mask, splats.cholesky.float(), circle),

@@ -9,9 +9,11 @@ batch where it was read, and Feed raises what it found, naming shard and key.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,12 +31,17 @@ from pipeline.shards import shard_metadata_of
 from pipeline.splats import Splats
 from pipeline.train.augmentation import augment_of, augmented, augmented_pixels, sample_seeds
 from pipeline.train.distributed import World, unasked
-from schemas.errors import CorruptShardError, UsageError
+from schemas.errors import CorruptShardError, SplatshardError, UsageError
 from schemas.splats import TEACHER
 from schemas.train import TrainConfig
 
 State = dict[str, Any]
 Dataset = SplatDataset | ImageDataset
+T = TypeVar("T")
+
+TELL_EVERY_S = 60.0
+"""So often rank 0 tells those who wait for it that it is at work: NCCL gives up after ten minutes,
+and a large source in a slow store takes longer."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +282,8 @@ def check_images(config: TrainConfig) -> None:
 
 
 def open_dataset(config: TrainConfig, world: World) -> Dataset:
-    """This process's part of the samples. Raises what the datasets raise."""
+    """This process's part of the samples, of which rank 0 tells all what there is: to count images
+    in tars, or to filter tars, is to read them. Raises on all what the datasets raise."""
     data = config.data
     sources = [part for part in data.src.split("::") if part]
     mixture = dict(zip(sources, data.weights, strict=True)) if data.weights else None
@@ -288,6 +296,7 @@ def open_dataset(config: TrainConfig, world: World) -> Dataset:
         "lanes": data.lanes or world.size * max(1, data.workers),
         "filter": data.filter,
         "epoch_samples": data.epoch_samples,
+        "once": partial(once, world),
     }
     if reads_images(config.model):
         side = image_config(config.model).image_size
@@ -300,6 +309,28 @@ def open_dataset(config: TrainConfig, world: World) -> Dataset:
         cache_bytes=data.cache_bytes,
         **ordering,
     )
+
+
+def once(world: World, find: Callable[[], T]) -> T:
+    """What `find` gives on rank 0; the others wait for it. Raises on all the SplatshardError
+    that it raises there."""
+    if world.size == 1:
+        return find()
+    with ThreadPoolExecutor(1, thread_name_prefix="once") as pool:
+        future = pool.submit(_tried, find) if world.rank == 0 else None
+        while not world.same(future and bool(wait((future,), TELL_EVERY_S).done)):
+            pass
+        value, error = world.same(future and future.result())
+    if error:
+        raise error
+    return cast(T, value)
+
+
+def _tried(find: Callable[[], T]) -> tuple[T | None, SplatshardError | None]:
+    try:
+        return find(), None
+    except SplatshardError as e:
+        return None, e
 
 
 def augmented_batch(

@@ -37,9 +37,9 @@ from pipeline.data.files import look_for, shard_errors
 from pipeline.data.read_parquet import ok_rows, teacher_of
 from pipeline.markers import read_markers
 from pipeline.shards import parquet_metadata
-from pipeline.train.batches import Dataset
+from pipeline.train.batches import Dataset, once
 from pipeline.train.distributed import World
-from schemas.errors import CorruptShardError, SplatshardError, UsageError
+from schemas.errors import CorruptShardError, UsageError
 from schemas.shard import ShardManifest
 from schemas.splats import TEACHER, canonical_json, metadata_of
 from schemas.train import TrainConfig
@@ -83,14 +83,7 @@ def check_data(dataset: Dataset, config: TrainConfig, world: World) -> None:
     what `config.stage` needs; CorruptShardError for shards that are missing, truncated or damaged;
     UnavailableError.
     """
-    error: SplatshardError | None = None
-    if world.rank == 0:
-        try:
-            look_through(dataset, config)
-        except SplatshardError as e:
-            error = e
-    if error := world.same(error):
-        raise error
+    once(world, lambda: look_through(dataset, config))
 
 
 def look_through(dataset: Dataset, config: TrainConfig) -> None:

@@ -138,7 +138,7 @@ def gvit_losses(
     loss, metrics = gvit_loss(
         logits, labels, rendered, _pixels(step), config.gvit, tower, smoothing
     )
-    return loss, metrics | {"gamma": loss.new_tensor(step.guidance.gamma)}
+    return loss, metrics | {"gamma": loss.new_full((), step.guidance.gamma)}
 
 
 def _pixels(step: Step) -> Tensor:

@@ -18,6 +18,7 @@ from pipeline.data.augment import (
     augment,
     brightness_matrix,
     composed,
+    constant,
     contrast,
     crop,
     drop,
@@ -554,3 +555,14 @@ def test_empty_batches_images_and_rows_that_pad_a_batch() -> None:
 def test_bad_settings_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"augmentation: {name} is .*: choose"):
         Augment(**{name: value})  # type: ignore[arg-type]
+
+
+def test_constants_are_made_once_and_take_part_in_gradients() -> None:
+    x, values = torch.ones(2, requires_grad=True), (0.25, 7.5)
+    with torch.inference_mode():
+        made = constant(values, x)
+    assert constant(values, x) is made
+    assert constant(values, x.double()).dtype == torch.float64
+    (x * made).sum().backward()
+    assert x.grad is not None
+    assert tuple(x.grad.tolist()) == values

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,19 @@ import pytest
 import torch
 
 from pipeline.data import SplatDataset
-from pipeline.train import check
-from pipeline.train.batches import open_dataset
+from pipeline.train import batches, check
+from pipeline.train.batches import once, open_dataset
 from pipeline.train.check import check_data
 from pipeline.train.distributed import World
 from pipeline.train.loop import train
-from schemas.errors import CorruptShardError, UsageError
+from schemas.errors import CorruptShardError, SplatshardError, UsageError
 from schemas.splats import TEACHER
 from schemas.train import TrainConfig
 from tests.splat_shards import commit, make_dataset, rows_of
 from tests.training import (
     WIDTH,
     events,
+    images_config,
     make_shards,
     rewrite,
     toy_config,
@@ -220,16 +223,85 @@ def test_a_run_that_goes_on_does_not_look_again(
 
 def test_all_processes_hear_of_it(shards: Path, tmp_path: Path) -> None:
     """Rank 0 looks, and the others raise what it found."""
-
-    class Heard(World):
-        def same(self, value: Any) -> Any:
-            assert value is None, "this one does not look"
-            return UsageError("what rank 0 found")
-
-    config = toy_config(shards, tmp_path)
+    place = changed(shards, tmp_path, with_values("label", {3: 24}))
+    config = toy_config(place, tmp_path)
     dataset = open_dataset(config, HERE)
-    with pytest.raises(UsageError, match="what rank 0 found"):
-        check_data(dataset, config, Heard(1, 2, torch.device("cpu")))
+    ranks = two_ranks()
+    for rank in ranks:
+        with pytest.raises(UsageError, match=r"000083 has the label 24"):
+            check_data(dataset, config, rank)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Told(World):
+    """One of two ranks that are here one after the other: `said` is what rank 0 told."""
+
+    said: list[bytes]
+
+    def same(self, value: Any) -> Any:
+        if self.rank:
+            assert value is None, "only rank 0 has something to tell"
+            return pickle.loads(self.said.pop(0))
+        self.said.append(pickle.dumps(value))
+        return value
+
+
+def two_ranks() -> list[Told]:
+    said: list[bytes] = []
+    return [Told(rank, 2, torch.device("cpu"), said) for rank in range(2)]
+
+
+@pytest.mark.parametrize("make", [toy_config, images_config])
+def test_only_rank_0_opens_the_sources(shards: Path, tmp_path: Path, make: Any) -> None:
+    """It counts and filters. The other one, when all is gone, still knows what there was."""
+    place = shutil.copytree(shards, tmp_path / "copy")
+    config = make(place, tmp_path / "run", data__filter=(("label", "<", 12),))
+    alone = open_dataset(config, HERE).sources[0]
+    found = []
+    for rank in two_ranks():
+        found.append(open_dataset(config, rank))
+        shutil.rmtree(place, ignore_errors=True)
+        assert not rank.said or rank.rank == 0
+    for dataset in found:
+        (source,) = dataset.sources
+        assert (source.shards, source.content) == (alone.shards, alone.content)
+        assert source.counts.tolist() == alone.counts.tolist()
+        assert 0 < source.counts.sum() < 90
+        assert {i: kept.tolist() for i, kept in source.kept.items()} == {
+            i: kept.tolist() for i, kept in alone.kept.items()
+        }
+    assert [dataset.rank for dataset in found] == [0, 1]
+
+
+@pytest.mark.parametrize("make", [toy_config, images_config])
+def test_no_rank_opens_what_rank_0_cannot(shards: Path, tmp_path: Path, make: Any) -> None:
+    config = make(shards, tmp_path, data__src=f"{tmp_path}/later")
+    found = []
+    for rank in two_ranks():
+        with pytest.raises(SplatshardError, match="later") as e:
+            open_dataset(config, rank)
+        found.append(e.value)
+        if not (tmp_path / "later").exists():
+            part = "splats" if make is toy_config else "images"
+            shutil.copytree(shards / part, tmp_path / "later")
+    assert (type(found[0]), str(found[0])) == (type(found[1]), str(found[1]))
+
+
+def test_who_waits_is_told_that_rank_0_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: a collective that waits for too long ends the run."""
+    monkeypatch.setattr(batches, "TELL_EVERY_S", 0.001)
+    first, second = two_ranks()
+
+    def find() -> str:
+        while len(first.said) < 3:
+            time.sleep(0.001)
+        return "found"
+
+    assert once(first, find) == "found"
+    assert len(first.said) >= 3 + 2
+    assert once(second, find) == "found"
+    assert not second.said
 
 
 def test_it_says_how_far_it_is(

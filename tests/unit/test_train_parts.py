@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from jobs.recipe import load_recipe, with_settings
 from jobs.train import Shown, step_line
@@ -23,7 +26,7 @@ from pipeline.data.augment import Augment, augment
 from pipeline.models import build_model
 from pipeline.models.gvit import Guidance
 from pipeline.train.augmentation import augment_of, augmented, sample_seeds, uniform
-from pipeline.train.batches import Step
+from pipeline.train.batches import Step, augmented_batch
 from pipeline.train.distributed import World
 from pipeline.train.groups import Average, freeze, groups_of, make_optimizer
 from pipeline.train.losses import STAGES, clamp
@@ -186,6 +189,54 @@ def test_both_passes_of_a_part_see_the_same_random_numbers() -> None:
     assert len(seen) == 6
     assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
     assert not torch.equal(seen[0], seen[1])
+
+
+class Copies(TorchDispatchMode):
+    """Notes what a GPU's process would wait for: numbers that become tensors, and tensors that go
+    to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device for x in tree_leaves((args, out)) if isinstance(x, Tensor)}
+        if "lift_fresh" in str(func) or ("copy" in str(func) and len(devices) > 1):
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("stage", ["classify", "distill", "contrast", "gvit"])
+def test_a_step_copies_nothing_to_the_device(
+    monkeypatch: pytest.MonkeyPatch, stage: str, device: str
+) -> None:
+    """From the second step on, once the samples are there. The device meta, which is not where
+    tensors are made, shows copies, and does not let anybody read a number."""
+    recipe = "gvit_imagenet" if stage == "gvit" else "classify_imagenet"
+    augment = load_recipe(f"jobs/recipes/{recipe}.py").augment
+    assert augment
+    small = replace(augment, height=16, width=16, hue=10)
+    config = config_of(stage)
+    if config.model.gvit:  # the CPU's kernel of a sum gets and gives arrays
+        space = replace(config.model.gvit, renderer="alpha")
+        config = replace(config, model=replace(config.model, gvit=space))
+    if device == "meta":  # unknown to autocast
+        monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())
+    here = World(0, 1, torch.device(device))
+    stages, scaler = STAGES[stage], torch.amp.GradScaler("cpu", enabled=False)
+    model = model_of(config).to(here.device)
+    gradients = Gradients(Embedder(model, stages), stages, config, here, scaler)
+    for number in range(2):
+        step = step_of(stage=stage)
+        step = replace(step.to(here.device), guidance=step.guidance)
+        with Copies() as copies:
+            batch = augmented_batch(step.batch, augment_of(small, 3.0), step.seeds)
+            gradients(replace(step, batch=batch), number)
+    assert copies.found == []
 
 
 def test_the_logit_scale_stays_below_100() -> None:
