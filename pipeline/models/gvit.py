@@ -152,11 +152,11 @@ class GaussianPredictor(nn.Module):
             features_BkF = self._features(g0)
             if self.config.bias == "distance":
                 bias = distance_bias(g0, self.config.predictor)
-        if bias is not None and torch.is_autocast_enabled(pixels.device.type):
-            # once, where attention would do so in every block and keep each copy
-            bias = bias.to(torch.get_autocast_dtype(pixels.device.type))
         patches_BPD = self.tower.embeddings(normalised(pixels))
-        x_BTD = torch.cat((patches_BPD, self.embedding(features_BkF).to(patches_BPD.dtype)), 1)
+        tokens_BkD = self.embedding(features_BkF)
+        if bias is not None:  # autocast would cast it in every block, and keep each copy
+            bias = bias.to(tokens_BkD.dtype)
+        x_BTD = torch.cat((patches_BPD, tokens_BkD.to(patches_BPD.dtype)), 1)
         checkpointed = self.config.predictor.gradient_checkpointing
         x_BTD = run_blocks(self.tower, x_BTD, checkpointed, bias)
         x_BkD = cast(nn.Module, self.tower.post_layernorm)(x_BTD[:, -g0.shape[1] :])
