@@ -4,7 +4,7 @@
     {dst}/{shard}-{fingerprint8}-{attempt}.parquet   data, on S3
     {dst}/{shard}.json                               marker, comes last: readers trust only it
     {dst}/{shard}.failed.json                        why the last attempt failed
-    _staging/{shard}-{host}-{pid}-{random}           being written: in DST, for S3 below TMPDIR
+    _staging/{shard}@{host}-{space}-{pid}-{random}   being written: in DST, for S3 below TMPDIR
 
 The file is written and verified on a local disk, then its data are put into DST under a name that
 no marker has, then the marker is written on condition that it is still as it was when looked at
@@ -18,8 +18,8 @@ no marker has, then the marker is written on condition that it is still as it wa
 
 So of two jobs on one DST, and of a job and its lost workers, one leaves a shard and the others
 nothing. A data file is deleted only when no marker can name it any more: its own marker was refused
-or replaced. A kill leaves data that no marker names. On a local disk the next commit of that shard
-or the next job deletes it; on S3 the job itself at its end (`clean_attempts`). Another job's may
+or replaced. A kill leaves data that no marker names. On a local disk a job deletes it at its start
+or at its end; on S3 the job itself at its end (`clean_attempts`). Another job's may
 belong to a commit that is under way: names of attempts say whose they are.
 """
 
@@ -116,11 +116,9 @@ def publish(
     """
     dst = dst.rstrip("/")
     ours = _verified(dst, path, ref, config, source_sha256, samples, attempt)
-    with objects.exclusive(dst, ref.name) as alone:
+    with objects.exclusive(dst, ref.name):
         winner = _commit(dst, path, ours, replaces)
         with suppress(UnavailableError):  # the shard is done; what stays is hidden by its marker
-            if alone:
-                _delete_leftovers(dst, winner, _data_files(_names(dst)).get(ref.name, []))
             objects.delete(f"{dst}/{ref.name}{FAILED}")
     return winner
 
