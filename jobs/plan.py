@@ -3,7 +3,7 @@
 Pure: no file, no clock, no Ray; the one thing that may cost a read, a source's checksum, is passed
 in. A marker is believed only when its fingerprint is the one this run would write. When nothing but
 the source's etag differs (a copied file has a new modification time) the checksum decides, so that
-moving a dataset does not redo a thousand shards.
+moving a dataset does not redo a thousand shards; and where there is no etag.
 
 `_plan.json` remembers every shard ever planned for DST, so that `status` can name what is missing
 from a listing alone: a line per shard, recipes once. Left out: sample counts (unknown until a tar
@@ -83,7 +83,8 @@ def make_plan(
     """Sort `refs` by what their markers say.
 
     `source_sha256(ref)` is called only for shards of which nothing but the source's etag changed,
-    on several threads. Raises UsageError when two source shards would write to one name.
+    or whose source has none, on several threads. Raises UsageError when two source shards would
+    write to one name.
     """
     todo: list[ShardRef] = []
     done: list[ShardManifest] = []
@@ -153,6 +154,8 @@ def _differences(
             continue
         wanted, digest = identity(ref)
         if marker.fingerprint == digest:
+            if not ref.etag:
+                touched.append(ref)
             continue
         lines = describe_difference(marker.inputs, wanted)
         found[name] = tuple(lines) or ("fingerprint differs (marker edited by hand?)",)
@@ -162,7 +165,7 @@ def _differences(
         marker = markers[ref.name]
         assert isinstance(marker, ShardManifest)
         if content == marker.source_sha256:
-            del found[ref.name]
+            found.pop(ref.name, None)
         else:
             found[ref.name] = (f"source content of {ref.urls[0]} changed (same size)",)
     return found
