@@ -29,6 +29,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,9 @@ from schemas.splats import EXTENSIONS
 
 SHARD_NAME = r"[^_./\\\0][^/\\\0]*"
 """Names with a leading underscore or dot are not shards (`_plan.json`, `_staging`)."""
+
+DELETERS = 16
+"""Shards deleted at once: each takes a few requests on S3."""
 
 ROUNDS = 20
 """How often a marker may change while it is looked at."""
@@ -254,6 +258,47 @@ def mark_failed(dst: str, ref: ShardRef, config: ConvertConfig, error: BaseExcep
 
 def _source_url(ref: ShardRef) -> str:
     return redact(ref.root or ref.urls[0])
+
+
+# Shards that are no longer wanted
+
+
+def remove(dst: str, markers: Iterable[ShardManifest | FailedShard]) -> list[str]:
+    """Delete shards whose markers are still these, marker first, then data; returns their names.
+
+    A failed marker stands in for a done one meanwhile and goes last, so that the same call finishes
+    what a kill has left. Raises StorageError and UnavailableError.
+    """
+    dst = dst.rstrip("/")
+    with storage_errors(dst, "read"):
+        files = _data_files(_names(dst))
+
+    def removed(marker: ShardManifest | FailedShard) -> bool:
+        name = marker.name
+        with objects.exclusive(dst, name):
+            tag, done = _current(dst, name)
+            if tag is not None and done != marker:
+                return False  # another job has made it anew
+            if done:
+                failed = FailedShard(
+                    name=name,
+                    source_url=done.source_url,
+                    error="Removed",
+                    message="no longer in the source; run convert again to delete the rest",
+                    fingerprint=done.fingerprint,
+                )
+                objects.write(f"{dst}/{name}{FAILED}", to_json(failed).encode())
+                objects.delete(f"{dst}/{name}{DONE}")
+            start = f"{name}-{marker.fingerprint[:8]}"
+            for file in files.get(name, []):
+                if file.startswith(start):
+                    objects.delete(f"{dst}/{file}")
+            objects.delete(f"{dst}/{name}{FAILED}")
+        return True
+
+    with ThreadPoolExecutor(DELETERS) as pool:
+        markers = list(markers)
+        return [m.name for m, gone in zip(markers, pool.map(removed, markers), strict=True) if gone]
 
 
 # Leftovers
