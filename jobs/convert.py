@@ -100,7 +100,8 @@ class ConvertOptions(RunOptions):
     """Store this CLIP's embedding of each image, for distillation: a local folder, or a name on the
     Hugging Face hub."""
     overwrite_stale: Switch = False
-    """Redo shards in DST that were made by another configuration or from another source."""
+    """Redo shards in DST that were made by another configuration or from another source, and delete
+    those that a folder SRC no longer has."""
     dry_run: Switch = False
     """Fit a few images and estimate time, size and PSNR of the whole job; writes nothing."""
     config: Annotated[ConvertConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
@@ -187,7 +188,7 @@ def convert(options: ConvertOptions, started: float) -> int:
     if not options.dry_run:
         check_destination(dst)
     markers = read_markers(dst)
-    plan = make_plan(refs, markers, config, source_sha256)
+    plan = make_plan(refs, markers, config, source_sha256, whole=options.limit is None)
     if not options.overwrite_stale:
         refuse_stale(plan, markers, options.dst)
     if options.dry_run:
@@ -231,10 +232,10 @@ def execute(
 ) -> int:
     """Convert what is left to do of `plan`, tell the result; returns the exit code."""
     from pipeline.class_texts import copy_texts
-    from pipeline.commit import clean_staging
+    from pipeline.commit import clean_staging, remove
 
     say(describe(plan, len(refs)))
-    write_plan(dst, planned(refs, plan, config))
+    write_plan(dst, planned(refs, plan, config), plan.folders)
     for url in copy_texts(refs, dst):
         say(f"copied for evaluation: {url}")
     clean_staging(dst)
@@ -244,6 +245,9 @@ def execute(
         workers = drive(plan, config, dst, options, progress, catalog) if plan.work else 0
     finally:
         clean_staging(dst)  # of workers that died
+    if plan.gone and not progress.failures:  # whose samples may be nowhere else
+        catalog.forget(removed := remove(dst, plan.gone))
+        say(f"{count(len(removed), 'shard')} deleted that SRC no longer has")
     catalog.write()
     summary = run_summary(progress, plan.done, started, workers)
     if plan.work:
@@ -315,6 +319,7 @@ def describe(plan: Plan, total: int) -> str:
         (len(plan.failed), "failed before, to retry"),
         (len(plan.stale), "stale, to redo"),
         (len(plan.corrupt), "with a broken marker, to redo"),
+        (len(plan.gone), "gone from SRC, to delete at the end"),
     ]
     return f"{count(total, 'shard')}: " + ", ".join(f"{n:,} {what}" for n, what in parts if n)
 

@@ -1,17 +1,18 @@
 """The job's own small files beside the shards: `_plan.json`, `_run.json`, `report.html`.
 
-Written whole or not at all, so that neither a reader nor a crash sees half a file.
+Written whole or not at all, so that neither a reader nor a crash sees half a file. Two jobs may add
+to one plan at a time: under a lock on a local disk, by conditional writes on S3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
 from pipeline.storage import absolute, exists, open_read, read_bytes, stat, write_bytes
 from pipeline.store_errors import storage_errors
-from schemas.errors import SourceError, UsageError
+from schemas.errors import SourceError, UnavailableError, UsageError
 
 RUN_FILE = "_run.json"
 REPORT_FILE = "report.html"
@@ -38,21 +39,31 @@ def read_plan(dst: str) -> dict[str, PlannedShard]:
     return plan_from_json(text, f"{dst}/{PLAN_FILE}") if text is not None else {}
 
 
-def write_plan(dst: str, shards: dict[str, PlannedShard]) -> None:
+def write_plan(dst: str, shards: dict[str, PlannedShard], folders: Collection[str] = ()) -> None:
     """Merge `shards` into the plan of `dst`; leaves an unchanged file alone.
 
-    Raises CorruptShardError when the plan that is there cannot be read, StorageError and others.
+    What else the plan has of the source folders `folders`, as `PlannedShard.folder` names them, is
+    forgotten: they are cut otherwise now. Raises CorruptShardError when the plan that is there
+    cannot be read, UnavailableError when others write it all the time, StorageError and others.
     """
-    from pipeline.commit import staged_file
+    from pipeline.commit import ROUNDS, staged_file
+    from pipeline.objects import exclusive, head, upload_if
 
     url = f"{dst}/{PLAN_FILE}"
     with staged_file(dst, "plan") as path:
         write_lines(path, plan_lines(shards))
         if _same(path, url):
             return
-        if before := read_plan(dst):
-            write_lines(path, plan_lines(before | shards))
-        put_file(path, url)
+        with exclusive(dst, "plan"):
+            for _ in range(ROUNDS):
+                found = head(url)  # first: should the plan change while it is read, ours is refused
+                before = read_plan(dst)
+                kept = {n: s for n, s in before.items() if s.folder not in folders}
+                if before:
+                    write_lines(path, plan_lines(kept | shards))
+                if _same(path, url) or upload_if(path, url, found.etag if found else None):
+                    return
+    raise UnavailableError(f"{url} changes again and again")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -74,6 +74,13 @@ class Catalog:
         self._marker_bytes.pop(manifest.name, None)
         self._changed = True
 
+    def forget(self, names: Iterable[str]) -> None:
+        """These shards are no more."""
+        for name in names:
+            self._manifests.pop(name, None)
+            self._marker_bytes.pop(name, None)
+            self._changed = True
+
     def write_if_due(self) -> None:
         """Write what is new, unless that was done a short while ago. A store that does not answer
         is asked again later."""

@@ -3,7 +3,11 @@
 Pure: no file, no clock, no Ray; the one thing that may cost a read, a source's checksum, is passed
 in. A marker is believed only when its fingerprint is the one this run would write. When nothing but
 the source's etag differs (a copied file has a new modification time) the checksum decides, so that
-moving a dataset does not redo a thousand shards.
+moving a dataset does not redo a thousand shards; and where there is no etag.
+
+A folder of images is cut into numbered shards. When it is cut into fewer, the rest of the older cut
+would hold samples for a second time (or deleted ones): `gone`. They are known by their source, and
+judged only when that folder has been listed whole, so not with --limit.
 
 `_plan.json` remembers every shard ever planned for DST, so that `status` can name what is missing
 from a listing alone: a line per shard, recipes once. Left out: sample counts (unknown until a tar
@@ -24,7 +28,7 @@ from dataclasses import dataclass, field
 from sys import intern
 from typing import Any
 
-from pipeline.store_options import redact_urls
+from pipeline.store_options import redact, redact_urls
 from schemas.config import (
     ConvertConfig,
     describe_difference,
@@ -62,6 +66,10 @@ class Plan:
     maps those of `work` that have a done marker to its digest: a worker replaces only what was
     planned to be replaced. `others` are the done markers of DST that are not in
     `done`: of shards that SRC does not name, and of stale ones.
+
+    `folders` are the folders of images that are planned whole, without secrets, and `gone` the
+    markers of shards that they were once cut into and are no longer; done ones are in `others`,
+    too. They stay until all of `work` is done.
     """
 
     todo: tuple[ShardRef, ...]
@@ -72,6 +80,8 @@ class Plan:
     work: tuple[ShardRef, ...]
     replaces: dict[str, str] = field(default_factory=dict[str, str])
     others: tuple[ShardManifest, ...] = ()
+    folders: frozenset[str] = frozenset()
+    gone: tuple[ShardManifest | FailedShard, ...] = ()
 
 
 def make_plan(
@@ -79,11 +89,14 @@ def make_plan(
     markers: Mapping[str, Marker],
     config: ConvertConfig,
     source_sha256: Callable[[ShardRef], str],
+    *,
+    whole: bool = False,
 ) -> Plan:
-    """Sort `refs` by what their markers say.
+    """Sort `refs` by what their markers say. `whole`: of every folder they are all its shards.
 
     `source_sha256(ref)` is called only for shards of which nothing but the source's etag changed,
-    on several threads. Raises UsageError when two source shards would write to one name.
+    or whose source has none, on several threads. Raises UsageError when two source shards would
+    write to one name.
     """
     todo: list[ShardRef] = []
     done: list[ShardManifest] = []
@@ -94,6 +107,7 @@ def make_plan(
     replaces: dict[str, str] = {}
     named = _by_name(refs)
     differences = _differences(named, markers, config, source_sha256)
+    folders = frozenset(redact(r.root) for r in named.values() if whole and r.kind == "folder")
     for name, ref in named.items():
         marker = markers.get(name)
         if isinstance(marker, ShardManifest):
@@ -121,6 +135,14 @@ def make_plan(
             marker
             for name, marker in markers.items()
             if isinstance(marker, ShardManifest) and (name not in named or name in differences)
+        ),
+        folders=folders,
+        gone=tuple(
+            marker
+            for name, marker in markers.items()
+            if not isinstance(marker, CorruptShardError)
+            and name not in named
+            and marker.source_url in folders
         ),
     )
 
@@ -153,6 +175,8 @@ def _differences(
             continue
         wanted, digest = identity(ref)
         if marker.fingerprint == digest:
+            if not ref.etag:
+                touched.append(ref)
             continue
         lines = describe_difference(marker.inputs, wanted)
         found[name] = tuple(lines) or ("fingerprint differs (marker edited by hand?)",)
@@ -162,7 +186,7 @@ def _differences(
         marker = markers[ref.name]
         assert isinstance(marker, ShardManifest)
         if content == marker.source_sha256:
-            del found[ref.name]
+            found.pop(ref.name, None)
         else:
             found[ref.name] = (f"source content of {ref.urls[0]} changed (same size)",)
     return found
@@ -176,16 +200,20 @@ def _checksums(refs: Sequence[ShardRef], source_sha256: Callable[[ShardRef], str
 
 
 def refuse_stale(plan: Plan, markers: Mapping[str, Marker], dst: str) -> None:
-    """Raises StaleShardError with one readable diff per distinct difference, if any is stale."""
-    if not plan.stale and not plan.corrupt:
+    """Raises StaleShardError with one readable diff per distinct difference, if any is stale or
+    done but gone from its source."""
+    gone = [marker for marker in plan.gone if isinstance(marker, ShardManifest)]
+    if not plan.stale and not plan.corrupt and not gone:
         return
     groups: dict[tuple[str, ...], list[str]] = {}
     for shard in plan.stale:
         groups.setdefault(shard.differences, []).append(shard.name)
     lines: list[str] = []
-    if plan.stale:
+    for marker in gone:
+        groups.setdefault(_recut(marker), []).append(marker.name)
+    if plan.stale or gone:
         lines.append(
-            f"{dst} holds {_some(plan.stale)} of another configuration or source; "
+            f"{dst} holds {_some([*plan.stale, *gone])} of another configuration or source; "
             "nothing was touched"
         )
     for differences, names in groups.items():
@@ -194,8 +222,13 @@ def refuse_stale(plan: Plan, markers: Mapping[str, Marker], dst: str) -> None:
     if plan.corrupt:
         first = markers[plan.corrupt[0]]
         lines.append(f"{dst} holds {_some(plan.corrupt)} with a broken marker, the first: {first}")
-    lines.append("  redo them with --overwrite-stale, or choose another DST")
+    remedy = "redo or delete them" if gone else "redo them"
+    lines.append(f"  {remedy} with --overwrite-stale, or choose another DST")
     raise StaleShardError("\n".join(lines))
+
+
+def _recut(marker: ShardManifest) -> tuple[str, ...]:
+    return (f"source: {marker.source_url} is cut into fewer shards now, without this one",)
 
 
 def _some(items: Iterable[object]) -> str:
@@ -223,6 +256,11 @@ class PlannedShard:
     def inputs(self) -> dict[str, Any]:
         """As in a marker."""
         return {"recipe": self.recipe, "source": self.source or source_of(self.ref)}
+
+    @property
+    def folder(self) -> str:
+        """The folder of images that this is a piece of, as in `Plan.folders`; empty for others."""
+        return redact(self.ref.root)
 
 
 def planned(refs: Iterable[ShardRef], plan: Plan, config: ConvertConfig) -> dict[str, PlannedShard]:
@@ -322,7 +360,9 @@ class Status:
 
 
 def status(shards: Mapping[str, PlannedShard], markers: Mapping[str, Marker]) -> Status:
-    """Compare planned shards with markers; shards that no plan mentions are `unplanned` too."""
+    """Compare planned shards with markers; shards that no plan mentions are `unplanned` too, and
+    stale if they are pieces of a folder whose others are planned."""
+    folders = {redact(root) for root in {shard.ref.root for shard in shards.values()} if root}
     done: list[ShardManifest] = []
     failed: list[FailedShard] = []
     corrupt: list[tuple[str, str]] = []
@@ -337,6 +377,8 @@ def status(shards: Mapping[str, PlannedShard], markers: Mapping[str, Marker]) ->
         elif plan and plan.fingerprint != marker.fingerprint:
             lines = describe_difference(marker.inputs, plan.inputs)
             stale.append(StaleShard(name=name, differences=tuple(lines)))
+        elif not plan and marker.source_url in folders:
+            stale.append(StaleShard(name=name, differences=_recut(marker)))
         else:
             done.append(marker)
     return Status(

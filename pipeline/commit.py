@@ -4,7 +4,7 @@
     {dst}/{shard}-{fingerprint8}-{attempt}.parquet   data, on S3
     {dst}/{shard}.json                               marker, comes last: readers trust only it
     {dst}/{shard}.failed.json                        why the last attempt failed
-    _staging/{shard}-{host}-{pid}-{random}           being written: in DST, for S3 below TMPDIR
+    _staging/{shard}@{host}-{space}-{pid}-{random}   being written: in DST, for S3 below TMPDIR
 
 The file is written and verified on a local disk, then its data are put into DST under a name that
 no marker has, then the marker is written on condition that it is still as it was when looked at
@@ -18,10 +18,10 @@ no marker has, then the marker is written on condition that it is still as it wa
 
 So of two jobs on one DST, and of a job and its lost workers, one leaves a shard and the others
 nothing. A data file is deleted only when no marker can name it any more: its own marker was refused
-or replaced. A kill leaves data that no marker names. On a local disk the next commit of that shard
-or the next job deletes it, if its content is a shard's as well as its name; on S3 the job itself at
-its end (`clean_attempts`). Another job's may belong to a commit that is under way: names of
-attempts say whose they are.
+or replaced. A kill leaves data that no marker names. On a local disk a job deletes it at its start
+or at its end, if its content is a shard's as well as its name; on S3 the job itself at its end
+(`clean_attempts`). Another job's may belong to a commit that is under way: names of attempts say
+whose they are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,9 @@ from schemas.splats import EXTENSIONS
 
 SHARD_NAME = r"[^_./\\\0][^/\\\0]*"
 """Names with a leading underscore or dot are not shards (`_plan.json`, `_staging`)."""
+
+DELETERS = 16
+"""Shards deleted at once: each takes a few requests on S3."""
 
 ROUNDS = 20
 """How often a marker may change while it is looked at."""
@@ -117,11 +121,9 @@ def publish(
     """
     dst = dst.rstrip("/")
     ours = _verified(dst, path, ref, config, source_sha256, samples, attempt)
-    with objects.exclusive(dst, ref.name) as alone:
+    with objects.exclusive(dst, ref.name):
         winner = _commit(dst, path, ours, replaces)
         with suppress(UnavailableError):  # the shard is done; what stays is hidden by its marker
-            if alone:
-                _delete_leftovers(dst, winner, _data_files(_names(dst)).get(ref.name, []))
             objects.delete(f"{dst}/{ref.name}{FAILED}")
     return winner
 
@@ -257,6 +259,47 @@ def mark_failed(dst: str, ref: ShardRef, config: ConvertConfig, error: BaseExcep
 
 def _source_url(ref: ShardRef) -> str:
     return redact(ref.root or ref.urls[0])
+
+
+# Shards that are no longer wanted
+
+
+def remove(dst: str, markers: Iterable[ShardManifest | FailedShard]) -> list[str]:
+    """Delete shards whose markers are still these, marker first, then data; returns their names.
+
+    A failed marker stands in for a done one meanwhile and goes last, so that the same call finishes
+    what a kill has left. Raises StorageError and UnavailableError.
+    """
+    dst = dst.rstrip("/")
+    with storage_errors(dst, "read"):
+        files = _data_files(_names(dst))
+
+    def removed(marker: ShardManifest | FailedShard) -> bool:
+        name = marker.name
+        with objects.exclusive(dst, name):
+            tag, done = _current(dst, name)
+            if tag is not None and done != marker:
+                return False  # another job has made it anew
+            if done:
+                failed = FailedShard(
+                    name=name,
+                    source_url=done.source_url,
+                    error="Removed",
+                    message="no longer in the source; run convert again to delete the rest",
+                    fingerprint=done.fingerprint,
+                )
+                objects.write(f"{dst}/{name}{FAILED}", to_json(failed).encode())
+                objects.delete(f"{dst}/{name}{DONE}")
+            start = f"{name}-{marker.fingerprint[:8]}"
+            for file in files.get(name, []):
+                if file.startswith(start):
+                    objects.delete(f"{dst}/{file}")
+            objects.delete(f"{dst}/{name}{FAILED}")
+        return True
+
+    with ThreadPoolExecutor(DELETERS) as pool:
+        markers = list(markers)
+        return [m.name for m, gone in zip(markers, pool.map(removed, markers), strict=True) if gone]
 
 
 # Leftovers

@@ -3,6 +3,7 @@
                local disk                        S3
     upload     os.replace                        PUT or multipart upload of the finished file
     put_if     os.replace, under `exclusive`     PUT with If-None-Match: * or If-Match: tag
+    upload_if  the same with a finished file     the same
     exclusive  flock of _staging/{name}.lock     nothing: the conditions of `put_if` decide
 
 Never through `fs.open(url, "wb")`: an error inside its block publishes what was written so far.
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.staging import STAGING, staged
 from pipeline.storage import Stat, driver, is_local, local_path
@@ -81,14 +82,16 @@ def head(url: str) -> Stat | None:
         return Stat(found["ContentLength"], found["ETag"])
 
 
-def put_if(url: str, data: bytes, tag: str | None) -> bool:
-    """Write a small file if what is at `url` still has the etag `tag`, None for nothing at all.
+def put_if(url: str, data: bytes | BinaryIO, tag: str | None) -> bool:
+    """Write a small file (to S3 also an open one) if what is at `url` still has the etag `tag`;
+    None for nothing at all.
 
     Whether it did; on a local disk always, so hold `exclusive`. Where the answer to a write is lost
     the driver repeats it, and is then refused by its own success: look who it was. Raises as
     `upload`; whether the file was written is unknown then.
     """
     if is_local(url):
+        assert isinstance(data, bytes)
         write(url, data)
         return True
     if keeps_conditions(url.rpartition("/")[0]):
@@ -98,6 +101,15 @@ def put_if(url: str, data: bytes, tag: str | None) -> bool:
         return any(_put(url, data, {"IfMatch": form}) for form in (tag, tag.strip('"')))
     now = head(url)
     return (now.etag if now else None) == tag and _put(url, data, {})
+
+
+def upload_if(path: Path, url: str, tag: str | None) -> bool:
+    """`put_if` of the finished local file at `path` (which may be moved), up to 5 GB on S3."""
+    if is_local(url):
+        upload(path, url)
+        return True
+    with path.open("rb") as file:
+        return put_if(url, file, tag)
 
 
 def keeps_conditions(dst: str) -> bool:
@@ -121,9 +133,11 @@ def keeps_conditions(dst: str) -> bool:
         return _conditional[dst]
 
 
-def _put(url: str, data: bytes, condition: dict[str, str]) -> bool:
+def _put(url: str, data: bytes | BinaryIO, condition: dict[str, str]) -> bool:
     with storage_errors(url):
         try:
+            if not isinstance(data, bytes):
+                data.seek(0)
             _call(url, "put_object", Body=data, ContentType="application/json", **condition)
         except driver_errors() as e:
             if is_refused_condition(e):

@@ -273,6 +273,10 @@ def _cut(root: str, files: dict[str, Stat], samples_per_shard: int) -> list[Shar
 
 
 def _etag_of(root: str, urls: Iterable[str], files: dict[str, Stat]) -> str:
+    """Empty where one of the files has none: sizes alone, or names, tell too little."""
+    urls = list(urls)
+    if not all(files[u].etag for u in urls):
+        return ""
     identity = "".join(f"{u[len(root) + 1 :]} {files[u]}\n" for u in urls)
     return hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()[:32]
 

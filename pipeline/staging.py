@@ -1,16 +1,23 @@
-"""Files that are being written, on a local disk: `{folder}/_staging/{name}-{host}-{pid}-{random}`.
+"""Files that are being written, on a local disk:
+
+    {folder}/_staging/{name}@{host}-{space}-{pid}-{random}
 
 Nobody else looks at them. The name tells whose they are, so that what a killed process left can be
-deleted by the next one on that host.
+deleted by the next one on that host. `space` stands for the boot and the PID namespace in which
+`pid` means that process: hosts of one name and containers share folders, too. What processes
+elsewhere left, or this host before it was started anew, goes when nobody has written to it for
+IDLE_S.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +26,9 @@ from pipeline.store_errors import storage_errors
 
 STAGING = "_staging"
 
+IDLE_S = 7 * 24 * 3600.0
+"""After so long a file is nobody's; the slowest shard takes hours."""
+
 
 @contextmanager
 def staged(folder: Path, name: str) -> Iterator[Path]:
@@ -26,7 +36,7 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
 
     Raises StorageError when it cannot be created.
     """
-    unique = f"{name}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    unique = f"{name}@{_space()}-{os.getpid()}-{secrets.token_hex(4)}"
     path = folder / STAGING / unique
     try:
         with storage_errors(path):
@@ -37,6 +47,15 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
             path.unlink()
         with suppress(OSError):  # others are still using it
             path.parent.rmdir()
+
+
+def _space() -> str:
+    """Where a process id of this process means the same process. A host's name holds no `@`."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # not on Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return f"{parts[0]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
 
 def _create(path: Path) -> None:
@@ -50,15 +69,20 @@ def _create(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what dead processes of this host left in `folder`'s staging folder. A process id that
-    was given to a new process keeps its leftovers until a later call. Raises OSErrors."""
-    staging, suffix = folder / STAGING, f"-{socket.gethostname()}"
+    """Delete what dead processes of this host left in `folder`'s staging folder, and what has been
+    idle for IDLE_S. A process id that was given to a new process keeps its leftovers until a later
+    call. Raises OSErrors."""
+    staging, ours = folder / STAGING, _space()
     files: list[str] = []
     with suppress(FileNotFoundError):  # another process may delete it at any time
         files = sorted(os.listdir(staging))
     for file in files:
-        name, _, pid = file.rpartition("-")[0].rpartition("-")
-        if name.endswith(suffix) and pid.isdecimal() and not _is_alive(int(pid)):
+        space, _, pid = file.rpartition("@")[2].rpartition("-")[0].rpartition("-")
+        if space == ours and pid.isdecimal():
+            dead = not _is_alive(int(pid))
+        else:
+            dead = not file.endswith(".lock") and _is_idle(staging / file)
+        if dead:
             (staging / file).unlink(missing_ok=True)
     with suppress(OSError):  # others are still using it
         staging.rmdir()
@@ -70,6 +94,12 @@ def scratch() -> Path:
     with storage_errors(folder):
         sweep(folder)
     return folder
+
+
+def _is_idle(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return path.is_file() and time.time() - path.stat().st_mtime > IDLE_S
+    return False
 
 
 def _is_alive(pid: int) -> bool:

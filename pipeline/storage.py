@@ -44,7 +44,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """Size in bytes and the store's etag (the modification time in µs on a local disk)."""
+    """Size in bytes and the store's etag (the modification time in µs on a local disk, that which a
+    web server without etags gives), empty where the store tells neither."""
 
     size_bytes: int
     etag: str
@@ -268,7 +269,8 @@ def _info_or_none(url: str) -> dict[str, Any] | None:
 
 
 def _stat(info: dict[str, Any]) -> Stat:
-    etag = info.get("ETag") or info.get("etag") or info.get("mtime") or ""
+    names = ("ETag", "etag", "mtime", "Last-Modified")
+    etag = next((value for name in names if (value := info.get(name))), "")
     if isinstance(etag, float):
         etag = round(etag * 1e6)
     return Stat(int(info["size"] or 0), str(etag).strip('"'))

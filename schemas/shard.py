@@ -52,7 +52,8 @@ class ShardRef:
 
     `name` is the output name (the source's base name without extension). `kind` is "tar", "parquet"
     or "folder". `urls` has one entry, except for a folder's shard: its files, sorted. `etag` is the
-    store's, or the modification time on a local disk, or a digest of both over a folder's files.
+    store's, or the modification time on a local disk, or a digest of both over a folder's files;
+    empty where the store tells none, so that only a checksum knows whether the source is the same.
     `labels` maps a folder's class directories to label numbers.
     """
 

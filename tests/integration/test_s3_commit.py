@@ -25,6 +25,8 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
+from jobs import files
+from jobs.plan import PLAN_FILE, PlannedShard, make_plan, planned
 from pipeline import objects, patience, storage
 from pipeline.commit import (
     check_destination,
@@ -33,6 +35,7 @@ from pipeline.commit import (
     mark_failed,
     marker_digest,
     publish,
+    remove,
     staged_file,
 )
 from pipeline.convert import convert_shard
@@ -413,6 +416,71 @@ def test_a_race_that_is_lost_after_the_upload(
         with pytest.raises(StorageError, match=r"pack\.format"):
             commit_shard(dst, f"{JOB}2", config_of(format), old)
     assert [assert_one_shard(server, dst)] == others
+
+
+@pytest.mark.parametrize("fault", ["", "deaf", "lost"])
+def test_two_jobs_at_once_keep_each_others_plans(
+    server: Server, dst: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Another one writes just when this one has read what is there. A store that ignores conditions
+    is looked at once more; a lost answer is tried again."""
+    refs = {name: make_ref(name) for name in ("a", "b", "c" * 200)}
+    nothing = make_plan([], {}, CONFIG, str)
+    of = {name: planned([ref], nothing, CONFIG) for name, ref in refs.items()}
+    server.fault = lambda request: fault if request.conditional and fault == "deaf" else ""
+    objects.keeps_conditions(dst)
+    files.write_plan(dst, of["a"])
+    asked: list[str] = []
+
+    def read_plan(dst: str) -> dict[str, PlannedShard]:
+        found = real(dst)
+        asked.append(dst)
+        if len(asked) == 1:
+            files.write_plan(dst, of["b"])
+        return found
+
+    real = files.read_plan
+    monkeypatch.setattr(files, "read_plan", read_plan)
+    if fault == "lost":
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+        storage.use_options({})
+        once = iter(["lost"])
+        server.fault = lambda request: next(once, "") if request.conditional else ""
+    files.write_plan(dst, of["c" * 200])
+    assert real(dst) == of["a"] | of["b"] | of["c" * 200]
+    assert len(asked) >= 3
+    assert server.names(dst) == ["_plan.json"]
+
+
+def test_a_large_plan_goes_over_in_pieces(server: Server, dst: str) -> None:
+    """As a file that is open, not as a hundred MB of memory."""
+    nothing = make_plan([], {}, CONFIG, str)
+    few, many = (
+        planned([make_ref(f"{i:08d}") for i in range(n)], nothing, CONFIG) for n in (1, 20_000)
+    )
+    for shards in (few, many, few):
+        files.write_plan(dst, shards)
+    assert files.read_plan(dst) == many
+    assert [r.method for r in server.asked if r.key.endswith(PLAN_FILE)].count("PUT") == 2
+
+
+def test_shards_that_are_gone_are_removed(server: Server, dst: str) -> None:
+    marker = commit_shard(dst)
+    step = 0
+    for step in itertools.count():
+        left = itertools.count(step, -1)
+        server.fault = lambda _, left=left: "" if next(left) > 0 else "InternalError"
+        try:
+            assert remove(dst, [marker]) == ["00000000"]
+            break
+        except UnavailableError:
+            server.fault = lambda _: ""
+            (marker,) = read_markers(dst).values() or (marker,)
+            if isinstance(marker, ShardManifest):
+                assert verify_shard(dst, marker) == []
+    assert step >= 5
+    server.fault = lambda _: ""
+    assert server.names(dst) == []
 
 
 def test_a_zombie_does_not_mark_a_done_shard_failed(server: Server, dst: str) -> None:

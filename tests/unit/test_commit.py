@@ -155,6 +155,23 @@ def test_replacing_a_shard_deletes_what_it_replaces(tmp_path: Path) -> None:
     ]
 
 
+def test_a_commit_does_not_list_its_destination(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would be the square of the number of shards in a job; leftovers wait for its end."""
+    (tmp_path / "00000000-0123abcd.parquet").touch()  # of another fingerprint, killed
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("listed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        patch.setattr(os, "scandir", refuse)
+        manifest = commit_shard(tmp_path)
+    clean_staging(str(tmp_path))
+    assert sorted(snapshot(tmp_path)) == [manifest.data_file, "00000000.json"]
+
+
 # What must not be committed
 
 
@@ -391,16 +408,59 @@ def test_staged_files_are_unique_and_vanish(tmp_path: Path) -> None:
     assert_nothing_committed(tmp_path)
 
 
+def staged_name(shard: str, pid: int) -> str:
+    """As this host would name a file of the process `pid`."""
+    with staged_file(tempfile.gettempdir(), shard) as path:
+        return path.name.replace(f"-{os.getpid()}-", f"-{pid}-")
+
+
 def test_only_dead_processes_of_this_host_are_cleaned_up(tmp_path: Path) -> None:
-    staging = tmp_path / "_staging"
-    staging.mkdir()
+    """Not those of hosts whose name ends like ours, and not what other versions named otherwise."""
+    folder = tmp_path / "_staging"
+    folder.mkdir()
     host, dead = socket.gethostname(), dead_pid()
-    kept = [f"a-{host}-{os.getpid()}-00ff", f"a-{host}-1-00ff", f"a-x{host}-{dead}-0", "notes"]
-    for name in [f"a-{host}-{dead}-00ff", f"a-b-{host}-{dead}-1", *kept]:
-        (staging / name).touch()
+    theirs = staged_name("a", dead)
+    kept = [
+        *(staged_name("a", pid) for pid in (os.getpid(), 1)),
+        *(theirs.replace("@", separator) for separator in ("@x-", "@x", "-")),
+        *(f"a-{host}-{dead}-00ff", f"a-gpu-{host}-{dead}-00ff", "notes"),
+    ]
+    for name in [theirs, staged_name("a@b", dead), staged_name(f"a@{host}-0", dead), *kept]:
+        (folder / name).touch()
     clean_staging(str(tmp_path))
-    assert sorted(path.name for path in staging.iterdir()) == sorted(kept)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
     clean_staging(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("what", ["boot_id", "namespace"])
+def test_other_process_ids_of_the_same_number_are_left_alone(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a host of our name, and of a container that shares the folder with us."""
+    folder = tmp_path / "_staging"
+    folder.mkdir()
+    if what == "boot_id":
+        monkeypatch.setattr(Path, "read_text", lambda _: "another")
+    else:
+        monkeypatch.setattr(os, "readlink", lambda _: "pid:[1]")
+    name = staged_name("a", dead_pid())
+    monkeypatch.undo()
+    (folder / name).touch()
+    clean_staging(str(tmp_path))
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_what_nobody_has_written_to_for_long_is_cleaned_up(tmp_path: Path) -> None:
+    """Of other hosts, of this one before it was started anew, of older versions."""
+    folder = tmp_path / "_staging"
+    folder.mkdir()
+    ours, theirs = staged_name("a", os.getpid()), staged_name("a", dead_pid()).replace("@", "@x")
+    for name in (ours, theirs, "a-host-17-00ff"):
+        (folder / name).touch()
+        os.utime(folder / name, (1, 1))
+    (folder / f"{theirs}1").touch()
+    clean_staging(str(tmp_path))
+    assert sorted(path.name for path in folder.iterdir()) == sorted([ours, f"{theirs}1"])
 
 
 def test_files_for_s3_are_staged_below_tmpdir(
@@ -410,7 +470,7 @@ def test_files_for_s3_are_staged_below_tmpdir(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with staged_file("s3://bucket/splats", "00000000") as path:
         assert path.parent == tmp_path / f"splatshard-{os.getuid()}" / "_staging"
-        left = path.with_name(f"00000001-{socket.gethostname()}-{dead_pid()}-00ff")
+        left = path.with_name(staged_name("00000001", dead_pid()))
         left.touch()
         with staged_file("s3://bucket/splats", "00000002"):
             assert path.exists()

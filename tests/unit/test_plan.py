@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs import files
 from jobs.plan import (
     Marker,
     PlannedShard,
@@ -39,6 +42,7 @@ def plan_text(shards: dict[str, PlannedShard]) -> str:
     return "".join(plan_lines(shards))
 
 
+EMPTY = make_plan([], {}, CONFIG, str)
 OTHER = ConvertConfig(fit=FitConfig(steps=300))
 
 
@@ -169,6 +173,19 @@ def test_checksums_are_told_apart() -> None:
     assert [manifest.name for manifest in plan.done] == sorted(markers.keys() - changed)
 
 
+@pytest.mark.parametrize("before", ["", "1"])
+def test_without_an_etag_the_checksum_decides(before: str) -> None:
+    """A server that tells nothing but sizes, and tars are padded to whole blocks."""
+    refs = [make_ref(name, etag="") for name in "ab"]
+    old = [dataclasses.replace(ref, etag=before) for ref in refs]
+    markers: dict[str, Marker] = {ref.name: make_manifest(ref) for ref in old}
+    plan = make_plan(refs, markers, CONFIG, lambda ref: f"content of {'ax'['ab'.index(ref.name)]}")
+    assert [manifest.name for manifest in plan.done] == ["a"]
+    assert [(shard.name, shard.differences) for shard in plan.stale] == [
+        ("b", ("source content of in/b.tar changed (same size)",))
+    ]
+
+
 def test_a_touched_source_with_other_content_is_stale() -> None:
     refs, markers = markers_for(["touched"])
     plan = make_plan(refs, markers, CONFIG, lambda ref: "something else")
@@ -237,6 +254,42 @@ def test_the_plan_file_keeps_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None
     assert [found[name].ref.root for name in "ab"] == wanted
     assert [found[name].fingerprint for name in "ab"] == [shards[n].fingerprint for n in "ab"]
     assert plan_text(found | shards) == plan_text(found) == text
+
+
+def test_two_jobs_at_once_keep_each_others_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one starts just when this one has read what is there."""
+    dst = str(tmp_path)
+    of = {name: planned([ref := make_ref(name)], EMPTY, CONFIG) for name in "abc"}
+    assert ref.name == "c"
+    files.write_plan(dst, of["a"])
+    others: list[threading.Thread] = []
+
+    def read_plan(dst: str) -> dict[str, PlannedShard]:
+        found = real(dst)
+        if not others:
+            others.append(threading.Thread(target=files.write_plan, args=(dst, of["b"])))
+            others[0].start()
+            others[0].join(1)  # it waits for us; without a lock it would not
+        return found
+
+    real = files.read_plan
+    monkeypatch.setattr(files, "read_plan", read_plan)
+    files.write_plan(dst, of["c"])
+    others[0].join()
+    assert real(dst) == of["a"] | of["b"] | of["c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["_plan.json"]
+
+
+def test_an_unchanged_plan_is_left_alone(tmp_path: Path) -> None:
+    """Also that of a part of it."""
+    shards = planned(list(map(make_ref, "ab")), EMPTY, CONFIG)
+    files.write_plan(str(tmp_path), shards)
+    before = (tmp_path / "_plan.json").stat()
+    for names in ("ab", "a", ""):
+        files.write_plan(str(tmp_path), {name: shards[name] for name in names})
+        assert (tmp_path / "_plan.json").stat().st_ino == before.st_ino
 
 
 def test_status_knows_markers_without_a_plan() -> None:

@@ -304,6 +304,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = data[start : int(last or total) + 1]
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        for name, value in server.headers.items():
+            self.send_header(name, value)
         if server.ranges:
             self.send_header("Accept-Ranges", "bytes")
         if status == 206:
@@ -326,7 +328,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.files, server.asked, server.ranges, server.cuts = {}, [], True, 0
-    server.refuse = lambda path: 0
+    server.headers, server.refuse = {}, lambda path: 0
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -415,6 +417,22 @@ def test_refusals_of_a_web_server(web: Any, status: int, error: type[Exception],
             assert caught.match(text)
         assert "hunter" not in str(caught.value)
         assert "://***@127.0.0.1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("headers", "etag"),
+    [
+        ({"ETag": '"1"', "Last-Modified": "Sun, 06 Nov 1994 08:49:37 GMT"}, "1"),
+        ({"Last-Modified": "Sun, 06 Nov 1994 08:49:37 GMT"}, "Sun, 06 Nov 1994 08:49:37 GMT"),
+        ({}, ""),
+    ],
+)
+def test_the_time_of_a_file_on_the_web_stands_in_for_an_etag(
+    web: Any, headers: dict[str, str], etag: str
+) -> None:
+    web.files, web.headers = {"/00.tar": b"x" * 10240, "/01.tar": b""}, headers
+    assert storage.stat(f"{web.url}/00.tar") == storage.Stat(10240, etag)
+    assert {ref.etag for ref in list_shards(f"{web.url}/{{00..01}}.tar")} == {etag}
 
 
 def test_a_web_server_that_is_gone(web: Any) -> None:
