@@ -35,7 +35,7 @@ from pipeline.parquet import has_images
 from pipeline.read import count_samples, split_stem
 from pipeline.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS
 from pipeline.storage import Stat
-from pipeline.store_options import redact
+from pipeline.store_options import redact, scheme_of
 from schemas.errors import SourceError, UsageError
 from schemas.shard import ShardRef
 
@@ -99,17 +99,24 @@ def check_apart(refs: Iterable[ShardRef], dst: str) -> None:
     """Raises UsageError for a source in or below `dst`: it could be taken for a shard of `dst`."""
     folders = {url.rpartition("/")[0]: url for ref in refs for url in ref.urls}
     for folder, url in folders.items():
-        if storage.lies_in(folder, dst):
+        if _lies_in(folder, dst):
             raise UsageError(redact(f"{url} of SRC lies in DST {dst}: choose another DST"))
 
 
 def _check_outside(dst: str, source: str, is_glob: bool) -> None:
     """Raises UsageError where files of `dst` would be found in the folder or glob `source`."""
-    if dst and (storage.matches(source, dst) if is_glob else storage.lies_in(dst, source)):
+    if dst and (storage.matches(source, dst) if is_glob else _lies_in(dst, source)):
         raise UsageError(
             f"DST {dst} lies in SRC {source}, and the next run would take its shards for sources: "
             "choose a DST outside of SRC, or move this one there"
         )
+
+
+def _lies_in(url: str, folder: str) -> bool:
+    """Whether `url` is the folder `folder`, or below it."""
+    if len({"" if storage.is_local(u) else scheme_of(u) for u in (url, folder)}) > 1:
+        return False
+    return f"{storage.place(url)}/".startswith(f"{storage.place(folder).rstrip('/')}/")
 
 
 # From SRC to paths and globs

@@ -393,13 +393,6 @@ def place(url: str) -> str:
     return absolute(url).rstrip("/")
 
 
-def lies_in(url: str, folder: str) -> bool:
-    """Whether `url` is the folder `folder`, or below it."""
-    if len({"" if is_local(u) else scheme_of(u) for u in (url, folder)}) > 1:
-        return False
-    return f"{place(url)}/".startswith(f"{place(folder).rstrip('/')}/")
-
-
 def _with_scheme(fs: fsspec.AbstractFileSystem, url: str, path: str) -> str:
     return fs.unstrip_protocol(path) if "://" in url else path
 

@@ -159,7 +159,11 @@ def test_a_commit_does_not_list_its_destination(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which would be the square of the number of shards in a job; leftovers wait for its end."""
-    (tmp_path / "00000000-0123abcd.parquet").touch()  # of another fingerprint, killed
+    dst, other = tmp_path / "dst", tmp_path / "other"
+    dst.mkdir()
+    other.mkdir()
+    killed = dst / "00000000-0123abcd.parquet"  # of another fingerprint
+    shutil.copy(other / commit_shard(other).data_file, killed)
 
     def refuse(*_: object) -> None:
         raise AssertionError("listed")
@@ -167,9 +171,10 @@ def test_a_commit_does_not_list_its_destination(
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", refuse)
         patch.setattr(os, "scandir", refuse)
-        manifest = commit_shard(tmp_path)
-    clean_staging(str(tmp_path))
-    assert sorted(snapshot(tmp_path)) == [manifest.data_file, "00000000.json"]
+        manifest = commit_shard(dst)
+    assert killed.exists()
+    clean_staging(str(dst))
+    assert sorted(snapshot(dst)) == [manifest.data_file, "00000000.json"]
 
 
 # What must not be committed
