@@ -14,10 +14,11 @@ import os
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.hunt import READ
 from pipeline.clock import Pulse, StageClock
 from schemas.config import ConvertConfig
 from schemas.errors import SplatshardError, StorageError, UnavailableError
@@ -35,6 +36,13 @@ MAX_SKIPPED = 100
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 """One worker per core: threads of its own would only fight the other workers."""
 
+NO_REASON = "it gives no reason; --debug shows where"
+NO_MEMORY = "the worker ran out of memory; fewer --workers leave each more"
+
+OutcomeKind = Literal[
+    "done", "survived", "failed", "unavailable", "storage", "stopped", "oom", "broken"
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -42,8 +50,9 @@ class Task:
 
     `attempt` is unique among all attempts of all jobs; `replaces` is the digest of the marker that
     may be replaced. `quarantine` are numbers of samples and why they are not touched. With `span`
-    only the samples from span[0] to span[1] are tried and nothing is written. `alone`: nothing else
-    may be in work at that worker, since this shard may kill it.
+    only the samples from span[0] to span[1] are tried and nothing is written; with READ all are
+    read and none is decoded. `alone`: nothing else may be in work at that worker, since this shard
+    may kill it.
     """
 
     ref: ShardRef
@@ -86,14 +95,16 @@ class SkippedSample:
 class Outcome:
     """What became of one task.
 
-    done: committed, `manifest` is set. survived: the span, of which `tried` samples exist, did no
-    harm. failed: the failed marker is written. unavailable: a store did not answer, trying again
-    may help. storage: DST cannot be written, the job must stop. stopped: asked to stop, nothing was
-    committed. `pulse` is the worker's at that moment.
+    done: committed, `manifest` is set. survived: the span, which has `tried` samples, did no harm.
+    failed: the failed marker is written. unavailable: a store did not answer, trying again may
+    help. storage: DST cannot be written, the job must stop. stopped: asked to stop, nothing was
+    committed. oom: a MemoryError. broken: any other error that is none of ours; the device, the
+    process or our code may be at fault, and the worker should get no other task. `pulse` is the
+    worker's at that moment.
     """
 
     name: str
-    kind: Literal["done", "survived", "failed", "unavailable", "storage", "stopped"]
+    kind: OutcomeKind
     manifest: ShardManifest | None = None
     error: str = ""
     message: str = ""
@@ -178,7 +189,7 @@ class FitActor:
             return _outcome(ref, "storage", e)
         except UnavailableError as e:
             return _outcome(ref, "unavailable", e)
-        except Exception as e:
+        except SplatshardError as e:
             try:
                 mark_failed(dst, ref, config, e)
             except StorageError as storage:
@@ -186,6 +197,10 @@ class FitActor:
             except UnavailableError as unavailable:
                 return _outcome(ref, "unavailable", unavailable)
             return _outcome(ref, "failed", e)
+        except MemoryError as e:
+            return _outcome(ref, "oom", e)
+        except Exception as e:
+            return _outcome(ref, "broken", e)
 
     def _convert(
         self,
@@ -218,15 +233,20 @@ class FitActor:
     def _try(
         self, task: Task, config: ConvertConfig, backend: Backend, span: tuple[int, int]
     ) -> int:
-        """Number of samples that the span has."""
-        from pipeline.convert import try_samples
+        """Number of samples that the span has; that the shard has, for READ."""
+        from pipeline.convert import try_reading, try_samples
 
         tried = 0
         quarantine = dict(task.quarantine)
         with self._turn():
-            for rows in try_samples(task.ref, config, self._backend, span, self._clock, quarantine):
-                self._check()
-                tried += len(rows)
+            if span == READ:
+                batches = try_reading(task.ref, backend, self._clock)
+            else:
+                batches = try_samples(task.ref, config, backend, span, self._clock, quarantine)
+            with closing(batches):
+                for batch in batches:
+                    self._check()
+                    tried += len(batch)
         return tried
 
     def _check(self) -> None:
@@ -268,13 +288,11 @@ def _skipped(rows: list[dict[str, Any]]) -> list[SkippedSample]:
     ]
 
 
-def _outcome(
-    ref: ShardRef, kind: Literal["failed", "storage", "unavailable"], error: Exception
-) -> Outcome:
+def _outcome(ref: ShardRef, kind: OutcomeKind, error: Exception) -> Outcome:
     return Outcome(
         name=ref.name,
         kind=kind,
         error=type(error).__name__,
-        message=str(error),
+        message=str(error) or (NO_MEMORY if isinstance(error, MemoryError) else NO_REASON),
         trace="".join(traceback.format_exception(error)),
     )

@@ -6,9 +6,13 @@ Why a loop of our own: ray.util.ActorPool drops a dead actor and loses its item,
 outputs after blocks, not inputs. Workers have max_restarts=0 and are replaced here, since the loop
 must know what was in work when one died; `jobs.schedule` decides what becomes of it.
 
-An error from the stages is deterministic: the shard is marked failed and not retried. A
+An error of ours from the stages is deterministic: the shard is marked failed and not retried. A
 StorageError stops the job, because a full disk would fail every shard after it; so does a store
 that has stopped answering everybody.
+
+Any other error (CUDA's, say) may be the device's or the process's. Its worker counts as dead, since
+it would fail shard after shard; but it keeps its place until others have its shards, because a new
+worker would get the same device, idle, and with it the same shards.
 
 Nothing is remembered between jobs: the markers in DST say what is done, and the recovery for
 everything is to run the same command again.
@@ -17,6 +21,7 @@ everything is to run the same command again.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +47,8 @@ RESIZE_S = 5.0
 STOP_GRACE_S = 10.0
 START_DEATHS = 4
 """Workers in a row that may die before they have loaded."""
+BROKEN_SHARDS = 8
+"""Shards that may fail in a row by errors that are not ours, with none done in between."""
 PATIENCE_S = 60.0
 """Without any worker; then the user is told what the job waits for."""
 
@@ -50,7 +57,8 @@ PATIENCE_S = 60.0
 class Worker:
     """An actor and what was asked of it.
 
-    `heard` is when it last answered (monotonic s), `worked` its pulse at the end of its last shard.
+    `heard` is when it last answered (monotonic s), `worked` its pulse at the end of its last shard,
+    `broken` when it broke.
     """
 
     actor: Any
@@ -62,6 +70,12 @@ class Worker:
     state: WorkerState = field(default_factory=WorkerState)
     worked: Pulse = field(default_factory=Pulse)
     retiring: bool = False
+    broken: float | None = None
+
+    @property
+    def able(self) -> bool:
+        """Whether it may be given tasks; before it has loaded it may wait for a place."""
+        return self.started is None and not self.retiring and self.broken is None
 
     @property
     def occupied(self) -> bool:
@@ -100,6 +114,7 @@ class Driver:
         self.impatient = time.monotonic() + PATIENCE_S
         self.start_deaths = 0
         self.in_vain = 0
+        self.broken_shards = 0
 
     def run(self) -> int:
         """Convert everything; returns the largest number of workers there were."""
@@ -109,6 +124,7 @@ class Driver:
                 if self.signals.received:
                     raise Interrupted(128 + self.signals.received, self.signals.message)
                 self.resize()
+                self.relieve()
                 largest = max(largest, len(self.team))
                 self.assign()
                 for worker in self.wait():
@@ -146,7 +162,8 @@ class Driver:
             if worker.retiring or not len(self.schedule):  # an autoscaler may have its place
                 self.dismiss(worker, "its node is draining" if worker.retiring else "no more work")
         staying = [worker for worker in self.team if not worker.retiring]
-        wanted = len(self.schedule) + sum(bool(worker.in_flight) for worker in staying)
+        taken = sum(bool(worker.in_flight) or worker.broken is not None for worker in staying)
+        wanted = len(self.schedule) + taken
         places = room(self.workers, self.reserved, leaving)
         for _ in range(min(places, wanted) - len(staying)):
             self.hire()
@@ -169,6 +186,17 @@ class Driver:
         actor = remote(FitActor).remote(THREADS, self.storage_options)
         self.team.append(Worker(actor=actor, started=actor.start.remote(self.config.backend)))
 
+    def relieve(self) -> None:
+        """Dismiss broken workers, once what they had is in work elsewhere or cannot be: nobody else
+        has loaded, and those that have not may be waiting for their places."""
+        able = any(worker.able for worker in self.team)
+        loading = any(worker.started is not None for worker in self.team)
+        since = time.monotonic() - PATIENCE_S
+        for worker in [worker for worker in self.team if worker.broken is not None]:
+            wait = able or (loading and worker.broken > since)
+            if not (wait and self.schedule.suspects):
+                self.dismiss(worker, "it is broken")
+
     def dismiss(self, worker: Worker, why: str) -> None:
         """Out of the team, and dead: a lost connection only looks like a death."""
         self.team.remove(worker)
@@ -179,12 +207,9 @@ class Driver:
     # Tasks and their outcomes
 
     def assign(self) -> None:
-        """Fill the workers breadth first; the last shards are not queued behind a busy worker.
-
-        A worker that has not loaded gets nothing: it may be waiting for a place in the cluster.
-        """
+        """Fill the workers breadth first; the last shards are not queued behind a busy worker."""
         now = time.monotonic()
-        team = [w for w in self.team if w.started is None and not w.retiring]
+        team = [worker for worker in self.team if worker.able]
         for worker in team:
             if not worker.in_flight and (task := self.schedule.take(now)):
                 self.give(worker, task)
@@ -222,14 +247,21 @@ class Driver:
             if not is_ready(worker.started):
                 return
             self.welcome(worker)
+        errors: dict[Any, Outcome] = {}
         for ref in [ref for ref in worker.in_flight if is_ready(ref)]:
             outcome: Outcome = ray.get(ref)
+            if outcome.kind in ("oom", "broken"):
+                errors[ref] = outcome
+                continue
             task = worker.in_flight.pop(ref)
             unfinished = tuple(c for c in worker.state.shards if c.shard != task.ref.name)
             worker.state = WorkerState(shards=unfinished, pulse=outcome.pulse)
             worker.worked = outcome.pulse
             worker.heard = time.monotonic()
             self.settle(task, outcome)
+        if errors:
+            oom = all(outcome.kind == "oom" for outcome in errors.values())
+            self.lost(worker, "oom" if oom else "application", errors)
 
     def welcome(self, worker: Worker) -> None:
         """A worker has loaded, or cannot."""
@@ -245,6 +277,8 @@ class Driver:
 
     def settle(self, task: Task, outcome: Outcome) -> None:
         """What follows from an outcome. Raises StorageError and UnavailableError."""
+        if task.ref.name in self.schedule.closed:
+            return
         if outcome.kind == "storage":
             raise StorageError(
                 f"{outcome.message} (shard {outcome.name}; finished shards are kept)"
@@ -259,8 +293,10 @@ class Driver:
             self.finish(task, outcome)
 
     def finish(self, task: Task, outcome: Outcome) -> None:
+        self.schedule.close(task)
         self.progress.finished(task.ref, outcome)
         if outcome.manifest:
+            self.broken_shards = 0
             self.catalog.add(outcome.manifest)
 
     def unavailable(self, task: Task, outcome: Outcome) -> None:
@@ -274,9 +310,19 @@ class Driver:
         if not self.schedule.unavailable(task, outcome.message, time.monotonic()):
             self.finish(task, replace(outcome, kind="failed"))
 
-    def lost(self, worker: Worker, kind: RetryKind) -> None:
-        """A worker is gone; its tasks go where they belong. Raises BackendError if none loads."""
-        self.dismiss(worker, kind.replace("_", " "))
+    def lost(
+        self, worker: Worker, kind: RetryKind, errors: Mapping[Any, Outcome] | None = None
+    ) -> None:
+        """A worker is gone or, "application", broken; its tasks, of which some may have come back
+        with `errors`, go where they belong. Raises BackendError if no worker loads, or all are
+        broken."""
+        if kind == "application":
+            worker.broken = time.monotonic()
+            self.resized = float("-inf")  # others may have left when there was no more work
+            worker.actor.stop.options(concurrency_group="control").remote()
+        else:
+            self.dismiss(worker, kind.replace("_", " "))
+        tasks, worker.in_flight = worker.in_flight, {}
         node_gone = kind in ("node_death", "preempted")
         if worker.started is not None and not node_gone:
             self.start_deaths += 1
@@ -285,7 +331,10 @@ class Driver:
                     f"the worker died {self.start_deaths} times before its first shard: is there "
                     "enough memory for it? --debug shows its log"
                 )
-        for task in reversed(worker.in_flight.values()):
+        for ref, task in reversed(tasks.items()):
+            if task.ref.name in self.schedule.closed:
+                continue
+            error = errors.get(ref) if errors else None
             if kind == "storage":
                 message = "reading the source or writing to DST took too long"
                 self.unavailable(
@@ -293,17 +342,29 @@ class Driver:
                 )
             elif node_gone:
                 self.schedule.innocent(task, kind)
-            elif reason := self.schedule.died(task, kind):
-                self.give_up(task, SplatshardError(reason))
+            elif reason := self.schedule.died(task, kind, told(error)):
+                if error is not None and kind == "application":
+                    self.broke(task, error)
+                else:
+                    self.give_up(task, SplatshardError.__name__, reason)
 
-    def give_up(self, task: Task, error: SplatshardError) -> None:
+    def broke(self, task: Task, error: Outcome) -> None:
+        """A shard fails by an error that may not be its own. Raises BackendError when no shard gets
+        anywhere any more, and as `give_up`."""
+        self.give_up(task, error.error, error.message, error.trace)
+        self.broken_shards += 1
+        if self.broken_shards >= BROKEN_SHARDS:
+            raise BackendError(
+                f"{told(error)} ({self.broken_shards} shards in a row failed like this, each in "
+                "several processes: is the machine in order? Finished shards are kept)"
+            )
+
+    def give_up(self, task: Task, error: str, message: str, trace: str = "") -> None:
         """Mark a shard failed from here. Raises StorageError and UnavailableError."""
-        mark_failed(self.dst, task.ref, self.config, error)
+        mark_failed(self.dst, task.ref, self.config, SplatshardError(message), error)
         self.finish(
             task,
-            Outcome(
-                name=task.ref.name, kind="failed", error=type(error).__name__, message=str(error)
-            ),
+            Outcome(name=task.ref.name, kind="failed", error=error, message=message, trace=trace),
         )
 
     # What the workers are doing
@@ -358,8 +419,14 @@ class Driver:
                 outcome: Outcome = ray.get(ref)
             except RayError:
                 continue
-            if outcome.kind in ("done", "failed"):
-                self.finish(waiting[ref], outcome)
+            task = waiting[ref]
+            if outcome.kind in ("done", "failed") and task.ref.name not in self.schedule.closed:
+                self.finish(task, outcome)
+
+
+def told(error: Outcome | None) -> str:
+    """`RuntimeError: CUDA error: ...`, the first line of it."""
+    return f"{error.error}: {error.message}".partition("\n")[0] if error else ""
 
 
 def needs(reserved: dict[str, float]) -> str:

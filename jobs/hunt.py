@@ -1,9 +1,11 @@
 """Which samples of a shard kill their worker: found by trying parts of it, halving those that kill.
 
-Parts are tried from the front, each twice as large as the one before, so that the number of samples
-need not be known; a part that kills is split until one sample is alone. With one poison sample
-among n that takes about 2 log2(n) tries, which may run on several workers at once. Several poison
-samples are found in one go. A death that does not happen again leaves nothing in `found`.
+The first part is READ: every sample is read and none decoded. It tells how many there are, and
+whether reading kills; then no part can be converted, for a sample lies behind those before it in
+the file. After it the halves of the shard are tried; one that kills is split until one sample is
+alone. With one poison sample among n that takes about 2 log2(n) tries, which may run on several
+workers at once. Several poison samples are found in one go. A death that does not happen again
+leaves nothing in `found`.
 
 Pure: no Ray, no clock.
 """
@@ -12,21 +14,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FIRST = 16
-"""Samples of the first part; a batch on a CPU."""
-
 Span = tuple[int, int]
+
+READ: Span = (0, 0)
+"""The part that is the reading of all samples."""
 
 
 @dataclass(kw_only=True)
 class Hunt:
     """`todo`: spans to try. `trying`: handed out. `found`: number of a sample and its reason."""
 
-    todo: list[Span] = field(default_factory=lambda: [(0, FIRST)])
+    todo: list[Span] = field(default_factory=lambda: [READ])
     trying: set[Span] = field(default_factory=set)
     found: dict[int, str] = field(default_factory=dict)
-    frontier: int = FIRST
-    ended: bool = False
 
     @property
     def over(self) -> bool:
@@ -40,24 +40,20 @@ class Hunt:
         return spans
 
     def survived(self, span: Span, tried: int) -> None:
-        """The span, of which only `tried` samples exist, did no harm."""
+        """The span, which has `tried` samples, did no harm."""
         self.trying.remove(span)
-        self.ended |= tried < span[1] - span[0]
-        self._advance(span)
+        if span == READ:
+            self._split(0, tried)
 
     def died(self, span: Span, reason: str) -> None:
-        """The span killed its worker."""
+        """The span, which is not READ, killed its worker."""
         self.trying.remove(span)
         start, stop = span
         if stop - start == 1:
             self.found[start] = reason
         else:
-            middle = (start + stop) // 2
-            self.todo += [(start, middle), (middle, stop)]
-        self._advance(span)
+            self._split(start, stop)
 
-    def _advance(self, span: Span) -> None:
-        start, stop = span
-        if stop == self.frontier and not self.ended:
-            self.frontier = stop + 2 * (stop - start)
-            self.todo.append((stop, self.frontier))
+    def _split(self, start: int, stop: int) -> None:
+        middle = (start + stop) // 2
+        self.todo += [(a, b) for a, b in ((start, middle), (middle, stop)) if a < b]

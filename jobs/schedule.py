@@ -5,9 +5,13 @@ Whose fault is it?
 - A store that does not answer: the shard waits, longer each time.
 - A worker that dies, runs out of memory or hangs: each of its shards is tried again alone at a
   worker. One that kills a worker twice alone is searched for the samples that do it
-  (`jobs.hunt`); they are quarantined and the rest is converted.
+  (`jobs.hunt`); they are quarantined and the rest is converted. One whose reading kills, or that
+  has killed MOST_DEATHS workers, is given up.
+- An error that is neither the data's nor a store's: the worker's device or process may be broken,
+  or our code. The same, but a shard that meets one twice alone is given up with it, unsearched.
 
 Every shard that goes in comes out once: the driver finishes it, or is told here to give it up.
+Parts of it may still be in work then; what becomes of them is of no account (`closed`).
 
 Pure: no Ray; the clock is passed in.
 """
@@ -23,12 +27,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.actors import Task
-from jobs.hunt import Hunt
+from jobs.hunt import READ, Hunt
 from jobs.tally import RetryKind
 from schemas.shard import ShardRef
 
 DEATHS_ALONE = 2
-"""Times a shard may kill a worker that does nothing else before its samples are searched."""
+"""Times a shard may kill a worker that does nothing else before its samples are searched; or break
+it, before the shard is given up."""
+MOST_DEATHS = 256
+"""Workers that a shard may kill while it is alone: some 20 poison samples among 1,000."""
 FUTILE_HUNTS = 2
 """Searches that find no culprit before the shard is given up."""
 UNAVAILABLE = 8
@@ -49,6 +56,8 @@ class Trouble:
     """What has gone wrong with one shard."""
 
     deaths_alone: int = 0
+    deaths: int = 0
+    errors: int = 0
     unavailable: int = 0
     futile_hunts: int = 0
     hunt: Hunt = field(default_factory=Hunt)
@@ -56,7 +65,7 @@ class Trouble:
 
 
 class Schedule:
-    """The tasks that wait, and the troubles of their shards.
+    """The tasks that wait, and the troubles of their shards; `closed` have come out.
 
     `retried(kind, shard, message)` and `tell(line)` hear of what happens.
     """
@@ -71,6 +80,7 @@ class Schedule:
         self.job = secrets.token_hex(4)
         self._attempts = itertools.count()
         self._replaces, self._retried, self._tell = replaces, retried, tell
+        self.closed: set[str] = set()
         self._troubles: dict[str, Trouble] = {}
         self._later: list[tuple[float, Task]] = []
         self._alone: deque[Task] = deque()
@@ -84,6 +94,11 @@ class Schedule:
     def ready(self) -> int:
         """Tasks that may be given out beside others."""
         return len(self._ready)
+
+    @property
+    def suspects(self) -> bool:
+        """Whether tasks wait for an idle worker, to be alone at it."""
+        return bool(self._alone)
 
     def take(self, now: float) -> Task | None:
         """The next task for an idle worker."""
@@ -113,12 +128,33 @@ class Schedule:
         self._retried(kind, task.ref.name, "its worker is gone")
         self._back(self._again(task))
 
-    def died(self, task: Task, kind: RetryKind) -> str:
-        """The worker died at this task, or at one beside it: why to give it up, "" to go on."""
+    def died(self, task: Task, kind: RetryKind, error: str = "") -> str:
+        """The worker died at this task, or at one beside it: why to give it up, "" to go on.
+
+        "application" is the kind of an `error` after which the worker is not trusted any more.
+        """
         name, trouble = task.ref.name, self._trouble(task)
+        trouble.deaths += task.alone
+        trouble.errors += task.alone and kind == "application"
         if not task.alone:
-            self._retried(kind, name, "may have done it: next time alone at a worker")
+            self._retried(kind, name, f"{error or 'may have done it'}; next time alone at a worker")
             self._back(self._again(task, alone=True))
+        elif kind == "application" and trouble.errors < DEATHS_ALONE:
+            self._retried(kind, name, f"{error}; once more, alone")
+            self._back(self._again(task))
+        elif kind == "application":
+            return error
+        elif task.span == READ:
+            return (
+                f"shard {name}: reading {task.ref.root or task.ref.urls[0]} {REASONS[kind]}; the "
+                "source is damaged in a way that its reader does not survive, or a sample of it "
+                "does not fit into memory: replace it, or convert it on a larger machine"
+            )
+        elif trouble.deaths >= MOST_DEATHS:
+            return (
+                f"shard {name} {REASONS[kind]}, {MOST_DEATHS} times: too many of its samples do it "
+                "(is the machine in order?)"
+            )
         elif task.span:
             trouble.hunt.died(task.span, REASONS[kind])
             self._hunt_on(task)
@@ -138,10 +174,18 @@ class Schedule:
         return ""
 
     def survived(self, task: Task, tried: int) -> None:
-        """A span of a shard, of which `tried` samples exist, did no harm."""
+        """A span of a shard, which has `tried` samples, did no harm."""
         assert task.span is not None
         self._trouble(task).hunt.survived(task.span, tried)
         self._hunt_on(task)
+
+    def close(self, task: Task) -> None:
+        """Its shard has come out, done or failed: no part of it is tried any more."""
+        name = task.ref.name
+        self.closed.add(name)
+        if self._troubles.pop(name, None):
+            self._alone = deque(other for other in self._alone if other.ref.name != name)
+            self._later = [entry for entry in self._later if entry[1].ref.name != name]
 
     def _hunt_on(self, task: Task) -> None:
         """Queue the next spans; once all were tried, the shard without the culprits."""

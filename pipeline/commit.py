@@ -238,16 +238,19 @@ def _other_job(marker: str, found: ShardManifest, ours: ShardManifest) -> str:
     )
 
 
-def mark_failed(dst: str, ref: ShardRef, config: ConvertConfig, error: BaseException) -> None:
+def mark_failed(
+    dst: str, ref: ShardRef, config: ConvertConfig, error: BaseException, kind: str = ""
+) -> None:
     """Write the failed marker of `ref`, unless it is done by now (another attempt was faster).
 
+    `kind`: the name of the error, where `error` only repeats what one in another process said.
     Raises StorageError and UnavailableError.
     """
     dst = dst.rstrip("/")
     failed = FailedShard(
         name=ref.name,
         source_url=_source_url(ref),
-        error=type(error).__name__,
+        error=kind or type(error).__name__,
         message=redact(str(error)),
         fingerprint=fingerprint(inputs(config, ref)),
     )

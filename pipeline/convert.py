@@ -107,6 +107,15 @@ def convert_shard(
             )
 
 
+def try_reading(ref: ShardRef, backend: Backend, clock: StageClock) -> Iterator[list[RawSample]]:
+    """The samples of a shard, one by one and as they are read for it; to find out whether that
+    kills a worker, and how many there are."""
+    samples = read_samples(ref, hashlib.sha256(), {}, clock, backend.device)
+    with closing(samples):
+        for sample in samples:
+            yield [sample]
+
+
 def try_samples(
     ref: ShardRef,
     config: ConvertConfig,

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs import status
 from jobs.actors import FitActor, Task
+from jobs.hunt import READ
 from schemas.config import ConvertConfig
 from schemas.errors import SourceError, StorageError, UnavailableError
 from schemas.shard import ShardRef
@@ -22,7 +24,7 @@ from tests.integration.running import (
     run_json,
     tars,
 )
-from tests.make import animation, datacomp_sample, jpeg, png_header, write_tar
+from tests.make import animation, datacomp_sample, datacomp_tar, jpeg, png_header, write_tar
 
 pytestmark = pytest.mark.integration
 
@@ -178,7 +180,8 @@ TASK = Task(ref=REF, attempt="0badc0de0")
         (StorageError("disk full"), "storage", False),
         (UnavailableError("503"), "unavailable", False),
         (SourceError("cut off"), "failed", True),
-        (RuntimeError("a bug"), "failed", True),
+        (RuntimeError("a bug, or the device"), "broken", False),
+        (MemoryError("Unable to allocate"), "oom", False),
     ],
 )
 def test_the_worker_tells_whose_error_it_is(
@@ -193,6 +196,38 @@ def test_the_worker_tells_whose_error_it_is(
     outcome = actor.convert(TASK, ConvertConfig(), str(tmp_path))
     assert (outcome.kind, outcome.message) == (kind, str(error))
     assert (tmp_path / "00000000.failed.json").exists() == marked
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(AssertionError, "--debug shows where"), (MemoryError, "fewer --workers")]
+)
+def test_an_error_without_words_is_told_in_some(
+    error: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object, **named: object) -> None:
+        raise error
+
+    actor = FitActor({})
+    actor.start("cpu")
+    monkeypatch.setattr("pipeline.convert.convert_shard", fails)
+    outcome = actor.convert(TASK, ConvertConfig(), str(tmp_path))
+    assert outcome.error == error.__name__
+    assert words in outcome.message
+
+
+def test_a_trial_reading_counts_the_samples_and_decodes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = datacomp_tar(tmp_path / "00000000.tar", 5)
+    ref = replace(REF, urls=(str(path),))
+    actor = FitActor({})
+    actor.start("cpu")
+    monkeypatch.delattr("pipeline.convert.decode")
+    for limit, tried in ((None, 5), (3, 3)):
+        task = replace(TASK, ref=replace(ref, limit=limit), span=READ, alone=True)
+        outcome = actor.convert(task, ConvertConfig(), str(tmp_path / "out"))
+        assert (outcome.kind, outcome.tried) == ("survived", tried)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stopped_worker_commits_nothing(tmp_path: Path) -> None:

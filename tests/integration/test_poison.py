@@ -7,6 +7,7 @@ process does die, or hang, when it meets the sample.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import time
@@ -54,6 +55,39 @@ class Hangs(Poisoned):
 
     def end(self) -> None:
         time.sleep(1000)
+
+
+class DiesReading(FitActor):
+    """Dies where shard 1 is read."""
+
+    def start(self, backend: str) -> Started:
+        import pipeline.convert as stages
+
+        read = stages.read
+
+        def read_or_die(ref, digest):
+            for number, sample in enumerate(read(ref, digest)):
+                if ref.name == "00000001" and number == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield sample
+
+        stages.read = read_or_die
+        return super().start(backend)
+
+
+class Breaks(FitActor):
+    """Its process is of no use any more once it has met a sample, as after a fault of a GPU; shard
+    2 has a fault of its own."""
+
+    spoilt = False
+
+    def _convert(self, task, *arguments):
+        if task.ref.name == "00000002":
+            raise ValueError("a bug")
+        self.spoilt |= task.ref.name == "00000001" and not task.alone
+        if self.spoilt:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super()._convert(task, *arguments)
 
 
 class DiesWhole(FitActor):
@@ -104,6 +138,31 @@ def test_a_sample_that_hangs_is_quarantined(
     assert summary["retries"]["hang"] > 2
     assert "--sample-timeout" in (rows(dst, "00000001")["000000000011"][2] or "")
     assert_verified(capsys, dst)
+
+
+def test_a_shard_whose_reading_kills_fails_alone_and_says_so(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = tars(tmp_path / "in", shards=3), tmp_path / "out"
+    monkeypatch.setattr("jobs.drive.FitActor", DiesReading)
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 2, 1), err
+    assert f"reading {tmp_path}/in/00000001.tar killed its worker" in err
+    assert summary["retries"]["worker_death"] < 6
+    marker = json.loads((dst / "00000001.failed.json").read_text())
+    assert "replace it" in marker["message"]
+
+
+def test_a_worker_that_is_broken_fails_no_shard_but_a_bug_does(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = tars(tmp_path / "in", shards=5), tmp_path / "out"
+    monkeypatch.setattr("jobs.drive.FitActor", Breaks)
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 4, 1), err
+    assert summary["retries"].keys() == {"application"}
+    marker = json.loads((dst / "00000002.failed.json").read_text())
+    assert (marker["error"], marker["message"]) == ("ValueError", "a bug")
 
 
 def test_a_shard_that_kills_as_a_whole_fails_alone(
