@@ -41,7 +41,7 @@ test-slow: install  ## everything, also what takes minutes
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: install  ## all benchmarks; results under benchmarks/results (about 30 minutes)
+bench: install  ## the three main benchmarks; results under benchmarks/results (about 30 minutes)
 	$(BIN)/python -m benchmarks.cpu_kernel
 	$(BIN)/python -m benchmarks.fit_quality
 	$(BIN)/python -m benchmarks.convert_job

@@ -19,10 +19,7 @@ from schemas.shard import OK, ShardManifest
 CARD_FILE = "_card.md"
 MAX_PLACES = 10
 
-JPEG = """\
-As a way to store pictures JPEG is ahead: photographs of 224 x 224 px take about 11 kB at 32 dB as
-JPEG of quality 75 (mean of 64, see splatshard's README). `splatshard report` measures it here.\
-"""
+JPEG = "`splatshard report` sets JPEG files of the same pictures beside it."
 
 
 def card(dst: str, head: Mapping[str, Any], manifests: Sequence[ShardManifest]) -> str:
@@ -72,7 +69,7 @@ def facts(totals: Mapping[str, Any], recipes: Any) -> list[tuple[str, str]]:
 
 
 def quality(totals: Mapping[str, Any], recipes: Any) -> list[str]:
-    """PSNR, and what other ways to store the pictures take."""
+    """PSNR, and where to see what other ways to store the pictures take."""
     if not totals["ok"]:
         return []
     lines = ["## Quality"]

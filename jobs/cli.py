@@ -34,6 +34,9 @@ EXIT_FAILED_SHARDS = 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
+TRAIN_EXTRA = ("safetensors", "tensorboard", "transformers")
+"""Packages that only training, evaluation and teachers need."""
+
 Options = TypeVar("Options")
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -107,7 +110,10 @@ def _run(body: Callable[[], int]) -> int:
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_ERROR
     except Exception as e:
-        complain(f"internal error, {type(e).__name__}: {e} (SPLATSHARD_DEBUG=1 shows where)")
+        if isinstance(e, ModuleNotFoundError) and e.name in TRAIN_EXTRA:
+            complain(f"this needs {e.name}: install it, or splatshard with its extra `train`")
+        else:
+            complain(f"internal error, {type(e).__name__}: {e} (SPLATSHARD_DEBUG=1 shows where)")
         return EXIT_ERROR
 
 

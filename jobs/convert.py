@@ -33,9 +33,9 @@ from jobs.cli import (
     size,
 )
 from jobs.files import RUN_FILE, write_plan, write_text
-from jobs.log import configure
+from jobs.log import configure, log
 from jobs.manifest import Catalog
-from jobs.plan import Plan, make_plan, planned, refuse_stale
+from jobs.plan import Plan, make_plan, mixed, planned, refuse_stale
 from jobs.progress import Progress, run_summary
 from jobs.signals import StopSignals
 from pipeline.storage import absolute
@@ -235,6 +235,8 @@ def execute(
     from pipeline.commit import clean_staging, remove
 
     say(describe(plan, len(refs)))
+    if warning := mixed(plan, config):
+        log("mixed", f"warning: {warning}", level="warning")
     write_plan(dst, planned(refs, plan, config), plan.folders)
     for url in copy_texts(refs, dst):
         say(f"copied for evaluation: {url}")

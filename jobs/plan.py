@@ -33,6 +33,7 @@ from schemas.config import (
     ConvertConfig,
     describe_difference,
     identities,
+    recipe,
     recipe_digest,
     source_of,
 )
@@ -225,6 +226,21 @@ def refuse_stale(plan: Plan, markers: Mapping[str, Marker], dst: str) -> None:
     remedy = "redo or delete them" if gone else "redo them"
     lines.append(f"  {remedy} with --overwrite-stale, or choose another DST")
     raise StaleShardError("\n".join(lines))
+
+
+def mixed(plan: Plan, config: ConvertConfig) -> str:
+    """A line on shards of another recipe that are done, that SRC does not name, and that stay; ""
+    where there are none."""
+    wanted, going = recipe(config), plan.replaces.keys() | {marker.name for marker in plan.gone}
+    others = [m for m in plan.others if m.name not in going and m.inputs["recipe"] != wanted]
+    if not others:
+        return ""
+    old, new = {"recipe": others[0].inputs["recipe"]}, {"recipe": wanted}
+    return (
+        f"DST also holds {_some(others)} of another configuration that SRC does not name, and "
+        f"readers will take both ({'; '.join(describe_difference(old, new)[:3])}); to keep them "
+        "apart choose another DST"
+    )
 
 
 def _recut(marker: ShardManifest) -> tuple[str, ...]:

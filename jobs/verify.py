@@ -24,6 +24,7 @@ from jobs.cli import EXIT_ERROR, EXIT_OK, count, parse, print_json, run, say
 from jobs.dataset import DatasetOptions, open_dataset
 from jobs.files import read_plan
 from jobs.plan import Marker, Status, status
+from schemas.config import describe_difference, recipe_digest
 from schemas.errors import SplatshardError
 from schemas.manifest import MANIFEST_FILE
 from schemas.shard import ShardManifest
@@ -118,7 +119,7 @@ def check(dst: str, markers: Mapping[str, Marker], state: Status) -> Findings:
         "splatshard repair --delete-orphans deletes it"
         for file in orphans(files, markers)
     ]
-    findings.notes += manifest_notes(dst, markers)
+    findings.notes += recipe_notes(markers) + manifest_notes(dst, markers)
     return findings
 
 
@@ -151,6 +152,21 @@ def orphans(files: Iterable[str], markers: Mapping[str, Marker]) -> list[str]:
     unclear = {n for n, marker in markers.items() if isinstance(marker, SplatshardError)}
     data = [f for f in files if f.endswith(tuple(f".{e}" for e in EXTENSIONS.values()))]
     return [file for file in data if file not in named and shard_of(file) not in unclear]
+
+
+def recipe_notes(markers: Mapping[str, Marker]) -> list[str]:
+    """Whether the shards are of one configuration."""
+    done = [marker for marker in markers.values() if isinstance(marker, ShardManifest)]
+    recipes = {id(m.inputs["recipe"]): m.inputs["recipe"] for m in done}.values()
+    different = {recipe_digest(recipe): recipe for recipe in recipes}
+    if len(different) < 2:
+        return []
+    first, second, *_ = different.values()
+    differences = describe_difference({"recipe": first}, {"recipe": second})
+    return [
+        f"shards of {len(different)} configurations, which readers take together, such as "
+        f"{'; '.join(differences[:3])}"
+    ]
 
 
 def manifest_notes(dst: str, markers: Mapping[str, Marker]) -> list[str]:

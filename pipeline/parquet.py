@@ -143,6 +143,8 @@ def _open_parquet(url: str, path: str) -> Iterator[pq.ParquetFile]:
             pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as file,
         ):
             yield file
+    except MemoryError:  # Arrow's, too, and no fault of the file
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise SourceError(f"{url} is not readable as Parquet: {e}; download it again") from e
 

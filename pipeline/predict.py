@@ -114,7 +114,8 @@ def _load(url: str, device: torch.device) -> Trained:
         from pipeline.trained import load_trained
     except ImportError as e:
         raise UsageError(
-            f"--init {ENCODER}{url}: needs transformers: pip install 'splatshard[train]'"
+            f"--init {ENCODER}{url}: needs transformers: install it, or splatshard with its "
+            "extra `train`"
         ) from e
     from pipeline.storage import absolute
 

@@ -117,7 +117,8 @@ def _tower(model: str) -> Any:
         from pipeline.models.weights import load_clip
     except ImportError as e:
         raise UsageError(
-            f"--teacher {model}: needs transformers: pip install 'splatshard[train]'"
+            f"--teacher {model}: needs transformers: install it, or splatshard with its "
+            "extra `train`"
         ) from e
     logging.disable_progress_bar()  # a line of its own in the log of every worker
     return load_clip(model).vision

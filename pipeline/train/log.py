@@ -99,8 +99,8 @@ def _board(dst: str, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
         raise UsageError(
-            "log.tensorboard is True, but tensorboard is not installed: pip install "
-            "'splatshard[train]', or set it to False"
+            "log.tensorboard is True, but tensorboard is not installed: install it, or set this "
+            "to False"
         ) from e
     return SummaryWriter(str(local_path(dst) / "tensorboard"), purge_step=step or None)
 

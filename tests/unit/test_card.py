@@ -44,7 +44,7 @@ def test_the_card_tells_figures_source_and_recipe(tmp_path: Path) -> None:
     ):
         assert line in text.splitlines(), line
     assert re.search(r"\| 50 % below \| 2[78]\.\d\d \|", text)
-    assert "JPEG is ahead" in text
+    assert "JPEG files of the same pictures" in text
     assert text.count("```json") == 1
 
 

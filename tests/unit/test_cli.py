@@ -130,6 +130,8 @@ def test_no_job_and_unknown_jobs(capsys: pytest.CaptureFixture[str]) -> None:
         (UsageError("no such thing"), 1, "splatshard: error: no such thing"),
         (StorageError("disk full"), 1, "splatshard: error: disk full"),
         (RuntimeError("oops"), 1, "internal error, RuntimeError: oops"),
+        (ModuleNotFoundError("no", name="transformers"), 1, "needs transformers: install it, or"),
+        (ModuleNotFoundError("oops", name="x"), 1, "internal error, ModuleNotFoundError: oops"),
         (KeyboardInterrupt(), 130, "run the same command again"),
         (Interrupted(143, "terminated"), 143, "splatshard: terminated"),
         (SystemExit(3), 3, ""),

@@ -16,12 +16,14 @@ from jobs.plan import (
     Marker,
     PlannedShard,
     make_plan,
+    mixed,
     plan_from_json,
     plan_lines,
     planned,
     refuse_stale,
     status,
 )
+from jobs.verify import recipe_notes
 from schemas.config import (
     PRESETS,
     ConvertConfig,
@@ -224,6 +226,20 @@ def test_broken_markers_are_refused_too() -> None:
 def test_nothing_stale_is_not_refused() -> None:
     refs, markers = markers_for(["none", "done", "failed", "touched"])
     refuse_stale(make_plan(refs, markers, CONFIG, same_content), markers, "out")
+
+
+def test_shards_of_another_recipe_that_stay_are_told() -> None:
+    """Only those that SRC does not name: the others are refused, or redone."""
+    a, b, c = make_ref("a"), make_ref("b"), make_ref("c")
+    markers: dict[str, Marker] = {"a": make_manifest(a, OTHER), "b": make_manifest(b, CONFIG)}
+    line = mixed(make_plan([c], markers, CONFIG, str), CONFIG)
+    assert "DST also holds 1 shard of another configuration" in line
+    assert "recipe.fit.steps: 300 -> 100" in line
+    assert mixed(make_plan([a, c], markers, CONFIG, str), CONFIG) == ""
+    assert mixed(make_plan([c], {"b": markers["b"]}, CONFIG, str), CONFIG) == ""
+    (note,) = recipe_notes(markers)
+    assert "shards of 2 configurations" in note
+    assert recipe_notes({"b": markers["b"]}) == []
 
 
 def test_two_sources_of_one_name_are_refused() -> None:
