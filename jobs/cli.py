@@ -7,8 +7,8 @@ Jobs import `pipeline.commit` and what else brings torch inside functions, so th
 usage errors take a tenth of a second instead of three.
 
 tyro derives the flags; its framed multi-line errors are folded into one line, since job logs are
-read line by line, and its exit code 2 becomes 1. Standard output belongs to `--json`; all else is
-stderr.
+read line by line, and its exit code 2 becomes 1. Standard output is for the answer: the JSON line
+with `--json`, else what `answer` is given. All else is stderr.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 import tyro
 
 from jobs.log import configure, debugging, log
+from pipeline.store_options import redact
 from schemas.errors import SplatshardError, UsageError
 
 EXIT_OK = 0
@@ -120,6 +122,17 @@ def complain(message: str) -> None:
 def say(message: str = "") -> None:
     """One line for people, on stderr."""
     log("note", message)
+
+
+def answer(text: str, as_json: bool) -> None:
+    """A part of what was asked for, on standard output; on stderr where `--json` has that."""
+    if as_json:
+        say(text)
+        return
+    try:
+        print(redact(text), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the exit code is still ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: dict[str, Any]) -> None:

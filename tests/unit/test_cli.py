@@ -172,6 +172,9 @@ def test_an_empty_dst_is_not_a_verified_dataset(
     out, err = capsys.readouterr()
     assert "holds no shard" in err
     assert json.loads(out.splitlines()[-1])["ok"] is False
+    assert verify.main([str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert ("holds no shard" in out, err) == (True, "")
     assert "holds no finished shard" in error_of(["report", str(tmp_path)], capsys)
 
 
