@@ -177,11 +177,12 @@ def prepare(options: RunOptions) -> None:
 
 def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination
+    from pipeline.commit import check_destination, check_scheme
     from pipeline.markers import read_markers
     from pipeline.sources import list_shards
 
     prepare(options)
+    check_scheme(options.dst)
     config = with_teacher(with_encoder(options.config), options.teacher)
     dst = absolute(options.dst).rstrip("/")
     refs = list_shards(options.src, options.limit, options.samples_per_shard, dst)

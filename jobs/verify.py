@@ -60,16 +60,18 @@ def verify(options: VerifyOptions) -> int:
 
     dst = open_dataset(options)
     markers = read_markers(dst, trust_manifest=False)
-    findings = check(dst, markers, status(read_plan(dst), markers))
+    shards = read_plan(dst)
+    findings = check(dst, markers, status(shards, markers))
     lines = [f"note: {note}" for note in findings.notes[:MAX_NOTES]]
     if len(findings.notes) > MAX_NOTES:
         lines.append(f"note: ... {len(findings.notes) - MAX_NOTES:,} more")
     lines += [f"wrong: {problem}" for problem in findings.problems]
     checked = f"{count(findings.shards, 'shard')}, {count(findings.samples, 'sample')}"
     if findings.problems:
+        mended = f" (splatshard repair {dst} redoes bad, missing and failed shards)"
         lines.append(
-            f"splatshard: error: {count(len(findings.problems), 'problem')} in {checked} "
-            f"(splatshard repair {dst} redoes bad, missing and failed shards)"
+            f"splatshard: error: {count(len(findings.problems), 'problem')} in {checked}"
+            + (mended if shards or markers else "")
         )
     else:
         lines.append(f"all good: {checked} read back as their markers say")
@@ -110,7 +112,7 @@ def check(dst: str, markers: Mapping[str, Marker], state: Status) -> Findings:
             "--overwrite-stale"
         )
     if not state.done and not findings.problems:
-        findings.problems.append(f"{dst} holds no shard")
+        findings.problems.append(f"{dst} holds no shard: run splatshard convert first")
     with storage_errors(dst, "read"):
         files = list_folder(dst)
     findings.notes += [

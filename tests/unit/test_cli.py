@@ -165,6 +165,22 @@ def test_a_missing_dst_is_named(tmp_path, capsys: pytest.CaptureFixture[str]) ->
         )
 
 
+def test_a_dst_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "0.jpg").touch()
+    for job in ("status", "verify", "repair"):
+        error = error_of([job, f"{tmp_path}/0.jpg"], capsys)
+        assert f"{tmp_path}/0.jpg: is a file; give the DST of a splatshard convert" in error
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_store_that_is_never_written_asks_for_no_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    src = image_folder(tmp_path / "photos")
+    error = error_of(["convert", str(src), "gs://bucket/splats", *flags], capsys)
+    assert "DST gs://bucket/splats: only local folders and s3://bucket/... can be" in error
+
+
 def test_an_empty_dst_is_not_a_verified_dataset(
     tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,7 +190,8 @@ def test_an_empty_dst_is_not_a_verified_dataset(
     assert json.loads(out.splitlines()[-1])["ok"] is False
     assert verify.main([str(tmp_path)]) == 1
     out, err = capsys.readouterr()
-    assert ("holds no shard" in out, err) == (True, "")
+    assert ("holds no shard: run splatshard convert first" in out, err) == (True, "")
+    assert "repair" not in out
     assert "holds no finished shard" in error_of(["report", str(tmp_path)], capsys)
 
 
