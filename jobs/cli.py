@@ -82,7 +82,23 @@ def one_line(framed: str) -> str:
             break
         if not set(line) <= set("─╭╮╰╯│- "):  # dashes where the terminal knows ASCII only
             words.append(line)
-    return re.sub(r"^Error parsing (config[.\w]*|\w*Options|) ?: ", "", " ".join(words))
+    return plain(re.sub(r"^Error parsing (config[.\w]*|\w*Options|) ?: ", "", " ".join(words)))
+
+
+NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "int": "a whole number"}
+
+
+def plain(message: str) -> str:
+    """`--workers x: must be auto or a whole number`, where tyro tells in Python's words why a value
+    is none of the types; other messages as they are."""
+    several = r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\]"
+    one = r"Error parsing (\S+): (?:invalid literal for (int)\(\).*|could not convert .*): '(.*)'"
+    if not (found := re.match(several, message) or re.match(one, message)):
+        return message
+    flag, kinds, value = found.groups("FLOAT")
+    wanted = [NUMBERS.get(k, k.strip("{}").replace(",", " or ")) for k in kinds.split("|")]
+    wanted = [kind for kind in reversed(wanted) if kind != "None"]
+    return f"{flag} {value}: must be {' or '.join(wanted)}"
 
 
 def run(body: Callable[[], int]) -> int:

@@ -130,6 +130,11 @@ def parse_options(argv: list[str] | None) -> ConvertOptions:
     default = ConvertOptions(
         src=tyro.MISSING, dst=tyro.MISSING, preset=preset, config=PRESETS[preset]
     )
+    if {"--nested", "--num-gaussians"} <= {a.partition("=")[0].replace("_", "-") for a in args}:
+        raise UsageError(
+            "--num-gaussians does not go with --nested, whose last budget is the number: leave "
+            "one of them out"
+        )
     try:
         return parse(ConvertOptions, "convert", args, default)
     except UsageError as e:
