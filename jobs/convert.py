@@ -339,6 +339,11 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
         f"{count(summary['samples'], 'sample')}: {summary['ok']:,} ok"
         + (f", skipped: {skipped}" if skipped else "")
     )
+    for shard, sample in progress.skipped:
+        say(f"  {sample.key} in shard {shard}: {sample.status}: {sample.error}")
+    if sum(summary["skipped"].values()) > len(progress.skipped):
+        what = "... the others" if progress.skipped else "which"
+        say(f"  {what}: splatshard report {dst}")
     if summary["ok"]:
         say(
             f"  PSNR {summary['psnr_mean']:.2f} dB   "
