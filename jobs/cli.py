@@ -53,13 +53,16 @@ class Interrupted(BaseException):
 def parse(
     options: type[Options], job: str, argv: list[str] | None, default: Options | None = None
 ) -> Options:
-    """The options in `argv` (None: the process's). Raises UsageError with one readable line."""
+    """The options in `argv` (None: the process's); `debug` among them is in force from now on.
+
+    Raises UsageError with one readable line.
+    """
     args = sys.argv[1:] if argv is None else argv
     complaint = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            found = tyro.cli(
                 options,
                 args=args,
                 prog=f"splatshard {job}",
@@ -71,6 +74,9 @@ def parse(
             raise
         text = one_line(complaint.getvalue()) or "the options cannot be parsed"
         raise UsageError(f"{text} (see splatshard {job} --help)") from None
+    if getattr(found, "debug", False):
+        os.environ["SPLATSHARD_DEBUG"] = "1"
+    return found
 
 
 def one_line(framed: str) -> str:
@@ -125,7 +131,7 @@ def _run(body: Callable[[], int]) -> int:
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_ERROR
     except Exception as e:
-        complain(f"internal error, {type(e).__name__}: {e} (SPLATSHARD_DEBUG=1 shows where)")
+        complain(f"internal error, {type(e).__name__}: {e} (--debug shows where)")
         return EXIT_ERROR
 
 

@@ -174,8 +174,6 @@ def prepare(options: RunOptions) -> None:
     """What every job that converts does first."""
     from pipeline.storage import use_options
 
-    if options.debug:
-        os.environ["SPLATSHARD_DEBUG"] = "1"
     configure(options.log_format)
     use_options(storage_options(options.storage_options))
 

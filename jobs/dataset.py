@@ -31,6 +31,8 @@ class DatasetOptions:
     """Options of the remote store, as for splatshard convert."""
     json: Switch = False
     """End standard output with one JSON line."""
+    debug: Switch = False
+    """Show tracebacks."""
 
 
 def open_dataset(options: DatasetOptions) -> str:

@@ -10,6 +10,8 @@ import pytest
 from jobs import convert, verify
 from jobs.__main__ import JOBS, main
 from jobs.cli import Interrupted, count, duration, one_line, run, size
+from pipeline.storage import use_options
+from pipeline.store_options import options_of
 from schemas.config import PRESETS, ConvertConfig
 from schemas.errors import StorageError, UsageError
 from tests.make import image_folder
@@ -107,6 +109,8 @@ def test_every_job_has_help_and_needs_its_arguments(
     assert main([job, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"splatshard {job}" in out
+    assert "--storage-options JSON" in out
+    assert "--debug" in out
     needed = {"train": "RECIPE", "evaluate": "CKPT", "explain": "CKPT"}.get(job, "DST")
     assert needed in out
     assert needed in error_of([job], capsys)
@@ -162,6 +166,38 @@ def test_debugging_shows_the_traceback(
     monkeypatch.setenv("SPLATSHARD_DEBUG", "1")
     assert run(body) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_every_job_can_debug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPLATSHARD_DEBUG", "")
+    assert main(["status", f"{tmp_path}/nothing", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("no such folder; give the DST of a splatshard convert\n")
+
+
+@pytest.mark.parametrize(
+    ("job", "usage"),
+    [("embed", "DST [SRC]"), ("evaluate", "CKPT [NAME=]DATA ..."), ("explain", "CKPT IMAGE ...")],
+)
+def test_usage_tells_what_is_optional_and_what_is_a_list(
+    job: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([job, "--help"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(usage)
+    assert "(default: )" not in out
+
+
+def test_training_takes_the_options_of_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        error_of(["train", "nothing.py", '--storage-options={"anon": true}'], capsys)
+        assert options_of("s3")["anon"] is True
+    finally:
+        use_options({})
+    assert "not JSON" in error_of(["train", "nothing.py", "--storage-options=x"], capsys)
 
 
 def test_a_missing_dst_is_named(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
