@@ -7,8 +7,8 @@ Jobs import `pipeline.commit` and what else brings torch inside functions, so th
 usage errors take a tenth of a second instead of three.
 
 tyro derives the flags; its framed multi-line errors are folded into one line, since job logs are
-read line by line, and its exit code 2 becomes 1. Standard output belongs to `--json`; all else is
-stderr.
+read line by line, and its exit code 2 becomes 1. Standard output is for the answer: the JSON line
+with `--json`, else what `answer` is given. All else is stderr.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 import tyro
 
 from jobs.log import configure, debugging, log
+from pipeline.store_options import redact
 from schemas.errors import SplatshardError, UsageError
 
 EXIT_OK = 0
@@ -54,13 +56,16 @@ class Interrupted(BaseException):
 def parse(
     options: type[Options], job: str, argv: list[str] | None, default: Options | None = None
 ) -> Options:
-    """The options in `argv` (None: the process's). Raises UsageError with one readable line."""
+    """The options in `argv` (None: the process's); `debug` among them is in force from now on.
+
+    Raises UsageError with one readable line.
+    """
     args = sys.argv[1:] if argv is None else argv
     complaint = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            found = tyro.cli(
                 options,
                 args=args,
                 prog=f"splatshard {job}",
@@ -72,6 +77,9 @@ def parse(
             raise
         text = one_line(complaint.getvalue()) or "the options cannot be parsed"
         raise UsageError(f"{text} (see splatshard {job} --help)") from None
+    if getattr(found, "debug", False):
+        os.environ["SPLATSHARD_DEBUG"] = "1"
+    return found
 
 
 def one_line(framed: str) -> str:
@@ -83,7 +91,23 @@ def one_line(framed: str) -> str:
             break
         if not set(line) <= set("─╭╮╰╯│- "):  # dashes where the terminal knows ASCII only
             words.append(line)
-    return re.sub(r"^Error parsing (config[.\w]*|\w*Options|) ?: ", "", " ".join(words))
+    return plain(re.sub(r"^Error parsing (config[.\w]*|\w*Options|) ?: ", "", " ".join(words)))
+
+
+NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "int": "a whole number"}
+
+
+def plain(message: str) -> str:
+    """`--workers x: must be auto or a whole number`, where tyro tells in Python's words why a value
+    is none of the types; other messages as they are."""
+    several = r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\]"
+    one = r"Error parsing (\S+): (?:invalid literal for (int)\(\).*|could not convert .*): '(.*)'"
+    if not (found := re.match(several, message) or re.match(one, message)):
+        return message
+    flag, kinds, value = found.groups("FLOAT")
+    wanted = [NUMBERS.get(k, k.strip("{}").replace(",", " or ")) for k in kinds.split("|")]
+    wanted = [kind for kind in reversed(wanted) if kind != "None"]
+    return f"{flag} {value}: must be {' or '.join(wanted)}"
 
 
 def run(body: Callable[[], int]) -> int:
@@ -113,7 +137,7 @@ def _run(body: Callable[[], int]) -> int:
         if isinstance(e, ModuleNotFoundError) and e.name in TRAIN_EXTRA:
             complain(f"this needs {e.name}: install it, or splatshard with its extra `train`")
         else:
-            complain(f"internal error, {type(e).__name__}: {e} (SPLATSHARD_DEBUG=1 shows where)")
+            complain(f"internal error, {type(e).__name__}: {e} (--debug shows where)")
         return EXIT_ERROR
 
 
@@ -126,6 +150,17 @@ def complain(message: str) -> None:
 def say(message: str = "") -> None:
     """One line for people, on stderr."""
     log("note", message)
+
+
+def answer(text: str, as_json: bool) -> None:
+    """A part of what was asked for, on standard output; on stderr where `--json` has that."""
+    if as_json:
+        say(text)
+        return
+    try:
+        print(redact(text), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the exit code is still ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: dict[str, Any]) -> None:

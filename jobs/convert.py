@@ -130,6 +130,11 @@ def parse_options(argv: list[str] | None) -> ConvertOptions:
     default = ConvertOptions(
         src=tyro.MISSING, dst=tyro.MISSING, preset=preset, config=PRESETS[preset]
     )
+    if {"--nested", "--num-gaussians"} <= {a.partition("=")[0].replace("_", "-") for a in args}:
+        raise UsageError(
+            "--num-gaussians does not go with --nested, whose last budget is the number: leave "
+            "one of them out"
+        )
     try:
         return parse(ConvertOptions, "convert", args, default)
     except UsageError as e:
@@ -169,19 +174,18 @@ def prepare(options: RunOptions) -> None:
     """What every job that converts does first."""
     from pipeline.storage import use_options
 
-    if options.debug:
-        os.environ["SPLATSHARD_DEBUG"] = "1"
     configure(options.log_format)
     use_options(storage_options(options.storage_options))
 
 
 def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination
+    from pipeline.commit import check_destination, check_scheme
     from pipeline.markers import read_markers
     from pipeline.sources import list_shards
 
     prepare(options)
+    check_scheme(options.dst)
     config = with_teacher(with_encoder(options.config), options.teacher)
     dst = absolute(options.dst).rstrip("/")
     refs = list_shards(options.src, options.limit, options.samples_per_shard, dst)
@@ -335,6 +339,11 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
         f"{count(summary['samples'], 'sample')}: {summary['ok']:,} ok"
         + (f", skipped: {skipped}" if skipped else "")
     )
+    for shard, sample in progress.skipped:
+        say(f"  {sample.key} in shard {shard}: {sample.status}: {sample.error}")
+    if sum(summary["skipped"].values()) > len(progress.skipped):
+        what = "... the others" if progress.skipped else "which"
+        say(f"  {what}: splatshard report {dst}")
     if summary["ok"]:
         say(
             f"  PSNR {summary['psnr_mean']:.2f} dB   "

@@ -48,7 +48,7 @@ class EmbedOptions(DatasetOptions):
 
     src: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="SRC", help_behavior_hint="(default: as convert was told)"),
+        tyro.conf.arg(metavar="[SRC]", help_behavior_hint="(default: as convert was told)"),
     ] = ""
     """The images that DST was made of, if they are elsewhere by now."""
     teacher: Annotated[str, tyro.conf.arg(metavar="MODEL")]

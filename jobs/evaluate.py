@@ -60,7 +60,10 @@ class EvaluateOptions:
 
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """dst of a splatshard train, for its newest checkpoint, or the folder of one checkpoint."""
-    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=]DATA")]
+    data: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="[NAME=]DATA ...", help_behavior_hint="(at least one)"),
+    ]
     """Folders that convert wrote to or, where the model reads images, images as for convert; or
     lists of such (.txt)."""
     task: Task = "auto"
@@ -93,6 +96,8 @@ class EvaluateOptions:
     """Options of the remote store, as for splatshard convert."""
     json: Switch = False
     """End standard output with the summary as one JSON line."""
+    debug: Switch = False
+    """Show tracebacks."""
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -47,7 +47,10 @@ class ExplainOptions:
 
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """dst of a splatshard train, for its newest checkpoint, or the folder of one checkpoint."""
-    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")]
+    images: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint="(at least one)"),
+    ]
     """Image files."""
     label: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """The class that is explained, from 0; default: the likeliest of each image."""
@@ -70,6 +73,8 @@ class ExplainOptions:
     """Options of the remote store, as for splatshard convert."""
     json: Switch = False
     """End standard output with a summary as one JSON line."""
+    debug: Switch = False
+    """Show tracebacks."""
 
     def __post_init__(self) -> None:
         if not self.images:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jobs.cli import EXIT_OK, parse, print_json, run, say
-from jobs.dataset import DatasetOptions, open_dataset
+from jobs.dataset import DatasetOptions, check_output, naming_repair, open_dataset
 from jobs.files import read_plan
 from jobs.plan import status
 from schemas.errors import UsageError
@@ -54,7 +54,9 @@ def export(options: ExportOptions) -> int:
     from pipeline.commit import storage_errors
     from pipeline.pack import splats_of
 
-    manifest, row = find(open_dataset(options), options.key)
+    check_output(options.output)
+    dst = open_dataset(options)
+    manifest, row = find(dst, options.key)
     if row["status"] != OK:
         raise UsageError(
             f"sample {options.key} of shard {manifest.name} was skipped as {row['status']}, so it "
@@ -62,7 +64,8 @@ def export(options: ExportOptions) -> int:
         )
     recipe = manifest.inputs["recipe"]
     height, width = row["height"], row["width"]
-    splats = splats_of(row, metadata_of(recipe))
+    with naming_repair(dst, manifest):
+        splats = splats_of(row, metadata_of(recipe))
     if options.output.lower().endswith(".ply"):
         from pipeline.ply import ply_bytes
 
@@ -87,7 +90,8 @@ def export(options: ExportOptions) -> int:
 
 
 def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
-    """The first row whose key or uid is `key`, and its shard. Raises UsageError without one."""
+    """The first row whose key or uid is `key`, and its shard. Raises UsageError without one, and
+    CorruptShardError for a damaged shard before it."""
     from pipeline.markers import read_markers
     from pipeline.shards import read_rows
 
@@ -96,10 +100,11 @@ def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
         raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
     samples = 0
     for manifest in done:
-        for row in read_rows(f"{dst}/{manifest.data_file}", manifest.format):
-            samples += 1
-            if key in (row["key"], row["uid"]):
-                return manifest, row
+        with naming_repair(dst, manifest):
+            for row in read_rows(f"{dst}/{manifest.data_file}", manifest.format):
+                samples += 1
+                if key in (row["key"], row["uid"]):
+                    return manifest, row
     raise UsageError(
         f"no sample of {dst} has the key or uid {key!r} ({samples:,} samples in {len(done):,} "
         "finished shards; keys are the __key__ of the source, as `splatshard report` shows them)"

@@ -10,7 +10,16 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from jobs.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
-from pipeline.storage import absolute, exists, open_read, read_bytes, stat, write_bytes
+from pipeline.storage import (
+    absolute,
+    exists,
+    is_local,
+    local_path,
+    open_read,
+    read_bytes,
+    stat,
+    write_bytes,
+)
 from pipeline.store_errors import storage_errors
 from schemas.errors import SourceError, UnavailableError, UsageError
 
@@ -97,8 +106,10 @@ def _same(path: Path, url: str) -> bool:
 
 
 def require_dataset(dst: str) -> str:
-    """`dst` without a closing slash. Raises UsageError when nothing is there."""
+    """`dst` without a closing slash. Raises UsageError when nothing is there, or a local file."""
     dst = absolute(dst).rstrip("/") or "/"
-    if not exists(dst):
-        raise UsageError(f"{dst}: no such folder; give the DST of a splatshard convert")
+    is_file = is_local(dst) and local_path(dst).is_file()
+    if is_file or not exists(dst):
+        found = "is a file" if is_file else "no such folder"
+        raise UsageError(f"{dst}: {found}; give the DST of a splatshard convert")
     return dst

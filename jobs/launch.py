@@ -25,6 +25,7 @@ from ray.util.queue import Queue
 from jobs.cli import Interrupted, say
 from jobs.cluster import ray_session
 from jobs.signals import StopSignals
+from pipeline.storage import use_options
 from pipeline.train.loop import TrainResult
 from schemas.errors import SplatshardError, UnavailableError, UsageError
 from schemas.train import TrainConfig
@@ -37,9 +38,14 @@ POLL_S = 1.0
 Show = Callable[[Mapping[str, Any]], None]
 
 
-def launch(config: TrainConfig, workers: int, show: Show) -> TrainResult:
-    """Run `train(config)` in `workers` processes, one per GPU where Ray has GPUs; SIGINT and
-    SIGTERM end it as they end one process.
+def launch(
+    config: TrainConfig,
+    workers: int,
+    show: Show,
+    storage_options: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Run `train(config)` in `workers` processes, one per GPU where Ray has GPUs, all with these
+    `storage_options`; SIGINT and SIGTERM end it as they end one process.
 
     Raises the SplatshardError of the process that failed, UsageError where the cluster has no room.
     """
@@ -53,7 +59,7 @@ def launch(config: TrainConfig, workers: int, show: Show) -> TrainResult:
     with ray_session(workers):
         scaling = scaling_of(workers, config.device)
         with tempfile.TemporaryDirectory(prefix="splatshard-ray-") as folder, told(shown) as queue:
-            run_all(config, scaling, folder, queue)
+            run_all(config, scaling, folder, queue, storage_options or {})
     (end,) = ends[-1:] or [{"step": 0, "url": ""}]
     return TrainResult(end["step"], end["url"], {}, end.get("signal", 0))
 
@@ -70,9 +76,15 @@ def scaling_of(workers: int, device: str) -> ScalingConfig:
     return ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={kind: 1})
 
 
-def run_all(config: TrainConfig, scaling: ScalingConfig, folder: str, queue: Queue) -> None:
+def run_all(
+    config: TrainConfig,
+    scaling: ScalingConfig,
+    folder: str,
+    queue: Queue,
+    storage_options: Mapping[str, Any],
+) -> None:
     """All processes until they are through, started again where one dies. Raises as `launch`."""
-    orders = ray.remote(num_cpus=0)(Orders).remote()
+    orders = ray.remote(num_cpus=0)(Orders).remote(storage_options)
     settings = {"config": config, "queue": queue, "orders": orders}
     with StopSignals() as signals:  # after Ray has set a handler of its own
         for left in reversed(range(RESTARTS + 1)):
@@ -119,10 +131,15 @@ def fit(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> None:
 
 
 class Orders:
-    """An actor that keeps the signal to stop for the processes that start later, too."""
+    """An actor that keeps the signal to stop for the processes that start later, too, and the
+    storage options: Ray's dashboard would show those in `train_loop_config`."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage_options: Mapping[str, Any]) -> None:
         self.signal = 0
+        self._storage_options = storage_options
+
+    def storage_options(self) -> Mapping[str, Any]:
+        return self._storage_options
 
     def give(self, signal: int) -> None:
         self.signal = signal
@@ -135,6 +152,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     """What each process runs."""
     from pipeline.train.loop import train
 
+    use_options(ray.get(settings["orders"].storage_options.remote()))
     config: TrainConfig = settings["config"]
     if config.device == "auto":
         config = replace(config, device=str(get_device()))

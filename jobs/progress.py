@@ -36,6 +36,8 @@ PROGRESS_FILE = "_progress.json"
 LINE_EVERY_S = 5.0
 LOCAL_FILE_EVERY_S = 5.0
 REMOTE_FILE_EVERY_S = 30.0
+MAX_NAMED = 3
+"""Skipped samples that the summary names; the report has the rest."""
 LAST_FILE_S = 60.0
 """Longest wait for the final `_progress.json` when its store does not answer."""
 
@@ -58,6 +60,7 @@ class Progress:
     ) -> None:
         self.manifests: list[ShardManifest] = []
         self.failures: dict[str, Outcome] = {}
+        self.skipped: list[tuple[str, SkippedSample]] = []  # the first, with their shards
         self.backend = ""
         self.workers = 0
         self.first_shard_s: float | None = None
@@ -121,6 +124,8 @@ class Progress:
     def finished(self, ref: ShardRef, outcome: Outcome) -> None:
         """A shard was committed or marked failed."""
         self._tally.finished(ref, outcome.manifest)
+        room = MAX_NAMED - len(self.skipped)
+        self.skipped += [(ref.name, sample) for sample in outcome.skipped[:room]]
         if structured():
             for sample in outcome.skipped:
                 log_skipped(ref.name, sample)

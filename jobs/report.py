@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jobs.cli import EXIT_OK, Switch, parse, print_json, run, say
-from jobs.dataset import DatasetOptions, open_dataset
+from jobs.dataset import DatasetOptions, check_output, naming_repair, open_dataset
 from jobs.files import REPORT_FILE, RUN_FILE, read_plan, read_text, write_text
 from jobs.plan import PlannedShard, status
 from jobs.progress import dataset_figures
@@ -83,6 +83,8 @@ def report(options: ReportOptions) -> int:
     """Write the page and print its path on standard output."""
     from pipeline.commit import storage_errors
 
+    if options.output:
+        check_output(options.output)
     dst = open_dataset(options)
     data = gather(dst, options.samples, options.backend)
     path = options.output or f"{dst}/{REPORT_FILE}"
@@ -143,7 +145,10 @@ def spread(items: Sequence[Any], number: int) -> list[Any]:
 def survey(
     dst: str, manifests: Sequence[ShardManifest]
 ) -> tuple[list[Entry], list[Skip], dict[str, int]]:
-    """One pass over the rows: the ok ones in brief, the first MAX_SKIPS skipped, all by reason."""
+    """One pass over the rows: the ok ones in brief, the first MAX_SKIPS skipped, all by reason.
+
+    Raises CorruptShardError for a damaged shard.
+    """
     from pipeline.shards import read_rows
 
     entries: list[Entry] = []
@@ -151,23 +156,24 @@ def survey(
     skipped: Counter[str] = Counter()
     for manifest in manifests:
         first = len(entries)
-        for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
-            if row["status"] == OK:
-                size = payload_bytes(row)
-                entries.append(
-                    Entry(shard=manifest, index=index, psnr=row["psnr"], payload_bytes=size)
-                )
-                continue
-            skipped[row["status"]] += 1
-            if len(skips) < MAX_SKIPS:
-                skips.append(
-                    Skip(
-                        shard=manifest.name,
-                        key=row["key"],
-                        reason=row["status"],
-                        message=row["error"] or "",
+        with naming_repair(dst, manifest):
+            for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
+                if row["status"] == OK:
+                    size = payload_bytes(row)
+                    entries.append(
+                        Entry(shard=manifest, index=index, psnr=row["psnr"], payload_bytes=size)
                     )
-                )
+                    continue
+                skipped[row["status"]] += 1
+                if len(skips) < MAX_SKIPS:
+                    skips.append(
+                        Skip(
+                            shard=manifest.name,
+                            key=row["key"],
+                            reason=row["status"],
+                            message=row["error"] or "",
+                        )
+                    )
         share_out(manifest, entries[first:])
     return entries, skips, dict(skipped.most_common())
 
@@ -229,12 +235,13 @@ def pictures(
     done: dict[tuple[str, int], Picture] = {}
     for wanted in by_shard(entries).values():
         manifest = next(iter(wanted.values())).shard
-        for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
-            if index in wanted:
-                key = manifest.name, index
-                done[key] = picture(wanted[index], row, originals.get(key), backend)
-            if index >= max(wanted):
-                break
+        with naming_repair(dst, manifest):
+            for index, row in enumerate(read_rows(f"{dst}/{manifest.data_file}", manifest.format)):
+                if index in wanted:
+                    key = manifest.name, index
+                    done[key] = picture(wanted[index], row, originals.get(key), backend)
+                if index >= max(wanted):
+                    break
     return [done[place(entry)] for entry in entries]
 
 

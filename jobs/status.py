@@ -12,13 +12,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from jobs.cli import EXIT_OK, count, duration, parse, print_json, run, say, size
+from jobs.cli import EXIT_OK, answer, count, duration, parse, print_json, run, size
 from jobs.dataset import DatasetOptions, open_dataset
 from jobs.files import read_plan, read_text
 from jobs.manifest import psnr_quantiles
@@ -50,9 +49,9 @@ def show(options: StatusOptions) -> int:
     state = status(read_plan(dst), read_markers(dst))
     figures = dataset_figures(state.done) | {"psnr_quantiles": psnr_quantiles(state.done)}
     progress = read_progress(dst)
-    print_table(dst, state, figures)
+    answer(table_of(dst, state, figures, sys.stderr if options.json else sys.stdout), options.json)
     if progress.get("state") == "running":
-        say(running(progress, datetime.now(UTC)))
+        answer(running(progress, datetime.now(UTC)), options.json)
     if options.json:
         print_json(as_dict(state, figures) | {"progress": progress or None})
     return EXIT_OK
@@ -101,10 +100,13 @@ def as_dict(state: Status, figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def print_table(dst: str, state: Status, figures: dict[str, Any]) -> None:
-    """Counts as a table, then the shards that need attention, on stderr."""
-    console = Console(stderr=True, highlight=False)
-    table = Table(title=f"{escape(dst)}", title_justify="left", box=None, pad_edge=False)
+def table_of(dst: str, state: Status, figures: dict[str, Any], stream: TextIO) -> str:
+    """Counts as a table, then the shards that need attention, as `stream` shows them: in colours
+    and as wide as the terminal, or plain with a line for each row."""
+    console = Console(file=stream, highlight=False)
+    if not console.is_terminal:
+        console.width = 1000
+    table = Table(box=None, pad_edge=False)
     for name, justify in (("shards", "left"), ("number", "right"), ("", "left")):
         table.add_column(name, justify=justify)
     skipped = sum(figures["skipped"].values())
@@ -123,8 +125,11 @@ def print_table(dst: str, state: Status, figures: dict[str, Any]) -> None:
     table.add_row("corrupt", f"{len(state.corrupt):,}", "broken markers; repair redoes them")
     if state.unplanned:
         table.add_row("unplanned", f"{len(state.unplanned):,}", "markers that no plan mentions")
-    console.print(table)
-    print_names(console, state)
+    with console.capture() as captured:
+        console.print(dst, markup=False, soft_wrap=True)
+        console.print(table)
+        print_names(console, state)
+    return captured.get().rstrip()
 
 
 def print_names(console: Console, state: Status) -> None:

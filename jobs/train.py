@@ -33,9 +33,11 @@ from jobs.cli import (
     run,
     size,
 )
+from jobs.convert import storage_options
 from jobs.log import configure, log, structured
 from jobs.recipe import load_recipe
 from jobs.signals import MESSAGES, StopSignals
+from pipeline.storage import use_options
 from schemas.errors import UsageError
 
 LINE_EVERY_S = 5.0
@@ -51,6 +53,10 @@ class TrainOptions:
     """Another value for a field of the recipe, as in --set optim.lr=1e-3; as often as you like."""
     ray_workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Train in N processes on Ray, one per GPU: the cluster of `ray job submit`, else one here."""
+    storage_options: Annotated[
+        str, tyro.conf.arg(metavar="JSON", help_behavior_hint="(default: the usual environment)")
+    ] = ""
+    """Options of the remote store, as for splatshard convert."""
     log_format: Literal["text", "json"] = "text"
     """json: every line on standard error is one JSON object."""
     json: Switch = False
@@ -70,16 +76,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(options: TrainOptions) -> int:
     """Train; the last record about a step goes to standard output with --json."""
-    if options.debug:
-        os.environ["SPLATSHARD_DEBUG"] = "1"
     configure(options.log_format)
+    given = storage_options(options.storage_options)
+    use_options(given)
     config = load_recipe(options.recipe, options.set)
     first = os.environ.get("RANK", "0") == "0"  # the others of torchrun tell nothing
     with Shown(first) as shown:
         if options.ray_workers:
             from jobs.launch import launch
 
-            result = launch(config, options.ray_workers, shown)
+            result = launch(config, options.ray_workers, shown, given)
         else:
             from pipeline.train.loop import train
 

@@ -20,7 +20,7 @@ from functools import partial
 from rich.console import Console
 from rich.progress import track
 
-from jobs.cli import EXIT_ERROR, EXIT_OK, count, parse, print_json, run, say
+from jobs.cli import EXIT_ERROR, EXIT_OK, answer, count, parse, print_json, run
 from jobs.dataset import DatasetOptions, open_dataset
 from jobs.files import read_plan
 from jobs.plan import Marker, Status, status
@@ -61,21 +61,23 @@ def verify(options: VerifyOptions) -> int:
 
     dst = open_dataset(options)
     markers = read_markers(dst, trust_manifest=False)
-    findings = check(dst, markers, status(read_plan(dst), markers))
-    for note in findings.notes[:MAX_NOTES]:
-        say(f"note: {note}")
+    shards = read_plan(dst)
+    findings = check(dst, markers, status(shards, markers))
+    lines = [f"note: {note}" for note in findings.notes[:MAX_NOTES]]
     if len(findings.notes) > MAX_NOTES:
-        say(f"note: ... {len(findings.notes) - MAX_NOTES:,} more")
-    for problem in findings.problems:
-        say(f"wrong: {problem}")
+        lines.append(f"note: ... {len(findings.notes) - MAX_NOTES:,} more")
+    lines += [f"wrong: {problem}" for problem in findings.problems]
     checked = f"{count(findings.shards, 'shard')}, {count(findings.samples, 'sample')}"
     if findings.problems:
-        say(
-            f"splatshard: error: {count(len(findings.problems), 'problem')} in {checked} "
-            f"(splatshard repair {dst} redoes bad, missing and failed shards)"
+        mended = f" (splatshard repair {dst} redoes bad, missing and failed shards)"
+        lines.append(
+            f"splatshard: error: {count(len(findings.problems), 'problem')} in {checked}"
+            + (mended if shards or markers else "")
         )
     else:
-        say(f"all good: {checked} read back as their markers say")
+        lines.append(f"all good: {checked} read back as their markers say")
+    for line in lines:
+        answer(line, options.json)
     if options.json:
         print_json(
             {
@@ -111,7 +113,7 @@ def check(dst: str, markers: Mapping[str, Marker], state: Status) -> Findings:
             "--overwrite-stale"
         )
     if not state.done and not findings.problems:
-        findings.problems.append(f"{dst} holds no shard")
+        findings.problems.append(f"{dst} holds no shard: run splatshard convert first")
     with storage_errors(dst, "read"):
         files = list_folder(dst)
     findings.notes += [

@@ -63,12 +63,8 @@ def check_destination(dst: str) -> None:
     Raises UsageError for what is no folder and no s3:// address, StorageError when it cannot be
     created or written, UnavailableError.
     """
+    check_scheme(dst)
     if not is_local(dst):
-        if re.fullmatch(r"s3a?://[^/]+(/.*)?", dst) is None:
-            raise UsageError(
-                f"DST {redact(dst)}: only local folders and s3://bucket/... can be written; "
-                "choose one"
-            )
         objects.keeps_conditions(dst.rstrip("/"))
         objects.delete(f"{dst.rstrip('/')}/_check")
         return
@@ -82,6 +78,14 @@ def check_destination(dst: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with staged(folder, "check") as probe, storage_errors(dst):
         probe.write_bytes(b"splatshard")
+
+
+def check_scheme(dst: str) -> None:
+    """Raises UsageError for what is no folder and no s3:// address; loads no driver."""
+    if not is_local(dst) and re.fullmatch(r"s3a?://[^/]+(/.*)?", dst) is None:
+        raise UsageError(
+            f"DST {redact(dst)}: only local folders and s3://bucket/... can be written; choose one"
+        )
 
 
 def staged_file(dst: str, shard_name: str) -> AbstractContextManager[Path]:

@@ -371,7 +371,7 @@ def teacher_problem(embedding: bytes | None, dim: int) -> str:
     return "" if abs(norm - 1) < 1e-2 else f"a teacher's embedding of length {norm:.3g}, not 1"
 
 
-def _is_refused(url: str, error: BaseException) -> bool:
+def is_refused(url: str, error: BaseException) -> bool:
     """Whether a store refused access to the shard, which says nothing about the shard."""
     while not isinstance(error, SourceError) and error.__cause__:
         error = error.__cause__
@@ -394,7 +394,7 @@ def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
     except FormatVersionError as e:
         return [str(e)]
     except (CorruptShardError, SourceError) as e:
-        if _is_refused(url, e):
+        if is_refused(url, e):
             raise StorageError(str(e)) from e
         problems = [str(e)]
     if not problems and manifest.fingerprint != fingerprint(manifest.inputs):

@@ -63,7 +63,7 @@ class FitConfig:
     """Gaussians per image."""
     nested: str = ""
     """Budgets, as in 400,900,1600,3136: the first 400 Gaussians of each sample are a good image by
-    themselves, and so on; a reader takes any of them. Replaces --num-gaussians."""
+    themselves, and so on; a reader takes any of them. Instead of --num-gaussians."""
     steps: int = 100
     """Optimisation steps per image."""
     init: str = "adaptive"

@@ -185,7 +185,7 @@ class OptimConfig:
             (self.steps is None) != (self.epochs is None),
             "optim.steps, optim.epochs",
             both,
-            "give one of them, the other one None",
+            "give one of them, the other one None: --set optim.epochs=None or optim.steps=None",
         )
         _check(all(n is None or n >= 1 for n in both), "optim.steps, optim.epochs", both, "from 1")
         _check(0 < self.lr < 10, "optim.lr", self.lr, "choose a value above 0")

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.commit import check_destination
+from pipeline.commit import check_destination, check_scheme
 from pipeline.models import SplatCLIP, build_model
 from pipeline.models.gvit import guidance_at
 from pipeline.models.weights import init_from_clip, load_clip
@@ -162,6 +162,7 @@ def destination(config: TrainConfig) -> str:
     """The absolute `config.dst`, which can be written. Raises UsageError and StorageError."""
     if not config.dst:
         raise UsageError("dst is empty: give a folder for checkpoints and the log")
+    check_scheme(config.dst)
     dst = absolute(config.dst).rstrip("/")
     check_destination(dst)
     return dst

@@ -262,7 +262,7 @@ def verify(arena: Arena, dst: str) -> None:
         timeout=RUN_TIMEOUT_S,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def tally_lines() -> list[str]:

@@ -132,6 +132,8 @@ def test_bad_samples_are_rows_with_their_reasons(tmp_path: Path, capsys: Capsys)
         "too_large": 1,
         "unsafe_path": 1,
     }
+    assert "  a in shard a: empty_image: " in err
+    assert f"  ... the others: splatshard report {dst}\n" in err
     assert summary["samples"] == summary["ok"] + sum(summary["skipped"].values())
     assert assert_verified(capsys, dst)["samples"] == 11
     assert not (tmp_path / "x.jpg").exists()

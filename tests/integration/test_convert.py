@@ -152,7 +152,8 @@ def test_missing_and_damaged_shards_are_named(tmp_path: Path, capsys: Capsys) ->
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     (dst / "00000000.json").unlink()
-    (dst / "00000000-0123abcd.parquet").write_bytes(b"left by a killed worker")
+    left = next(dst.glob("00000000-*.parquet")).read_bytes()  # by a killed worker
+    (dst / "00000000-0123abcd.parquet").write_bytes(left)
     code, found, err = run_json(capsys, verify, dst)
     assert code == 1
     assert any("00000000 is planned but missing" in problem for problem in found["problems"])

@@ -239,6 +239,27 @@ def test_ray_train_with_two_workers(shards: Path, tmp_path: Path) -> None:
         launch(contrast_config(shards, tmp_path / "many"), 3, told.append)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
+@pytest.mark.usefixtures("shared_ray")
+def test_ray_workers_have_the_storage_options(shards: Path, moto: Store) -> None:
+    from jobs.launch import launch
+
+    moto.client().create_bucket(Bucket="options")
+    known = moto.environment()
+    options = {
+        "endpoint_url": moto.endpoint,
+        "key": known["AWS_ACCESS_KEY_ID"],
+        "secret": known["AWS_SECRET_ACCESS_KEY"],
+        "client_kwargs": {"region_name": known["AWS_REGION"]},
+    }
+    launch(toy_config(shards, "s3://options/a", steps=2), 1, lambda _: None, options)
+    storage.use_options(options)
+    try:
+        assert list(curve("s3://options/a")) == [1, 2]
+    finally:
+        storage.use_options({})
+
+
 def test_checkpoints_and_log_in_a_bucket(
     shards: Path, tmp_path: Path, moto: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 from jobs import convert, verify
 from jobs.__main__ import JOBS, main
 from jobs.cli import Interrupted, count, duration, one_line, run, size
+from pipeline.storage import use_options
+from pipeline.store_options import options_of
 from schemas.config import PRESETS, ConvertConfig
 from schemas.errors import StorageError, UsageError
 from tests.make import image_folder
@@ -72,13 +74,19 @@ def test_job_flags() -> None:
     [
         (["--num-gaussians", "0"], "--num-gaussians 0: choose 1 to 65536"),
         (["--num-gaussians", "-5"], "--num-gaussians"),
-        (["--num-gaussians", "many"], "--num-gaussians"),
+        (["--num-gaussians", "many"], "error: --num-gaussians many: must be a whole number (see"),
         (["--num-gaussian", "5"], "--num-gaussians"),
         (["--steps", "-1"], "--steps -1: choose 0 to 1000000"),
         (["--image-size", "4"], "--image-size 4: choose 8 to 4096"),
         (["--target-psnr", "-3"], "--target-psnr"),
         (["--workers", "0"], "--workers 0: must be auto or at least 1"),
         (["--workers", "-2"], "--workers -2: must be auto or at least 1"),
+        (["--workers", "x"], "error: --workers x: must be auto or a whole number (see"),
+        (["--limit", "1.5"], "error: --limit 1.5: must be a whole number (see"),
+        (["--cutoff", "wide"], "error: --cutoff wide: must be a number (see"),
+        (["--target-psnr", "good"], "error: --target-psnr good: must be a number (see"),
+        (["--nested", "4,9", "--num-gaussians", "4"], "does not go with --nested"),
+        (["--num_gaussians=9", "--nested=4,9"], "does not go with --nested"),
         (["--limit", "-1"], "--limit -1: must be at least 1"),
         (["--samples-per-shard", "0"], "--samples-per-shard 0: must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0"),
@@ -101,6 +109,8 @@ def test_every_job_has_help_and_needs_its_arguments(
     assert main([job, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"splatshard {job}" in out
+    assert "--storage-options JSON" in out
+    assert "--debug" in out
     needed = {"train": "RECIPE", "evaluate": "CKPT", "explain": "CKPT"}.get(job, "DST")
     assert needed in out
     assert needed in error_of([job], capsys)
@@ -160,11 +170,59 @@ def test_debugging_shows_the_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_every_job_can_debug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPLATSHARD_DEBUG", "")
+    assert main(["status", f"{tmp_path}/nothing", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("no such folder; give the DST of a splatshard convert\n")
+
+
+@pytest.mark.parametrize(
+    ("job", "usage"),
+    [("embed", "DST [SRC]"), ("evaluate", "CKPT [NAME=]DATA ..."), ("explain", "CKPT IMAGE ...")],
+)
+def test_usage_tells_what_is_optional_and_what_is_a_list(
+    job: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([job, "--help"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(usage)
+    assert "(default: )" not in out
+
+
+def test_training_takes_the_options_of_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        error_of(["train", "nothing.py", '--storage-options={"anon": true}'], capsys)
+        assert options_of("s3")["anon"] is True
+    finally:
+        use_options({})
+    assert "not JSON" in error_of(["train", "nothing.py", "--storage-options=x"], capsys)
+
+
 def test_a_missing_dst_is_named(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     for job in ("status", "verify", "report"):
         assert f"{tmp_path}/nothing: no such folder" in error_of(
             [job, f"{tmp_path}/nothing"], capsys
         )
+
+
+def test_a_dst_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "0.jpg").touch()
+    for job in ("status", "verify", "repair"):
+        error = error_of([job, f"{tmp_path}/0.jpg"], capsys)
+        assert f"{tmp_path}/0.jpg: is a file; give the DST of a splatshard convert" in error
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_store_that_is_never_written_asks_for_no_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    src = image_folder(tmp_path / "photos")
+    error = error_of(["convert", str(src), "gs://bucket/splats", *flags], capsys)
+    assert "DST gs://bucket/splats: only local folders and s3://bucket/... can be" in error
 
 
 def test_an_empty_dst_is_not_a_verified_dataset(
@@ -174,6 +232,10 @@ def test_an_empty_dst_is_not_a_verified_dataset(
     out, err = capsys.readouterr()
     assert "holds no shard" in err
     assert json.loads(out.splitlines()[-1])["ok"] is False
+    assert verify.main([str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert ("holds no shard: run splatshard convert first" in out, err) == (True, "")
+    assert "repair" not in out
     assert "holds no finished shard" in error_of(["report", str(tmp_path)], capsys)
 
 

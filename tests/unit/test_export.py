@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def test_png_by_key_or_uid_is_our_rendering(
         (["nobody", "--output", "x.ply"], "has the key or uid 'nobody' (6 samples in 2 finished"),
         ([BAD, "--output", "x.ply"], "shard 00000000 was skipped as not_an_image"),
         ([KEY, "--output", "x.jpg"], "--output x.jpg: end it in .ply or .png"),
-        ([KEY, "--output", "/nowhere/x.png"], "cannot write /nowhere/x.png"),
+        ([KEY, "--output", "/nowhere/x.png"], "x.png: create the folder /nowhere first"),
+        ([KEY, "--output", "s3://b/x.png"], "--output s3://b/x.png: give a local file"),
         ([KEY], "--output"),
     ],
 )
@@ -191,3 +193,29 @@ def test_without_gsplat_the_remedy_is_said(
     assert code == 1
     assert "which cannot be imported" in err
     assert "pip install gsplat" in err
+
+
+@pytest.mark.parametrize("damage", ["damaged", "gone"])
+def test_a_damaged_shard_names_the_remedy(
+    damage: str, dst: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = Path(shutil.copytree(dst, tmp_path / "bad"))
+    data = min(bad.glob("*.parquet"))
+    if damage == "gone":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:-10])
+    code, _, err = export(capsys, bad, KEY, "--output", tmp_path / "x.png")
+    assert (code, f"{data.name}" in err, err.count("\n")) == (1, True, 1)
+    assert err.endswith(f": run splatshard repair {bad}\n")
+    assert main(["report", str(bad)]) == 1
+    assert capsys.readouterr().err.endswith(f": run splatshard repair {bad}\n")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    dst: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["report", str(dst), "--output", str(dst)]) == 1
+    err = capsys.readouterr().err
+    assert err == f"splatshard: error: --output {dst}: is a folder; name a file in it\n"

@@ -13,6 +13,7 @@ import pytest
 from jobs import progress as progress_module
 from jobs.actors import Counters, Outcome, SkippedSample, WorkerState
 from jobs.cli import Interrupted
+from jobs.convert import tell_summary
 from jobs.log import configure
 from jobs.metrics import COUNTERS, GAUGES, TAGS, readings
 from jobs.progress import PROGRESS_FILE, Progress, line, run_summary
@@ -294,6 +295,28 @@ def test_the_summary() -> None:
     assert found["images_converted"] == 6
     assert (found["retries"], found["workers"]) == ({"storage": 1}, 3)
     assert 5 <= found["time_to_first_shard_s"] <= found["wall_s"]
+
+
+def test_the_summary_names_the_first_skipped_samples(capsys: Capsys) -> None:
+    refs = [tar(0), tar(1)]
+    first, second = (
+        tuple(SkippedSample(key=key, uid=None, status="corrupt_image", error="cut") for key in keys)
+        for keys in ("ab", "cd")
+    )
+    with Progress(refs, [], time.monotonic()) as progress:
+        progress.finished(refs[0], done(refs[0], first, ok=5, corrupt=2))
+        named = (
+            "  a in shard 00000000: corrupt_image: cut\n  b in shard 00000000: corrupt_image: cut\n"
+        )
+        tell_summary(run_summary(progress, [], 0.0, 1), progress, "/dst")
+        assert f"skipped: 2 corrupt_image\n{named}  PSNR" in capsys.readouterr().err
+        progress.finished(refs[1], done(refs[1], second, ok=5, corrupt=2))
+    tell_summary(run_summary(progress, [], 0.0, 1), progress, "/dst")
+    named += "  c in shard 00000001: corrupt_image: cut\n  ... the others: splatshard report /dst\n"
+    assert f"skipped: 4 corrupt_image\n{named}  PSNR" in capsys.readouterr().err
+    again = Progress([], progress.manifests, 0.0)
+    tell_summary(run_summary(again, progress.manifests, 0.0, 0), again, "/dst")
+    assert "skipped: 4 corrupt_image\n  which: splatshard report /dst\n" in capsys.readouterr().err
 
 
 # _progress.json

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -98,3 +101,28 @@ def test_a_broken_progress_file_is_no_error(
 ) -> None:
     (dst / PROGRESS_FILE).write_text(text)
     assert status_of(dst, capsys)[0]["shards_done"] == 2
+
+
+def test_the_answer_is_on_standard_output_but_for_json(
+    dst: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dst / PROGRESS_FILE).write_text(json.dumps(PROGRESS))
+    assert status.main([str(dst)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"{dst}\n")
+    (row,) = [line for line in out.splitlines() if line.startswith("done")]
+    assert "6 images ok, 2 skipped" in row  # rows are whole lines, for grep
+    assert "50 % below 26." in out
+    assert "failed  c: ValueError: cut off" in out
+    assert "512/1,288 shards" in out
+    assert status_of(dst, capsys)[1].startswith(f"{dst}\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(dst: Path) -> None:
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    command = [sys.executable, "-m", "jobs", "status", str(dst)]
+    done = subprocess.run(command, stdout=ours, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -423,7 +423,10 @@ def test_a_setting(setting: str, name: str, value: Any) -> None:
         ("compile=1", "compile is 1: it must be True or False"),
         ("precision=int8", "precision is 'int8': choose fp32, bf16, fp16"),
         ("optim.betas=0.9", "optim.betas is .*: it must have 2 parts"),
-        ("optim.epochs=3", "optim.steps, optim.epochs is .*: give one of them"),
+        (
+            "optim.epochs=3",
+            "optim.steps, optim.epochs is .*: give one of them.*--set optim.epochs=None",
+        ),
         ("optim=3", "it is a group"),
         ("model.text=None", "contrastive training needs a text tower"),
         ("stage=classify", "model.num_classes is None"),
