@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.init import blur, circles, initial_splats, square_norm
 from pipeline.kernels.backend import Backend, LossAndGrad
-from pipeline.splats import Splats
+from pipeline.splats import Splats, bounds
 from schemas.config import ENCODER, FitConfig
 
 MIN_SIGMA_PX = 0.3  # lower bound of the diagonal factors of the published parametrisation
@@ -152,7 +152,8 @@ class TorchStep:
         moment1.lerp_(gradient, 1 - beta1)
         moment2.lerp_(gradient.square_(), 1 - self.config.beta2)
         root = (moment2 / correction2).sqrt_().add_(1e-12)
-        return moved(splats, (moment1 / root).mul_(self.rates * -rate), self.config.whitened)
+        splats = moved(splats, (moment1 / root).mul_(self.rates * -rate), self.config.whitened)
+        return bounded(splats, *self.target.shape[2:])
 
 
 def step_size(progress: float, schedule: str) -> float:
@@ -195,6 +196,15 @@ def moved(splats: Splats, step: Tensor, whitened: bool) -> Splats:
     grow = t11.exp()
     cholesky = torch.stack((l11 * grow, l21 * grow + l22 * t21, l22 * t22.exp()), -1)
     return Splats(means, cholesky, colors, splats.mask)
+
+
+def bounded(splats: Splats, height: int, width: int) -> Splats:
+    """`splats`, in place, within `bounds`. NaN stays NaN."""
+    *sides, largest = bounds(height, width)
+    splats.means[..., 0].clamp_(*sides[:2])
+    splats.means[..., 1].clamp_(*sides[2:])
+    splats.cholesky.clamp_(-largest, largest)
+    return splats
 
 
 def default_beta1(steps: int) -> float:

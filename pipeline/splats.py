@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST = 4.0
+"""Of the entries of L while fitting, in the image's longer side."""
+
 
 @dataclass(frozen=True)
 class Splats:
@@ -98,3 +101,15 @@ def cholesky_from_scales_and_angles(scales: Tensor, angles: Tensor) -> Tensor:
     l21 = (s1 - s2) * cos * sin / l11
     l22 = scales[..., 0] * scales[..., 1] / l11
     return torch.stack((l11, l21, l22), -1)
+
+
+def bounds(height: int, width: int) -> tuple[float, float, float, float, float]:
+    """The least and the largest x, then y, of means while fitting, and the largest entry of L, px.
+
+    Shards hold means in the square of twice the longer side about the image's middle
+    (codec/layout.py). Left alone, Gaussians that have grown wide drift away, as far as 60,000
+    images; what is stored of them is another picture.
+    """
+    side = max(height, width)
+    x, y = width / 2, height / 2
+    return x - side, x + side, y - side, y + side, LARGEST * side

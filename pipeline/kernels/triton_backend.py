@@ -25,7 +25,7 @@ from pipeline.kernels.triton_lists import (
     TileLists,
     tile_lists,
 )
-from pipeline.splats import Splats
+from pipeline.splats import Splats, bounds
 from schemas.config import FitConfig
 from schemas.errors import BackendError
 
@@ -110,7 +110,8 @@ class FusedStep:
             kernels.adam_kernel[(triton.cdiv(count, kernels.ADAM_BLOCK),)](
                 *state, count, beta1, config.beta2, correction2,
                 rate * config.lr_means, rate * config.lr_shape, rate * config.lr_colors,
-                config.l1_colors, BLOCK=kernels.ADAM_BLOCK, WHITENED=config.whitened,
+                config.l1_colors, *bounds(*self.target.shape[2:]),
+                BLOCK=kernels.ADAM_BLOCK, WHITENED=config.whitened,
                 **(WARP | {"num_warps": 4}),
             )  # fmt: skip
         return splats

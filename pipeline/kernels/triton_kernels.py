@@ -232,11 +232,13 @@ def backward_kernel(
 def adam_kernel(
     means, cholesky, colors, gradient, moment1, moment2, count,
     keep1, keep2, correction2, rate_means, rate_shape, rate_colors, l1_colors,
+    low_x, high_x, low_y, high_y, largest,
     BLOCK: tl.constexpr, WHITENED: tl.constexpr,
 ):  # fmt: skip
     """One Adam step of `count` = B * N Gaussians in place; the twin is `TorchStep.update`.
 
-    rate_* already hold the schedule and the first moment's bias correction.
+    rate_* already hold the schedule and the first moment's bias correction; the last five numbers
+    are `splats.bounds`.
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < count
@@ -269,11 +271,18 @@ def adam_kernel(
     else:
         x, y, l21 = x + dx, y + dy, l21 + t21
         l11, l22 = tl.maximum(l11 + t11, MIN_SIGMA_PX), tl.maximum(l22 + t22, MIN_SIGMA_PX)
-    tl.store(means + 2 * i, x, live)
-    tl.store(means + 2 * i + 1, y, live)
-    tl.store(cholesky + 3 * i, l11, live)
-    tl.store(cholesky + 3 * i + 1, l21, live)
-    tl.store(cholesky + 3 * i + 2, l22, live)
+    tl.store(means + 2 * i, within(x, low_x, high_x), live)
+    tl.store(means + 2 * i + 1, within(y, low_y, high_y), live)
+    tl.store(cholesky + 3 * i, within(l11, -largest, largest), live)
+    tl.store(cholesky + 3 * i + 1, within(l21, -largest, largest), live)
+    tl.store(cholesky + 3 * i + 2, within(l22, -largest, largest), live)
+
+
+@triton.jit
+def within(x, low, high):
+    """NaN stays NaN."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
 
 
 @triton.jit

@@ -21,9 +21,11 @@ from pipeline.init import (
 from pipeline.kernels.backend import select_backend
 from pipeline.kernels.voronoi import centroids
 from pipeline.metrics import psnr
+from pipeline.pack import pack, unpack
 from pipeline.prune import energy_mask, luminosity_mask, prune
-from pipeline.splats import Splats
+from pipeline.splats import Splats, bounds
 from schemas.config import PRESETS, ConvertConfig, FitConfig, PruneConfig
+from schemas.splats import MAX_LOSS_DB
 
 CPU = select_backend("cpu")
 
@@ -179,6 +181,33 @@ def test_zero_steps_is_the_start():
     splats, steps = fit(target, config, CPU)
     assert torch.equal(splats.means, initial_splats(target, config, CPU).means)
     assert steps.tolist() == [0]
+
+
+def test_gaussians_stay_where_a_shard_can_hold_them(monkeypatch):
+    """One Gaussian for a slope wants to be endlessly wide and far away."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(33.0), indexing="ij")
+    target = ((x + y) / 60).expand(1, 3, -1, -1).contiguous()
+    config = FitConfig(num_gaussians=1, steps=300, init="grid", lr_means=2.0)
+    low_x, high_x, low_y, high_y, largest = bounds(24, 33)
+    assert (low_x, high_x, low_y, high_y) == (16.5 - 33, 16.5 + 33, 12 - 33, 12 + 33)
+
+    def within(splats):
+        x, y = splats.means[0, 0].tolist()
+        wide = splats.cholesky.abs().max() > largest
+        return low_x <= x <= high_x and low_y <= y <= high_y and not wide
+
+    assert within(fit(target, config, CPU)[0])
+    monkeypatch.setattr(fit_module, "bounded", lambda splats, *size: splats)
+    assert not within(fit(target, config, CPU)[0])
+
+
+@pytest.mark.parametrize("codec", ["balanced", "compact"])
+def test_what_is_stored_of_a_long_fit_is_what_was_fitted(codec):
+    target = picture(2, 32, 32)
+    splats, _ = fit(target, FitConfig(num_gaussians=24, steps=600), CPU)
+    stored = unpack(pack(splats, target, codec, 3.0, CPU), 32, 32, codec)
+    lost = quality(splats, target) - quality(stored, target)
+    assert (lost <= MAX_LOSS_DB[codec] + 1e-3).all(), lost
 
 
 def test_relocation_moves_the_useless_to_the_error():

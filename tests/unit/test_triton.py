@@ -20,7 +20,7 @@ from pipeline.init import density, initial_splats, sample_density, structure_ten
 from pipeline.kernels import triton_backend, triton_lists, voronoi
 from pipeline.kernels.backend import select_backend
 from pipeline.metrics import psnr
-from pipeline.splats import Splats
+from pipeline.splats import Splats, bounds
 from schemas.config import FitConfig
 from schemas.errors import BackendError
 from tests.unit.test_fit import picture
@@ -94,6 +94,24 @@ def test_fused_steps_are_the_torch_steps(config, monkeypatch):
     for name in NAMES:
         torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=1e-4, atol=1e-4)
     assert (quality(stale, target) - quality(fused, target)).abs().max() < 0.02
+
+
+def test_fused_steps_have_the_bounds_of_torch_steps():
+    """Far away, endlessly wide, and NaN, which must not become a number."""
+    target = small_picture()
+    start = initial_splats(target.cpu(), PLAIN, CPU).to(DEVICE)
+    start.means[0, 0], start.means[0, 1], start.means[0, 2] = -1e4, 1e4, torch.nan
+    start.cholesky[0, 3] = torch.tensor([1e5, -1e5, 1e5])
+    config = replace(PLAIN, relocate=False)
+    fused, _ = optimize(start, target, 1, config, TRITON)
+    plain, _ = optimize(start, target, 1, config, replace(TRITON, make_step=None))
+    height, width = target.shape[2:]
+    low_x, high_x, low_y, high_y, largest = bounds(height, width)
+    for found in (fused, plain):
+        assert found.means[0, 0].tolist() == [low_x, low_y]
+        assert found.means[0, 1].tolist() == [high_x, high_y]
+        assert found.means[0, 2].isnan().all()
+        assert found.cholesky[0, 3].tolist() == [largest, -largest, largest]
 
 
 def test_a_fit_is_as_good_as_on_the_cpu():
