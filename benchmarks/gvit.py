@@ -11,8 +11,8 @@
         --batch-size 256 --precision bf16
 
 The last on a GPU; the two before it take 25 and 60 minutes. 64 px, digits 32, from random weights,
-3 seeds; all arms have the same samples, order, augmentation's random numbers, classifier's blocks, steps and
-schedule. The arms, after arXiv 2506.23532:
+3 seeds; all arms have the same samples, order, augmentation's random numbers, classifier's blocks,
+steps and schedule. The arms, after arXiv 2506.23532:
 
     guided     the predictor gets the classifier's gradient, too
     unguided   it gets the reconstruction's alone
