@@ -97,11 +97,9 @@ def quantise(
     return best[0]
 
 
-def allowed_error(
-    splats: Splats, target: Tensor, max_loss_db: float, cutoff: float, backend: Backend
-) -> Tensor:
-    """Squared error [B] that takes `max_loss_db` from the PSNR of `splats`, or from 60 dB."""
-    fit_error = squared_error(splats, target, torch.zeros_like(target), cutoff, backend)
+def allowed_error(fit_error: Tensor, target: Tensor, max_loss_db: float) -> Tensor:
+    """Squared error [B] that takes `max_loss_db` from the PSNR of a fit with `fit_error` [B], or
+    from 60 dB."""
     return (10 ** (max_loss_db / 10) - 1) * fit_error.clamp(min=FLOOR * math.prod(target.shape[1:]))
 
 
