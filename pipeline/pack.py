@@ -70,7 +70,7 @@ def pack(
             fitted = fitted + backend.render(part, height, width, cutoff)
         if codec in PLANAR:
             wanted = target if is_last else fitted
-            share = allowed / splats.num_gaussians.clamp(min=1) * part.num_gaussians
+            share = allowed / splats.num_gaussians.clamp(min=1) * part.num_gaussians.clamp(min=1)
             if is_last:
                 lost = squared_error(part, target, stored, cutoff, backend) - whole
                 share = torch.maximum(allowed - lost, LEAST_SHARE * allowed)

@@ -86,6 +86,38 @@ def test_the_loss_keeps_to_its_limit_on_photographs(codec: str) -> None:
         assert len(planes.join(row["splats"])) < (800 if codec == "balanced" else 680)
 
 
+def white_and_black(kind: str, side: int) -> np.ndarray:
+    """Pictures whose fits overshoot 0..1, where it does not show: uint8 [side, side, 3]."""
+    pixels = np.full((side, side, 3), 255, np.uint8)
+    if kind == "red":
+        pixels[..., 1:] = 0
+    elif kind == "dark pixel":
+        pixels[side // 3, side // 2] = 0
+    elif kind == "stripes":
+        pixels[:, ::2] = 0
+    return pixels
+
+
+@pytest.mark.parametrize("codec", PLANAR)
+@pytest.mark.parametrize(
+    ("kind", "side", "n", "steps"),
+    [
+        ("white", 32, 60, 40),
+        ("red", 32, 60, 40),
+        ("dark pixel", 40, 60, 60),
+        ("stripes", 64, 400, 100),
+    ],
+)
+def test_the_loss_keeps_to_its_limit_where_solved_colours_do_harm(
+    kind: str, side: int, n: int, steps: int, codec: str
+) -> None:
+    target, splats = fitted(white_and_black(kind, side), n, steps)
+    splats = replace(splats, means=splats.means.clamp(-side / 2, 1.5 * side))  # as the grid does
+    (row,) = rows_of(target, splats, codec)
+    assert row["psnr"] < 60
+    assert row["psnr_loss"] <= MAX_LOSS_DB[codec] + 1e-3
+
+
 @pytest.mark.parametrize("codec", PLANAR)
 def test_beyond_60_db_fits_may_lose_what_60_db_may(codec: str) -> None:
     _, splats = fitted(np.full((16, 20, 3), 120, np.uint8), 12, 100)
