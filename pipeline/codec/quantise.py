@@ -82,7 +82,7 @@ def quantise(
     as for Gaussians beyond the grid, the one that adds least.
 
     `behind` [B, 3, H, W] is what other Gaussians of the image render. An image's codes do not
-    depend on the others in its batch.
+    depend on the others in its batch (on a GPU: but for rounding).
     """
     fit_error = squared_error(splats, target, behind, cutoff, backend)
     first = FIRST_GUESS * (12 * allowed / (8 * splats.num_gaussians.clamp(min=1))).sqrt()
