@@ -7,7 +7,8 @@ schemas/FORMAT.md specifies the codecs byte by byte; `pipeline/codec` implements
 
 With nested budgets every budget's own Gaussians are a payload, in a column of their own. They are
 packed one after another, all with about the same step, each towards the fit's image of its budget,
-and the last towards the target; so each takes up what the ones before it have lost.
+and the last towards the target; so each takes up what the ones before it have lost. What those lost
+against the target is not known before: the last may lose what they have left of the whole's limit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pipeline.codec import Plane, column, decode_rows, fp16, planes, q11
 from pipeline.codec.layout import hilbert_tables
-from pipeline.codec.quantise import allowed_error, quantise
+from pipeline.codec.quantise import allowed_error, quantise, squared_error
 from pipeline.kernels.backend import Backend
 from pipeline.splats import Splats
 from schemas.errors import CorruptShardError
@@ -29,6 +30,8 @@ from schemas.splats import MAX_LOSS_DB, PLANAR, PLANES, splat_columns
 Payload = bytes | dict[str, bytes]
 
 ORDER_BITS = 10
+LEAST_SHARE = 0.05
+"""Of the error allowed, what the last budget is granted however little the others have left."""
 
 
 def pack(
@@ -58,16 +61,19 @@ def pack(
     payloads: list[dict[str, Payload]] = [{} for _ in range(len(splats))]
     fitted = stored = torch.zeros_like(target)
     if codec in PLANAR:
-        allowed = allowed_error(splats, target, MAX_LOSS_DB[codec], cutoff, backend)
-        allowed = allowed / splats.num_gaussians.clamp(min=1)
+        whole = squared_error(splats, target, stored, cutoff, backend)
+        allowed = allowed_error(whole, target, MAX_LOSS_DB[codec])
     for name, begin, end in zip(splat_columns(budgets), bounds[:-1], bounds[1:], strict=True):
         part = Splats(*(x[:, begin:end].contiguous() for x in fields(splats)))
         is_last = end == bounds[-1]
         if codec in PLANAR and not is_last:
             fitted = fitted + backend.render(part, height, width, cutoff)
         if codec in PLANAR:
-            share = allowed * part.num_gaussians
             wanted = target if is_last else fitted
+            share = allowed / splats.num_gaussians.clamp(min=1) * part.num_gaussians.clamp(min=1)
+            if is_last:
+                lost = squared_error(part, target, stored, cutoff, backend) - whole
+                share = torch.maximum(allowed - lost, LEAST_SHARE * allowed)
             packed = planes.encode(quantise(part, wanted, stored, share, cutoff, backend))
         else:
             packed = pack_fp16(part, height, width)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.fit import energy, optimize
 from pipeline.kernels.backend import Backend
+from pipeline.pack import finite_images
 from pipeline.splats import Splats
 from schemas.config import ConvertConfig
 
@@ -31,14 +32,19 @@ REFIT_RATE = 0.3  # of the fit's step sizes: full steps from a fitted start firs
 
 
 def prune(splats: Splats, target: Tensor, config: ConvertConfig, backend: Backend) -> Splats:
-    """`splats` with a smaller mask, by `config.prune`; energy also refits against `target`."""
+    """`splats` with a smaller mask, by `config.prune`; energy also refits against `target`.
+
+    Images with a Gaussian that is not finite keep all of them, as rows of a fit that diverged.
+    """
     rule = config.prune
     if rule.prune == "none":
         return splats
     with torch.no_grad():
+        diverged = splats.mask & ~finite_images(splats)[:, None]
         if rule.prune == "luminosity":
-            return replace(splats, mask=luminosity_mask(splats, rule.prune_threshold))
-        pruned = replace(splats, mask=energy_mask(splats, rule.prune_share))
+            kept = luminosity_mask(splats, rule.prune_threshold)
+            return replace(splats, mask=kept | diverged)
+        pruned = replace(splats, mask=energy_mask(splats, rule.prune_share) | diverged)
         rates = {n: REFIT_RATE * getattr(config.fit, n) for n in RATES}
         refit = replace(config.fit, relocate=False, target_psnr=None, **rates)
         return optimize(pruned, target, rule.refit_steps, refit, backend)[0]

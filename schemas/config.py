@@ -188,7 +188,7 @@ class PackConfig:
     """parquet (fastest to read) or webdataset (tar)."""
     codec: Literal["fp16", "balanced", "compact"] = "balanced"
     """balanced: 5 to 6 bytes per Gaussian, at most 0.2 dB lost. compact: 4 to 5, at most 1 dB.
-    fp16: 16 bytes, halves as in the paper."""
+    Fits beyond 60 dB may lose what 60 dB may. fp16: 16 bytes, halves as in the paper."""
 
     def __post_init__(self) -> None:
         _check(

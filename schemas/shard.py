@@ -2,7 +2,8 @@
 
 A marker is the only thing readers trust. `{shard}.json` says a shard is done and names its data
 file; `{shard}.failed.json` says the last attempt failed and why. Both are deterministic: no clock,
-no host, so that two runs over the same input leave byte-identical folders.
+no host, so that two runs over the same input on the same kind of machine leave byte-identical
+folders (a GPU up to the rounding of batches of another size).
 
 Markers are parsed by hand: every field, also inside the dictionaries, is checked for type and
 range, and whatever is wrong is a CorruptShardError. A schema library would say the same in more

@@ -10,6 +10,7 @@ schemas/FORMAT.md specifies it; in short, for an image of W x H px, S = max(W, H
 
 Each coarse cell is a symbol for the entropy coder, and the place within it plain bits, as many as
 the class asks for. Everything here works on torch tensors of any device, whole batches at once.
+Tables are kept, and made on the CPU: other streams would not wait for the kernels of the first.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ def tokens(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def token_tables(device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token: the code with all extra bits 0, the extra bits' width, and 1 or -1, their
     sign."""
-    token = torch.arange(256, device=device)
+    token = torch.arange(256)
     far = token - 2 * DIRECT
     octave, sign = 6 + far % DIRECT // 4, torch.where(far >= DIRECT, -1, 1)
     direct = token < 2 * DIRECT
     width = torch.where(direct, 0, octave - 2)
     base = torch.where(direct, token - DIRECT, sign * ((4 + far % 4) << width))
-    return base, width, torch.where(direct, 1, sign)
+    return base.to(device), width.to(device), torch.where(direct, 1, sign).to(device)
 
 
 def class_of(color_tokens: Tensor) -> Tensor:
@@ -129,8 +130,8 @@ def position_widths(
 @lru_cache(maxsize=4)
 def slant_table(device: torch.device | None = None) -> Tensor:
     """Of each cell of shear + 64: log2(1 + s^2), rounded, for s in its middle."""
-    middle = (torch.arange(-DIRECT, DIRECT, device=device, dtype=torch.double) + 0.5) / SHEAR_CELLS
-    return (1 + (SHEAR_UNIT * middle.sinh()).square()).log2().round().long()
+    middle = (torch.arange(-DIRECT, DIRECT, dtype=torch.double) + 0.5) / SHEAR_CELLS
+    return (1 + (SHEAR_UNIT * middle.sinh()).square()).log2().round().long().to(device)
 
 
 def level_of(count: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -178,10 +179,10 @@ def hilbert_tables(level: int, device: torch.device | None = None) -> tuple[Tens
     A curve of twice the side is four copies: mirrored on the diagonal (top left), twice as it is
     (bottom), mirrored on the other diagonal (top right).
     """
-    curve = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    curve = torch.zeros(1, 1, dtype=torch.int64)
     for _ in range(level):
         cells = curve.numel()
         top = torch.cat((curve.T, 3 * cells + curve.T.flip(0, 1)), 1)
         bottom = torch.cat((cells + curve, 2 * cells + curve), 1)
         curve = torch.cat((top, bottom))
-    return curve, torch.argsort(curve.flatten())
+    return curve.to(device), torch.argsort(curve.flatten()).to(device)

@@ -20,7 +20,8 @@ instructions would be repeated by all 8 lanes of a Gaussian, which at N = 4900 (
 100 px) doubles that kernel; the gradient's way through memory costs 64 bytes per Gaussian.
 
 Nothing is atomic and every sum has a fixed order: two runs give the same bits, and an image does
-not depend on its batch.
+not depend on its batch. (Reductions of torch around them may round otherwise in a batch of another
+size, so the bytes of a shard can depend on that.)
 
 Arithmetic (counted in the machine code for sm_90, not measured: no GPU was at hand). Forward: 1,280
 instructions per warp for 32 Gaussians x 64 pixels, 168 registers, so 12 warps per SM, each with 64

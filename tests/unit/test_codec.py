@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.codec import column, decode_rows, planes, quantise, split_member
 from pipeline.codec.layout import (
@@ -31,6 +34,7 @@ from pipeline.codec.layout import (
     hilbert_tables,
     level_of,
     opponent,
+    slant_table,
     token_tables,
     tokens,
 )
@@ -99,6 +103,23 @@ def test_every_code_has_a_token() -> None:
     assert torch.equal(width, extra_width)
     assert ((extra >= 0) & (extra < 1 << width)).all()
     assert torch.equal(base + sign * extra, codes)
+
+
+@pytest.mark.parametrize("table", [token_tables, slant_table, partial(hilbert_tables, 3)])
+def test_tables_reach_a_device_by_a_copy(table: Callable[..., Any]) -> None:
+    """A copy is waited for; a kernel would not be, by whoever gets the table on another stream."""
+    device, found = torch.device("meta"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = func(*args, **(kwargs or {}))
+            if getattr(result, "device", None) == device:
+                found.append(func)
+            return result
+
+    with Watch():
+        table(device)
+    assert set(found) == {torch.ops.aten._to_copy.default}
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 5, MAX_LEVEL])

@@ -17,6 +17,7 @@ from pipeline.codec import planes, quantise
 from pipeline.convert import packed_rows
 from pipeline.fit import fit
 from pipeline.kernels.backend import select_backend
+from pipeline.nested import fit_nested
 from pipeline.pack import gaussians_in, pack, splats_of, unpack
 from pipeline.splats import Splats, first
 from schemas.config import ConvertConfig, FitConfig, PackConfig
@@ -25,9 +26,14 @@ from tests.make import photo, shared_data
 from tests.rows import CUTOFF, HEIGHT, WIDTH, packed, random_splats, target_of, values_of
 
 
+def planes_of(pixels: np.ndarray) -> torch.Tensor:
+    """[1, 3, H, W], 0 to 1."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
 def fitted(pixels: np.ndarray, n: int, steps: int = 30) -> tuple[torch.Tensor, Splats]:
     """Target [1, 3, H, W] and its fit."""
-    target = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+    target = planes_of(pixels)
     splats, _ = fit(target, FitConfig(num_gaussians=n, steps=steps), select_backend("cpu"))
     return target, splats
 
@@ -78,6 +84,38 @@ def test_the_loss_keeps_to_its_limit_on_photographs(codec: str) -> None:
         (row,) = rows_of(target, splats, codec)
         assert 0.1 * MAX_LOSS_DB[codec] < row["psnr_loss"] <= MAX_LOSS_DB[codec] + 1e-3
         assert len(planes.join(row["splats"])) < (800 if codec == "balanced" else 680)
+
+
+def white_and_black(kind: str, side: int) -> np.ndarray:
+    """Pictures whose fits overshoot 0..1, where it does not show: uint8 [side, side, 3]."""
+    pixels = np.full((side, side, 3), 255, np.uint8)
+    if kind == "red":
+        pixels[..., 1:] = 0
+    elif kind == "dark pixel":
+        pixels[side // 3, side // 2] = 0
+    elif kind == "stripes":
+        pixels[:, ::2] = 0
+    return pixels
+
+
+@pytest.mark.parametrize("codec", PLANAR)
+@pytest.mark.parametrize(
+    ("kind", "side", "n", "steps"),
+    [
+        ("white", 32, 60, 40),
+        ("red", 32, 60, 40),
+        ("dark pixel", 40, 60, 60),
+        ("stripes", 64, 400, 100),
+    ],
+)
+def test_the_loss_keeps_to_its_limit_where_solved_colours_do_harm(
+    kind: str, side: int, n: int, steps: int, codec: str
+) -> None:
+    target, splats = fitted(white_and_black(kind, side), n, steps)
+    splats = replace(splats, means=splats.means.clamp(-side / 2, 1.5 * side))  # as the grid does
+    (row,) = rows_of(target, splats, codec)
+    assert row["psnr"] < 60
+    assert row["psnr_loss"] <= MAX_LOSS_DB[codec] + 1e-3
 
 
 @pytest.mark.parametrize("codec", PLANAR)
@@ -220,3 +258,18 @@ def test_nested_budgets_together_keep_to_the_limit(codec: str) -> None:
         image = backend.render(stored, 40, 40, CUTOFF).clamp(0, 1)
         error = (image - target).square().mean()
         assert row[name] == pytest.approx(-10 * math.log10(float(error)), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("codec", "nested", "side", "seed", "steps"),
+    [("balanced", "8,16,32,64", 32, 2, 40), ("compact", "16,32,64", 48, 5, 60)],
+)
+def test_the_last_budget_pays_for_what_the_others_lost(
+    codec: str, nested: str, side: int, seed: int, steps: int
+) -> None:
+    """Each of the others keeps to its share against the fit, and yet they lose more than that."""
+    config = FitConfig(nested=nested, steps=steps)
+    target = planes_of(shapes(side, side, seed))
+    splats, _ = fit_nested(target, config.budgets, config, select_backend("cpu"))
+    (row,) = rows_of(target, splats, codec, nested)
+    assert 0.5 * MAX_LOSS_DB[codec] < row["psnr_loss"] <= MAX_LOSS_DB[codec] + 1e-3

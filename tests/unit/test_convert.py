@@ -24,7 +24,7 @@ from pipeline.read import RawSample
 from pipeline.shards import read_rows, row_problem
 from pipeline.sources import list_shards
 from pipeline.splats import Splats
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig, recipe
+from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig, PruneConfig, recipe
 from schemas.errors import BackendError, SampleError
 from schemas.shard import ShardManifest, ShardRef
 from schemas.splats import CODECS, columns, shard_metadata
@@ -252,6 +252,30 @@ def test_a_fit_that_diverged_is_a_row(codec: str, value: float) -> None:
         metadata = shard_metadata(codec, 3.0, recipe(config))
         row = dict.fromkeys(columns(metadata).names) | found[1]
         assert row_problem(row, metadata) == ""
+
+
+@pytest.mark.parametrize("rule", ["luminosity", "energy"])
+@pytest.mark.parametrize("field", ["means", "cholesky", "colors"])
+def test_pruning_does_not_drop_what_shows_that_a_fit_diverged(
+    rule: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [RawSample(key=str(i), image=jpeg(40, 24, i)) for i in range(2)]
+    config = replace(CONFIG, prune=PruneConfig(prune=rule, prune_threshold=9.0))  # type: ignore[arg-type]
+    backend = select_backend("cpu")
+    wanted = convert_batch(samples, config, backend)
+    assert [row["status"] for row in wanted] == ["ok", "ok"]
+    fit = convert.fit
+
+    def poisoned(*args: Any) -> tuple[Splats, torch.Tensor]:
+        splats, steps = fit(*args)
+        splats.colors[0, 2] = 0
+        getattr(splats, field)[0, 2] = math.nan
+        return splats, steps
+
+    monkeypatch.setattr(convert, "fit", poisoned)
+    found = convert_batch(samples, config, backend)
+    assert found[0]["status"] == "fit_diverged"
+    assert found[1] == wanted[1]
 
 
 # Overlap
