@@ -5,6 +5,7 @@
     {folder}/_staging/                   files that are being fetched
     {folder}/_locks/                     for processes that use the folder together
 
+What else lies there is not the cache's: it is neither counted nor deleted.
 A file is renamed into place once its bytes have the digest of the shard's marker, so what lies
 there is whole, and is not hashed again. The longest unused (by modification time, which a use
 renews) go first. A file that is being read may go, too: whoever has it open keeps it (POSIX), and
@@ -17,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,9 @@ from pipeline import storage
 from pipeline.staging import STAGING, staged, sweep
 from pipeline.store_errors import storage_errors
 from schemas.errors import CorruptShardError, StorageError, UsageError
+
+NAMES = {"": re.compile(r"[0-9a-f]{64}"), STAGING: re.compile(r"[0-9a-f]{64}@.+")}
+"""The cache's files, by folder."""
 
 LOCKS = "_locks"
 WAIT_S = 0.05
@@ -97,14 +102,14 @@ class ShardCache:
         with suppress(FileNotFoundError):
             sweep(self.folder)
         files, total = [], size_bytes
-        for folder in (self.folder, self.folder / STAGING):
-            with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for folder, names in NAMES.items():
+            with suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
                 for entry in entries:
                     with suppress(FileNotFoundError):
-                        if entry.is_file():
+                        if names.fullmatch(entry.name) and entry.is_file():
                             info = entry.stat()
                             total += info.st_size
-                            if folder == self.folder:
+                            if folder != STAGING:
                                 files.append((info.st_mtime_ns, info.st_size, entry.path))
         for _, size, path in sorted(files):
             if total <= self.max_bytes:

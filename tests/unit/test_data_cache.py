@@ -101,6 +101,23 @@ def test_the_longest_unused_goes_first(tmp_path: Path, remote: Remote) -> None:
     assert remote.fetched == ["b"]
 
 
+def test_what_is_not_the_caches_is_neither_deleted_nor_counted(
+    tmp_path: Path, remote: Remote
+) -> None:
+    """A folder that has other files, too: cache_dir="."."""
+    (tmp_path / STAGING).mkdir()
+    others = [tmp_path / "checkpoint.pt", tmp_path / ("A" * 64), tmp_path / STAGING / "notes"]
+    for path in others:
+        path.write_bytes(b"x" * 90)
+        os.utime(path, (time.time() - 60,) * 2)
+    cache = ShardCache(tmp_path, 100)
+    shards = [remote.put(name, name.encode() * 40) for name in "abc"]
+    for shard in shards:
+        read(cache, shard)
+    assert [path.stat().st_size for path in others] == [90] * 3
+    assert len([path for path in tmp_path.iterdir() if path.stat().st_size == 40]) == 2
+
+
 def test_a_file_that_is_read_outlives_its_eviction(tmp_path: Path, remote: Remote) -> None:
     cache = ShardCache(tmp_path / "cache", 50)
     with cache.open(*remote.put("a", b"a" * 40)) as stream:
