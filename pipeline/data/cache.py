@@ -121,14 +121,21 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Held by one thread of one process at a time; freed by the system if that dies."""
+        """Held by one thread of one process at a time; freed by the system if that dies.
+
+        Closing the file would not free it while a process forked meanwhile has it open, too.
+        """
         path = self.folder / LOCKS / name
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = path.open("ab")
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            with storage_errors(path, "lock"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     @contextmanager
     def _full_disk(self) -> Iterator[None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -261,6 +263,27 @@ def test_processes_fetch_a_file_once(tmp_path: Path, remote: Remote) -> None:
     said = "".join(process.communicate(timeout=60)[0] for process in processes)
     assert sorted(said.split()) == ["400", "400", "400", "fetch"]
     assert (folder / LOCKS).is_dir()
+
+
+def test_a_lock_does_not_outlive_its_holder_in_a_process_forked_meanwhile(tmp_path: Path) -> None:
+    """As a DataLoader forks workers while the dataset fetches on its thread."""
+    cache = ShardCache(tmp_path, 1000)
+    ours, theirs = os.pipe()
+    with cache._locked("00"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads
+            child = os.fork()
+        if not child:
+            os.close(theirs)
+            os.read(ours, 1)
+            os._exit(0)
+    try:
+        with (tmp_path / LOCKS / "00").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+        os.waitpid(child, 0)
 
 
 def test_a_lock_is_not_held_while_another_file_is_fetched(tmp_path: Path, remote: Remote) -> None:
