@@ -149,6 +149,12 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self._progress: dict[str, Any] | None = None
         self._begin(Start(0, 0, lanes, batch_size))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares its place with DataLoader workers, too; neither copy.deepcopy nor pickle
+        keeps a tensor in shared memory."""
+        self.__dict__.update(state)
+        self._shared.share_memory_()
+
     @abstractmethod
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[S]:
         """The shards of `urls` as one pool, with the rows that `conditions` leave."""
