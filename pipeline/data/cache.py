@@ -6,8 +6,10 @@
     {folder}/_locks/                     for processes that use the folder together
 
 What else lies there is not the cache's: it is neither counted nor deleted.
-A file is renamed into place once its bytes have the digest of the shard's marker, so what lies
-there is whole, and is not hashed again. The longest unused (by modification time, which a use
+
+A file is renamed into place once its bytes have the digest of the shard's marker and are on the
+disk. What a disk did to it since is found by its size, or when a process first opens it, by its
+digest; then it is fetched again. The longest unused (by modification time, which a use
 renews) go first. A file that is being read may go, too: whoever has it open keeps it (POSIX), and
 its room is free when it is closed.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import time
@@ -30,6 +33,8 @@ from pipeline.staging import STAGING, staged, sweep
 from pipeline.store_errors import storage_errors
 from schemas.errors import CorruptShardError, StorageError, UsageError
 
+log = logging.getLogger(__name__)
+
 NAMES = {"": re.compile(r"[0-9a-f]{64}"), STAGING: re.compile(r"[0-9a-f]{64}@.+")}
 """The cache's files, by folder."""
 
@@ -42,9 +47,14 @@ class ShardCache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
+        self._verified: dict[str, int] = {}
+        """Inodes of files whose digest this process knows, by name."""
 
-    def open(self, url: str, etag: str, size_bytes: int, sha256: str) -> BinaryIO:
-        """The file at `url`, fetched unless it is here already.
+    def open(
+        self, url: str, etag: str, size_bytes: int, sha256: str, *, checksum: bool = True
+    ) -> BinaryIO:
+        """The file at `url`, fetched unless it is here already; `checksum` says whether what
+        another process fetched is hashed once more.
 
         Raises CorruptShardError when its bytes are not those of `sha256`, UsageError when it is
         larger than the cache may be, StorageError when there is no room on the disk, SourceError
@@ -57,13 +67,35 @@ class ShardCache:
             )
         path = self.folder / hashlib.sha256(f"{url}\0{etag or size_bytes}".encode()).hexdigest()
         while True:
+            stream = None
             with suppress(FileNotFoundError):
                 stream = path.open("rb")
-                os.utime(stream.fileno())  # by name it may be gone by now
-                return stream
+                if self._is_whole(stream, path.name, size_bytes, sha256 if checksum else None):
+                    os.utime(stream.fileno())  # by name it may be gone by now
+                    return stream
             with self._locked(path.name[:2]):  # of all who want this file, one fetches it
+                if stream:
+                    self._drop(path, stream)
                 if not path.exists():
                     self._fetch(url, path, size_bytes, sha256)
+
+    def _is_whole(self, stream: BinaryIO, name: str, size_bytes: int, sha256: str | None) -> bool:
+        info = os.fstat(stream.fileno())
+        if info.st_size != size_bytes:
+            return False
+        if sha256 and self._verified.get(name) != info.st_ino:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+                return False
+            stream.seek(0)
+            self._verified[name] = info.st_ino
+        return True
+
+    def _drop(self, path: Path, damaged: BinaryIO) -> None:
+        """Delete `path`, unless another did so and fetched it again."""
+        with damaged, suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(damaged.fileno())):
+                log.warning("%s was damaged on this disk: it is fetched again", path)
+                path.unlink()
 
     def _fetch(self, url: str, path: Path, size_bytes: int, sha256: str) -> None:
         with self._full_disk(), staged(self.folder, path.name) as new:
@@ -77,11 +109,15 @@ class ShardCache:
                         break
                     with storage_errors(new):
                         file.write(block)
+                with storage_errors(new):  # else a power cut could leave its name and size alone
+                    file.flush()
+                    os.fsync(file.fileno())
             if digest.hexdigest() != sha256:
                 raise CorruptShardError(
                     f"{url} is not what its marker says ({size} bytes with another SHA-256): run "
                     f"splatshard repair {url.rpartition('/')[0]}"
                 )
+            self._verified[path.name] = new.stat().st_ino
             with self._locked("room"):  # or who counts could miss it in both places
                 os.replace(new, path)
 

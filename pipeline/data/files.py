@@ -30,7 +30,7 @@ class ShardFiles:
     """Opens data files; remote ones by way of `cache`.
 
     The size is compared at every opening, SHA-256 once: when a remote file is fetched, and unless
-    `checksum` is off when this process first opens a local one.
+    `checksum` is off when this process first opens a local file or one that another fetched.
     """
 
     def __init__(self, cache: ShardCache, checksum: bool) -> None:
@@ -42,7 +42,8 @@ class ShardFiles:
         UnavailableError, and what the cache raises."""
         found = look_for(shard)
         if not storage.is_local(shard.url):
-            return self.cache.open(shard.url, found.etag, shard.size_bytes, shard.sha256)
+            expected = shard.size_bytes, shard.sha256
+            return self.cache.open(shard.url, found.etag, *expected, checksum=self.checksum)
         stream = storage.local_path(shard.url).open("rb")
         version = (shard.url, os.fstat(stream.fileno()).st_mtime_ns)
         if self.checksum and version not in self._verified:

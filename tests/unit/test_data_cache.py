@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +137,63 @@ def test_bytes_that_are_not_the_shards_are_not_kept(tmp_path: Path, remote: Remo
             cache.open(url, etag, size if len(wrong) == 3 else len(wrong), digest)
     assert cached(tmp_path / "cache") == []
     assert not (tmp_path / "cache" / STAGING).exists()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def zero(path: Path) -> None:
+    """All but the size is lost, as after a power cut."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut, zero])
+def test_a_file_that_the_disk_damaged_is_fetched_again(
+    tmp_path: Path, remote: Remote, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, shard = tmp_path / "cache", remote.put("a", b"abc")
+    read(ShardCache(folder, 1000), shard)
+    (path,) = folder.glob("?" * 64)
+    damage(path)
+    later = ShardCache(folder, 1000)  # another process's
+    assert [read(later, shard), read(later, shard)] == [b"abc"] * 2
+    assert remote.fetched == ["a", "a"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} was damaged on this disk: it is fetched again"
+    ]
+
+
+def test_a_file_is_hashed_once(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is fetched, or as a process first opens it; not without `checksum`."""
+    hashed, digest = [], cache_module.hashlib.file_digest
+    monkeypatch.setattr(
+        cache_module.hashlib, "file_digest", lambda *a: (hashed.append(a), digest(*a))[1]
+    )
+    folder, shard = tmp_path / "cache", remote.put("a", b"abc")
+    first, second = ShardCache(folder, 1000), ShardCache(folder, 1000)
+    assert [read(first, shard) for _ in range(2)] == [b"abc"] * 2
+    second.open(*shard, checksum=False).close()
+    assert not hashed
+    assert [read(second, shard) for _ in range(2)] == [b"abc"] * 2
+    assert len(hashed) == 1
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def noted(fd: int) -> None:
+        assert not list((tmp_path / "cache").glob("?" * 64))
+        synced.append(os.pread(fd, 9, 0))
+        fsync(fd)
+
+    monkeypatch.setattr(cache_module.os, "fsync", noted)
+    assert read(ShardCache(tmp_path / "cache", 1000), remote.put("a", b"abc")) == b"abc"
+    assert synced == [b"abc"]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
