@@ -1,7 +1,8 @@
 """Data files of remote shards on a local disk: whole, checked, and never more than `max_bytes`.
 
-    {folder}/{sha256 of URL and etag}    a file, by its full URL (a basename is not enough: two
-                                         folders have shards of one name) and its version
+    {folder}/{sha256 of these}           a file, by its full URL (a basename is not enough: two
+                                         folders have shards of one name), etag, which some stores
+                                         lack, and the digest that its marker names
     {folder}/_staging/                   files that are being fetched
     {folder}/_locks/                     for processes that use the folder together
 
@@ -65,7 +66,7 @@ class ShardCache:
                 f"cache_bytes is {self.max_bytes}, but {url} alone has {size_bytes}: give the "
                 "shard cache more"
             )
-        path = self.folder / hashlib.sha256(f"{url}\0{etag or size_bytes}".encode()).hexdigest()
+        path = self.folder / hashlib.sha256(f"{url}\0{etag}\0{sha256}".encode()).hexdigest()
         while True:
             stream = None
             with suppress(FileNotFoundError):

@@ -76,13 +76,14 @@ def test_a_file_is_fetched_once(tmp_path: Path, remote: Remote) -> None:
 
 
 def test_files_of_one_name_are_different_files(tmp_path: Path, remote: Remote) -> None:
-    """In other folders, or replaced since: the etag tells."""
+    """In other folders, or replaced since: the etag tells, or the marker's digest."""
     cache = ShardCache(tmp_path / "cache", 1000)
     a, b = remote.put("a/00000", b"abc"), remote.put("b/00000", b"xyz")
     assert [read(cache, a), read(cache, b), read(cache, a)] == [b"abc", b"xyz", b"abc"]
-    url, _, size, digest = remote.put("a/00000", b"new")
+    url, _, size, digest = new = remote.put("a/00000", b"new")
+    assert read(cache, new) == b"new"
     assert read(cache, (url, "etag-2", size, digest)) == b"new"
-    assert remote.fetched == ["00000"] * 3
+    assert remote.fetched == ["00000"] * 4
 
 
 def test_the_longest_unused_goes_first(tmp_path: Path, remote: Remote) -> None:
@@ -347,7 +348,9 @@ def test_a_lock_is_not_held_while_another_file_is_fetched(tmp_path: Path, remote
     """One slow file keeps nobody from others (but for those few that share its lock)."""
     cache = ShardCache(tmp_path / "cache", 1000)
     slow, fast = remote.put("slow", b"s" * 40), remote.put("fast", b"f" * 40)
-    names = [hashlib.sha256(f"{s[0]}\0{s[2]}".encode()).hexdigest()[:2] for s in (slow, fast)]
+    names = [
+        hashlib.sha256(f"{s[0]}\0{s[1]}\0{s[3]}".encode()).hexdigest()[:2] for s in (slow, fast)
+    ]
     if names[0] == names[1]:
         pytest.skip("by chance they share a lock")
     release, counted = threading.Event(), cache_module.storage.open_read
