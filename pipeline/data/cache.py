@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline import storage
-from pipeline.staging import STAGING, staged, sweep
+from pipeline.staging import STAGING, is_from_here, staged, sweep
 from pipeline.store_errors import storage_errors
 from schemas.errors import CorruptShardError, StorageError, UsageError
 
@@ -41,6 +41,13 @@ NAMES = {"": re.compile(r"[0-9a-f]{64}"), STAGING: re.compile(r"[0-9a-f]{64}@.+"
 
 LOCKS = "_locks"
 WAIT_S = 0.05
+
+PATIENCE_S = 10.0
+"""After so long a wait for room is said."""
+
+IDLE_S = 600.0
+"""After so long without a write a fetch is over. A live one writes every MiB; it may pause for as
+long as remote reads are tried again, which is a minute."""
 
 
 class ShardCache:
@@ -113,29 +120,45 @@ class ShardCache:
                 with storage_errors(new):  # else a power cut could leave its name and size alone
                     file.flush()
                     os.fsync(file.fileno())
+                inode = os.fstat(file.fileno()).st_ino
             if digest.hexdigest() != sha256:
                 raise CorruptShardError(
                     f"{url} is not what its marker says ({size} bytes with another SHA-256): run "
                     f"splatshard repair {url.rpartition('/')[0]}"
                 )
-            self._verified[path.name] = new.stat().st_ino
-            with self._locked("room"):  # or who counts could miss it in both places
+            with (
+                self._locked("room"),  # or who counts could miss it in both places
+                suppress(FileNotFoundError),  # it was idle for too long: then again
+            ):
                 os.replace(new, path)
+                self._verified[path.name] = inode
 
     def _take_room(self, new: Path, size_bytes: int) -> None:
         """Give `new` its size, by which it counts as being there, as soon as there is room.
 
         What others are fetching cannot be deleted; then wait until some of it has arrived.
         """
+        begin, said = time.monotonic(), False
         while True:
             with self._locked("room"):
                 if self._make_room(size_bytes):
                     os.truncate(new, size_bytes)
                     return
+            if not said and time.monotonic() - begin > PATIENCE_S:
+                said = True
+                log.warning(
+                    "the shard cache %s has been full of files that are being fetched for %.0f s: "
+                    "raise cache_bytes (now %d), or let fewer processes share it",
+                    self.folder, PATIENCE_S, self.max_bytes,
+                )  # fmt: skip
             time.sleep(WAIT_S)
 
     def _make_room(self, size_bytes: int) -> bool:
-        """Delete the longest unused files until `size_bytes` more fit; whether they do."""
+        """Delete the longest unused files until `size_bytes` more fit; whether they do.
+
+        First what killed fetches left, also in containers and on hosts that are no more: it counts
+        with the size that the file was to have. One of no size yet waits for room itself.
+        """
         with suppress(FileNotFoundError):
             sweep(self.folder)
         files, total = [], size_bytes
@@ -145,6 +168,9 @@ class ShardCache:
                     with suppress(FileNotFoundError):
                         if names.fullmatch(entry.name) and entry.is_file():
                             info = entry.stat()
+                            if folder == STAGING and info.st_size and _is_over(entry.name, info):
+                                os.unlink(entry.path)
+                                continue
                             total += info.st_size
                             if folder != STAGING:
                                 files.append((info.st_mtime_ns, info.st_size, entry.path))
@@ -186,3 +212,8 @@ class ShardCache:
                 f"the shard cache {self.folder} finds no space left on its disk: lower "
                 f"cache_bytes (now {self.max_bytes}), or choose another cache_dir"
             ) from e
+
+
+def _is_over(name: str, info: os.stat_result) -> bool:
+    """Whether the staged file `name` is of a fetch elsewhere that ended without deleting it."""
+    return time.time() - info.st_mtime > IDLE_S and not is_from_here(name)

@@ -296,6 +296,54 @@ def start(folder: Path, shard: tuple[str, str, int, str], stall: str) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+def test_what_a_killed_container_left_does_not_take_room_for_ever(
+    tmp_path: Path,
+    remote: Remote,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It counts until it has been idle for some minutes; a wait is said once."""
+    folder = tmp_path / "cache"
+    left = folder / STAGING / f"{'0' * 64}@elsewhere-00c0ffee-1-00000000"
+    waiting = left.with_name(f"{'1' * 64}@elsewhere-00c0ffee-1-00000000")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x" * 80)
+    waiting.touch()
+    slept = []
+
+    def sleep(_: float) -> None:
+        assert len(slept) < 2, "it waits for a dead process"
+        slept.append(left.exists())
+        if len(slept) == 2:
+            for path in (left, waiting):
+                os.utime(path, (time.time() - cache_module.IDLE_S - 1,) * 2)
+
+    monkeypatch.setattr(cache_module.time, "sleep", sleep)
+    monkeypatch.setattr(cache_module, "PATIENCE_S", -1)
+    assert read(ShardCache(folder, 100), remote.put("a", b"a" * 40)) == b"a" * 40
+    assert slept == [True, True]
+    assert (left.exists(), waiting.exists()) == (False, True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the shard cache {folder} has been full of files that are being fetched for -1 s: raise "
+        "cache_bytes (now 100), or let fewer processes share it"
+    ]
+
+
+def test_a_fetch_that_was_taken_for_a_dead_one_is_done_again(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "cache", os.replace
+
+    def late(new: Path, path: Path) -> None:
+        if len(remote.fetched) == 1:
+            new.unlink()
+        replace(new, path)
+
+    monkeypatch.setattr(cache_module.os, "replace", late)
+    assert read(ShardCache(folder, 100), remote.put("a", b"abc")) == b"abc"
+    assert remote.fetched == ["a", "a"]
+
+
 @pytest.mark.integration
 def test_a_fetch_that_is_killed_leaves_nothing(tmp_path: Path, remote: Remote) -> None:
     """Neither a part of a file nor a lock; a waiting process takes over."""
