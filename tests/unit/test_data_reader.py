@@ -464,6 +464,11 @@ def test_a_mixture_takes_its_shares_and_resumes(tmp_path: Path) -> None:
         ({"batch_size": 2, "lanes": 0}, "lanes is 0"),
         ({"batch_size": 2, "shuffle_shards": 1.5}, "shuffle_shards is 1.5"),
         ({"batch_size": 2, "epoch_samples": 9}, "epoch_samples is 9"),
+        (
+            {"batch_size": 11, "world_size": 4},
+            "batch_size is 11 on each of 4 ranks, but .* has only 34 samples an epoch.*: "
+            "choose at most 34 on all ranks together, or drop_last=False",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(dst: str, options: dict[str, Any], message: str) -> None:
