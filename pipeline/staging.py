@@ -77,15 +77,25 @@ def sweep(folder: Path) -> None:
     with suppress(FileNotFoundError):  # another process may delete it at any time
         files = sorted(os.listdir(staging))
     for file in files:
-        space, _, pid = file.rpartition("@")[2].rpartition("-")[0].rpartition("-")
-        if space == ours and pid.isdecimal():
-            dead = not _is_alive(int(pid))
+        pid = _pid_of(file, ours)
+        if pid is not None:
+            dead = not _is_alive(pid)
         else:
             dead = not file.endswith(".lock") and _is_idle(staging / file)
         if dead:
             (staging / file).unlink(missing_ok=True)
     with suppress(OSError):  # others are still using it
         staging.rmdir()
+
+
+def is_from_here(name: str) -> bool:
+    """Whether the staged file `name` is of a process of which `sweep` knows if it lives."""
+    return _pid_of(name, _space()) is not None
+
+
+def _pid_of(name: str, space: str) -> int | None:
+    found, _, pid = name.rpartition("@")[2].rpartition("-")[0].rpartition("-")
+    return int(pid) if found == space and pid.isdecimal() else None
 
 
 def scratch() -> Path:

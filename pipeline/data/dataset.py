@@ -44,8 +44,8 @@ class SplatDataset(OrderedDataset[Shard, TrainBatch]):
 
     num_gaussians   how many per sample. Nested shards have several budgets and only the bytes of
                     this one are read; None takes all there are, padded to the batch's largest
-    checksum        compare SHA-256 of each local file when this process first opens it (remote
-                    ones always are, as they are fetched)
+    checksum        compare SHA-256 of each file when this process first opens it (that of remote
+                    ones is always compared as they are fetched)
     cache_dir, cache_bytes  where and how many bytes of remote shards are kept
 
     Raises UsageError for arguments that do not fit each other or the shards, CorruptShardError for

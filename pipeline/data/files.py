@@ -6,7 +6,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.data.cache import ShardCache
 from pipeline.data.catalog import Shard
 from pipeline.storage import Stat
+from pipeline.store_errors import as_error
 from schemas.errors import CorruptShardError, SourceError, SplatshardError
 
 
@@ -30,7 +31,7 @@ class ShardFiles:
     """Opens data files; remote ones by way of `cache`.
 
     The size is compared at every opening, SHA-256 once: when a remote file is fetched, and unless
-    `checksum` is off when this process first opens a local one.
+    `checksum` is off when this process first opens a local file or one that another fetched.
     """
 
     def __init__(self, cache: ShardCache, checksum: bool) -> None:
@@ -42,18 +43,20 @@ class ShardFiles:
         UnavailableError, and what the cache raises."""
         found = look_for(shard)
         if not storage.is_local(shard.url):
-            return self.cache.open(shard.url, found.etag, shard.size_bytes, shard.sha256)
-        stream = storage.local_path(shard.url).open("rb")
-        version = (shard.url, os.fstat(stream.fileno()).st_mtime_ns)
-        if self.checksum and version not in self._verified:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
-                stream.close()
-                raise CorruptShardError(
-                    f"{shard.url} has another SHA-256 than its marker says: {shard.remedy}"
-                )
-            stream.seek(0)
-            self._verified.add(version)
-        return stream
+            expected = shard.size_bytes, shard.sha256
+            return self.cache.open(shard.url, found.etag, *expected, checksum=self.checksum)
+        with ExitStack() as until_checked:
+            stream = until_checked.enter_context(storage.local_path(shard.url).open("rb"))
+            version = (shard.url, os.fstat(stream.fileno()).st_mtime_ns)
+            if self.checksum and version not in self._verified:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
+                    raise CorruptShardError(
+                        f"{shard.url} has another SHA-256 than its marker says: {shard.remedy}"
+                    )
+                stream.seek(0)
+                self._verified.add(version)
+            until_checked.pop_all()
+            return stream
 
 
 def look_for(shard: Shard) -> Stat:
@@ -76,7 +79,10 @@ def look_for(shard: Shard) -> Stat:
 
 @contextmanager
 def shard_errors(shard: Shard) -> Iterator[None]:
-    """Whatever the block raises on bad bytes as a CorruptShardError that names the file."""
+    """Whatever the block raises on bad bytes as a CorruptShardError that names the file.
+
+    What the system refuses is no damage: SourceError or UnavailableError.
+    """
     try:
         yield
     except SplatshardError:
@@ -91,6 +97,9 @@ def shard_errors(shard: Shard) -> Iterator[None]:
         OverflowError,
         RecursionError,
     ) as e:
+        # Arrow's OSErrors on bad bytes have no errno
+        if isinstance(e, OSError) and e.errno and not isinstance(e, FileNotFoundError):
+            raise as_error(e, f"cannot read {shard.url}", SourceError) from e
         raise CorruptShardError(
             f"{shard.url} cannot be read: {type(e).__name__}: {e}: {shard.remedy}"
         ) from e

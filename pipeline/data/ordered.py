@@ -80,7 +80,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
                     workers lets every worker read only shards of its own; with fewer, each shard is
                     read by several
     drop_last       what a last step cannot fill for all ranks is left out; else it is padded with
-                    samples that are there a second time, `valid` False
+                    samples that are there a second time, `valid` False. An epoch that would be
+                    left out whole is refused
     filter          conditions (column, operator, number) that samples must fulfil: see filters.py
     epoch_samples   length of a mixture's epoch; as many samples as there are by default
     prefetch_windows  loaded ahead on a thread; 0 for none
@@ -148,6 +149,12 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
         self._progress: dict[str, Any] | None = None
         self._begin(Start(0, 0, lanes, batch_size))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares its place with DataLoader workers, too; neither copy.deepcopy nor pickle
+        keeps a tensor in shared memory."""
+        self.__dict__.update(state)
+        self._shared.share_memory_()
 
     @abstractmethod
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[S]:
@@ -343,6 +350,14 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             raise UsageError(
                 f"epoch_samples is {self.epoch_samples}: it is the positive length of a mixture's "
                 "epoch; another dataset's is its number of samples"
+            )
+        total = self._total()
+        if not steps_of(total, self.batch_size, self.world_size, self.drop_last):
+            urls = " and ".join("::".join(source.urls) for source in self.sources)
+            raise UsageError(
+                f"batch_size is {self.batch_size} on each of {self.world_size} ranks, but {urls} "
+                f"has only {total} samples an epoch, which fill no step: choose at most {total} on "
+                "all ranks together, or drop_last=False"
             )
 
 

@@ -185,12 +185,6 @@ class Feed:
             check_images(config)
         self.dataset = open_dataset(config, world)
         self.steps_per_epoch = len(self.dataset)
-        if not self.steps_per_epoch:
-            samples = sum(int(source.counts.sum()) for source in self.dataset.sources)
-            raise UsageError(
-                f"data.batch_size is {data.batch_size}, but {data.src} has only {samples} samples "
-                f"to train on: choose at most {samples}"
-            )
         constants = constants_of(self.dataset, config)
         self.cutoff: float | None = constants["cutoff"]
         self.augment = config.augment and augment_of(config.augment, self.cutoff)

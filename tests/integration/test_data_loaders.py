@@ -3,10 +3,12 @@ order, exact resume, whoever prefetches."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,8 +85,16 @@ def test_what_counts_as_read_is_what_was_delivered(dst: str, workers: int, steps
     assert sorted(whole[: 4 * steps] + rest) == sorted(whole)
 
 
-def test_persistent_workers_see_set_epoch(dst: str) -> None:
-    dataset = dataset_of(dst)
+@pytest.mark.parametrize(
+    "made",
+    [lambda d: d, copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))],
+    ids=["itself", "deepcopy", "pickle"],
+)
+def test_persistent_workers_see_set_epoch(
+    dst: str, made: Callable[[SplatDataset], SplatDataset]
+) -> None:
+    """Those of a copy, too."""
+    dataset = made(dataset_of(dst))
     loader = loader_of(dataset, 2, persistent_workers=True)
     epochs = []
     for epoch in range(3):

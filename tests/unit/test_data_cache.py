@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,13 +76,14 @@ def test_a_file_is_fetched_once(tmp_path: Path, remote: Remote) -> None:
 
 
 def test_files_of_one_name_are_different_files(tmp_path: Path, remote: Remote) -> None:
-    """In other folders, or replaced since: the etag tells."""
+    """In other folders, or replaced since: the etag tells, or the marker's digest."""
     cache = ShardCache(tmp_path / "cache", 1000)
     a, b = remote.put("a/00000", b"abc"), remote.put("b/00000", b"xyz")
     assert [read(cache, a), read(cache, b), read(cache, a)] == [b"abc", b"xyz", b"abc"]
-    url, _, size, digest = remote.put("a/00000", b"new")
+    url, _, size, digest = new = remote.put("a/00000", b"new")
+    assert read(cache, new) == b"new"
     assert read(cache, (url, "etag-2", size, digest)) == b"new"
-    assert remote.fetched == ["00000"] * 3
+    assert remote.fetched == ["00000"] * 4
 
 
 def test_the_longest_unused_goes_first(tmp_path: Path, remote: Remote) -> None:
@@ -101,6 +104,23 @@ def test_the_longest_unused_goes_first(tmp_path: Path, remote: Remote) -> None:
     assert remote.fetched == ["b"]
 
 
+def test_what_is_not_the_caches_is_neither_deleted_nor_counted(
+    tmp_path: Path, remote: Remote
+) -> None:
+    """A folder that has other files, too: cache_dir="."."""
+    (tmp_path / STAGING).mkdir()
+    others = [tmp_path / "checkpoint.pt", tmp_path / ("A" * 64), tmp_path / STAGING / "notes"]
+    for path in others:
+        path.write_bytes(b"x" * 90)
+        os.utime(path, (time.time() - 60,) * 2)
+    cache = ShardCache(tmp_path, 100)
+    shards = [remote.put(name, name.encode() * 40) for name in "abc"]
+    for shard in shards:
+        read(cache, shard)
+    assert [path.stat().st_size for path in others] == [90] * 3
+    assert len([path for path in tmp_path.iterdir() if path.stat().st_size == 40]) == 2
+
+
 def test_a_file_that_is_read_outlives_its_eviction(tmp_path: Path, remote: Remote) -> None:
     cache = ShardCache(tmp_path / "cache", 50)
     with cache.open(*remote.put("a", b"a" * 40)) as stream:
@@ -118,6 +138,63 @@ def test_bytes_that_are_not_the_shards_are_not_kept(tmp_path: Path, remote: Remo
             cache.open(url, etag, size if len(wrong) == 3 else len(wrong), digest)
     assert cached(tmp_path / "cache") == []
     assert not (tmp_path / "cache" / STAGING).exists()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def zero(path: Path) -> None:
+    """All but the size is lost, as after a power cut."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut, zero])
+def test_a_file_that_the_disk_damaged_is_fetched_again(
+    tmp_path: Path, remote: Remote, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, shard = tmp_path / "cache", remote.put("a", b"abc")
+    read(ShardCache(folder, 1000), shard)
+    (path,) = folder.glob("?" * 64)
+    damage(path)
+    later = ShardCache(folder, 1000)  # another process's
+    assert [read(later, shard), read(later, shard)] == [b"abc"] * 2
+    assert remote.fetched == ["a", "a"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} was damaged on this disk: it is fetched again"
+    ]
+
+
+def test_a_file_is_hashed_once(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is fetched, or as a process first opens it; not without `checksum`."""
+    hashed, digest = [], cache_module.hashlib.file_digest
+    monkeypatch.setattr(
+        cache_module.hashlib, "file_digest", lambda *a: (hashed.append(a), digest(*a))[1]
+    )
+    folder, shard = tmp_path / "cache", remote.put("a", b"abc")
+    first, second = ShardCache(folder, 1000), ShardCache(folder, 1000)
+    assert [read(first, shard) for _ in range(2)] == [b"abc"] * 2
+    second.open(*shard, checksum=False).close()
+    assert not hashed
+    assert [read(second, shard) for _ in range(2)] == [b"abc"] * 2
+    assert len(hashed) == 1
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def noted(fd: int) -> None:
+        assert not list((tmp_path / "cache").glob("?" * 64))
+        synced.append(os.pread(fd, 9, 0))
+        fsync(fd)
+
+    monkeypatch.setattr(cache_module.os, "fsync", noted)
+    assert read(ShardCache(tmp_path / "cache", 1000), remote.put("a", b"abc")) == b"abc"
+    assert synced == [b"abc"]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -219,6 +296,54 @@ def start(folder: Path, shard: tuple[str, str, int, str], stall: str) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+def test_what_a_killed_container_left_does_not_take_room_for_ever(
+    tmp_path: Path,
+    remote: Remote,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It counts until it has been idle for some minutes; a wait is said once."""
+    folder = tmp_path / "cache"
+    left = folder / STAGING / f"{'0' * 64}@elsewhere-00c0ffee-1-00000000"
+    waiting = left.with_name(f"{'1' * 64}@elsewhere-00c0ffee-1-00000000")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x" * 80)
+    waiting.touch()
+    slept = []
+
+    def sleep(_: float) -> None:
+        assert len(slept) < 2, "it waits for a dead process"
+        slept.append(left.exists())
+        if len(slept) == 2:
+            for path in (left, waiting):
+                os.utime(path, (time.time() - cache_module.IDLE_S - 1,) * 2)
+
+    monkeypatch.setattr(cache_module.time, "sleep", sleep)
+    monkeypatch.setattr(cache_module, "PATIENCE_S", -1)
+    assert read(ShardCache(folder, 100), remote.put("a", b"a" * 40)) == b"a" * 40
+    assert slept == [True, True]
+    assert (left.exists(), waiting.exists()) == (False, True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the shard cache {folder} has been full of files that are being fetched for -1 s: raise "
+        "cache_bytes (now 100), or let fewer processes share it"
+    ]
+
+
+def test_a_fetch_that_was_taken_for_a_dead_one_is_done_again(
+    tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "cache", os.replace
+
+    def late(new: Path, path: Path) -> None:
+        if len(remote.fetched) == 1:
+            new.unlink()
+        replace(new, path)
+
+    monkeypatch.setattr(cache_module.os, "replace", late)
+    assert read(ShardCache(folder, 100), remote.put("a", b"abc")) == b"abc"
+    assert remote.fetched == ["a", "a"]
+
+
 @pytest.mark.integration
 def test_a_fetch_that_is_killed_leaves_nothing(tmp_path: Path, remote: Remote) -> None:
     """Neither a part of a file nor a lock; a waiting process takes over."""
@@ -246,11 +371,34 @@ def test_processes_fetch_a_file_once(tmp_path: Path, remote: Remote) -> None:
     assert (folder / LOCKS).is_dir()
 
 
+def test_a_lock_does_not_outlive_its_holder_in_a_process_forked_meanwhile(tmp_path: Path) -> None:
+    """As a DataLoader forks workers while the dataset fetches on its thread."""
+    cache = ShardCache(tmp_path, 1000)
+    ours, theirs = os.pipe()
+    with cache._locked("00"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads
+            child = os.fork()
+        if not child:
+            os.close(theirs)
+            os.read(ours, 1)
+            os._exit(0)
+    try:
+        with (tmp_path / LOCKS / "00").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+        os.waitpid(child, 0)
+
+
 def test_a_lock_is_not_held_while_another_file_is_fetched(tmp_path: Path, remote: Remote) -> None:
     """One slow file keeps nobody from others (but for those few that share its lock)."""
     cache = ShardCache(tmp_path / "cache", 1000)
     slow, fast = remote.put("slow", b"s" * 40), remote.put("fast", b"f" * 40)
-    names = [hashlib.sha256(f"{s[0]}\0{s[2]}".encode()).hexdigest()[:2] for s in (slow, fast)]
+    names = [
+        hashlib.sha256(f"{s[0]}\0{s[1]}\0{s[3]}".encode()).hexdigest()[:2] for s in (slow, fast)
+    ]
     if names[0] == names[1]:
         pytest.skip("by chance they share a lock")
     release, counted = threading.Event(), cache_module.storage.open_read

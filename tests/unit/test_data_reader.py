@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,13 @@ from pipeline.data.batch import values_of
 from pipeline.data.read_parquet import teacher_of
 from pipeline.pack import splats_of
 from pipeline.shards import read_rows, shard_metadata_of
-from schemas.errors import CorruptShardError, FormatVersionError, UsageError
+from schemas.errors import (
+    CorruptShardError,
+    FormatVersionError,
+    SourceError,
+    UnavailableError,
+    UsageError,
+)
 from schemas.splats import CODECS
 from tests.rows import FORMATS, HEIGHT, WIDTH, metadata_of
 from tests.splat_shards import N, commit, forge, keys_of, make_dataset, rows_of, splat_config, vouch
@@ -455,6 +464,11 @@ def test_a_mixture_takes_its_shares_and_resumes(tmp_path: Path) -> None:
         ({"batch_size": 2, "lanes": 0}, "lanes is 0"),
         ({"batch_size": 2, "shuffle_shards": 1.5}, "shuffle_shards is 1.5"),
         ({"batch_size": 2, "epoch_samples": 9}, "epoch_samples is 9"),
+        (
+            {"batch_size": 11, "world_size": 4},
+            "batch_size is 11 on each of 4 ranks, but .* has only 34 samples an epoch.*: "
+            "choose at most 34 on all ranks together, or drop_last=False",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(dst: str, options: dict[str, Any], message: str) -> None:
@@ -527,6 +541,30 @@ def test_a_shard_that_is_missing_when_filtered_is_named(tmp_path: Path, format: 
     path.unlink()
     with pytest.raises(CorruptShardError, match=f"{path}.*repair"):
         SplatDataset(str(tmp_path), batch_size=2, filter=[("psnr", ">", 1)])
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.EMFILE, SourceError),
+        (errno.EACCES, SourceError),
+        (errno.EIO, SourceError),
+        (errno.ESTALE, UnavailableError),
+    ],
+)
+def test_what_the_system_refuses_is_no_damage(
+    dst: str, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    """Nor is `splatshard repair` a remedy for it."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    dataset = SplatDataset(dst, batch_size=2)
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    with pytest.raises(error, match=f"cannot read {dst}/.*: {os.strerror(number)}") as raised:
+        list(dataset)
+    assert "repair" not in str(raised.value)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -181,7 +181,7 @@ def test_an_encoder_of_another_width(shards: Path, tmp_path: Path) -> None:
 def test_tars_are_known_by_their_markers(shards: Path, tmp_path: Path) -> None:
     """Their labels are not looked at (0, 1, 1000 ... here), the constants in the markers are."""
     make_dataset(str(tmp_path), [8, 8], format="webdataset")
-    config = toy_config(shards, tmp_path / "run", data__src=str(tmp_path))
+    config = toy_config(shards, tmp_path / "run", data__src=str(tmp_path), data__batch_size=4)
     look(config)
     distill = replace(config, stage="distill")
     with pytest.raises(UsageError, match="no teacher's embeddings"):

@@ -287,7 +287,10 @@ def test_the_teachers_column(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data__batch_size": 91}, "data.batch_size is 91, but .* has only 90 samples"),
+        (
+            {"data__batch_size": 91},
+            "batch_size is 91 on .* has only 90 samples .* choose at most 90",
+        ),
         ({"data__src": ""}, "data.src is empty"),
         ({"dst": ""}, "dst is empty"),
         ({"device": "cuda:0"}, "device is 'cuda:0'"),
