@@ -9,11 +9,10 @@ batch where it was read, and Feed raises what it found, naming shard and key.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +29,13 @@ from pipeline.models.gvit import UNGUIDED, Guidance
 from pipeline.shards import shard_metadata_of
 from pipeline.splats import Splats
 from pipeline.train.augmentation import augment_of, augmented, augmented_pixels, sample_seeds
-from pipeline.train.distributed import World, unasked
-from schemas.errors import CorruptShardError, SplatshardError, UsageError
+from pipeline.train.distributed import World, once, unasked
+from schemas.errors import CorruptShardError, UsageError
 from schemas.splats import TEACHER
 from schemas.train import TrainConfig
 
 State = dict[str, Any]
 Dataset = SplatDataset | ImageDataset
-T = TypeVar("T")
-
-TELL_EVERY_S = 60.0
-"""So often rank 0 tells those who wait for it that it is at work: NCCL gives up after ten minutes,
-and a large source in a slow store takes longer."""
 
 
 @dataclass(frozen=True)
@@ -303,28 +297,6 @@ def open_dataset(config: TrainConfig, world: World) -> Dataset:
         cache_bytes=data.cache_bytes,
         **ordering,
     )
-
-
-def once(world: World, find: Callable[[], T]) -> T:
-    """What `find` gives on rank 0; the others wait for it. Raises on all the SplatshardError
-    that it raises there."""
-    if world.size == 1:
-        return find()
-    with ThreadPoolExecutor(1, thread_name_prefix="once") as pool:
-        future = pool.submit(_tried, find) if world.rank == 0 else None
-        while not world.same(future and bool(wait((future,), TELL_EVERY_S).done)):
-            pass
-        value, error = world.same(future and future.result())
-    if error:
-        raise error
-    return cast(T, value)
-
-
-def _tried(find: Callable[[], T]) -> tuple[T | None, SplatshardError | None]:
-    try:
-        return find(), None
-    except SplatshardError as e:
-        return None, e
 
 
 def augmented_batch(

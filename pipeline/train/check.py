@@ -37,8 +37,8 @@ from pipeline.data.files import look_for, shard_errors
 from pipeline.data.read_parquet import ok_rows, teacher_of
 from pipeline.markers import read_markers
 from pipeline.shards import parquet_metadata
-from pipeline.train.batches import Dataset, once
-from pipeline.train.distributed import World
+from pipeline.train.batches import Dataset
+from pipeline.train.distributed import World, once
 from schemas.errors import CorruptShardError, UsageError
 from schemas.shard import ShardManifest
 from schemas.splats import TEACHER, canonical_json, metadata_of

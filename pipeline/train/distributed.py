@@ -14,16 +14,19 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from schemas.errors import UsageError
+from schemas.errors import SplatshardError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class World:
 
 ASK_EVERY_S = 1.0
 LONGEST_WAIT_S = 3600
-"""Of a process for the others: rank 0 looks at all shards, and uploads checkpoints, meanwhile."""
+"""Of a process for the others: rank 0 uploads a checkpoint, say. NCCL's own is ten minutes."""
+TELL_EVERY_S = 60.0
+"""So often rank 0 tells those who wait for `once` that it is at work, which may take hours."""
 
 
 class Stopping:
@@ -105,6 +110,28 @@ def unasked(worker: int) -> None:
     that train, which need these until their step is done, and end them afterwards."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def once(world: World, find: Callable[[], T]) -> T:
+    """What `find` gives on rank 0; the others wait for it. Raises on all the SplatshardError
+    that it raises there."""
+    if world.size == 1:
+        return find()
+    with ThreadPoolExecutor(1, thread_name_prefix="once") as pool:
+        future = pool.submit(_tried, find) if world.rank == 0 else None
+        while not world.same(future and bool(wait((future,), TELL_EVERY_S).done)):
+            pass
+        value, error = world.same(future and future.result())
+    if error:
+        raise error
+    return cast(T, value)
+
+
+def _tried(find: Callable[[], T]) -> tuple[T | None, SplatshardError | None]:
+    try:
+        return find(), None
+    except SplatshardError as e:
+        return None, e
 
 
 class _Gather(torch.autograd.Function):

@@ -35,7 +35,7 @@ from pipeline.train import checkpoint as checkpoints
 from pipeline.train.batches import Feed, probe
 from pipeline.train.check import check_data
 from pipeline.train.checkpoint import Checkpoint, Weights
-from pipeline.train.distributed import Stopping, World, world
+from pipeline.train.distributed import Stopping, World, once, world
 from pipeline.train.groups import Average, Groups, freeze, groups_of, make_optimizer, report
 from pipeline.train.losses import Stage, clamp, stage_of, vision_of
 from pipeline.train.schedule import learning_rate, seed_everything
@@ -84,7 +84,7 @@ def train_here(
     feed = Feed(config, here)
     steps = steps_of(config.optim, feed.steps_per_epoch)
     stage = stage_of(config, here.device)
-    found = here.same(checkpoints.latest(config.dst) if here.rank == 0 else None)
+    found = once(here, lambda: checkpoints.latest(config.dst))
     if found:
         checkpoints.refuse_changes(found, config)
         refuse_another_ramp(found, config)

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from pipeline.data import SplatDataset
-from pipeline.train import batches, check
-from pipeline.train.batches import once, open_dataset
+from pipeline.train import check, distributed
+from pipeline.train.batches import open_dataset
 from pipeline.train.check import check_data
-from pipeline.train.distributed import World
+from pipeline.train.distributed import World, once
 from pipeline.train.loop import train
 from schemas.errors import CorruptShardError, SplatshardError, UsageError
 from schemas.splats import TEACHER
@@ -290,7 +290,7 @@ def test_no_rank_opens_what_rank_0_cannot(shards: Path, tmp_path: Path, make: An
 
 def test_who_waits_is_told_that_rank_0_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it takes: a collective that waits for too long ends the run."""
-    monkeypatch.setattr(batches, "TELL_EVERY_S", 0.001)
+    monkeypatch.setattr(distributed, "TELL_EVERY_S", 0.001)
     first, second = two_ranks()
 
     def find() -> str:
