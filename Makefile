@@ -15,6 +15,11 @@ install: .venv/installed  ## set up .venv with the pinned versions
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The Triton of torch 2.11, beside the pinned one: the kernels' machine code is checked with both.
+.venv/triton-3.6.0: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ 'triton==3.6.0; platform_system == "Linux"'
+	mkdir -p $@ && touch $@
+
 fmt: install  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -25,17 +30,17 @@ check: install  ## lint, format and types, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: install  ## all tests that need neither a GPU nor many minutes
+test: install .venv/triton-3.6.0  ## all tests that need neither a GPU nor many minutes
 	$(BIN)/pytest -m "not integration and not slow and not gpu" --numprocesses auto
 	$(BIN)/pytest -m "integration and not slow and not gpu"
 
-test-unit: install  ## the fast tests only
+test-unit: install .venv/triton-3.6.0  ## the fast tests only
 	$(BIN)/pytest -m "not integration and not slow and not gpu" --numprocesses auto
 
 test-integration: install  ## the tests that start Ray
 	$(BIN)/pytest -m "integration and not slow and not gpu"
 
-test-slow: install  ## everything, also what takes minutes
+test-slow: install .venv/triton-3.6.0  ## everything, also what takes minutes
 	$(BIN)/pytest -m "not gpu"
 
 test-gpu: install  ## the tests that need a CUDA device

@@ -30,11 +30,17 @@ from schemas.config import FitConfig
 from schemas.errors import BackendError
 
 LISTS_EVERY = 2
-"""Steps that one set of tile lists serves. Building both levels costs about a fifth of a step.
+"""Steps that one set of tile lists serves. Building both levels costs a fifth of a step's
+instructions at N = 400 and a third at 4900 (benchmarks/gpu_counts.py).
 Replayed over CPU fits of three photographs (400 to 4900 Gaussians, 10 to 100 steps): with the
 margin of STALE_GROW, 0.1 % to 4 % of the Gaussians overhang their listed box (average over steps; a
 third right after the start), none where its weight is above exp(-2.5^2 / 2) = 4 %. Serving 4 steps
 with a margin of 1.25, up to 15 % do."""
+
+ORDER_EVERY = 8
+"""Steps that one order of the Gaussians serves. Windows change slowly: an order of up to 8 steps
+ago costs the backward kernel 3 % more instructions than one of the same step, up to 16 steps 6 %
+(replayed over CPU fits; benchmarks/gpu_counts.py). What a sort costs a GPU was not measured."""
 
 
 def device() -> torch.device:
@@ -64,7 +70,8 @@ def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAn
     lists = tile_lists(splats, *target.shape[2:], cutoff)
     loss = _forward(splats, lists, cutoff, residual, target)
     gradient = splats.means.new_empty(*splats.mask.shape, 8)
-    _backward(splats, residual, cutoff, 2 / target.shape[1:].numel(), False, gradient)
+    order = by_window(splats, *target.shape[2:], cutoff)
+    _backward(splats, residual, order, cutoff, 2 / target.shape[1:].numel(), False, gradient)
     means, cholesky, colors = gradient.split((2, 3, 3), -1)
     return LossAndGrad(loss=loss, means=means, cholesky=cholesky, colors=colors)
 
@@ -77,17 +84,22 @@ class FusedStep:
         self.target, self.config = target.contiguous(), config
         self.residual = _channels_last(self.target)
         self.lists: TileLists | None = None
-        self.age = 0
+        self.order: Tensor | None = None
+        self.lists_age = self.order_age = 0
         self.gradient: Tensor | None = None
 
     def loss(self, splats: Splats, moved_far: bool) -> Tensor:
         """Loss [B] at `splats`; `moved_far` if they are not those of the last update."""
-        if self.lists is None or moved_far or self.age >= LISTS_EVERY:
-            size = self.target.shape[2:]
-            self.lists = tile_lists(splats, *size, self.config.cutoff, True, self.lists)
-            self.age = 0
-        self.age += 1
-        return _forward(splats, self.lists, self.config.cutoff, self.residual, self.target)
+        size, cutoff = self.target.shape[2:], self.config.cutoff
+        if self.lists is None or moved_far or self.lists_age >= LISTS_EVERY:
+            self.lists = tile_lists(splats, *size, cutoff, True, self.lists)
+            self.lists_age = 0
+        if self.order is None or moved_far or self.order_age >= ORDER_EVERY:
+            self.order = by_window(splats, *size, cutoff)
+            self.order_age = 0
+        self.lists_age += 1
+        self.order_age += 1
+        return _forward(splats, self.lists, cutoff, self.residual, self.target)
 
     def update(
         self,
@@ -103,7 +115,10 @@ class FusedStep:
         if self.gradient is None:
             self.gradient = splats.means.new_empty(*splats.mask.shape, 8)
         scale = 2 / self.target.shape[1:].numel()
-        _backward(splats, self.residual, config.cutoff, scale, config.whitened, self.gradient)
+        assert self.order is not None, "loss comes first"
+        _backward(
+            splats, self.residual, self.order, config.cutoff, scale, config.whitened, self.gradient
+        )
         state = (splats.means, splats.cholesky, splats.colors, self.gradient, *moments)
         assert all(x.is_contiguous() for x in state)
         if count:
@@ -132,7 +147,8 @@ class _Render(torch.autograd.Function):
         splats = Splats(*ctx.saved_tensors)
         gradient = splats.means.new_empty(*splats.mask.shape, 8)
         field = grad.permute(0, 2, 3, 1).contiguous()
-        _backward(splats, field, ctx.cutoff, 1.0, False, gradient)
+        order = by_window(splats, *field.shape[1:3], ctx.cutoff)
+        _backward(splats, field, order, ctx.cutoff, 1.0, False, gradient)
         return (*gradient.split((2, 3, 3), -1), None, None, None, None)
 
 
@@ -167,16 +183,45 @@ def _forward(
     return loss
 
 
+def windows(splats: Splats, height: int, width: int, cutoff: float) -> Tensor:
+    """Pixels [B, N] that the backward kernel visits for each Gaussian, 0 for one that draws
+    nothing: its window as the kernel has it."""
+    x, y = splats.means.unbind(-1)
+    l11, l21, l22 = splats.cholesky.unbind(-1)
+    sy = torch.hypot(l21, l22)
+    half_x, half_y = cutoff * l11 * (l22 / sy) + 1e-3, cutoff * sy + 1e-3
+    high = (y - 0.5 - half_y).clamp(min=0).ceil()
+    low = (y - 0.5 + half_y).clamp(max=height - 1).floor()
+    columns = (2 * half_x).floor().add(1).clamp(1, width)
+    drawn = splats.mask & (l11 > 0) & (l22 > 0) & (low >= high)
+    drawn &= (x - cutoff * l11 < width) & (x + cutoff * l11 > 0)
+    return torch.where(drawn, (low - high + 1) * columns, 0)
+
+
+def by_window(splats: Splats, height: int, width: int, cutoff: float) -> Tensor:
+    """Each image's Gaussians by falling window, int32 [B, N]: those that share a program of the
+    backward kernel end together, and the longest programs begin first."""
+    size = windows(splats, height, width, cutoff)
+    return size.argsort(dim=1, descending=True).to(torch.int32)
+
+
 def _backward(
-    splats: Splats, field: Tensor, cutoff: float, scale: float, whitened: bool, out: Tensor
+    splats: Splats,
+    field: Tensor,
+    order: Tensor,
+    cutoff: float,
+    scale: float,
+    whitened: bool,
+    out: Tensor,
 ) -> None:
-    """scale * the vector-Jacobian product with `field` [B, H, W, 3] into `out` [B, N, 8]."""
+    """scale * the vector-Jacobian product with `field` [B, H, W, 3] into `out` [B, N, 8]; `order`:
+    see `by_window`."""
     batch, n = splats.mask.shape
     groups = triton.cdiv(n, kernels.SHARED)
     if not batch * n:
         return
     kernels.backward_kernel[(batch * groups,)](
-        splats.means, splats.cholesky, splats.colors, splats.mask, field, out,
+        splats.means, splats.cholesky, splats.colors, splats.mask, field, out, order,
         n, groups, *field.shape[1:3], cutoff, scale,
         SHARED=kernels.SHARED, PIXELS=kernels.PIXELS, WHITENED=whitened, **WARP,
     )  # fmt: skip

@@ -9,7 +9,11 @@ window: one program of one warp per SHARED Gaussians of an image, 8 lanes each. 
 slanted strip: with sy^2 = l21^2 + l22^2, the row at dy from the mean is centred at dy l11 l21 /
 sy^2 and at most 2 cutoff l11 l22 / sy wide, so a long diagonal Gaussian pays for its own area, not
 for its bounding box. Strips are walked as flat pixel numbers, PIXELS at a time, so narrow windows
-waste no lanes. The weights are recomputed (14 operations; a store and a load would cost more).
+waste no lanes. The weights are recomputed (14 operations; a store and a load would cost more). A
+program runs to its largest window, and those of one image reach from 10 to 30,000 px, so Gaussians
+share programs in the order of their windows (`triton_backend.by_window`): in the order of the start
+the kernel has twice the instructions. Lanes are a flat vector. As SHARED x PIXELS, Triton 3.6 gives
+addresses and loads different layouts, and a round has 230 instructions instead of 57.
 
 With z = L^-1 (p - mu) and e = w <residual, color>, the sums of e z and of lower(e z z^T) are the
 gradient in whitened coordinates (mu += L d, L <- L (I + T)), with no cancellation at high aspect
@@ -23,13 +27,21 @@ Nothing is atomic and every sum has a fixed order: two runs give the same bits, 
 not depend on its batch. (Reductions of torch around them may round otherwise in a batch of another
 size, so the bytes of a shard can depend on that.)
 
-Arithmetic (counted in the machine code for sm_90, not measured: no GPU was at hand). Forward: 1,280
-instructions per warp for 32 Gaussians x 64 pixels, 168 registers, so 12 warps per SM, each with 64
-independent evaluations. Backward: 54 per 32 evaluations (addresses and bounds are half of them), 80
-registers, 25 warps per SM. Neither spills. At N = 400 on 224 x 224 px that is about 1.2 M + 0.6 M
-warp instructions per image and step, 2 M with lists and Adam, hence at most 0.45 M image-steps per
-second on an H200 (132 SM x 4 x 1.7 GHz). The first thing to try on a GPU: tiles of 16 px and
-groups of 8 where N < 1000, for then a tile's list fills a third of a group.
+Arithmetic (counted in the machine code for sm_90 with Triton 3.7.1 and 3.6.0, and in the windows
+and tiles of fits on the CPU by benchmarks/gpu_counts.py; not measured: no GPU was at hand).
+Forward: 949 instructions per warp for 32 Gaussians x 64 pixels and 243 around them, 168 registers,
+so 12 warps per SM, each with 64 independent evaluations. Backward: 57 per 32 evaluations (addresses
+and bounds are half of them) and 335 around them, 52 registers, 32 warps per SM, the most that
+blocks of one warp can have. Neither spills. On 224 x 224 px, million warp instructions per image
+and step:
+
+    N      forward  backward  lists, every other step   Adam   in all
+    400       1.00      1.16                     0.23   0.01     2.40
+    1600      1.20      1.20                     0.31   0.02     2.73
+    4900      1.56      1.50                     0.62   0.06     3.74
+
+An H200 can issue 132 SM x 4 x 1.98 G = 1.05 T/s, so at most 0.43 M image-steps/s at N = 400, and
+0.28 M where 65 % of that is reached. Tiles of 16 px with groups of 8 have no fewer instructions.
 
 Left out: the residual in half precision (it would halve 1.2 of about 2 MB of traffic per image and
 step, which at 3.3 TB/s is 0.6 us: arithmetic is the larger bound, so it would cost digits for
@@ -47,8 +59,8 @@ from pipeline.kernels.triton_lists import candidates, listed
 
 GROUP = 32
 """Gaussians of a tile evaluated at once: loaded one per lane, then shared by all lanes."""
-SHARED, PIXELS = 4, 32
-"""Gaussians per program of the backward kernel, and pixels of each evaluated at once."""
+SHARED, PIXELS = 4, 8
+"""Gaussians per program of the backward kernel, and pixels of each evaluated at once: a warp."""
 ADAM_BLOCK = 128
 """Gaussians per program of the Adam kernel, 4 warps."""
 HUGE = tl.constexpr(1e30)
@@ -130,23 +142,28 @@ def loss_kernel(squares, loss, tiles, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def backward_kernel(
-    means, cholesky, colors, mask, field, gradient, n, groups, height, width, cutoff, scale,
+    means, cholesky, colors, mask, field, gradient, order,
+    n, groups, height, width, cutoff, scale,
     SHARED: tl.constexpr, PIXELS: tl.constexpr, WHITENED: tl.constexpr,
 ):  # fmt: skip
     """`gradient` [B, N, 8] = scale * the vector-Jacobian product of the rendering with `field`
-    [B, H, W, 3], for (position 2, shape 3, colour 3); 0 for Gaussians that draw nothing."""
+    [B, H, W, 3], for (position 2, shape 3, colour 3); 0 for Gaussians that draw nothing.
+
+    `order` int32 [B, N], a permutation of each image's Gaussians, says which ones share a program;
+    the gradient's bits do not depend on it."""
     program = tl.program_id(0)
     image = (program // groups).to(tl.int64)
-    member = program % groups * SHARED + tl.arange(0, SHARED)
-    exists = member < n
-    i = image * n + member
+    lane = tl.arange(0, SHARED * PIXELS)
+    slot = program % groups * SHARED + lane // PIXELS
+    exists = slot < n
+    i = image * n + tl.load(order + image * n + slot, exists, 0)
     mx, my = tl.load(means + 2 * i, exists, 0), tl.load(means + 2 * i + 1, exists, 0)
     l11 = tl.load(cholesky + 3 * i, exists, 0)
     l21 = tl.load(cholesky + 3 * i + 1, exists, 0)
     l22 = tl.load(cholesky + 3 * i + 2, exists, 0)
-    cr = tl.load(colors + 3 * i, exists, 0)[None, :]
-    cg = tl.load(colors + 3 * i + 1, exists, 0)[None, :]
-    cb = tl.load(colors + 3 * i + 2, exists, 0)[None, :]
+    cr = tl.load(colors + 3 * i, exists, 0)
+    cg = tl.load(colors + 3 * i + 1, exists, 0)
+    cb = tl.load(colors + 3 * i + 2, exists, 0)
     drawn = (tl.load(mask + i, exists, 0) != 0) & (l11 > 0) & (l22 > 0)
     l11, l22 = tl.where(drawn, l11, 1), tl.where(drawn, l22, 1)
     # finite, whatever the parameters: a weight of 0 times z must be 0
@@ -168,25 +185,22 @@ def backward_kernel(
     columns = tl.floor(2 * half_x) + 1
     columns = tl.where(columns < width, columns, width)
     columns = tl.where(columns >= 1, columns, 1)
-    count, columns = (rows * columns)[None, :], columns[None, :]
-    per_column, high = 1 / columns, high[None, :]
-    slope, edge = slope[None, :], (center_x - half_x)[None, :]
-    center_x, center_y = center_x[None, :], center_y[None, :]
-    a, b, c = inv11[None, :], inv21[None, :], inv22[None, :]
+    count = rows * columns
+    per_column, edge = 1 / columns, center_x - half_x
     plane = height * width
     rgb = field + image * 3 * plane
 
-    sum_r = tl.zeros([PIXELS, SHARED], tl.float32)
-    sum_g = tl.zeros([PIXELS, SHARED], tl.float32)
-    sum_b = tl.zeros([PIXELS, SHARED], tl.float32)
-    sum_1 = tl.zeros([PIXELS, SHARED], tl.float32)
-    sum_2 = tl.zeros([PIXELS, SHARED], tl.float32)
-    sum_11 = tl.zeros([PIXELS, SHARED], tl.float32)
-    sum_21 = tl.zeros([PIXELS, SHARED], tl.float32)
-    sum_22 = tl.zeros([PIXELS, SHARED], tl.float32)
-    lanes = tl.arange(0, PIXELS).to(tl.float32)[:, None]
-    for first in range(0, tl.max(tl.max(count, 1), 0).to(tl.int32), PIXELS):
-        k = lanes + first
+    sum_r = tl.zeros([SHARED * PIXELS], tl.float32)
+    sum_g = tl.zeros([SHARED * PIXELS], tl.float32)
+    sum_b = tl.zeros([SHARED * PIXELS], tl.float32)
+    sum_1 = tl.zeros([SHARED * PIXELS], tl.float32)
+    sum_2 = tl.zeros([SHARED * PIXELS], tl.float32)
+    sum_11 = tl.zeros([SHARED * PIXELS], tl.float32)
+    sum_21 = tl.zeros([SHARED * PIXELS], tl.float32)
+    sum_22 = tl.zeros([SHARED * PIXELS], tl.float32)
+    own = (lane % PIXELS).to(tl.float32)
+    for first in range(0, tl.max(count, 0).to(tl.int32), PIXELS):
+        k = own + first
         row = tl.floor((k + 0.5) * per_column)  # exact up to 4 M pixels per window
         y = high + row
         dy = y - center_y
@@ -199,8 +213,8 @@ def backward_kernel(
         green = tl.load(at + 1, inside, 0)
         blue = tl.load(at + 2, inside, 0)
         dx = x - center_x
-        z1 = dx * a
-        z2 = dx * b + dy * c
+        z1 = dx * inv11
+        z2 = dx * inv21 + dy * inv22
         q = z1 * z1 + z2 * z2
         w = tl.where(inside & (q <= cutoff * cutoff), tl.exp2(q * -LOG2_E_HALF), 0)
         sum_r += w * red
@@ -213,20 +227,29 @@ def backward_kernel(
         sum_11 += e1 * z1
         sum_21 += e1 * z2
         sum_22 += e2 * z2
-    p1, p2 = tl.sum(sum_1, 0), tl.sum(sum_2, 0)
-    s11, s21, s22 = tl.sum(sum_11, 0), tl.sum(sum_21, 0), tl.sum(sum_22, 0)
     if not WHITENED:
-        p1, p2 = p1 * inv11 + p2 * inv21, p2 * inv22
-        s11, s21, s22 = s11 * inv11 + s21 * inv21, s21 * inv22, s22 * inv22
-    out = gradient + 8 * i
-    tl.store(out, tl.where(drawn, scale * p1, 0), exists)
-    tl.store(out + 1, tl.where(drawn, scale * p2, 0), exists)
-    tl.store(out + 2, tl.where(drawn, scale * s11, 0), exists)
-    tl.store(out + 3, tl.where(drawn, scale * s21, 0), exists)
-    tl.store(out + 4, tl.where(drawn, scale * s22, 0), exists)
-    tl.store(out + 5, tl.where(drawn, scale * tl.sum(sum_r, 0), 0), exists)
-    tl.store(out + 6, tl.where(drawn, scale * tl.sum(sum_g, 0), 0), exists)
-    tl.store(out + 7, tl.where(drawn, scale * tl.sum(sum_b, 0), 0), exists)
+        sum_1, sum_2 = sum_1 * inv11 + sum_2 * inv21, sum_2 * inv22
+        sum_11, sum_21 = sum_11 * inv11 + sum_21 * inv21, sum_21 * inv22
+        sum_22 = sum_22 * inv22
+    slot = program % groups * SHARED + tl.arange(0, SHARED)
+    exists = slot < n
+    out = gradient + 8 * (image * n + tl.load(order + image * n + slot, exists, 0))
+    tl.store(out, of_each(sum_1, drawn, scale, SHARED, PIXELS), exists)
+    tl.store(out + 1, of_each(sum_2, drawn, scale, SHARED, PIXELS), exists)
+    tl.store(out + 2, of_each(sum_11, drawn, scale, SHARED, PIXELS), exists)
+    tl.store(out + 3, of_each(sum_21, drawn, scale, SHARED, PIXELS), exists)
+    tl.store(out + 4, of_each(sum_22, drawn, scale, SHARED, PIXELS), exists)
+    tl.store(out + 5, of_each(sum_r, drawn, scale, SHARED, PIXELS), exists)
+    tl.store(out + 6, of_each(sum_g, drawn, scale, SHARED, PIXELS), exists)
+    tl.store(out + 7, of_each(sum_b, drawn, scale, SHARED, PIXELS), exists)
+
+
+@triton.jit
+def of_each(parts, drawn, scale, SHARED: tl.constexpr, PIXELS: tl.constexpr):
+    """scale * the sums of `parts` [SHARED * PIXELS] over each Gaussian's lanes, [SHARED]; 0 where
+    it is not drawn."""
+    parts = tl.where(drawn, parts * scale, 0)
+    return tl.sum(tl.reshape(parts, [SHARED, PIXELS]), 1)
 
 
 @triton.jit
