@@ -1,6 +1,13 @@
 # Every target makes and uses .venv; `make install` alone sets it up.
 PYTHON ?= python3
 BIN := .venv/bin
+# With BIN=... another Python's folder is taken as it is: make test-gpu BIN=/usr/local/bin
+
+# The files with tests marked gpu; a test keeps this list whole.
+GPU_TESTS := \
+	tests/unit/test_gsplat_alpha.py \
+	tests/unit/test_kernels.py \
+	tests/unit/test_triton.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo clean
@@ -8,7 +15,7 @@ BIN := .venv/bin
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
-install: .venv/installed  ## set up .venv with the pinned versions
+install: $(if $(filter .venv/bin,$(BIN)),.venv/installed)  ## set up .venv with the pinned versions
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -43,8 +50,9 @@ test-integration: install  ## the tests that start Ray
 test-slow: install .venv/triton-3.6.0  ## everything, also what takes minutes
 	$(BIN)/pytest -m "not gpu"
 
-test-gpu: install  ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu
+test-gpu: install  ## the tests that need a CUDA device; fails where there is none
+	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("no CUDA device: no test of a GPU can run here")'
+	$(BIN)/python -m pytest -m gpu $(GPU_TESTS)
 
 bench: install  ## the three main benchmarks; results under benchmarks/results (about 30 minutes)
 	$(BIN)/python -m benchmarks.cpu_kernel

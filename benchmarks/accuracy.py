@@ -30,8 +30,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from benchmarks import accuracy_data as data
 from benchmarks.accuracy_train import Run
 from benchmarks.arms import (
@@ -191,6 +189,8 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__)
     begin = time.perf_counter()
     with workspace(args.folder) as folder:

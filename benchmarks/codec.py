@@ -24,7 +24,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import tyro
 from PIL import Image, ImageFile
 
 from benchmarks.record import DATA, save
@@ -107,6 +106,8 @@ def measure(source: str, args: Args, n: int, codec: str, format: str) -> dict[st
 
 
 def main() -> None:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__)
     results = []
     print("per image; dB and bytes are means\n")

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import tyro
 from numba import njit
 
 from benchmarks.record import sample_images, save
@@ -132,6 +131,8 @@ def largest_error(gradients: list[torch.Tensor], exact: list[torch.Tensor]) -> f
 
 
 def main() -> None:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     target = sample_images(args.images)

@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-import tyro
 
 from benchmarks.record import sample_images, save
 from pipeline.fit import fit
@@ -58,6 +57,8 @@ def measure(target: torch.Tensor, preset: str, n: int, steps: int, pruned: bool 
 
 
 def main() -> None:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     target = sample_images(args.images, args.shard)

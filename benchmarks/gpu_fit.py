@@ -38,7 +38,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from benchmarks.cpu_kernel import count_evaluations
@@ -332,6 +331,8 @@ def peers() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__, args=argv)
     backend = select_backend(args.backend)
     device = backend.device

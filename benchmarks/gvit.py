@@ -35,8 +35,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import tyro
-
 from benchmarks import accuracy_data as data
 from benchmarks.accuracy_train import Run
 from benchmarks.arms import (
@@ -209,6 +207,8 @@ def points(row: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__)
     begin = time.perf_counter()
     with workspace(args.folder) as folder:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from benchmarks.record import DATA, sample_images, save
@@ -131,6 +130,8 @@ def describe(name: str, row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     backend = select_backend(args.backend)

@@ -22,11 +22,11 @@ from schemas.config import DecodeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SPLATSHARD_DATA", ROOT.parent / "shared" / "data"))
-PACKAGES = ("torch", "numba", "llvmlite", "numpy", "pillow", "pyarrow", "ray")
+PACKAGES = ("torch", "triton", "numba", "llvmlite", "numpy", "pillow", "pyarrow", "ray")
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores, operating system, package versions and commit."""
+    """CPU model, cores, operating system, package versions (None: not installed) and commit."""
     model = platform.processor()
     flags = ""
     cpuinfo = Path("/proc/cpuinfo")
@@ -36,17 +36,33 @@ def machine() -> dict[str, Any]:
                 model = line.split(":", 1)[1].strip()
             elif line.startswith("flags"):
                 flags = "AVX-512" if "avx512f" in line else "AVX2" if "avx2" in line else "SSE"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
     return {
         "cpu": f"{model} {flags}".strip(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or None,
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": commit(),
     }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """None where this is a copy without its repository, or git is not installed."""
+    if not (ROOT / ".git").exists():  # git would look for one further up
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def save(name: str, results: Any) -> Path:

@@ -32,7 +32,6 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import tyro
 from transformers.utils import logging
 
 from benchmarks import accuracy_data as data
@@ -232,6 +231,8 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    import tyro  # here, so that a machine without it can import the functions
+
     args = tyro.cli(Args, description=__doc__)
     begin = time.perf_counter()
     with workspace(args.folder) as folder:

@@ -28,8 +28,6 @@ from dataclasses import replace
 from itertools import compress
 from posixpath import basename
 
-from braceexpand import UnbalancedBracesError, braceexpand
-
 from pipeline import storage
 from pipeline.parquet import has_images
 from pipeline.read import count_samples, split_stem
@@ -132,10 +130,21 @@ def _patterns(source: str, in_list: bool = False) -> list[str]:
         return _read_list(source)
     if "{" not in source or storage.exists(source):
         return [source]
+    return _expand(source)
+
+
+def _expand(pattern: str) -> list[str]:
     try:
-        return list(braceexpand(source))
+        from braceexpand import UnbalancedBracesError, braceexpand
+    except ImportError as e:
+        raise UsageError(
+            f"{pattern}: braces are expanded by braceexpand, which is not installed: pip install "
+            "braceexpand, or give a glob (*.tar), a folder or a list file"
+        ) from e
+    try:
+        return list(braceexpand(pattern))
     except UnbalancedBracesError as e:
-        raise UsageError(f"{source}: unbalanced braces; write {{00000..00009}}.tar") from e
+        raise UsageError(f"{pattern}: unbalanced braces; write {{00000..00009}}.tar") from e
 
 
 def _read_list(url: str) -> list[str]:

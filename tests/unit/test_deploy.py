@@ -187,3 +187,13 @@ def test_commands_in_texts_have_jobs_and_flags(
         assert not [f for f in flags if not re.search(rf"{f}(?![\w-])", help_text)], command
         if job == "convert":
             parse_options(arguments)
+
+
+def test_make_names_every_file_with_tests_for_a_gpu() -> None:
+    """`make test-gpu` must collect on machines where other files cannot even be imported."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    named = re.search(r"^GPU_TESTS := (.*)$", text, re.M)
+    assert named is not None
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [f for f in files if re.search(r"\bmark\.gpu\b", f.read_text())]
+    assert named[1].split() == [str(f.relative_to(ROOT)) for f in marked]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_fit
+from benchmarks import gpu_fit, record
 from benchmarks.gpu_fit import Ceilings
 from pipeline.kernels.gsplat_alpha import load_gsplat
+from tests.bare import bare_environment
 from tests.make import photo
 
 TOY = "--gaussians 8 16 --batch 1 2 --steps 2 --image-size 24 --images 2 --repeats 1 --backend cpu"
@@ -67,3 +73,44 @@ def test_the_bound_is_that_of_the_design() -> None:
     h200 = Ceilings(flops=67e12, bytes_per_s=4.8e12)
     assert h200.image_iterations_per_s(480_000, 224 * 224) == pytest.approx(3.67e6, rel=0.01)
     assert h200.image_iterations_per_s(1, 224 * 224) == pytest.approx(4.35e6, rel=0.01)
+
+
+# A machine with little more than torch: see tests/bare.py
+
+
+def test_a_bare_machine_imports_what_measures_a_gpu_and_says_what_it_is(tmp_path: Path) -> None:
+    """Without git and ray, of whose version it cannot tell."""
+    (tmp_path / "site").mkdir()
+    script = (
+        "import json, benchmarks.cpu_kernel, benchmarks.gpu_fit, benchmarks.record as record\n"
+        "print(json.dumps(record.machine()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=record.ROOT,
+        env=bare_environment(tmp_path / "site") | {"PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    here = record.machine()
+    assert found == here | {"commit": None, "versions": here["versions"] | {"ray": None}}
+    assert found["versions"]["torch"]
+
+
+def test_the_commit_is_that_of_our_own_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None for a copy without one, also where it lies within another."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    identity = {
+        f"GIT_{who}_{what}": "a" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    for command in ("init", "commit --allow-empty -m first"):
+        subprocess.run(
+            ["git", *command.split()], cwd=tmp_path, env=os.environ | identity, check=True
+        )
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.commit()
+    monkeypatch.setattr(record, "ROOT", tmp_path / "copy")
+    assert record.commit() is None

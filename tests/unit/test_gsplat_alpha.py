@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
@@ -194,7 +195,18 @@ def test_a_batch_beyond_the_sort_keys_is_refused(monkeypatch: pytest.MonkeyPatch
 # On a GPU
 
 
+@pytest.fixture(scope="module")
+def with_gsplat():
+    """Skips where gsplat is absent or cannot be built, which is tried once."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of those who compile
+            load_gsplat()
+    except BackendError as e:
+        pytest.skip(str(e))
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("with_gsplat")
 @pytest.mark.parametrize("shape", [(1, 1, 5, 3), (2, 30, 31, 45), (3, 300, 50, 129)])
 @pytest.mark.parametrize("with_background", [False, True])
 def test_gsplat_matches_the_twin(shape: tuple[int, int, int, int], with_background: bool):
@@ -225,6 +237,7 @@ def test_gsplat_matches_the_twin(shape: tuple[int, int, int, int], with_backgrou
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("with_gsplat")
 def test_gsplat_draws_nothing_for_nothing():
     splats, opacities = make(2, 4, 6, 5)
     hidden = Splats(*(getattr(splats, n).float().cuda() for n in NAMES), splats.mask.cuda() & False)

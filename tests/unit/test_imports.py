@@ -6,12 +6,26 @@ Reads source code rather than importing, so that it also sees imports inside fun
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from pipeline.convert import convert_shard
+from pipeline.data import SplatDataset
+from pipeline.kernels.backend import select_backend
+from pipeline.sources import list_shards
+from pipeline.train.loop import train
+from schemas.config import ConvertConfig, DecodeConfig, FitConfig
+from schemas.errors import SourceError, UsageError
+from tests.bare import ABSENT, bare_environment
+from tests.make import image_folder
+from tests.training import toy_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("schemas", "pipeline", "jobs")
@@ -92,3 +106,73 @@ def test_help_needs_neither_torch_nor_ray(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "splatshard" in done.stdout
+
+
+# A machine with little more than torch: see tests/bare.py
+
+
+def on_a_bare_machine(call: str, folder: Path) -> None:
+    """Run a function of this file there."""
+    (folder / "site").mkdir()
+    script = f"from tests.unit import test_imports as t; from pathlib import Path; t.{call}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True, text=True, cwd=ROOT, env=bare_environment(folder / "site"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_absent_cannot_be_found(tmp_path: Path) -> None:
+    on_a_bare_machine("cannot_be_found()", tmp_path)
+
+
+def cannot_be_found(inherited: bool = False) -> None:
+    for name in ABSENT:
+        assert find_spec(name) is None
+        with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
+            importlib.import_module(name)
+        with pytest.raises(PackageNotFoundError):
+            version(name)
+    assert version("torch")
+    if not inherited:
+        script = "from tests.unit import test_imports as t; t.cannot_be_found(inherited=True)"
+        subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_bare_machine_imports_all_that_needs_no_ray(tmp_path: Path) -> None:
+    on_a_bare_machine("import_all()", tmp_path)
+
+
+def import_all() -> None:
+    for name in NAMES:
+        if name.startswith(("schemas/", "pipeline/")) and "triton" not in name:
+            importlib.import_module(name.removesuffix(".py").replace("/", "."))
+
+
+def test_a_bare_machine_converts_reads_and_trains(tmp_path: Path) -> None:
+    on_a_bare_machine(f"convert_read_train(Path({str(tmp_path)!r}))", tmp_path)
+
+
+def convert_read_train(folder: Path) -> None:
+    (ref,) = list_shards(str(image_folder(folder / "images")))
+    config = ConvertConfig(
+        decode=DecodeConfig(image_size=32), fit=FitConfig(num_gaussians=8, steps=2), backend="cpu"
+    )
+    (folder / "splats").mkdir()
+    convert_shard(ref, config, str(folder / "splats"), select_backend("cpu"))
+    (batch,) = SplatDataset(str(folder / "splats"), batch_size=6)
+    assert sorted(batch.keys) == sorted(f"{c}/{i:04d}" for c in ("cat", "dog") for i in range(3))
+    assert batch.valid.all()
+    result = train(toy_config(folder, folder / "run", steps=2, data__batch_size=3))
+    assert result.steps == 2
+
+
+def test_a_bare_machine_says_what_a_source_needs(tmp_path: Path) -> None:
+    on_a_bare_machine("say_what_is_needed()", tmp_path)
+
+
+def say_what_is_needed() -> None:
+    with pytest.raises(UsageError, match="which is not installed: pip install braceexpand, or"):
+        list_shards("shards/{0..3}.tar")
+    with pytest.raises(SourceError, match="needs the package s3fs: install it here"):
+        list_shards("s3://bucket/a.tar")
