@@ -11,6 +11,7 @@ environment before Triton is imported): thousands of times slower, for tests.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -111,7 +112,7 @@ class FusedStep:
     ) -> Splats:
         """One Adam step against the gradient at the splats that `loss` last saw; see
         `fit.TorchStep.update`."""
-        config, count = self.config, splats.mask.numel()
+        config = self.config
         if self.gradient is None:
             self.gradient = splats.means.new_empty(*splats.mask.shape, 8)
         scale = 2 / self.target.shape[1:].numel()
@@ -119,16 +120,8 @@ class FusedStep:
         _backward(
             splats, self.residual, self.order, config.cutoff, scale, config.whitened, self.gradient
         )
-        state = (splats.means, splats.cholesky, splats.colors, self.gradient, *moments)
-        assert all(x.is_contiguous() for x in state)
-        if count:
-            kernels.adam_kernel[(triton.cdiv(count, kernels.ADAM_BLOCK),)](
-                *state, count, beta1, config.beta2, correction2,
-                rate * config.lr_means, rate * config.lr_shape, rate * config.lr_colors,
-                config.l1_colors, *bounds(*self.target.shape[2:]),
-                BLOCK=kernels.ADAM_BLOCK, WHITENED=config.whitened,
-                **(WARP | {"num_warps": 4}),
-            )  # fmt: skip
+        size = self.target.shape[2:]
+        _adam(splats, self.gradient, moments, config, size, beta1, rate, correction2)
         return splats
 
 
@@ -224,6 +217,30 @@ def _backward(
         splats.means, splats.cholesky, splats.colors, splats.mask, field, out, order,
         n, groups, *field.shape[1:3], cutoff, scale,
         SHARED=kernels.SHARED, PIXELS=kernels.PIXELS, WHITENED=whitened, **WARP,
+    )  # fmt: skip
+
+
+def _adam(
+    splats: Splats,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    config: FitConfig,
+    size: Sequence[int],
+    beta1: float,
+    rate: float,
+    correction2: float,
+) -> None:
+    """One Adam step of the splats and moments in place; `size` is the image's height and width."""
+    state = (splats.means, splats.cholesky, splats.colors, gradient, *moments)
+    assert all(x.is_contiguous() for x in state)
+    count = splats.mask.numel()
+    if not count:
+        return
+    kernels.adam_kernel[(triton.cdiv(count, kernels.ADAM_BLOCK),)](
+        *state, count, beta1, config.beta2, correction2,
+        rate * config.lr_means, rate * config.lr_shape, rate * config.lr_colors,
+        config.l1_colors, *bounds(*size),
+        BLOCK=kernels.ADAM_BLOCK, WHITENED=config.whitened, **(WARP | {"num_warps": 4}),
     )  # fmt: skip
 
 

@@ -1,0 +1,397 @@
+"""The parts of `benchmarks.device_check` about fitting: right or wrong, ceilings, kernels, fits.
+
+check      against the dense float64 reference, twice, in memory that was filled with NaN
+ceilings   what the device can do: products, a copy, its clock
+kernels    microseconds per image of each kernel and its variants, and of a fit's other pieces
+fit        one N at two batch sizes, peak memory, where the time goes
+counters   what the hardware counted of the three large kernels, by NVIDIA's ncu
+fits       whole fits beside the published loop
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.device_record import Size, Tell, pictures
+from benchmarks.gpu_fit import fill, mean_psnr, measure_ceilings, peak_bytes, seconds, wait
+from pipeline import fit as fitting
+from pipeline.fit import TorchStep, fit, optimize
+from pipeline.init import COLOR_STEPS, initial_splats, solve_colors, structure_tensor
+from pipeline.kernels import reference, triton_backend, triton_kernels, voronoi
+from pipeline.kernels.backend import Backend, select_backend
+from pipeline.kernels.triton_lists import tile_lists
+from pipeline.splats import Splats
+from schemas.config import PRESETS, FitConfig
+
+CUTOFF = 3.0
+NAMES = ("means", "cholesky", "colors")
+METRICS = {  # ncu's name -> ours
+    "smsp__inst_executed.sum": "instructions",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue",
+    "smsp__inst_executed_pipe_xu.sum": "special functions",
+    "l1tex__t_sector_hit_rate.pct": "L1 hits",
+    "lts__t_sector_hit_rate.pct": "L2 hits",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
+    "launch__registers_per_thread": "registers",
+    "gpu__time_duration.sum": "time",
+}
+UNITS = {"instructions": "M per image", "special functions": "M per image", "registers": "a thread"}
+
+
+def check(size: Size, tell: Tell) -> None:
+    """Values and gradients of splats at random, some outside of the picture and some masked, and
+    the whole step of a fit."""
+    backend = select_backend("triton")
+    device, side = backend.device, size.image
+    equal, written, worst = [], [], 0.0
+    for n in size.gaussians:
+        splats = random_splats(size.checked, n, side, side, seed=n)
+        target = torch.rand(size.checked, 3, side, side, dtype=torch.float64)
+        exact = outputs(reference.loss_and_grad, reference.render, splats, target, device)
+        single, target = to_float(splats), target.float()
+        own = outputs(reference.loss_and_grad, reference.render, single, target, device)
+        with poisoned():
+            found = outputs(backend.loss_and_grad, backend.render, single, target, device)
+            again = outputs(backend.loss_and_grad, backend.render, single, target, device)
+        for name, value in found.items():
+            wanted = exact[name]
+            floor = 1e-7 * wanted.norm().item()
+            ratio = (value.double() - wanted).norm().item()
+            ratio /= (own[name].double() - wanted).norm().item() + floor
+            worst = max(worst, ratio) if ratio == ratio else float("inf")
+            equal.append(torch.equal(value, again[name]))
+            written.append(bool(value.isfinite().all()))
+            tell(f"error of {name}, N={n}", ratio, "of float32's own", shape=list(value.shape))
+    tell("error over float32's own", worst, "ratio")
+    tell("fused step against torch", step_difference(size, backend), "relative")
+    tell("Lloyd step against numba", lloyd_difference(size, backend), "px")
+    target = fill(pictures(size)[:2], 2).to(device)
+    config = FitConfig(num_gaussians=size.gaussians[0], steps=size.steps)
+    one, two = (fit(target, config, backend)[0] for _ in range(2))
+    equal += [torch.equal(getattr(one, name), getattr(two, name)) for name in NAMES]
+    with poisoned():
+        one, _ = fit(target, config, backend)
+    written += [bool(getattr(one, name).isfinite().all()) for name in NAMES]
+    tell("equal bits", sum(equal) / len(equal), "share of checks", checks=len(equal))
+    tell("written", sum(written) / len(written), "share of checks", checks=len(written))
+
+
+def ceilings(size: Size, tell: Tell) -> None:
+    """fp32 and bf16 products, a copy, and the clock while the device is busy."""
+    device = select_backend("triton").device
+    bound = measure_ceilings(device)
+    tell("fp32 product", bound.flops / 1e12, "TFLOP/s")
+    side = size.product
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    took = seconds(lambda: a @ a, 10, device)
+    tell("bf16 product", 2 * side**3 / took / 1e12, "TFLOP/s")
+    tell("copy", bound.bytes_per_s / 1e12, "TB/s")
+    a = torch.randn(side, side, device=device)
+    for _ in range(size.busy_products):
+        a @ a
+    clock = smi("clocks.sm")
+    wait(device)
+    if clock:
+        tell("clock under load", clock[0], "MHz")
+
+
+def kernels(size: Size, tell: Tell) -> None:
+    """Median times on splats in the middle of a fit."""
+    backend = select_backend("triton")
+    device, side = backend.device, size.image
+    images = pictures(size).to(device)
+    target = fill(images, size.batch)
+    for n in size.gaussians:
+        config = FitConfig(num_gaussians=n, steps=size.steps)
+        splats, _ = fit(images, replace(config, steps=size.steps // 2), backend)
+        splats = repeated(splats, size.batch)
+        moments = tuple(torch.rand(*splats.mask.shape, 8, device=device) for _ in range(2))
+        step = triton_backend.FusedStep(target, config)
+        step.loss(splats, True)
+        gradient = splats.means.new_empty(*splats.mask.shape, 8)
+        order = triton_backend.by_window(splats, side, side, CUTOFF)
+        given = torch.arange(n, dtype=torch.int32, device=device).expand_as(order).contiguous()
+        lists = tile_lists(splats, side, side, CUTOFF, True)
+
+        def backward(order: Tensor, splats: Splats = splats, step: Any = step) -> None:
+            triton_backend._backward(splats, step.residual, order, CUTOFF, 1.0, True, gradient)
+
+        def time_of(name: str, work: Callable[[], Any], n: int = n) -> None:
+            took = median_s(work, size.repeats, device)
+            tell(f"{name}, N={n}", 1e6 * took / size.batch, "us per image", batch=size.batch)
+
+        time_of("lists", lambda: tile_lists(splats, side, side, CUTOFF, True, lists))
+        time_of(
+            "forward",
+            lambda: triton_backend._forward(splats, lists, CUTOFF, step.residual, target),
+        )
+        time_of("backward", lambda: backward(order))
+        time_of("backward, as given", lambda: backward(given))
+        for shared, pixels in ((4, 32), (2, 16), (1, 32), (8, 4)):
+            with shape(shared, pixels):
+                time_of(f"backward {shared} x {pixels}", lambda: backward(order))
+        time_of("order", lambda: triton_backend.by_window(splats, side, side, CUTOFF))
+        rates = ((side, side), 0.8, 1e-6, 0.9)  # steps so small that the splats stay
+        time_of("adam", lambda: triton_backend._adam(splats, gradient, moments, config, *rates))
+        time_of("start", lambda: initial_splats(target, config, backend))
+        time_of("relocation", lambda: fitting.relocate(splats, target, moments, CUTOFF, backend))
+        time_of("colours", lambda: solve_colors(splats, target, COLOR_STEPS, CUTOFF, backend))
+        gain = torch.rand(size.batch, side * side, device=device)
+        count = min(side * side, max(1, int(fitting.RELOCATE_SHARE * n)))
+        time_of("topk", lambda: gain.topk(count))
+    blur = backend.blur
+    tensor = structure_tensor(target)
+    took = median_s(lambda: blur(tensor, 1.3), size.repeats, device)
+    tell("blur, 3 planes", 1e6 * took / size.batch, "us per image", batch=size.batch)
+
+
+def one_fit(size: Size, tell: Tell) -> None:
+    """One N at two batch sizes: rate, memory, and by torch's profiler where the time goes."""
+    backend = select_backend("triton")
+    device = backend.device
+    images = pictures(size).to(device)
+    n = size.gaussians[0]
+    config = FitConfig(num_gaussians=n, steps=size.steps)
+    for batch in (size.batch, 2 * size.batch):
+        target = fill(images, batch)
+        took = seconds(lambda t=target: fit(t, config, backend), 2, device)
+        tell(f"images/s, N={n}, batch {batch}", batch / took, "images/s")
+        peak = peak_bytes(lambda t=target: fit(t, config, backend), device)
+        if peak is not None:
+            tell(f"peak memory, N={n}, batch {batch}", peak / 1e9, "GB")
+    if device.type == "cuda":
+        profile(fill(images, size.batch), config, backend, tell)
+
+
+def profile(target: Tensor, config: FitConfig, backend: Backend, tell: Tell) -> None:
+    """Shares of the device's time by kernel, and the share in which it was idle."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    fit(target, config, backend)
+    wait(target.device)
+    begin = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as profiler:
+        fit(target, config, backend)
+        wait(target.device)
+        passed = time.perf_counter() - begin
+    spent = {e.key: e.self_device_time_total / 1e6 for e in profiler.key_averages()}
+    busy = sum(spent.values())
+    ours = ("forward_kernel", "backward_kernel", "_list_kernel")
+    tell(
+        "time in forward, backward, lists",
+        sum(spent.get(name, 0) for name in ours) / busy,
+        "share of the device's",
+        top={k: v / busy for k, v in sorted(spent.items(), key=lambda x: -x[1])[:20]},
+    )
+    tell("device idle in a fit", max(0.0, 1 - busy / passed), "share of the time")
+
+
+def counters(size: Size, tell: Tell) -> None:
+    """Instructions, issue and caches of forward, backward and lists, read from the hardware."""
+    if shutil.which("ncu") is None:
+        tell("ncu", 0, "found", note="not installed")
+        return
+    command = [
+        *("ncu", "--clock-control", "none", "--csv", "--page", "raw"),
+        *(
+            "--metrics",
+            ",".join(METRICS),
+            "-k",
+            "regex:forward_kernel|backward_kernel|_list_kernel",
+        ),
+        *(sys.executable, "-m", "benchmarks.device_check", "--counted"),
+        *(["--toy"] if size.toy else []),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
+    if done.returncode or not lines:
+        raise RuntimeError(
+            f"ncu ended with {done.returncode}: {(done.stderr or done.stdout)[-500:]}"
+        )
+    for row in list(csv.DictReader(io.StringIO("\n".join(lines))))[1:]:  # the first holds units
+        kernel = row["Kernel Name"].split("(")[0].removesuffix("_kernel").strip("_")
+        for metric, name in METRICS.items():
+            if metric in row:
+                value = float(row[metric].replace(",", "") or "nan")
+                per_image = name in ("instructions", "special functions")
+                value = value / 1e6 / size.batch if per_image else value
+                n = size.gaussians[0]
+                label = f"{kernel} {name}" + (f", N={n}" if name == "instructions" else "")
+                tell(label, value, UNITS.get(name, "ns" if name == "time" else "%"))
+
+
+def counted(size: Size) -> None:
+    """What runs under ncu: one of each kernel in the middle of a fit, after warm ones."""
+    backend = select_backend("triton")
+    images = pictures(size).to(backend.device)
+    config = FitConfig(num_gaussians=size.gaussians[0], steps=size.steps)
+    torch.manual_seed(0)
+    start = initial_splats(images, config, replace(backend, make_step=None))
+    splats = repeated(start, size.batch)
+    step = triton_backend.FusedStep(fill(images, size.batch), config)
+    moments = tuple(splats.means.new_zeros(*splats.mask.shape, 8) for _ in range(2))
+    for _ in range(2):
+        step.loss(splats, False)
+        step.update(splats, moments, 0.8, 1.0, 1.0)
+    wait(backend.device)
+
+
+def fits(size: Size, tell: Tell) -> None:
+    """Whole fits, beside the published loop on the same backend and pictures."""
+    backend = select_backend("triton")
+    device = backend.device
+    images = pictures(size).to(device)
+    ours: dict[int, float] = {}
+    for n in size.gaussians:
+        config = FitConfig(num_gaussians=n, steps=size.steps)
+        ours[n] = mean_psnr(fit(images, config, backend)[0], images, backend, len(images))
+        tell(f"PSNR, N={n}", ours[n], "dB", images=len(images), steps=size.steps)
+        for batch in size.batches:
+            target = fill(images, batch)
+            took = seconds(lambda t=target, c=config: fit(t, c, backend), 2, device)
+            tell(f"images/s, N={n}, batch {batch}", batch / took, "images/s")
+    n = size.gaussians[0]
+    config = FitConfig(num_gaussians=n, steps=size.steps)
+    took = seconds(lambda: fit(images[:1], config, backend), 2, device)
+    tell(f"images/s, N={n}, batch 1", 1 / took, "images/s")
+    batch = size.batches[0]
+    target = fill(images, batch)
+    for n in size.gaussians:
+        paper = replace(PRESETS["paper"].fit, num_gaussians=n, steps=size.paper_steps)
+        wait(device)
+        begin = time.perf_counter()
+        splats, _ = fit(target, paper, backend)
+        wait(device)
+        took = time.perf_counter() - begin
+        tell(f"published loop, N={n}, batch {batch}", batch / took, "images/s")
+        quality = mean_psnr(splats, target, backend, len(images))
+        tell(f"above the published loop, N={n}", ours[n] - quality, "dB", published_psnr=quality)
+
+
+def random_splats(batch: int, n: int, height: int, width: int, seed: int) -> Splats:
+    """Float64 splats of a fit's sizes, a fifth outside of the picture, a tenth masked."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    spacing = (height * width / n) ** 0.5
+    means = torch.rand(batch, n, 2, generator=random, dtype=torch.float64) * 1.4 - 0.2
+    diagonal = 0.42 * spacing * (0.5 * normal(2, batch, n)).exp()
+    cholesky = torch.stack((diagonal[0], 0.4 * spacing * normal(batch, n), diagonal[1]), -1)
+    mask = torch.rand(batch, n, generator=random) < 0.9
+    return Splats(means * torch.tensor([width, height]), cholesky, normal(batch, n, 3), mask)
+
+
+def to_float(splats: Splats) -> Splats:
+    return Splats(*(getattr(splats, name).float() for name in NAMES), splats.mask)
+
+
+def outputs(
+    loss_and_grad: Callable, render: Callable, splats: Splats, target: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """Loss and gradient, rendering and its gradient for a field of random weights."""
+    splats, target = splats.to(device), target.to(device)
+    result = loss_and_grad(splats, target, CUTOFF)
+    found = {name: getattr(result, name) for name in ("loss", *NAMES)}
+    leaves = [getattr(splats, name).clone().requires_grad_() for name in NAMES]
+    image = render(Splats(*leaves, splats.mask), *target.shape[2:], CUTOFF)
+    field = torch.cos(torch.arange(image.numel(), device=device)).to(image.dtype)
+    gradients = torch.autograd.grad((image * field.reshape(image.shape)).sum(), leaves)
+    named = {f"d rendering / d {name}": g for name, g in zip(NAMES, gradients, strict=True)}
+    return found | {"rendering": image.detach()} | named
+
+
+def step_difference(size: Size, backend: Backend) -> float:
+    """Largest relative difference of the parameters after three fused steps to three of torch."""
+    config = FitConfig(num_gaussians=size.gaussians[0], steps=size.steps, relocate=False)
+    target = pictures(size)[:2].to(backend.device)
+    with torch.no_grad():
+        start = initial_splats(target, config, backend)
+        with mock.patch.object(triton_backend, "LISTS_EVERY", 1):
+            fused, _ = optimize(start, target, 3, config, backend)
+        plain, _ = optimize(start, target, 3, config, replace(backend, make_step=None))
+    pairs = [(getattr(fused, name), getattr(plain, name)) for name in NAMES]
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def lloyd_difference(size: Size, backend: Backend) -> float:
+    """Largest distance between the centroids of the GPU's Lloyd step and the CPU's, in px."""
+    side, n = size.image, size.gaussians[0]
+    random = torch.Generator().manual_seed(1)
+    means = torch.rand(2, n, 2, generator=random) * side
+    rho = torch.rand(2, side, side, generator=random) + 0.1
+    rho *= n / rho.sum((1, 2), keepdim=True)
+    assert backend.centroids is not None
+    found = backend.centroids(means.to(backend.device), rho.to(backend.device)).cpu()
+    return (found - voronoi.centroids(means, rho)).abs().max().item()
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors are filled with NaN, or the largest integer, instead of what was in memory."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def shape(shared: int, pixels: int) -> Iterator[None]:
+    """The backward kernel with other numbers of Gaussians and pixels per program."""
+    with (
+        mock.patch.object(triton_kernels, "SHARED", shared),
+        mock.patch.object(triton_kernels, "PIXELS", pixels),
+    ):
+        yield
+
+
+def repeated(splats: Splats, batch: int) -> Splats:
+    index = torch.arange(batch, device=splats.means.device) % len(splats)
+    return splats[index]
+
+
+def median_s(work: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Median seconds of `repeats` calls after two, by the device's own events."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+    times = []
+    for i in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def smi(fields: str) -> list[float]:
+    """Figures of nvidia-smi; empty where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        return [float(x) for x in done.stdout.splitlines()[0].split(",")]
+    except (IndexError, ValueError):
+        return []
