@@ -12,6 +12,7 @@ anew), and measuring bytes per image instead of estimating them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -22,6 +23,9 @@ from schemas.config import ConvertConfig, TeacherConfig
 from schemas.errors import BackendError
 
 Result = TypeVar("Result")
+
+_idle_streams: dict[tuple[torch.device, str], list[torch.cuda.Stream]] = {}
+_idle_lock = threading.Lock()
 
 CPU_BATCH = 16
 MAX_BATCH = 512
@@ -113,13 +117,30 @@ class BatchLimit:
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device, role: str) -> Iterator[None]:
     """On CUDA the block's kernels and copies run beside those of other threads, and have finished
-    when it ends; elsewhere nothing changes."""
+    when it ends, however it ends; elsewhere nothing changes.
+
+    Torch keeps freed memory for the stream that it was asked for on. So streams are kept too: a
+    `role` has as many as its blocks ever ran at once.
+
+    A tensor made in a block is, once freed, overwritten by the next block of its role: whoever used
+    it on another stream must have waited for that before. Blocks that pack and teach leave nothing
+    on the device. Uploaded pixels are read by those, which end with a wait, and by the fit, which
+    waits for its splats; where it fails, what its kernels may still read goes into no row.
+    """
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    with _idle_lock:
+        idle = _idle_streams.setdefault((device, role), [])
+        stream = idle.pop() if idle else torch.cuda.Stream(device)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()  # if this raises, nobody gets the stream
+        with _idle_lock:
+            idle.append(stream)

@@ -281,7 +281,7 @@ def by_size(images: list[tuple[Row, DecodedImage]], device: torch.device) -> lis
     uploaded = []
     for group in groups.values():
         pixels = torch.stack([torch.from_numpy(image.pixels) for _, image in group])
-        with own_stream(device):
+        with own_stream(device, "upload"):
             pixels = pixels.to(device)
         uploaded.append(Images(rows=[row for row, _ in group], pixels=pixels))
     return uploaded
@@ -333,7 +333,7 @@ def pack_images(
     splats = replace(splats, mask=splats.mask & finite[:, None])
 
     def pack_part(part: slice) -> list[Row]:
-        with own_stream(backend.device):
+        with own_stream(backend.device, "pack"):
             return packed_rows(planes(images.pixels[part]), splats[part], config, backend)
 
     packed = chain.from_iterable(BatchLimit(PACKED_TOGETHER).in_parts(len(images.rows), pack_part))
@@ -382,7 +382,7 @@ def embedded_rows(pixels: Tensor, config: ConvertConfig, device: torch.device) -
     teacher = load_teacher(config.teacher, device)
 
     def embed(part: slice) -> list[bytes]:
-        with own_stream(device):
+        with own_stream(device, "teach"):
             return teacher(pixels[part])
 
     parts = BatchLimit(TEACHER_TOGETHER).in_parts(len(pixels), embed)

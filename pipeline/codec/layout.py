@@ -16,7 +16,7 @@ Tables are kept, and made on the CPU: other streams would not wait for the kerne
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -68,6 +68,10 @@ class Codes:
     width_x: Tensor
     width_y: Tensor
     mask: Tensor
+
+    def __getitem__(self, index: slice | Tensor) -> Codes:
+        """Images of the batch; a slice or an index tensor, so that the batch dimension stays."""
+        return Codes(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 def tokens(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

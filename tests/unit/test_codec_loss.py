@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.codec import planes, quantise
+from pipeline.codec.layout import Codes
 from pipeline.convert import packed_rows
 from pipeline.fit import fit
-from pipeline.kernels.backend import select_backend
+from pipeline.kernels.backend import Backend, LossAndGrad, select_backend
 from pipeline.nested import fit_nested
 from pipeline.pack import gaussians_in, pack, splats_of, unpack
 from pipeline.splats import Splats, first
@@ -182,6 +183,124 @@ def test_payloads_do_not_depend_on_the_batch_and_repeat(codec: str) -> None:
     turned = torch.tensor([4, 2, 0, 3, 1])
     mixed = pack(splats[turned], target[turned], codec, CUTOFF, backend)
     assert mixed == [payloads[i] for i in turned]
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[Splats, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Splats, targets, what is behind them and the error allowed of six images: one that keeps its
+    limit at once, one that never does, three with which solved colours do harm, one without
+    Gaussians."""
+    dark = white_and_black("dark pixel", 32)
+    pictures = (photo(32, 32, 1), photo(32, 32, 1), dark, white_and_black("red", 32), dark, dark)
+    fits = [fitted(pixels, 60, 40) for pixels in pictures]
+    target = torch.cat([one for one, _ in fits])
+    columns = ("means", "cholesky", "colors", "mask")
+    splats = Splats(*(torch.cat([getattr(one, name) for _, one in fits]) for name in columns))
+    splats.means[1, 0] = 1000  # beyond the grid, and seen
+    splats.cholesky[1, 0] = torch.tensor([350.0, 0, 350])
+    splats.colors[1, 0] = 5
+    splats.mask[5] = False
+    behind = torch.zeros_like(target)
+    behind[:2] = 0.05 * torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    error = quantise.squared_error(splats, target, behind, CUTOFF, select_backend("cpu"))
+    allowed = quantise.allowed_error(error, target, 0.2)
+    return splats, target, behind, allowed * torch.tensor([1, 1, 1, 1, 0.1, 1])
+
+
+def quantised_together(
+    splats: Splats, target: torch.Tensor, behind: torch.Tensor, allowed: torch.Tensor
+) -> Codes:
+    """The twin of `quantise`: all images stay in the loop until the last one has done."""
+    backend = select_backend("cpu")
+    fit_error = quantise.squared_error(splats, target, behind, CUTOFF, backend)
+    count = splats.num_gaussians.clamp(min=1)
+    first = quantise.FIRST_GUESS * (12 * allowed / (8 * count)).sqrt()
+    step, solved, best = first, splats, None
+    for number in range(quantise.MAX_PASSES):
+        if number == quantise.SOLVED_PASSES:
+            step, solved = first, splats
+        codes = quantise.on_grid(splats, solved, step, target)
+        if number < quantise.SOLVED_PASSES:
+            geometry = replace(quantise.rendered(codes, target), colors=solved.colors)
+            solved = quantise.solve_colors(
+                geometry, target - behind, quantise.COLOR_STEPS, CUTOFF, backend
+            )
+            codes = quantise.on_grid(splats, solved, step, target)
+        stored = quantise.rendered(codes, target)
+        error = quantise.squared_error(stored, target, behind, CUTOFF, backend)
+        new = (codes, (error - fit_error) / allowed)
+        best = quantise.better(best, new, number < quantise.PASSES) if best else new
+        if number >= quantise.PASSES - 1 and (best[1] <= 1).all():
+            break
+        step = codes.step * (quantise.AIM / new[1].clamp(min=0.05)).sqrt().clamp(0.5, 1.5)
+    assert best
+    return best[0]
+
+
+def counting() -> tuple[Backend, list[int], list[int]]:
+    """The CPU's backend, and how many images each call of its two kernels has had."""
+    backend = select_backend("cpu")
+    rendered: list[int] = []
+    solved: list[int] = []
+
+    def render(splats: Splats, *rest: Any) -> torch.Tensor:
+        rendered.append(len(splats))
+        return backend.render(splats, *rest)
+
+    def loss_and_grad(splats: Splats, *rest: Any) -> LossAndGrad:
+        solved.append(len(splats))
+        return backend.loss_and_grad(splats, *rest)
+
+    return replace(backend, render=render, loss_and_grad=loss_and_grad), rendered, solved
+
+
+def test_images_that_keep_their_limit_leave_the_loop(mixed: Any) -> None:
+    """So each takes as many passes as alone."""
+    passes, solutions = [], []
+    for i in range(len(mixed[0])):
+        backend, rendered, solved = counting()
+        quantise.quantise(*(value[i : i + 1] for value in mixed), CUTOFF, backend)
+        passes.append(len(rendered) - 1)  # one is of the fit
+        solutions.append(len(solved))
+    assert passes == [2, 12, 4, 4, 5, 2]
+    backend, rendered, solved = counting()
+    quantise.quantise(*mixed, CUTOFF, backend)
+    assert rendered == [6, *(sum(p > number for p in passes) for number in range(12))]
+    assert sum(solved) == sum(solutions)
+
+
+def test_codes_are_those_of_images_that_all_stay_in_the_loop(mixed: Any) -> None:
+    backend = select_backend("cpu")
+    found = quantise.quantise(*mixed, CUTOFF, backend)
+    assert_same(found, quantised_together(*mixed))
+    for i in range(len(mixed[0])):
+        alone = quantise.quantise(*(value[i : i + 1] for value in mixed), CUTOFF, backend)
+        assert_same(found[i : i + 1], alone)
+    turned = torch.tensor([4, 2, 0, 5, 3, 1])
+    mixed = quantise.quantise(*(value[turned] for value in mixed), CUTOFF, backend)
+    assert_same(found[turned], mixed)
+
+
+def assert_same(found: Codes, wanted: Codes) -> None:
+    for field in fields(Codes):
+        assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
+
+
+def test_the_error_of_an_image_does_not_depend_on_its_batch() -> None:
+    """Of large images torch adds up one alone in parts, where there are several threads."""
+    splats, backend = random_splats(3, 0), select_backend("cpu")
+    # squares so unlike that their sums are rounded
+    target = torch.rand(3, 3, 140, 120, generator=torch.Generator().manual_seed(0)) ** 16
+    behind = torch.zeros_like(target)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = quantise.squared_error(splats, target, behind, CUTOFF, backend)
+        for i in range(3):
+            part = (value[i : i + 1] for value in (splats, target, behind))
+            assert torch.equal(quantise.squared_error(*part, CUTOFF, backend), together[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("codec", PLANAR)
