@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.kernels import triton_kernels, triton_lists, triton_voronoi
+from pipeline.kernels import triton_blur, triton_kernels, triton_lists, triton_voronoi
 
 LISTS = {"RATIO": triton_lists.RATIO, "CAPACITY": triton_lists.CAPACITY, "COARSE_CAPACITY": 512}
 TILED = {"TILE": triton_lists.TILE, **LISTS}
@@ -33,15 +33,16 @@ KERNELS = [  # kernel, compile-time constants, warps
     (triton_kernels.loss_kernel, {"BLOCK": 128}, 1),
     (triton_voronoi.owner_kernel, {**TILED, "GROUP": triton_voronoi.GROUP}, 1),
     (triton_voronoi.centroid_kernel, WINDOW, 1),
+    (triton_blur.blur_kernel, {"BLOCK": triton_blur.BLOCK}, triton_blur.WARPS),
 ]  # fmt: skip
 TYPES = {
     "*fp32": "means cholesky colors target out squares field gradient moment1 moment2 loss reach "
-    "rho moved",
+    "rho moved image blurred",
     "*u16": "fine coarse lists",
     "*i32": "fine_counts coarse_counts counts owner",
     "*i1": "mask",
     "fp32": "cutoff grow pad scale keep1 keep2 correction2 rate_means rate_shape rate_colors "
-    "l1_colors",
+    "l1_colors falloff",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 

@@ -101,7 +101,7 @@ def select_backend(name: str) -> Backend:
 
 def _triton() -> Backend:
     try:
-        from pipeline.kernels import triton_backend, triton_voronoi
+        from pipeline.kernels import triton_backend, triton_blur, triton_voronoi
     except ImportError as error:
         raise BackendError(
             f"--backend triton: {error}: install splatshard[gpu], or use --backend cpu"
@@ -113,4 +113,5 @@ def _triton() -> Backend:
         triton_backend.loss_and_grad,
         triton_backend.FusedStep,
         triton_voronoi.centroids,
+        triton_blur.blur,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,12 +16,19 @@ from pipeline.nested import fit_nested
 from schemas.config import FitConfig
 from tests.unit.test_fit import picture
 
+ON_GPU = [pytest.mark.gpu] * torch.cuda.is_available()  # there, `make test-gpu` runs triton's
 SHAPES = [(1, 1, 1, 1), (2, 1, 1, 9), (1, 3, 9, 1), (2, 3, 5, 3), (3, 2, 37, 45), (1, 1, 16, 64)]
 
 
-@pytest.fixture(params=["cpu"])
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=ON_GPU)])
 def blurred(request):
-    return blur
+    """A kernel for tensors on the CPU; triton's runs in the interpreter where there is no GPU."""
+    if request.param == "cpu":
+        return blur
+    if not find_spec("triton"):
+        pytest.skip("Triton is not installed (extra: gpu)")
+    backend = select_backend("triton")
+    return lambda image, sigma: backend.blur(image.to(backend.device), sigma).cpu()
 
 
 def noise(*shape):
