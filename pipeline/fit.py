@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.init import blur, circles, initial_splats, square_norm
+from pipeline.init import circles, initial_splats, square_norm
 from pipeline.kernels.backend import Backend, LossAndGrad
+from pipeline.kernels.blur import blur
 from pipeline.splats import Splats, bounds
 from schemas.config import ENCODER, FitConfig
 
@@ -234,7 +235,7 @@ def relocate(
     residual = target - backend.render(splats, height, width, cutoff)
     spacing = math.sqrt(height * width / splats.mask.shape[1])
     sigma = max(0.5, RELOCATE_SIGMA * spacing)
-    smooth = blur(residual, sigma)
+    smooth = (backend.blur or blur)(residual, sigma)
     gain = smooth.square().sum(1, keepdim=True) * (4 * math.pi * sigma * sigma)
     rows = F.max_pool2d(gain, (1, 5), stride=1, padding=(0, 2))  # twice as fast in two passes
     peaks = gain == F.max_pool2d(rows, (5, 1), stride=1, padding=(2, 0))

@@ -51,7 +51,6 @@ from pipeline.fit import fields, fit, optimize
 from pipeline.init import (
     BLUR_PX,
     SCALE,
-    blur,
     cholesky_along_edges,
     density,
     sample_density,
@@ -60,6 +59,7 @@ from pipeline.init import (
     values_at,
 )
 from pipeline.kernels.backend import Backend
+from pipeline.kernels.blur import blur
 from pipeline.kernels.voronoi import centroids
 from pipeline.splats import Splats
 from schemas.config import FitConfig
@@ -153,11 +153,12 @@ def detail_splats(error: Tensor, total: int, config: FitConfig, backend: Backend
     """Start for an `error` [B, 3, H, W], signed and lifted: as `init.adaptive`, but dense where the
     squared error is, sized by the spacing of all `total` Gaussians, and colours from black."""
     n = config.num_gaussians
-    squares = blur(error.square().sum(1, keepdim=True), BLUR_PX)
+    smooth = backend.blur or blur
+    squares = smooth(error.square().sum(1, keepdim=True), BLUR_PX)
     rho = density(squares.expand(-1, 3, -1, -1), n)  # of a tensor of which it takes the trace
     means = (backend.centroids or centroids)(sample_density(rho, n), rho)
     spacing = values_at(rho[:, None], means)[..., 0].mul(total / n).rsqrt()
-    along = values_at(blur(structure_tensor(error), BLUR_PX), means)
+    along = values_at(smooth(structure_tensor(error), BLUR_PX), means)
     cholesky = cholesky_along_edges(along, SCALE * spacing)
     mask = torch.ones(len(error), n, dtype=torch.bool, device=error.device)
     splats = Splats(means, cholesky, torch.zeros_like(cholesky), mask)

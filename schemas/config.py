@@ -18,7 +18,7 @@ from schemas.errors import UsageError
 from schemas.shard import ShardRef
 from schemas.splats import CODECS, FORMAT_VERSION, canonical_json
 
-STAGES_VERSION = 4
+STAGES_VERSION = 5
 """Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same
 input."""
 

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.kernels import triton_kernels, triton_lists, triton_voronoi
+from pipeline.kernels import triton_blur, triton_kernels, triton_lists, triton_voronoi
 
 LISTS = {"RATIO": triton_lists.RATIO, "CAPACITY": triton_lists.CAPACITY, "COARSE_CAPACITY": 512}
 TILED = {"TILE": triton_lists.TILE, **LISTS}
@@ -58,6 +58,7 @@ KERNELS = {  # kernel, compile-time constants, warps
     "loss": (triton_kernels.loss_kernel, {"BLOCK": 128}, 1),
     "owner": (triton_voronoi.owner_kernel, {**TILED, "GROUP": triton_voronoi.GROUP}, 1),
     "centroid": (triton_voronoi.centroid_kernel, CELL, 1),
+    "blur": (triton_blur.blur_kernel, {"BLOCK": triton_blur.BLOCK}, triton_blur.WARPS),
 }
 LOOPS = {  # instructions of one round, with the versions of Triton that the tests compile with
     "3.7.1": {
@@ -72,6 +73,7 @@ LOOPS = {  # instructions of one round, with the versions of Triton that the tes
         "loss": 87,
         "owner": 957,
         "centroid": 184,
+        "blur": 136,
     },
     "3.6.0": {
         "lists, fine": 406,
@@ -85,16 +87,17 @@ LOOPS = {  # instructions of one round, with the versions of Triton that the tes
         "loss": 87,
         "owner": 957,
         "centroid": 181,
+        "blur": 134,
     },
 }
 TYPES = {
     "*fp32": "means cholesky colors target out squares field gradient moment1 moment2 loss reach "
-    "rho moved",
+    "rho moved image blurred",
     "*u16": "fine coarse lists",
     "*i32": "fine_counts coarse_counts counts owner order",
     "*i1": "mask",
     "fp32": "cutoff grow pad scale keep1 keep2 correction2 rate_means rate_shape rate_colors "
-    "l1_colors",
+    "l1_colors falloff",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 

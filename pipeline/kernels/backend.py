@@ -66,6 +66,7 @@ class Backend:
 
     make_step(target, config) -> Step: the fused step of the fit
     centroids(means [B, N, 2], rho [B, H, W]) -> [B, N, 2]: see `voronoi.centroids`
+    blur(image [B, C, H, W], sigma) -> [B, C, H, W]: see `blur.blur`
     """
 
     name: str
@@ -74,6 +75,7 @@ class Backend:
     loss_and_grad: Callable[[Splats, Tensor, float], LossAndGrad]
     make_step: Callable[[Tensor, FitConfig], Step] | None = None
     centroids: Callable[[Tensor, Tensor], Tensor] | None = None
+    blur: Callable[[Tensor, float], Tensor] | None = None
 
 
 def select_backend(name: str) -> Backend:
@@ -99,7 +101,7 @@ def select_backend(name: str) -> Backend:
 
 def _triton() -> Backend:
     try:
-        from pipeline.kernels import triton_backend, triton_voronoi
+        from pipeline.kernels import triton_backend, triton_blur, triton_voronoi
     except ImportError as error:
         raise BackendError(
             f"--backend triton: {error}: install splatshard[gpu], or use --backend cpu"
@@ -111,4 +113,5 @@ def _triton() -> Backend:
         triton_backend.loss_and_grad,
         triton_backend.FusedStep,
         triton_voronoi.centroids,
+        triton_blur.blur,
     )

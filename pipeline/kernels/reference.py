@@ -6,9 +6,11 @@ through the picture in strips of rows to keep memory bounded.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.backend import LossAndGrad
@@ -61,3 +63,14 @@ def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAn
         loss += error.detach()
     gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
     return LossAndGrad(loss=loss, **gradients)
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of [B, C, H, W] by `sigma` px, border repeated; weights up to ceil(3 sigma) px
+    away, which sum to 1."""
+    radius = math.ceil(3 * sigma)
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1).to(image) / sigma) ** 2)
+    weights /= weights.sum()
+    wide = F.pad(image, (radius,) * 4, mode="replicate").flatten(0, 1)[:, None]
+    rows = F.conv2d(wide, weights.view(1, 1, 1, -1))
+    return F.conv2d(rows, weights.view(1, 1, -1, 1)).view_as(image)

@@ -10,7 +10,6 @@ import torch
 from pipeline import fit as fit_module
 from pipeline.fit import energy, fit, optimize, relocate
 from pipeline.init import (
-    blur,
     density,
     hilbert_order,
     initial_splats,
@@ -19,6 +18,7 @@ from pipeline.init import (
     structure_tensor,
 )
 from pipeline.kernels.backend import select_backend
+from pipeline.kernels.blur import blur
 from pipeline.kernels.voronoi import centroids
 from pipeline.metrics import psnr
 from pipeline.pack import pack, unpack

@@ -17,8 +17,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (extra: gpu)")
 
-from pipeline.fit import fit, optimize
-from pipeline.init import density, initial_splats, sample_density, structure_tensor
+from pipeline.fit import fit, optimize, relocate
+from pipeline.init import BLUR_PX, density, initial_splats, sample_density, structure_tensor
 from pipeline.kernels import triton_backend, triton_lists, voronoi
 from pipeline.kernels.backend import select_backend
 from pipeline.metrics import psnr
@@ -197,6 +197,20 @@ def test_centroids_are_those_of_the_cpu():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_start_and_relocation_blur_on_the_device():
+    target, sigmas = small_picture(), []
+
+    def recording(image, sigma):
+        sigmas.append(sigma)
+        return TRITON.blur(image, sigma)
+
+    backend = replace(TRITON, blur=recording)
+    start = initial_splats(target, PLAIN, backend)
+    moments = tuple(torch.zeros(1, 14, 8, device=DEVICE) for _ in range(2))
+    relocate(start, target, moments, PLAIN.cutoff, backend)
+    assert sigmas == [BLUR_PX, 0.5]
+
+
 def test_two_fits_give_the_same_bits():
     target = small_picture()
     config = replace(PLAIN, steps=2)
@@ -252,5 +266,5 @@ def test_every_kernel_compiles_for_an_h200_without_spilling(version):
     assert done.returncode == 0, done.stdout + done.stderr
     version_line, *lines = done.stdout.splitlines()
     assert version in ("pinned", version_line.removeprefix("Triton "))
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert all("stack 0" in line for line in lines), done.stdout
