@@ -2,7 +2,7 @@
 
     python -m benchmarks.device_check --out OUT              # all parts, at most 11 minutes
     python -m benchmarks.device_check --out OUT --part check kernels
-    python -m benchmarks.device_check --toy                  # all of it on a CPU, in Triton's interpreter
+    python -m benchmarks.device_check --toy                  # on a CPU, in Triton's interpreter
     python -m benchmarks.device_check --table [OUT/device_check.jsonl]
 
 Made for a bare machine: torch, Triton, numba, numpy, pyarrow, pillow, fsspec, pytest and
@@ -11,12 +11,12 @@ on the device.
 
 Every part is a process of its own with a time limit. One that fails, hangs or poisons its CUDA
 context does not stop the next, and what it had found by then is kept: figures are added to
-OUT/device_check.jsonl as they come, each beside what device_predictions.py says. OUT/device_check.json
-is the whole with the machine, to be committed under benchmarks/results; OUT/device_check.md the
-table for benchmarks/notes/gpu_fit.md. Exit code 1 if a part failed.
+OUT/device_check.jsonl as they come, each beside what device_predictions.py says.
+OUT/device_check.json is the whole with the machine, to be committed under benchmarks/results;
+OUT/device_check.md the table for benchmarks/notes/gpu_fit.md. Exit code 1 if a part failed.
 
-Parts run in this order; two calls of about 5 minutes each are `--part` with the first six and with the
-others. The convert part leaves its shards to those after it, in --work.
+Parts run in the order of LIMITS_S. For two calls of about five minutes each: `--part` with the
+first six, then with the others. The convert part leaves its shards to those after it, in --work.
 """
 
 from __future__ import annotations
@@ -90,10 +90,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(parts: Sequence[str], lines: Path, work: Path, toy: bool) -> list[str]:
     """The names of the parts that failed."""
+    # torch is imported once, not by every part; it must not touch CUDA before a part is forked off
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))  # torch is imported once, not by every part
-    failed = []
+    context.set_forkserver_preload(list(PRELOADED))
+    failed: list[str] = []
     for part in [name for name in LIMITS_S if name in parts]:
+        if failed == ["machine"]:  # something did touch it
+            context = multiprocessing.get_context("spawn")
         begin = time.monotonic()
         process = context.Process(target=run_part, args=(part, lines, work, toy))
         process.start()

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_record import Size, Tell, pictures
-from benchmarks.gpu_fit import fill, mean_psnr, measure_ceilings, peak_bytes, seconds, wait
+from benchmarks.gpu_fit import fill, mean_psnr, measure_ceilings, seconds, wait
 from pipeline import fit as fitting
-from pipeline.fit import TorchStep, fit, optimize
-from pipeline.init import COLOR_STEPS, initial_splats, solve_colors, structure_tensor
+from pipeline.fit import fit, optimize
+from pipeline.init import BLUR_PX, COLOR_STEPS, initial_splats, solve_colors, structure_tensor
 from pipeline.kernels import reference, triton_backend, triton_kernels, voronoi
 from pipeline.kernels.backend import Backend, select_backend
 from pipeline.kernels.triton_lists import tile_lists
@@ -50,7 +50,14 @@ METRICS = {  # ncu's name -> ours
     "launch__registers_per_thread": "registers",
     "gpu__time_duration.sum": "time",
 }
-UNITS = {"instructions": "M per image", "special functions": "M per image", "registers": "a thread"}
+UNITS = {
+    "instructions": "M per image",
+    "special functions": "M per image",
+    "registers": "a thread",
+    "time": "ns",
+}
+SHAPES = ((4, 32), (2, 16), (1, 32), (8, 4))
+"""Other numbers of Gaussians and pixels per program of the backward kernel."""
 
 
 def check(size: Size, tell: Tell) -> None:
@@ -113,51 +120,55 @@ def ceilings(size: Size, tell: Tell) -> None:
 def kernels(size: Size, tell: Tell) -> None:
     """Median times on splats in the middle of a fit."""
     backend = select_backend("triton")
-    device, side = backend.device, size.image
-    images = pictures(size).to(device)
+    images = pictures(size).to(backend.device)
     target = fill(images, size.batch)
     for n in size.gaussians:
-        config = FitConfig(num_gaussians=n, steps=size.steps)
-        splats, _ = fit(images, replace(config, steps=size.steps // 2), backend)
-        splats = repeated(splats, size.batch)
-        moments = tuple(torch.rand(*splats.mask.shape, 8, device=device) for _ in range(2))
-        step = triton_backend.FusedStep(target, config)
-        step.loss(splats, True)
-        gradient = splats.means.new_empty(*splats.mask.shape, 8)
-        order = triton_backend.by_window(splats, side, side, CUTOFF)
-        given = torch.arange(n, dtype=torch.int32, device=device).expand_as(order).contiguous()
-        lists = tile_lists(splats, side, side, CUTOFF, True)
-
-        def backward(order: Tensor, splats: Splats = splats, step: Any = step) -> None:
-            triton_backend._backward(splats, step.residual, order, CUTOFF, 1.0, True, gradient)
-
-        def time_of(name: str, work: Callable[[], Any], n: int = n) -> None:
-            took = median_s(work, size.repeats, device)
-            tell(f"{name}, N={n}", 1e6 * took / size.batch, "us per image", batch=size.batch)
-
-        time_of("lists", lambda: tile_lists(splats, side, side, CUTOFF, True, lists))
-        time_of(
-            "forward",
-            lambda: triton_backend._forward(splats, lists, CUTOFF, step.residual, target),
-        )
-        time_of("backward", lambda: backward(order))
-        time_of("backward, as given", lambda: backward(given))
-        for shared, pixels in ((4, 32), (2, 16), (1, 32), (8, 4)):
-            with shape(shared, pixels):
-                time_of(f"backward {shared} x {pixels}", lambda: backward(order))
-        time_of("order", lambda: triton_backend.by_window(splats, side, side, CUTOFF))
-        rates = ((side, side), 0.8, 1e-6, 0.9)  # steps so small that the splats stay
-        time_of("adam", lambda: triton_backend._adam(splats, gradient, moments, config, *rates))
-        time_of("start", lambda: initial_splats(target, config, backend))
-        time_of("relocation", lambda: fitting.relocate(splats, target, moments, CUTOFF, backend))
-        time_of("colours", lambda: solve_colors(splats, target, COLOR_STEPS, CUTOFF, backend))
-        gain = torch.rand(size.batch, side * side, device=device)
-        count = min(side * side, max(1, int(fitting.RELOCATE_SHARE * n)))
-        time_of("topk", lambda: gain.topk(count))
-    blur = backend.blur
-    tensor = structure_tensor(target)
-    took = median_s(lambda: blur(tensor, 1.3), size.repeats, device)
+        kernels_of(n, images, target, size, backend, tell)
+    assert backend.blur is not None
+    tensor, blur = structure_tensor(target), backend.blur
+    took = median_s(lambda: blur(tensor, BLUR_PX), size.repeats, backend.device)
     tell("blur, 3 planes", 1e6 * took / size.batch, "us per image", batch=size.batch)
+
+
+def kernels_of(
+    n: int, images: Tensor, target: Tensor, size: Size, backend: Backend, tell: Tell
+) -> None:
+    """The figures of one N."""
+    device, side, batch = backend.device, size.image, len(target)
+    config = FitConfig(num_gaussians=n, steps=size.steps)
+    splats = repeated(half_fitted(images, config, backend), batch)
+    moments = tuple(torch.rand(*splats.mask.shape, 8, device=device) for _ in range(2))
+    residual = torch.rand(batch, side, side, 3, device=device)
+    gradient = splats.means.new_empty(batch, n, 8)
+    order = triton_backend.by_window(splats, side, side, CUTOFF)
+    given = torch.arange(n, dtype=torch.int32, device=device).expand_as(order).contiguous()
+    lists = tile_lists(splats, side, side, CUTOFF, True)
+    field = torch.rand_like(residual)
+    gain = torch.rand(batch, side * side, device=device)
+    moved = min(side * side, max(1, int(fitting.RELOCATE_SHARE * n)))
+    rates = ((side, side), 0.8, 1e-6, 0.9)  # steps so small that the splats stay
+
+    def backward(order: Tensor) -> None:
+        triton_backend._backward(splats, field, order, CUTOFF, 1.0, True, gradient)
+
+    works: dict[str, Callable[[], Any]] = {
+        "lists": lambda: tile_lists(splats, side, side, CUTOFF, True, lists),
+        "forward": lambda: triton_backend._forward(splats, lists, CUTOFF, residual, target),
+        "backward": lambda: backward(order),
+        "backward, as given": lambda: backward(given),
+        **{f"backward {a} x {b}": lambda: backward(order) for a, b in SHAPES},
+        "order": lambda: triton_backend.by_window(splats, side, side, CUTOFF),
+        "adam": lambda: triton_backend._adam(splats, gradient, moments, config, *rates),
+        "start": lambda: initial_splats(target, config, backend),
+        "relocation": lambda: fitting.relocate(splats, target, moments, CUTOFF, backend),
+        "colours": lambda: solve_colors(splats, target, COLOR_STEPS, CUTOFF, backend),
+        "topk": lambda: gain.topk(moved),
+    }
+    shapes = {f"backward {a} x {b}": (a, b) for a, b in SHAPES}
+    for name, work in works.items():
+        with shape(*shapes.get(name, (triton_kernels.SHARED, triton_kernels.PIXELS))):
+            took = median_s(work, size.repeats, device)
+        tell(f"{name}, N={n}", 1e6 * took / batch, "us per image", batch=batch)
 
 
 def one_fit(size: Size, tell: Tell) -> None:
@@ -167,15 +178,27 @@ def one_fit(size: Size, tell: Tell) -> None:
     images = pictures(size).to(device)
     n = size.gaussians[0]
     config = FitConfig(num_gaussians=n, steps=size.steps)
-    for batch in (size.batch, 2 * size.batch):
+    for batch in (size.batch, 2 * size.batch)[: 1 if size.toy else 2]:
         target = fill(images, batch)
-        took = seconds(lambda t=target: fit(t, config, backend), 2, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        took = fit_s(target, config, backend)
         tell(f"images/s, N={n}, batch {batch}", batch / took, "images/s")
-        peak = peak_bytes(lambda t=target: fit(t, config, backend), device)
-        if peak is not None:
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
             tell(f"peak memory, N={n}, batch {batch}", peak / 1e9, "GB")
     if device.type == "cuda":
         profile(fill(images, size.batch), config, backend, tell)
+
+
+def fit_s(target: Tensor, config: FitConfig, backend: Backend) -> float:
+    """Seconds of a fit: the faster of two after one that compiles; on a CPU of the only one."""
+    work = lambda: fit(target, config, backend)  # noqa: E731
+    if target.device.type == "cuda":
+        return seconds(work, 2, target.device)
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
 
 
 def profile(target: Tensor, config: FitConfig, backend: Backend, tell: Tell) -> None:
@@ -206,7 +229,16 @@ def counters(size: Size, tell: Tell) -> None:
         tell("ncu", 0, "found", note="not installed")
         return
     command = [
-        *("ncu", "--clock-control", "none", "--csv", "--page", "raw"),
+        *(
+            "ncu",
+            "--clock-control",
+            "none",
+            "--csv",
+            "--page",
+            "raw",
+            "--profile-from-start",
+            "off",
+        ),
         *(
             "--metrics",
             ",".join(METRICS),
@@ -222,32 +254,44 @@ def counters(size: Size, tell: Tell) -> None:
         raise RuntimeError(
             f"ncu ended with {done.returncode}: {(done.stderr or done.stdout)[-500:]}"
         )
+    found: dict[str, dict[str, list[float]]] = {}
     for row in list(csv.DictReader(io.StringIO("\n".join(lines))))[1:]:  # the first holds units
         kernel = row["Kernel Name"].split("(")[0].removesuffix("_kernel").strip("_")
         for metric, name in METRICS.items():
-            if metric in row:
-                value = float(row[metric].replace(",", "") or "nan")
-                per_image = name in ("instructions", "special functions")
-                value = value / 1e6 / size.batch if per_image else value
-                n = size.gaussians[0]
-                label = f"{kernel} {name}" + (f", N={n}" if name == "instructions" else "")
-                tell(label, value, UNITS.get(name, "ns" if name == "time" else "%"))
+            value = float(row.get(metric, "").replace(",", "") or "nan")
+            found.setdefault(kernel, {}).setdefault(name, []).append(value)
+    for kernel, figures in found.items():
+        for name, values in figures.items():
+            label, unit = f"{kernel} {name}", UNITS.get(name, "%")
+            if unit == "M per image":  # the lists' kernel runs twice
+                label += f", N={size.gaussians[0]}"
+                tell(label, sum(values) / 1e6 / size.batch, unit)
+            else:
+                tell(label, values[-1], unit, all=values)
 
 
 def counted(size: Size) -> None:
-    """What runs under ncu: one of each kernel in the middle of a fit, after warm ones."""
+    """What ncu looks at: one step in the middle of a fit, its lists and order made anew."""
     backend = select_backend("triton")
     images = pictures(size).to(backend.device)
     config = FitConfig(num_gaussians=size.gaussians[0], steps=size.steps)
-    torch.manual_seed(0)
-    start = initial_splats(images, config, replace(backend, make_step=None))
-    splats = repeated(start, size.batch)
-    step = triton_backend.FusedStep(fill(images, size.batch), config)
+    splats = repeated(half_fitted(images, config, backend), size.batch)
     moments = tuple(splats.means.new_zeros(*splats.mask.shape, 8) for _ in range(2))
-    for _ in range(2):
-        step.loss(splats, False)
-        step.update(splats, moments, 0.8, 1.0, 1.0)
+    step = triton_backend.FusedStep(fill(images, size.batch), config)
+    profiler = torch.cuda.profiler if backend.device.type == "cuda" else None
     wait(backend.device)
+    if profiler:
+        profiler.start()
+    step.loss(splats, True)
+    step.update(splats, moments, 0.8, 1e-6, 0.9)
+    wait(backend.device)
+    if profiler:
+        profiler.stop()
+
+
+def half_fitted(images: Tensor, config: FitConfig, backend: Backend) -> Splats:
+    """Splats of `images` after half of the steps."""
+    return fit(images, replace(config, steps=config.steps // 2), backend)[0]
 
 
 def fits(size: Size, tell: Tell) -> None:
@@ -262,12 +306,14 @@ def fits(size: Size, tell: Tell) -> None:
         tell(f"PSNR, N={n}", ours[n], "dB", images=len(images), steps=size.steps)
         for batch in size.batches:
             target = fill(images, batch)
-            took = seconds(lambda t=target, c=config: fit(t, c, backend), 2, device)
-            tell(f"images/s, N={n}, batch {batch}", batch / took, "images/s")
+            tell(
+                f"images/s, N={n}, batch {batch}",
+                batch / fit_s(target, config, backend),
+                "images/s",
+            )
     n = size.gaussians[0]
     config = FitConfig(num_gaussians=n, steps=size.steps)
-    took = seconds(lambda: fit(images[:1], config, backend), 2, device)
-    tell(f"images/s, N={n}, batch 1", 1 / took, "images/s")
+    tell(f"images/s, N={n}, batch 1", 1 / fit_s(images[:1], config, backend), "images/s")
     batch = size.batches[0]
     target = fill(images, batch)
     for n in size.gaussians:

@@ -49,10 +49,10 @@ class Size:
 
 TOY = Size(
     toy=True,
-    image=16,
-    gaussians=(9, 12),
-    steps=4,
-    paper_steps=4,
+    image=13,
+    gaussians=(5, 9),
+    steps=2,
+    paper_steps=2,
     pictures=2,
     checked=2,
     batch=2,
