@@ -15,7 +15,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from shutil import copyfile
 from types import ModuleType
-from unittest.mock import MagicMock
 
 ABSENT = (
     *("splatshard", "ray", "tyro", "braceexpand", "s3fs", "webdataset", "gsplat", "hypothesis"),
@@ -51,6 +50,8 @@ def hide() -> None:
 def without_hypothesis() -> dict[str, ModuleType]:
     """Modules that stand in for hypothesis where there is none: tests that `given` makes are
     skipped, and the others of their files run."""
+    from unittest.mock import MagicMock
+
     import pytest
 
     package, strategies = ModuleType("hypothesis"), MagicMock(name="hypothesis.strategies")

@@ -27,6 +27,7 @@ TOY += " --paper-steps 3 --budgets 1 30"
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What would have been written, by name; photographs are made up."""
+    pytest.importorskip("tyro", reason="tyro, which reads the command line, is not installed")
 
     def images(count: int, shard: int = 0, size: int = 224) -> torch.Tensor:
         pixels = np.stack([photo(size, size, seed) for seed in range(count)])
