@@ -5,6 +5,7 @@ BIN := .venv/bin
 
 # The files with tests marked gpu; a test keeps this list whole.
 GPU_TESTS := \
+	tests/unit/test_blur.py \
 	tests/unit/test_gsplat_alpha.py \
 	tests/unit/test_kernels.py \
 	tests/unit/test_triton.py
@@ -24,6 +25,7 @@ install: $(if $(filter .venv/bin,$(BIN)),.venv/installed)  ## set up .venv with 
 
 # The Triton of torch 2.11, beside the pinned one: the kernels' machine code is checked with both.
 .venv/triton-3.6.0: .venv/installed
+	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ 'triton==3.6.0; platform_system == "Linux"'
 	mkdir -p $@ && touch $@
 

@@ -10,7 +10,7 @@ evaluations' 57 instructions, at a quarter of the rate), caches.
 Columns: million warp instructions per image and step, the mean of all steps. forward, backward,
 lists (both levels, over the steps that one set serves) and Adam, as `FusedStep` runs them;
 `as given` is the backward kernel with its Gaussians in the order of the start, `each step` with an
-order from the same step's windows; then image-steps/s at ISSUE of an H200's issue slots.
+order from the same step's windows; then image-steps/s at 65 % of an H200's issue slots.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.device_predictions import ISSUE, SLOTS_PER_S
 from benchmarks.record import sample_images, save
 from pipeline.fit import TorchStep, fit
 from pipeline.kernels import triton_kernels, triton_lists
@@ -35,10 +36,6 @@ from schemas.config import FitConfig
 from tests.compile_kernels import code
 
 CUTOFF = 3.0
-SLOTS_PER_S = 132 * 4 * 1.98e9
-"""Warp instructions per second that the schedulers of an H200 can issue."""
-ISSUE = 0.65
-"""Share of them that a kernel without waits is taken to use; assumed, not measured."""
 
 
 @dataclass(frozen=True)
