@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,47 +88,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(parts: Sequence[str], lines: Path, work: Path, toy: bool) -> list[str]:
-    """The names of the parts that failed."""
-    # torch is imported once, not by every part; it must not touch CUDA before a part is forked off
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    failed: list[str] = []
-    for part in [name for name in LIMITS_S if name in parts]:
-        if failed == ["machine"]:  # something did touch it
-            context = multiprocessing.get_context("spawn")
-        begin = time.monotonic()
-        process = context.Process(target=run_part, args=(part, lines, work, toy))
-        process.start()
-        process.join(LIMITS_S[part])
-        status = "ok" if process.exitcode == 0 else f"exit code {process.exitcode}"
-        if process.is_alive():
-            status = f"stopped after {LIMITS_S[part]} s"
-            stop(process)
-        took = time.monotonic() - begin
-        add(lines, {"part": part, "name": "end", "status": status, "took_s": round(took, 1)})
-        print(f"{part:10} {status}, {took:.1f} s", flush=True)
-        if status != "ok":
-            failed.append(part)
-    return failed
-
-
-def stop(process: Any) -> None:
-    """Kill the part and all that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            process.kill()
-        process.join(GRACE_S)
-        if not process.is_alive():
-            return
-
-
 def run_part(part: str, lines: Path, work: Path, toy: bool) -> None:
-    """In a process of its own, which leads its own group."""
-    os.setsid()
+    """The whole of one part."""
     from benchmarks import device_kernels, device_whole
     from benchmarks.device_record import TOY, Size, Tell
 
@@ -149,16 +110,66 @@ def run_part(part: str, lines: Path, work: Path, toy: bool) -> None:
         "reader": device_whole.reader,
         "training": device_whole.training,
     }
+    if part in kernels:
+        kernels[part](size, tell)
+    else:
+        whole[part](size, tell, work)
+
+
+def alone(
+    target: Callable[[str, Path, Path, bool], None], part: str, lines: Path, work: Path, toy: bool
+) -> None:
+    """`target` in a process that leads a group of its own; what it raises goes into the record."""
+    os.setsid()
     try:
-        if part in kernels:
-            kernels[part](size, tell)
-        else:
-            whole[part](size, tell, work)
+        target(part, lines, work, toy)
     except BaseException as error:
         text = traceback.format_exc()
-        tell.write({"part": part, "name": "error", "error": repr(error), "traceback": text[-4000:]})
+        add(lines, {"part": part, "name": "error", "error": repr(error), "traceback": text[-4000:]})
         print(text, file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def run(
+    parts: Sequence[str],
+    lines: Path,
+    work: Path,
+    toy: bool,
+    limits_s: dict[str, float] = LIMITS_S,
+    target: Callable[[str, Path, Path, bool], None] = run_part,
+) -> list[str]:
+    """The names of the parts that failed."""
+    # torch is imported once, not by every part; it must not touch CUDA before a part is forked off
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    failed: list[str] = []
+    for part in [name for name in limits_s if name in parts]:
+        if failed == ["machine"]:  # something did touch it
+            context = multiprocessing.get_context("spawn")
+        begin = time.monotonic()
+        process = context.Process(target=alone, args=(target, part, lines, work, toy))
+        process.start()
+        process.join(limits_s[part])
+        status = "ok" if process.exitcode == 0 else f"exit code {process.exitcode}"
+        if process.is_alive():
+            status = f"stopped after {limits_s[part]:g} s"
+            stop(process)
+        took = time.monotonic() - begin
+        add(lines, {"part": part, "name": "end", "status": status, "took_s": round(took, 1)})
+        print(f"{part:10} {status}, {took:.1f} s", flush=True)
+        if status != "ok":
+            failed.append(part)
+    return failed
+
+
+def stop(process: Any) -> None:
+    """Kill the part and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it does not lead its group yet
+        process.kill()
+    process.join(GRACE_S)
 
 
 def count_one(toy: bool) -> None:

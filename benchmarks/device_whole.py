@@ -212,5 +212,6 @@ def training(size: Size, tell: Tell, work: Path) -> None:
         ms = 1e3 * size.train_batch / record["images_per_s"]
         more = {"images_per_s": record["images_per_s"], "loss": record["loss"]}
         tell(name, ms, "ms per step", batch=size.train_batch, **more)
-        tell("waiting for data", record["data_wait_share"], "share of the time", of=name)
-        tell("memory of " + name, record["memory_bytes"] / 1e9, "GB")
+        short = name.split(",")[0]
+        tell(f"{short}, waiting", record["data_wait_share"], "share of the time")
+        tell(f"{short}, peak memory", record["memory_bytes"] / 1e9, "GB")
