@@ -33,11 +33,11 @@ class Size:
     batches: tuple[int, ...] = (64, 1024)
     repeats: int = 15
     product: int = 8192
-    busy_products: int = 60
+    busy_products: int = 150
     tar_images: int = 100
     tar_copies: int = 40
     tar_side: int = 400
-    reader_passes: int = 4
+    read_samples: int = 300_000
     reader_workers: int = 8
     train_steps: tuple[int, int] = (60, 20)
     """Of the small classifier, and of the one of ViT-B's width."""
@@ -63,7 +63,7 @@ TOY = Size(
     tar_images=4,
     tar_copies=2,
     tar_side=24,
-    reader_passes=1,
+    read_samples=40,
     reader_workers=0,
     train_steps=(2, 2),
     train_batch=4,

@@ -85,16 +85,17 @@ def gpu_test_files() -> list[Path]:
 def convert(size: Size, tell: Tell, work: Path) -> None:
     """`convert_shard` on two threads, as a worker has, of copies of one tar."""
     for codec in ("fp16", "balanced"):
-        begin_load = DeviceLoad()
-        clock = StageClock()
-        with begin_load:
+        if not size.toy:  # so that nothing compiles while it is timed
+            converted(size, work, work / f"warm-{codec}", codec, 20, StageClock(), copies=2)
+        clock, load = StageClock(), DeviceLoad()
+        with load:
             begin = time.perf_counter()
             images = converted(size, work, work / f"splats-{codec}", codec, size.steps, clock)
             passed = time.perf_counter() - begin
         busy = {name: s / passed for name, s in clock.pulse().busy_s.items()}
         tell(f"conversion, {codec}", images / passed, "images/s", images=images, busy=busy)
-        if begin_load.mean is not None:
-            tell(f"device load, {codec}", begin_load.mean, "%")
+        if load.mean is not None:
+            tell(f"device load, {codec}", load.mean, "%")
 
 
 def converted(
@@ -111,7 +112,7 @@ def converted(
         decode=DecodeConfig(image_size=size.image),
         fit=FitConfig(num_gaussians=n, steps=steps),
         pack=PackConfig(codec=codec),
-        backend="triton",
+        backend="auto",
     )
     backend = select_backend("triton")
 
@@ -161,25 +162,30 @@ def shards_of(size: Size, work: Path) -> str:
 
 
 def reader(size: Size, tell: Tell, work: Path) -> None:
-    """Whole epochs of batches to the device, pinned, by reading processes."""
+    """A long epoch of batches to the device, pinned, by reading processes."""
     device = select_backend("triton").device
-    dataset = SplatDataset(shards_of(size, work), batch_size=size.train_batch)
     workers = size.reader_workers
+    source = {shards_of(size, work): 1.0}  # a mixture of one: its epochs may be of any length
+    dataset = SplatDataset(
+        source,
+        batch_size=size.train_batch,
+        epoch_samples=size.read_samples,
+        lanes=max(1, workers),
+    )
     more = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     loader = DataLoader(
         dataset, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda", **more
     )
-    samples = 0
-    begin = 0.0
-    for epoch in range(size.reader_passes + 1):
-        if epoch == 1:  # the first starts the processes and compiles
+    warm = size.read_samples // 10  # processes start, and files are opened
+    samples, counted, begin = 0, 0, 0.0
+    for batch in loader:
+        samples += len(batch.to(device, non_blocking=True))
+        if samples >= warm and not begin:
             wait(device)
-            begin, samples = time.perf_counter(), 0
-        for batch in loader:
-            samples += len(batch.to(device, non_blocking=True))
+            begin, counted = time.perf_counter(), samples
     wait(device)
-    passed = time.perf_counter() - begin
-    tell("reader to the device", samples / passed, "samples/s", samples=samples, workers=workers)
+    rate = (samples - counted) / (time.perf_counter() - begin)
+    tell("reader to the device", rate, "samples/s", samples=samples, workers=workers)
 
 
 def training(size: Size, tell: Tell, work: Path) -> None:

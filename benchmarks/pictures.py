@@ -28,6 +28,7 @@ from torch import Tensor
 DISCS = 1200
 RADII = (0.025, 0.6)  # in units of the picture's side
 TEXTURED = 0.35  # share of the discs
+DISTINCT = 16
 
 
 def dead_leaves(size: int, seed: int) -> NDArray[np.uint8]:
@@ -67,12 +68,15 @@ def made_images(count: int, size: int = 224) -> Tensor:
 
 
 def write_tar(path: Path, count: int, size: int, classes: int = 10) -> Path:
-    """A WebDataset tar of `count` JPEG files of made pictures, with labels."""
+    """A WebDataset tar of `count` JPEG files of made pictures, with labels; they are DISTINCT ones,
+    shifted."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [dead_leaves(size, seed) for seed in range(min(count, DISTINCT))]
     with tarfile.open(path, "w") as archive:
         for i in range(count):
+            shifted = np.roll(pictures[i % len(pictures)], i // len(pictures) * size // 7, axis=1)
             buffer = io.BytesIO()
-            Image.fromarray(dead_leaves(size, i)).save(buffer, "JPEG", quality=92)
+            Image.fromarray(shifted).save(buffer, "JPEG", quality=92)
             for name, data in (("jpg", buffer.getvalue()), ("cls", str(i % classes).encode())):
                 info = tarfile.TarInfo(f"{i:06d}.{name}")
                 info.size = len(data)
