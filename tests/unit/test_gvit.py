@@ -270,13 +270,13 @@ def test_gaussians_look_at_what_is_near() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bias": "none"}], ids=str)
 def test_a_short_training_improves_the_picture(options: dict[str, Any]) -> None:
-    """From grey, where there is much to improve."""
+    """From grey, where there is much to improve; at this rate with any seed and CPU (of 12 tried)."""
     torch.manual_seed(0)
     space = replace(SPACE, start="random", residual=1.0, **options)
     model = GViT(replace(CONFIG, gvit=space))
     config = GViTLossConfig(reconstruction=10, ramp=(0, 0.5))
     pixels, labels = pixels_of(8, cells=2), torch.arange(8) % 3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seen = []
     for step in range(80):
         out = model(pixels, torch.arange(8) + 100 * step, gamma_at(step, 80, config), config.clip)
