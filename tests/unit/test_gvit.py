@@ -270,7 +270,7 @@ def test_gaussians_look_at_what_is_near() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bias": "none"}], ids=str)
 def test_a_short_training_improves_the_picture(options: dict[str, Any]) -> None:
-    """From grey, where there is much to improve; at this rate with any seed and CPU (of 12 tried)."""
+    """From grey, where there is much to improve; at this rate from any seed (of 12 tried)."""
     torch.manual_seed(0)
     space = replace(SPACE, start="random", residual=1.0, **options)
     model = GViT(replace(CONFIG, gvit=space))
