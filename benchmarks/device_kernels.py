@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shutil
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -207,15 +209,18 @@ def fit_s(target: Tensor, config: FitConfig, backend: Backend) -> float:
 def profile(target: Tensor, config: FitConfig, backend: Backend, tell: Tell) -> None:
     """Shares of the device's time by kernel, and the share in which it was idle."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    fit(target, config, backend)
-    wait(target.device)
-    begin = time.perf_counter()
+    with torch.profiler.profile(activities=activities):  # the first one takes a while to begin
+        fit(target, config, backend)
+        wait(target.device)
     with torch.profiler.profile(activities=activities) as profiler:
+        begin = time.perf_counter()
         fit(target, config, backend)
         wait(target.device)
         passed = time.perf_counter() - begin
     spent = {e.key: e.self_device_time_total / 1e6 for e in profiler.key_averages()}
     busy = sum(spent.values())
+    if not busy:
+        raise RuntimeError("the profiler saw nothing on the device")
     ours = ("forward_kernel", "backward_kernel", "_list_kernel")
     tell(
         "time in forward, backward, lists",
@@ -227,30 +232,18 @@ def profile(target: Tensor, config: FitConfig, backend: Backend, tell: Tell) -> 
 
 
 def counters(size: Size, tell: Tell) -> None:
-    """Instructions, issue and caches of forward, backward and lists, read from the hardware."""
-    if shutil.which("ncu") is None:
+    """Instructions, issue and caches (which ncu empties before each kernel) of forward, backward
+    and lists, read from the hardware."""
+    places = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
+    ncu = shutil.which("ncu") or (str(places[-1]) if places else None)
+    if ncu is None:
         tell("ncu", 0, "found", note="not installed")
         return
-    command = [
-        *(
-            "ncu",
-            "--clock-control",
-            "none",
-            "--csv",
-            "--page",
-            "raw",
-            "--profile-from-start",
-            "off",
-        ),
-        *(
-            "--metrics",
-            ",".join(METRICS),
-            "-k",
-            "regex:forward_kernel|backward_kernel|_list_kernel",
-        ),
-        *(sys.executable, "-m", "benchmarks.device_check", "--counted"),
-        *(["--toy"] if size.toy else []),
-    ]
+    kernels = "regex:forward_kernel|backward_kernel|_list_kernel"
+    command = f"{ncu} --clock-control none --csv --page raw --print-units base".split()
+    command += ["--profile-from-start", "off", "--metrics", ",".join(METRICS), "-k", kernels]
+    command += [sys.executable, "-m", "benchmarks.device_check", "--counted"]
+    command += ["--toy"] if size.toy else []
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
     if done.returncode or not lines:
@@ -261,8 +254,7 @@ def counters(size: Size, tell: Tell) -> None:
     for row in list(csv.DictReader(io.StringIO("\n".join(lines))))[1:]:  # the first holds units
         kernel = row["Kernel Name"].split("(")[0].removesuffix("_kernel").strip("_")
         for metric, name in METRICS.items():
-            value = float(row.get(metric, "").replace(",", "") or "nan")
-            found.setdefault(kernel, {}).setdefault(name, []).append(value)
+            found.setdefault(kernel, {}).setdefault(name, []).append(number(row.get(metric)))
     for kernel, figures in found.items():
         for name, values in figures.items():
             label, unit = f"{kernel} {name}", UNITS.get(name, "%")
@@ -271,6 +263,14 @@ def counters(size: Size, tell: Tell) -> None:
                 tell(label, sum(values) / 1e6 / size.batch, unit)
             else:
                 tell(label, values[-1], unit, all=values)
+
+
+def number(text: str | None) -> float:
+    """Of a cell of ncu's table; NaN for what a device does not count."""
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return math.nan
 
 
 def counted(size: Size) -> None:
@@ -321,6 +321,8 @@ def fits(size: Size, tell: Tell) -> None:
     target = fill(images, batch)
     for n in size.gaussians:
         paper = replace(PRESETS["paper"].fit, num_gaussians=n, steps=size.paper_steps)
+        if not size.toy:  # so that nothing compiles while it is timed
+            fit(target, replace(paper, steps=2), backend)
         wait(device)
         begin = time.perf_counter()
         splats, _ = fit(target, paper, backend)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class Size:
     repeats: int = 15
     product: int = 8192
     busy_products: int = 150
-    tar_images: int = 100
-    tar_copies: int = 40
+    tar_images: int = 512
+    tar_copies: int = 8
     tar_side: int = 400
     read_samples: int = 300_000
     reader_workers: int = 8
@@ -100,6 +101,7 @@ class Tell:
             file.write(line.encode())
 
 
+@cache
 def pictures(size: Size) -> Tensor:
     """float32 [pictures, 3, H, W], 0 to 1, on the CPU: made ones, the same on every machine."""
     return made_images(size.pictures, size.image)

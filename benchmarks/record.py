@@ -54,9 +54,9 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """None where this is a copy without its repository, or git is not installed."""
+    """Where this is a copy without its repository: SPLATSHARD_COMMIT, or None; None without git."""
     if not (ROOT / ".git").exists():  # git would look for one further up
-        return None
+        return os.environ.get("SPLATSHARD_COMMIT")
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

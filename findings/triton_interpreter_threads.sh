@@ -3,7 +3,7 @@
 # that runs, and its patches of triton.language, are kept once for all. Two threads that launch kernels
 # at the same time read each other's tl.program_id, and write elements of other programs without a word;
 # the first to end takes the patches away under the other, which then raises "Did you forget to add
-# @triton.jit". On a GPU the same launches are safe.
+# @triton.jit".
 #
 # Seen 2026-11-30 with triton 3.7.1 and 3.6.0, numpy 2.3.5, torch 2.13.0 (CPU), Python 3.11; of two threads:
 #   one: "wrong: 1% of the elements" (0.1 to 1 %), no error

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pipeline.kernels import triton_kernels as kernels
 from pipeline.kernels.backend import LossAndGrad
+from pipeline.kernels.triton_launch import WARP, launch
 from pipeline.kernels.triton_lists import (
     RATIO,
     TILE,
-    WARP,
     TileLists,
     tile_lists,
 )
@@ -160,7 +160,8 @@ def _forward(
     squares = out.new_empty(batch, lists.tiles)
     if not batch:
         return squares.sum(1)
-    kernels.forward_kernel[(batch * lists.tiles,)](
+    launch(
+        kernels.forward_kernel, batch * lists.tiles,
         splats.means, splats.cholesky, splats.colors, splats.mask,
         out if target is None else target, out, squares, *lists.arguments,
         n, *size, cutoff,
@@ -170,9 +171,8 @@ def _forward(
     if target is None:
         return None
     loss = out.new_empty(batch)
-    kernels.loss_kernel[(batch,)](
-        squares, loss, lists.tiles, 1 / target.shape[1:].numel(), BLOCK=128, **WARP
-    )
+    scale = 1 / target.shape[1:].numel()
+    launch(kernels.loss_kernel, batch, squares, loss, lists.tiles, scale, BLOCK=128, **WARP)
     return loss
 
 
@@ -211,9 +211,8 @@ def _backward(
     see `by_window`."""
     batch, n = splats.mask.shape
     groups = triton.cdiv(n, kernels.SHARED)
-    if not batch * n:
-        return
-    kernels.backward_kernel[(batch * groups,)](
+    launch(
+        kernels.backward_kernel, batch * groups,
         splats.means, splats.cholesky, splats.colors, splats.mask, field, out, order,
         n, groups, *field.shape[1:3], cutoff, scale,
         SHARED=kernels.SHARED, PIXELS=kernels.PIXELS, WHITENED=whitened, **WARP,
@@ -234,9 +233,8 @@ def _adam(
     state = (splats.means, splats.cholesky, splats.colors, gradient, *moments)
     assert all(x.is_contiguous() for x in state)
     count = splats.mask.numel()
-    if not count:
-        return
-    kernels.adam_kernel[(triton.cdiv(count, kernels.ADAM_BLOCK),)](
+    launch(
+        kernels.adam_kernel, triton.cdiv(count, kernels.ADAM_BLOCK),
         *state, count, beta1, config.beta2, correction2,
         rate * config.lr_means, rate * config.lr_shape, rate * config.lr_colors,
         config.l1_colors, *bounds(*size),

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.blur import radius
+from pipeline.kernels.triton_launch import launch
 
 BLOCK, WARPS = 1024, 4
 """Pixels per program, 8 per thread: some rows of a picture, so that along the columns few taps are
@@ -33,7 +34,8 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     blocks = triton.cdiv(height * width, BLOCK)
     falloff = 0.5 * math.log2(math.e) / sigma**2
     for source, out, length, stride in ((image, rows, width, 1), (rows, blurred, height, width)):
-        blur_kernel[(batch * channels * blocks,)](
+        launch(
+            blur_kernel, batch * channels * blocks,
             source, out, falloff, radius(sigma), height * width, blocks, length, stride,
             BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip

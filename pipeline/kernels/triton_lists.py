@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.triton_launch import WARP, launch
 from pipeline.splats import Splats
 
 TILE = 8
@@ -41,10 +42,6 @@ COARSE_CAPACITY = 2048
 happens only where nearly the whole picture is flat."""
 BLOCK = 128
 """Candidates tested at once by one program of one warp: 4 per thread."""
-
-WARP = {"num_warps": 1, "enable_fp_fusion": True}
-"""Launch options of all kernels but Adam's: a warp never waits for another one. Fused
-multiply-add is asked for by name, since Triton's default is about to change."""
 
 PAD_PX, GROW = 1e-2, 1 + 1e-4
 """Margin of fresh lists: against rounding only."""
@@ -100,13 +97,12 @@ def tile_lists(
     inputs = (splats.means, splats.cholesky, splats.mask)
     scalars = (n, cutoff, grow, pad)
     coarse_tiles = lists.coarse_counts.shape[1]
-    if not batch:
-        return lists
     for kept, counts, columns, tiles, ratio in (
         (lists.coarse, lists.coarse_counts, lists.coarse_columns, coarse_tiles, 0),
         (lists.fine, lists.fine_counts, lists.columns, lists.tiles, RATIO),
     ):
-        _list_kernel[(batch * tiles,)](
+        launch(
+            _list_kernel, batch * tiles,
             *inputs, lists.coarse, lists.coarse_counts, kept, counts, *scalars,
             columns, tiles, lists.coarse_columns, coarse_tiles,
             SIDE=TILE if ratio else TILE * RATIO, RATIO=ratio, CAPACITY=kept.shape[2],

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.triton_launch import WARP, launch
 from pipeline.kernels.triton_lists import (
     RATIO,
     TILE,
-    WARP,
     candidates,
     listed,
     tile_lists,
@@ -47,13 +47,15 @@ def centroids(means: Tensor, rho: Tensor) -> Tensor:
     mask = torch.ones_like(reach, dtype=torch.bool)
     lists = tile_lists(Splats(means, circles, circles, mask), height, width, 1.0)
     owner = torch.empty(rho.shape, dtype=torch.int32, device=rho.device)
-    owner_kernel[(batch * lists.tiles,)](
+    launch(
+        owner_kernel, batch * lists.tiles,
         means, reach, owner, *lists.arguments, n, height, width,
         TILE=TILE, RATIO=RATIO, CAPACITY=lists.fine.shape[2], COARSE_CAPACITY=lists.coarse.shape[2],
         GROUP=GROUP, **WARP,
     )  # fmt: skip
     groups = triton.cdiv(n, SHARED)
-    centroid_kernel[(batch * groups,)](
+    launch(
+        centroid_kernel, batch * groups,
         means, reach, owner, rho, moved, n, groups, height, width,
         SHARED=SHARED, PIXELS=PIXELS, **WARP,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -216,6 +217,16 @@ def test_two_fits_give_the_same_bits():
     config = replace(PLAIN, steps=2)
     first, second = (fit(target, config, TRITON)[0] for _ in range(2))
     assert all(torch.equal(getattr(first, n), getattr(second, n)) for n in NAMES)
+
+
+def test_threads_do_not_disturb_each_other():
+    """Triton's launches do: the first one of a kernel, and all of the interpreter's."""
+    target = small_picture()
+    config = replace(PLAIN, steps=2)
+    alone, _ = fit(target, config, TRITON)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: fit(target, config, TRITON)[0], range(4)))
+    assert all(torch.equal(getattr(one, n), getattr(alone, n)) for one in found for n in NAMES)
 
 
 def test_no_images_at_all():
