@@ -45,8 +45,8 @@ from benchmarks.arms import (
     workspace,
 )
 from benchmarks.record import save
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
-from schemas.train import TrainConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
+from splatshard.schemas.train import TrainConfig
 
 PATCH = 8
 LAYOUT = "{:<4}{:<18}{:>7}{:>8}{:>8}{:>7}  {:<14}{:<8}{:<16}{:>8}{:>8}{:>8}"

@@ -30,17 +30,17 @@ import torch
 from PIL import Image
 
 from benchmarks.record import DATA
-from jobs.recipes.toys import digits
-from pipeline.commit import publish, staged_file
-from pipeline.kernels.backend import select_backend
-from pipeline.markers import read_markers
-from pipeline.pack import pack_fp16, splats_of
-from pipeline.shards import read_rows, shard_metadata_of, stored_payload_bytes
-from pipeline.sources import list_shards
-from pipeline.write import open_writer
-from schemas.config import config_from_recipe, recipe
-from schemas.shard import OK, ShardManifest
-from schemas.splats import payload_bytes, shard_metadata
+from splatshard.jobs.recipes.toys import digits
+from splatshard.pipeline.codec.pack import pack_fp16, splats_of
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, stored_payload_bytes
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.schemas.config import config_from_recipe, recipe
+from splatshard.schemas.shard import OK, ShardManifest
+from splatshard.schemas.splats import payload_bytes, shard_metadata
 
 SPLITS = ("train", "val")
 PER_SHARD = 500

@@ -14,14 +14,14 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
-from pipeline.models import SplatClassifier
-from pipeline.models.encoder import vision_config
-from pipeline.models.patches import PatchEncoder
-from pipeline.tasks import classify
-from pipeline.train.loop import train
-from pipeline.trained import load_trained, open_data
-from schemas.model import ModelConfig
-from schemas.train import TrainConfig
+from splatshard.pipeline.evaluation.tasks import classify
+from splatshard.pipeline.models import SplatClassifier
+from splatshard.pipeline.models.encoder import vision_config
+from splatshard.pipeline.models.patches import PatchEncoder
+from splatshard.pipeline.train.loop import train
+from splatshard.pipeline.train.trained import load_trained, open_data
+from splatshard.schemas.model import ModelConfig
+from splatshard.schemas.train import TrainConfig
 
 DISTILLED = 0.4
 """Share of arm D's steps in which only its stem learns, from the teacher's embeddings."""

@@ -21,7 +21,13 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.accuracy_train import Run, execute
-from schemas.train import AugmentConfig, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.train import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 Dataset = Literal["digits", "tiny-imagenet"]
 Result = dict[str, Any]

@@ -26,20 +26,20 @@ from unittest import mock
 import tyro
 
 from benchmarks.record import DATA, save
-from jobs.actors import THREADS
+from splatshard.jobs.driver.worker import THREADS
 
 os.environ.update(THREADS)
 
 import torch
 from torch import Tensor
 
-from pipeline import convert
-from pipeline.clock import StageClock
-from pipeline.init import initial_splats
-from pipeline.kernels.backend import Backend, select_backend
-from pipeline.sources import list_shards
-from pipeline.splats import Splats
-from schemas.config import ConvertConfig, FitConfig
+from splatshard.pipeline import convert
+from splatshard.pipeline.fitting.start import initial_splats
+from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import ConvertConfig, FitConfig
 
 
 @dataclass(frozen=True)

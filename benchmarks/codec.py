@@ -27,15 +27,15 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from benchmarks.record import DATA, save
-from pipeline.convert import convert_shard
-from pipeline.decode import decode
-from pipeline.kernels.backend import select_backend
-from pipeline.read import read
-from pipeline.shards import read_rows, stored_payload_bytes
-from pipeline.sources import list_shards
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
-from schemas.shard import OK
-from schemas.splats import CODECS, EXTENSIONS, payload_bytes
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.shards.rows import read_rows, stored_payload_bytes
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
+from splatshard.schemas.shard import OK
+from splatshard.schemas.splats import CODECS, EXTENSIONS, payload_bytes
 
 SETS = {"datacomp": "datacomp-sample/shards/00000000.tar", "kodak": "kodak"}
 QUALITIES = range(1, 101)

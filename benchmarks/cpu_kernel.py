@@ -24,11 +24,11 @@ import torch
 from numba import njit
 
 from benchmarks.record import sample_images, save
-from pipeline.fit import fit
-from pipeline.kernels import cpu, reference
-from pipeline.kernels.backend import select_backend
-from pipeline.splats import Splats
-from schemas.config import FitConfig
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.kernels import cpu, reference
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import FitConfig
 
 
 @dataclass(frozen=True)

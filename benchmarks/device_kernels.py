@@ -30,14 +30,20 @@ from torch import Tensor
 
 from benchmarks.device_record import Size, Tell, pictures
 from benchmarks.gpu_fit import fill, mean_psnr, measure_ceilings, seconds, wait
-from pipeline import fit as fitting
-from pipeline.fit import fit, optimize
-from pipeline.init import BLUR_PX, COLOR_STEPS, initial_splats, solve_colors, structure_tensor
-from pipeline.kernels import reference, triton_backend, triton_kernels, voronoi
-from pipeline.kernels.backend import Backend, select_backend
-from pipeline.kernels.triton_lists import tile_lists
-from pipeline.splats import Splats
-from schemas.config import PRESETS, FitConfig
+from splatshard.pipeline.fitting import fit as fitting
+from splatshard.pipeline.fitting.fit import fit, optimize
+from splatshard.pipeline.fitting.start import (
+    BLUR_PX,
+    COLOR_STEPS,
+    initial_splats,
+    solve_colors,
+    structure_tensor,
+)
+from splatshard.pipeline.kernels import reference, triton_backend, triton_kernels, voronoi
+from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.triton_lists import tile_lists
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import PRESETS, FitConfig
 
 CUTOFF = 3.0
 NAMES = ("means", "cholesky", "colors")

@@ -98,7 +98,7 @@ PREDICTIONS: dict[str, Prediction] = {
     ),
     "images/s, N=400, batch 1024": Prediction(1800, 3200, "images/s", "as batch 512 [E]"),
     "peak memory, N=400, batch 512": Prediction(
-        2, 6.4, "GB", "at most 240 bytes a pixel and 1 kB a Gaussian (pipeline/batching.py)"
+        2, 6.4, "GB", "at most 240 bytes a pixel and 1 kB a Gaussian (pipeline/runtime/batching.py)"
     ),
     "time in forward, backward, lists": Prediction(
         0.75, 0.95, "share of the device's", "352 of 415 us"

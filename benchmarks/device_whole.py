@@ -26,15 +26,15 @@ from benchmarks.device_record import Size, Tell
 from benchmarks.gpu_fit import wait
 from benchmarks.pictures import write_tar
 from benchmarks.record import ROOT, machine
-from pipeline.clock import StageClock
-from pipeline.convert import convert_shard
-from pipeline.data import SplatDataset
-from pipeline.kernels.backend import select_backend
-from pipeline.sources import list_shards
-from pipeline.train.loop import train
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
-from schemas.train import DataConfig, LogConfig, OptimConfig, TrainConfig
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.train.loop import train
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
+from splatshard.schemas.train import DataConfig, LogConfig, OptimConfig, TrainConfig
 
 CLASSES = 10
 

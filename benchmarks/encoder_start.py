@@ -25,14 +25,14 @@ from benchmarks.arms import Options, samples_in, workspace
 from benchmarks.gvit import Args as GViTArgs
 from benchmarks.gvit import config_of
 from benchmarks.record import save
-from pipeline.data import ImageDataset
-from pipeline.fit import fit
-from pipeline.kernels.backend import select_backend
-from pipeline.metrics import psnr
-from pipeline.predict import described
-from pipeline.train.loop import train
-from schemas.config import FitConfig
-from schemas.model import GViTLossConfig
+from splatshard.pipeline.data import ImageDataset
+from splatshard.pipeline.fitting.encoder_start import described
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.train.loop import train
+from splatshard.schemas.config import FitConfig
+from splatshard.schemas.model import GViTLossConfig
 
 SIDE = 64
 TOGETHER = 16

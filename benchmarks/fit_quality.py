@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.record import sample_images, save
-from pipeline.fit import fit
-from pipeline.kernels.backend import select_backend
-from pipeline.metrics import psnr
-from pipeline.prune import prune
-from schemas.config import PRESETS
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.fitting.prune import prune
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.psnr import psnr
+from splatshard.schemas.config import PRESETS
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from benchmarks.device_predictions import ISSUE, SLOTS_PER_S
 from benchmarks.record import sample_images, save
-from pipeline.fit import TorchStep, fit
-from pipeline.kernels import triton_kernels, triton_lists
-from pipeline.kernels.backend import select_backend
-from pipeline.kernels.triton_backend import LISTS_EVERY, ORDER_EVERY, windows
-from pipeline.kernels.triton_lists import BLOCK, RATIO, STALE_GROW, STALE_PAD_PX, TILE
-from pipeline.splats import Splats
-from schemas.config import FitConfig
+from splatshard.pipeline.fitting.fit import TorchStep, fit
+from splatshard.pipeline.kernels import triton_kernels, triton_lists
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.triton_backend import LISTS_EVERY, ORDER_EVERY, windows
+from splatshard.pipeline.kernels.triton_lists import BLOCK, RATIO, STALE_GROW, STALE_PAD_PX, TILE
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import FitConfig
 from tests.compile_kernels import code
 
 CUTOFF = 3.0

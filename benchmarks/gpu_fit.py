@@ -42,14 +42,14 @@ from torch import Tensor
 
 from benchmarks.cpu_kernel import count_evaluations
 from benchmarks.record import machine, sample_images, save
-from pipeline.fit import fit
-from pipeline.kernels import reference
-from pipeline.kernels.backend import Backend, select_backend
-from pipeline.kernels.gsplat_alpha import load_gsplat, render_alpha
-from pipeline.metrics import psnr
-from pipeline.splats import Splats
-from schemas.config import PRESETS, FitConfig
-from schemas.errors import BackendError
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.kernels import reference
+from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.gsplat_alpha import load_gsplat, render_alpha
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import PRESETS, FitConfig
+from splatshard.schemas.errors import BackendError
 
 FLOP_PER_EVALUATION = 38
 BYTES_PER_PX = 22

@@ -51,8 +51,14 @@ from benchmarks.arms import (
     workspace,
 )
 from benchmarks.record import save
-from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
-from schemas.train import TrainConfig
+from splatshard.schemas.model import (
+    EncoderConfig,
+    GViTConfig,
+    GViTLossConfig,
+    ModelConfig,
+    StemConfig,
+)
+from splatshard.schemas.train import TrainConfig
 
 Arm = Literal["guided", "unguided", "learned", "grey", "offline", "patches"]
 STARTS: dict[Arm, Literal["image", "random", "learned"]] = {

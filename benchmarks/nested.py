@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import DATA, sample_images, save
-from pipeline.decode import decode
-from pipeline.fit import fields, fit
-from pipeline.kernels.backend import Backend, select_backend
-from pipeline.metrics import psnr
-from pipeline.nested import fit_nested
-from pipeline.pack import pack
-from pipeline.splats import Splats
-from schemas.config import DecodeConfig, FitConfig
+from splatshard.pipeline.codec.pack import pack
+from splatshard.pipeline.fitting.fit import fields, fit
+from splatshard.pipeline.fitting.nested import fit_nested
+from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import DecodeConfig, FitConfig
 
 
 @dataclass(frozen=True)

@@ -46,17 +46,17 @@ def fit_plainly(gaussians: int) -> float:
     import os
     from itertools import islice
 
-    from jobs.actors import THREADS
+    from splatshard.jobs.driver.worker import THREADS
 
     os.environ.update(THREADS)
     import torch
 
-    from pipeline.convert import decode_sample, planes
-    from pipeline.fit import fit
-    from pipeline.kernels.backend import select_backend
-    from pipeline.read import read
-    from pipeline.sources import list_shards
-    from schemas.config import ConvertConfig, FitConfig
+    from splatshard.pipeline.convert import decode_sample, planes
+    from splatshard.pipeline.fitting.fit import fit
+    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.source.listing import list_shards
+    from splatshard.pipeline.source.read import read
+    from splatshard.schemas.config import ConvertConfig, FitConfig
 
     torch.set_num_threads(1)
     config = ConvertConfig(fit=FitConfig(num_gaussians=gaussians))

@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage import data
 
 from benchmarks.record import ROOT
-from pipeline.fit import fit
-from pipeline.kernels.backend import select_backend
-from pipeline.metrics import psnr
-from pipeline.splats import Splats, scales_and_angles
-from schemas.config import FitConfig
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.splats import Splats, scales_and_angles
+from splatshard.schemas.config import FitConfig
 
 SIDE, GAP, CAPTION, SCALE = 224, 6, 22, 2
 BUDGETS = (400, 1600)

@@ -23,24 +23,24 @@ from typing import Any
 import tyro
 
 from benchmarks.record import save
-from jobs.files import write_plan
-from jobs.manifest import Catalog
-from jobs.plan import make_plan, planned
-from pipeline.sources import list_shards
-from schemas.config import ConvertConfig, identities
-from schemas.manifest import MANIFEST_FILE
-from schemas.shard import ShardManifest, ShardRef, to_json
+from splatshard.jobs.destination.manifest import Catalog
+from splatshard.jobs.destination.plan import make_plan, planned
+from splatshard.jobs.destination.plan_file import write_plan
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.schemas.config import ConvertConfig, identities
+from splatshard.schemas.manifest import MANIFEST_FILE
+from splatshard.schemas.shard import ShardManifest, ShardRef, to_json
 
 SAMPLES = 10_000
 CONFIG = ConvertConfig()
 
 PLAN = """
 import sys
-from jobs.files import write_plan
-from jobs.plan import make_plan, planned, refuse_stale
-from pipeline.markers import read_markers
-from pipeline.sources import list_shards
-from schemas.config import ConvertConfig
+from splatshard.jobs.destination.plan_file import write_plan
+from splatshard.jobs.destination.plan import make_plan, planned, refuse_stale
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.schemas.config import ConvertConfig
 src, dst = sys.argv[1:]
 config = ConvertConfig()
 refs = list_shards(src)

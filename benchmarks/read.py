@@ -50,7 +50,7 @@ from benchmarks.read_images import BareLoop, ImageBatch, WebdatasetImages, missi
 from benchmarks.read_peers import PEERS, Peer
 from benchmarks.read_s3 import S3, files
 from benchmarks.record import save
-from pipeline.data import SplatDataset, TrainBatch
+from splatshard.pipeline.data import SplatDataset, TrainBatch
 
 BATCH = 256
 GOALS = {400: 63, 900: 38, 1600: 27, 3136: 13}

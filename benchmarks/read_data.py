@@ -31,24 +31,24 @@ import torch
 from PIL import Image
 
 from benchmarks.record import DATA
-from pipeline.batching import BatchLimit
-from pipeline.clock import StageClock
-from pipeline.codec import planes
-from pipeline.codec.quantise import on_grid
-from pipeline.commit import publish
-from pipeline.convert import FittedBatch, Images, decode_batches, fit_batches, pack_batch
-from pipeline.convert import planes as pixels_to_planes
-from pipeline.decode import decode
-from pipeline.kernels.backend import select_backend
-from pipeline.metrics import psnr
-from pipeline.pack import pack_fp16, unpack
-from pipeline.read import RawSample, read
-from pipeline.sources import list_shards
-from pipeline.splats import Splats, cholesky_from_covariances, covariances
-from pipeline.write import open_writer
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig, recipe
-from schemas.shard import ShardManifest, ShardRef, to_json
-from schemas.splats import EXTENSIONS, PLANAR, shard_metadata
+from splatshard.pipeline.codec import planes
+from splatshard.pipeline.codec.pack import pack_fp16, unpack
+from splatshard.pipeline.codec.quantise import on_grid
+from splatshard.pipeline.convert import FittedBatch, Images, decode_batches, fit_batches, pack_batch
+from splatshard.pipeline.convert import planes as pixels_to_planes
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.runtime.batching import BatchLimit
+from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.shards.commit import publish
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import RawSample, read
+from splatshard.pipeline.splats import Splats, cholesky_from_covariances, covariances
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig, recipe
+from splatshard.schemas.shard import ShardManifest, ShardRef, to_json
+from splatshard.schemas.splats import EXTENSIONS, PLANAR, shard_metadata
 
 SIZE = 224
 """Side of the images, px."""

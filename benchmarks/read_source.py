@@ -1,4 +1,4 @@
-"""Reading source shards: samples/s and MB/s of `pipeline.read`, its floor, and a peer.
+"""Reading source shards: samples/s and MB/s of `pipeline.source.read`, its floor, and a peer.
 
     python -m benchmarks.read_source [--rounds 9]
 
@@ -30,9 +30,9 @@ import tyro
 import webdataset
 
 from benchmarks.record import DATA, save
-from pipeline.read import read
-from pipeline.sources import list_shards
-from pipeline.tar import BLOCK_BYTES
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read
+from splatshard.pipeline.source.tar import BLOCK_BYTES
 
 THREADS = (1, 2)
 EXTENSIONS = ("jpg", "txt", "json")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.decode import decode
-from pipeline.read import read
-from pipeline.sources import list_shards
-from schemas.config import DecodeConfig
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read
+from splatshard.schemas.config import DecodeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SPLATSHARD_DATA", ROOT.parent / "shared" / "data"))

@@ -37,13 +37,19 @@ from transformers.utils import logging
 from benchmarks import accuracy_data as data
 from benchmarks.arms import Options, deviation, percent, samples_in, workspace
 from benchmarks.record import DATA, save
-from jobs.recipes.toys import write_tokenizer
-from pipeline.models import SplatCLIP, save_clip
-from pipeline.tasks import zeroshot
-from pipeline.train.loop import train
-from pipeline.trained import load_trained, open_data
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
-from schemas.train import TrainConfig
+from splatshard.jobs.recipes.toys import write_tokenizer
+from splatshard.pipeline.evaluation.tasks import zeroshot
+from splatshard.pipeline.models import SplatCLIP, save_clip
+from splatshard.pipeline.train.loop import train
+from splatshard.pipeline.train.trained import load_trained, open_data
+from splatshard.schemas.model import (
+    EncoderConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+    TextConfig,
+)
+from splatshard.schemas.train import TrainConfig
 
 SIDE, PATCH, EMBED = 64, 8, 64
 PROMPT = "a photo of a {c}"

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cli import (
+from splatshard.jobs.cli.log import configure, log
+from splatshard.jobs.cli.options import (
     EXIT_FAILED_SHARDS,
     EXIT_OK,
     Interrupted,
@@ -32,16 +33,15 @@ from jobs.cli import (
     say,
     size,
 )
-from jobs.files import RUN_FILE, write_plan, write_text
-from jobs.log import configure, log
-from jobs.manifest import Catalog
-from jobs.plan import Plan, make_plan, mixed, planned, refuse_stale
-from jobs.progress import Progress, run_summary
-from jobs.signals import StopSignals
-from pipeline.storage import absolute
-from schemas.config import ENCODER, PRESETS, ConvertConfig
-from schemas.errors import SourceError, StorageError, UnavailableError, UsageError
-from schemas.shard import ShardRef
+from splatshard.jobs.cli.signals import StopSignals
+from splatshard.jobs.destination.manifest import Catalog
+from splatshard.jobs.destination.plan import Plan, make_plan, mixed, planned, refuse_stale
+from splatshard.jobs.destination.plan_file import RUN_FILE, write_plan, write_text
+from splatshard.jobs.driver.progress import Progress, run_summary
+from splatshard.pipeline.storage.fs import absolute
+from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig
+from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
+from splatshard.schemas.shard import ShardRef
 
 Preset = Literal["default", "paper"]
 
@@ -172,7 +172,7 @@ def storage_options(text: str) -> dict[str, Any]:
 
 def prepare(options: RunOptions) -> None:
     """What every job that converts does first."""
-    from pipeline.storage import use_options
+    from splatshard.pipeline.storage.fs import use_options
 
     configure(options.log_format)
     use_options(storage_options(options.storage_options))
@@ -180,9 +180,9 @@ def prepare(options: RunOptions) -> None:
 
 def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination, check_scheme
-    from pipeline.markers import read_markers
-    from pipeline.sources import list_shards
+    from splatshard.pipeline.shards.commit import check_destination, check_scheme
+    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.pipeline.source.listing import list_shards
 
     prepare(options)
     check_scheme(options.dst)
@@ -196,7 +196,7 @@ def convert(options: ConvertOptions, started: float) -> int:
     if not options.overwrite_stale:
         refuse_stale(plan, markers, options.dst)
     if options.dry_run:
-        from jobs.dryrun import dry_run
+        from splatshard.jobs.driver.dryrun import dry_run
 
         workers = None if options.workers == "auto" else options.workers
         return dry_run(plan.work, config, workers, options.json)
@@ -208,7 +208,7 @@ def with_teacher(config: ConvertConfig, model: str) -> ConvertConfig:
     loaded."""
     if not model:
         return config
-    from pipeline.teacher import described
+    from splatshard.pipeline.models.teacher import described
 
     return replace(config, teacher=described(model))
 
@@ -219,7 +219,7 @@ def with_encoder(config: ConvertConfig) -> ConvertConfig:
     fit = config.fit
     if not fit.init.startswith(ENCODER):
         return config
-    from pipeline.predict import described
+    from splatshard.pipeline.fitting.encoder_start import described
 
     return replace(
         config, fit=replace(fit, init=described(fit.init, (*fit.budgets, fit.num_gaussians)[0]))
@@ -235,8 +235,8 @@ def execute(
     started: float,
 ) -> int:
     """Convert what is left to do of `plan`, tell the result; returns the exit code."""
-    from pipeline.class_texts import copy_texts
-    from pipeline.commit import clean_staging, remove
+    from splatshard.pipeline.evaluation.class_texts import copy_texts
+    from splatshard.pipeline.shards.commit import clean_staging, remove
 
     say(describe(plan, len(refs)))
     if warning := mixed(plan, config):
@@ -266,7 +266,7 @@ def execute(
 
 def source_sha256(ref: ShardRef) -> str:
     """The checksum that the shard's marker would hold; "" for a source that is damaged by now."""
-    from pipeline.read import read
+    from splatshard.pipeline.source.read import read
 
     digest = hashlib.sha256()
     try:
@@ -286,9 +286,9 @@ def drive(
     catalog: Catalog,
 ) -> int:
     """Start Ray, convert what is left to do; returns the number of workers."""
-    from jobs.cluster import ray_session
-    from jobs.drive import Driver
-    from pipeline.commit import clean_attempts
+    from splatshard.jobs.driver.cluster import ray_session
+    from splatshard.jobs.driver.driver import Driver
+    from splatshard.pipeline.shards.commit import clean_attempts
 
     with ray_session(options.workers), StopSignals() as signals:
         driver = Driver(

@@ -27,9 +27,9 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from jobs import convert, report, verify
-from jobs.cli import EXIT_OK, count, duration, parse, run, say
-from schemas.errors import UsageError
+from splatshard.jobs import convert, report, verify
+from splatshard.jobs.cli.options import EXIT_OK, count, duration, parse, run, say
+from splatshard.schemas.errors import UsageError
 
 PHOTOGRAPHS = {
     "astronaut.png": "an astronaut in an orange suit in front of a flag and a shuttle model",

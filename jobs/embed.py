@@ -17,13 +17,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cli import EXIT_FAILED_SHARDS, EXIT_OK, count, duration, parse, print_json, run, say
-from jobs.convert import with_teacher
-from jobs.dataset import DatasetOptions, open_dataset
-from jobs.files import read_plan, write_plan
-from jobs.manifest import Catalog
-from jobs.plan import PlannedShard
-from schemas.config import (
+from splatshard.jobs.cli.dataset import DatasetOptions, open_dataset
+from splatshard.jobs.cli.options import (
+    EXIT_FAILED_SHARDS,
+    EXIT_OK,
+    count,
+    duration,
+    parse,
+    print_json,
+    run,
+    say,
+)
+from splatshard.jobs.convert import with_teacher
+from splatshard.jobs.destination.manifest import Catalog
+from splatshard.jobs.destination.plan import PlannedShard
+from splatshard.jobs.destination.plan_file import read_plan, write_plan
+from splatshard.schemas.config import (
     ConvertConfig,
     config_from_recipe,
     describe_difference,
@@ -32,8 +41,8 @@ from schemas.config import (
     recipe_digest,
     source_of,
 )
-from schemas.errors import CorruptShardError, SourceError, UsageError
-from schemas.shard import ShardManifest, ShardRef
+from splatshard.schemas.errors import CorruptShardError, SourceError, UsageError
+from splatshard.schemas.shard import ShardManifest, ShardRef
 
 SAY_EVERY_S = 10.0
 
@@ -67,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def embed(options: EmbedOptions, started: float) -> int:
     """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination, clean_staging
-    from pipeline.embed import embed_shard
+    from splatshard.pipeline.embed import embed_shard
+    from splatshard.pipeline.shards.commit import check_destination, clean_staging
 
     dst = open_dataset(options)
     check_destination(dst)
@@ -116,7 +125,7 @@ def device_of(name: str) -> Any:
 
 def done_shards(dst: str) -> dict[str, ShardManifest]:
     """The done markers of `dst`. Raises UsageError when there are none."""
-    from pipeline.markers import read_markers
+    from splatshard.pipeline.shards.markers import read_markers
 
     markers = read_markers(dst, trust_manifest=False)
     done = {name: m for name, m in markers.items() if isinstance(m, ShardManifest)}
@@ -138,7 +147,7 @@ def sources_of(
     dst: str, done: Mapping[str, ShardManifest], options: EmbedOptions
 ) -> dict[str, ShardRef]:
     """The source of each shard. Raises UsageError where one is missing or of another size."""
-    from pipeline.sources import current, list_shards
+    from splatshard.pipeline.source.listing import current, list_shards
 
     if options.src:
         refs = list_shards(options.src, None, options.samples_per_shard, dst)

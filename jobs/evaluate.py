@@ -30,15 +30,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jobs.cli import EXIT_OK, Switch, parse, print_json, run, say
-from jobs.convert import storage_options
-from jobs.embed import device_of
-from jobs.files import read_text, write_text
-from pipeline.storage import absolute, use_options
-from schemas.errors import UsageError
+from splatshard.jobs.cli.options import EXIT_OK, Switch, parse, print_json, run, say
+from splatshard.jobs.convert import storage_options
+from splatshard.jobs.destination.plan_file import read_text, write_text
+from splatshard.jobs.embed import device_of
+from splatshard.pipeline.storage.fs import absolute, use_options
+from splatshard.schemas.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.trained import Data, Trained
+    from splatshard.pipeline.train.trained import Data, Trained
 
 Result = dict[str, Any]
 Task = Literal["auto", "zeroshot", "retrieval", "probe", "classify"]
@@ -134,7 +134,7 @@ def evaluate(options: EvaluateOptions) -> int:
     """The whole job; returns the exit code."""
     use_options(storage_options(options.storage_options))
     datasets = datasets_of(options)
-    from pipeline.evaluate import summary
+    from splatshard.pipeline.evaluation.metrics import summary
 
     trained, open_data = opened(options)
     output = absolute(options.output).rstrip("/") if options.output else output_of(trained)
@@ -161,11 +161,11 @@ def evaluate(options: EvaluateOptions) -> int:
 
 def opened(options: EvaluateOptions) -> tuple[Trained, Callable[[str], Data]]:
     """The model, and what opens data for it."""
-    from pipeline.trained import load_trained, open_data
+    from splatshard.pipeline.train.trained import load_trained, open_data
 
     device = device_of(options.device)
     if options.images:
-        from pipeline.rgb import load_rgb
+        from splatshard.pipeline.evaluation.samples import load_rgb
 
         if not options.output:
             raise UsageError("--images: give --output, a folder for the results")
@@ -209,7 +209,7 @@ def datasets_of(options: EvaluateOptions) -> list[Dataset]:
 
 def listed(url: str, shared: dict[str, str]) -> Iterator[Dataset]:
     """The datasets of a list file."""
-    from pipeline.zeroshot import read_lines
+    from splatshard.pipeline.evaluation.zeroshot import read_lines
 
     for number, line in enumerate(read_lines(url, numbered=False)):
         words = line.partition("#")[0].split()
@@ -266,7 +266,7 @@ def evaluated(
 ) -> Result:
     """The result for one dataset: the one that is there already if nothing has changed, else
     computed and written. Raises UsageError for data that do not fit the model or the task."""
-    from pipeline.class_texts import CLASSNAMES, TEMPLATES
+    from splatshard.pipeline.evaluation.class_texts import CLASSNAMES, TEMPLATES
 
     shards = open_data(dataset.src)
     train = None
@@ -342,8 +342,8 @@ def check_task(task: str, dataset: Dataset, trained: Trained, names: bool) -> st
 def lines_of(given: str, name: str, src: str) -> list[str]:
     """The lines of the file `given`, else of the one called `name` beside the data; none where
     there is none."""
-    from pipeline.class_texts import find
-    from pipeline.zeroshot import read_lines
+    from splatshard.pipeline.evaluation.class_texts import find
+    from splatshard.pipeline.evaluation.zeroshot import read_lines
 
     url = given or find(name, folders_of(src))
     return read_lines(url) if url else []
@@ -351,7 +351,7 @@ def lines_of(given: str, name: str, src: str) -> list[str]:
 
 def templates_of(dataset: Dataset, name: str) -> list[str]:
     """The prompts of a dataset."""
-    from pipeline.zeroshot import DEFAULT_TEMPLATES, checked_templates
+    from splatshard.pipeline.evaluation.zeroshot import DEFAULT_TEMPLATES, checked_templates
 
     found = lines_of(dataset.templates, name, dataset.src)
     return checked_templates(found, dataset.templates or name) or list(DEFAULT_TEMPLATES)
@@ -359,9 +359,9 @@ def templates_of(dataset: Dataset, name: str) -> list[str]:
 
 def folders_of(src: str) -> list[str]:
     """Where the texts of a dataset may be: with the shards, and with the images they are of."""
-    from pipeline.class_texts import beside
-    from pipeline.markers import read_markers
-    from schemas.shard import ShardManifest
+    from splatshard.pipeline.evaluation.class_texts import beside
+    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.schemas.shard import ShardManifest
 
     markers = (m for m in read_markers(src).values() if isinstance(m, ShardManifest))
     source = next((marker.source_url for marker in markers), "")
@@ -379,7 +379,7 @@ def computed(
     texts: dict[str, list[str]],
 ) -> Result:
     """The figures of one dataset."""
-    from pipeline import tasks
+    from splatshard.pipeline.evaluation import tasks
 
     if task == "zeroshot":
         found = tasks.zeroshot(trained, shards, texts["classnames"], texts["templates"])

@@ -4,7 +4,7 @@
 
 For classifiers of splats, whose Gaussians are fitted here as those of the run's shards were (size,
 steps, number, cutoff; not pruned, not packed), and for GViT, which predicts its own.
-pipeline/explain.py says what the scores are. With --boxes it plays the pointing game: how often
+pipeline/evaluation/explain.py says what the scores are. With --boxes it plays the pointing game: how often
 the largest value of an image's map lies in the object's box.
 """
 
@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from jobs.cli import EXIT_OK, Switch, count, parse, print_json, run, say
-from jobs.convert import storage_options
-from jobs.embed import device_of
-from jobs.evaluate import lines_of
-from jobs.explain_images import boxes_in_crops, data_of, gaussians_of, read_image
-from jobs.files import write_text
-from pipeline.storage import absolute, use_options
-from schemas.config import DecodeConfig, FitConfig
-from schemas.errors import SplatshardError, UsageError
+from splatshard.jobs.cli.options import EXIT_OK, Switch, count, parse, print_json, run, say
+from splatshard.jobs.convert import storage_options
+from splatshard.jobs.destination.plan_file import write_text
+from splatshard.jobs.embed import device_of
+from splatshard.jobs.evaluate import lines_of
+from splatshard.jobs.pages.explain_images import boxes_in_crops, data_of, gaussians_of, read_image
+from splatshard.pipeline.storage.fs import absolute, use_options
+from splatshard.schemas.config import DecodeConfig, FitConfig
+from splatshard.schemas.errors import SplatshardError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.explain_images import Take
-    from pipeline.decode import DecodedImage
-    from pipeline.explain import Box, Explanation
-    from pipeline.trained import Trained
+    from splatshard.jobs.pages.explain_images import Take
+    from splatshard.pipeline.evaluation.explain import Box, Explanation
+    from splatshard.pipeline.source.decode import DecodedImage
+    from splatshard.pipeline.train.trained import Trained
 
 Result = dict[str, Any]
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 def explain(options: ExplainOptions) -> int:
     """The whole job; returns the exit code."""
     use_options(storage_options(options.storage_options))
-    from pipeline.trained import load_trained
+    from splatshard.pipeline.train.trained import load_trained
 
     trained = load_trained(absolute(options.ckpt), options.weights, device_of(options.device))
     classes = check_model(trained, options)
@@ -164,7 +164,7 @@ def output_of(trained: Trained) -> str:
 def classnames_of(trained: Trained, options: ExplainOptions, classes: int) -> list[str]:
     """A name for each class: its number where no file says another. Raises UsageError for names
     of another number of classes."""
-    from pipeline.class_texts import CLASSNAMES
+    from splatshard.pipeline.evaluation.class_texts import CLASSNAMES
 
     src = data_of(trained).split("::")[0].rstrip("/")
     try:
@@ -198,11 +198,11 @@ def explained(
     says nothing finite of it."""
     import torch
 
-    from jobs.explain_picture import sheet
-    from pipeline import explain as stage
-    from pipeline.convert import planes
-    from pipeline.kernels.backend import select_backend
-    from pipeline.metrics import psnr
+    from splatshard.jobs.pages.explain_picture import sheet
+    from splatshard.pipeline.convert import planes
+    from splatshard.pipeline.evaluation import explain as stage
+    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.psnr import psnr
 
     backend = select_backend("triton" if trained.device.type == "cuda" else "cpu")
     space = trained.config.gvit
@@ -285,7 +285,7 @@ def title_of(result: Result) -> str:
 
 def write(output: str, name: str, result: Result, drawing: bytes) -> None:
     """The two files of an image. Raises StorageError and UnavailableError."""
-    from pipeline.storage import write_bytes
+    from splatshard.pipeline.storage.fs import write_bytes
 
     write_bytes(f"{output}/{name}.png", drawing)
     write_text(output, f"{name}.json", json.dumps(result, sort_keys=True) + "\n")
@@ -296,7 +296,7 @@ def write(output: str, name: str, result: Result, drawing: bytes) -> None:
 
 def summary_of(results: dict[str, Result], output: str) -> Result:
     """Classes of the images and, where there were boxes, the pointing game."""
-    from pipeline.explain import SCORES
+    from splatshard.pipeline.evaluation.explain import SCORES
 
     short = ("label", "class", "probability", "predicted", "psnr", "hit")
     images = {

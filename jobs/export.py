@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cli import EXIT_OK, parse, print_json, run, say
-from jobs.dataset import DatasetOptions, check_output, naming_repair, open_dataset
-from jobs.files import read_plan
-from jobs.plan import status
-from schemas.errors import UsageError
-from schemas.shard import OK, ShardManifest
-from schemas.splats import metadata_of
+from splatshard.jobs.cli.dataset import DatasetOptions, check_output, naming_repair, open_dataset
+from splatshard.jobs.cli.options import EXIT_OK, parse, print_json, run, say
+from splatshard.jobs.destination.plan import status
+from splatshard.jobs.destination.plan_file import read_plan
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.shard import OK, ShardManifest
+from splatshard.schemas.splats import metadata_of
 
 SUFFIXES = (".ply", ".png")
 
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(options: ExportOptions) -> int:
     """Write the file and print its path on standard output."""
-    from pipeline.commit import storage_errors
-    from pipeline.pack import splats_of
+    from splatshard.pipeline.codec.pack import splats_of
+    from splatshard.pipeline.shards.commit import storage_errors
 
     check_output(options.output)
     dst = open_dataset(options)
@@ -67,7 +67,7 @@ def export(options: ExportOptions) -> int:
     with naming_repair(dst, manifest):
         splats = splats_of(row, metadata_of(recipe))
     if options.output.lower().endswith(".ply"):
-        from pipeline.ply import ply_bytes
+        from splatshard.pipeline.ply import ply_bytes
 
         data = ply_bytes(splats, height, width)
         say(
@@ -92,8 +92,8 @@ def export(options: ExportOptions) -> int:
 def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
     """The first row whose key or uid is `key`, and its shard. Raises UsageError without one, and
     CorruptShardError for a damaged shard before it."""
-    from pipeline.markers import read_markers
-    from pipeline.shards import read_rows
+    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.pipeline.shards.rows import read_rows
 
     done = status(read_plan(dst), read_markers(dst)).done
     if not done:
@@ -115,7 +115,7 @@ def png_bytes(splats: Any, height: int, width: int, cutoff: float, backend_name:
     """The summed rendering as a PNG file."""
     from PIL import Image
 
-    from pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.backend import select_backend
 
     backend = select_backend(backend_name)
     image = backend.render(splats.to(backend.device), height, width, cutoff)[0]

@@ -17,12 +17,21 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from jobs.cli import EXIT_FAILED_SHARDS, EXIT_OK, Switch, count, parse, print_json, run, say
-from jobs.convert import prepare
-from jobs.files import read_plan, require_dataset
-from jobs.plan import Status, status
-from jobs.redo import RedoOptions, redo
-from jobs.verify import orphans, verified
+from splatshard.jobs.cli.options import (
+    EXIT_FAILED_SHARDS,
+    EXIT_OK,
+    Switch,
+    count,
+    parse,
+    print_json,
+    run,
+    say,
+)
+from splatshard.jobs.convert import prepare
+from splatshard.jobs.destination.plan import Status, status
+from splatshard.jobs.destination.plan_file import read_plan, require_dataset
+from splatshard.jobs.driver.redo import RedoOptions, redo
+from splatshard.jobs.verify import orphans, verified
 
 MAX_NAMED = 20
 
@@ -50,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def repair(options: RepairOptions, started: float) -> int:
     """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination
-    from pipeline.markers import read_markers
+    from splatshard.pipeline.shards.commit import check_destination
+    from splatshard.pipeline.shards.markers import read_markers
 
     prepare(options)
     dst = require_dataset(options.dst)
@@ -121,8 +130,8 @@ def to_redo(dst: str, state: Status, quick: bool) -> dict[str, str]:
 
 def wrong_sizes(dst: str, state: Status) -> dict[str, str]:
     """Done shards whose data file is gone or of another size."""
-    from pipeline.storage import list_folder
-    from pipeline.store_errors import storage_errors
+    from splatshard.pipeline.storage.errors import storage_errors
+    from splatshard.pipeline.storage.fs import list_folder
 
     with storage_errors(dst, "read"):
         files = list_folder(dst)
@@ -144,11 +153,11 @@ def sweep(dst: str, delete: bool) -> list[str]:
 
     A file that has a marker by now is no orphan: files are listed first, then markers are read.
     """
-    from pipeline.markers import read_markers, shard_of
-    from pipeline.objects import delete as delete_file
-    from pipeline.shards import is_shard
-    from pipeline.storage import list_folder
-    from pipeline.store_errors import storage_errors
+    from splatshard.pipeline.shards.markers import read_markers, shard_of
+    from splatshard.pipeline.shards.rows import is_shard
+    from splatshard.pipeline.storage.atomic import delete as delete_file
+    from splatshard.pipeline.storage.errors import storage_errors
+    from splatshard.pipeline.storage.fs import list_folder
 
     with storage_errors(dst, "read"):
         files = list(list_folder(dst))

@@ -24,17 +24,23 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cli import EXIT_OK, Switch, parse, print_json, run, say
-from jobs.dataset import DatasetOptions, check_output, naming_repair, open_dataset
-from jobs.files import REPORT_FILE, RUN_FILE, read_plan, read_text, write_text
-from jobs.plan import PlannedShard, status
-from jobs.progress import dataset_figures
-from jobs.report_page import JpegFigures, Picture, ReportData, Skip, page
-from pipeline.storage import is_local
-from schemas.config import DecodeConfig
-from schemas.errors import SampleError, SplatshardError, UsageError
-from schemas.shard import OK, ShardManifest
-from schemas.splats import metadata_of, payload_bytes
+from splatshard.jobs.cli.dataset import DatasetOptions, check_output, naming_repair, open_dataset
+from splatshard.jobs.cli.options import EXIT_OK, Switch, parse, print_json, run, say
+from splatshard.jobs.destination.plan import PlannedShard, status
+from splatshard.jobs.destination.plan_file import (
+    REPORT_FILE,
+    RUN_FILE,
+    read_plan,
+    read_text,
+    write_text,
+)
+from splatshard.jobs.driver.progress import dataset_figures
+from splatshard.jobs.pages.report_page import JpegFigures, Picture, ReportData, Skip, page
+from splatshard.pipeline.storage.fs import is_local
+from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.errors import SampleError, SplatshardError, UsageError
+from splatshard.schemas.shard import OK, ShardManifest
+from splatshard.schemas.splats import metadata_of, payload_bytes
 
 MAX_SHARDS = 16
 MAX_SKIPS = 500
@@ -81,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(options: ReportOptions) -> int:
     """Write the page and print its path on standard output."""
-    from pipeline.commit import storage_errors
+    from splatshard.pipeline.shards.commit import storage_errors
 
     if options.output:
         check_output(options.output)
@@ -103,7 +109,7 @@ def report(options: ReportOptions) -> int:
 
 def gather(dst: str, samples: int, backend_name: str) -> ReportData:
     """Everything the page shows. Raises UsageError when DST holds no finished shard."""
-    from pipeline.markers import read_markers
+    from splatshard.pipeline.shards.markers import read_markers
 
     shards = read_plan(dst)
     state = status(shards, read_markers(dst))
@@ -149,7 +155,7 @@ def survey(
 
     Raises CorruptShardError for a damaged shard.
     """
-    from pipeline.shards import read_rows
+    from splatshard.pipeline.shards.rows import read_rows
 
     entries: list[Entry] = []
     skips: list[Skip] = []
@@ -200,8 +206,8 @@ def by_shard(entries: Sequence[Entry]) -> dict[str, dict[int, Entry]]:
 
 def reread(shards: dict[str, PlannedShard], entries: Sequence[Entry]) -> dict[tuple[str, int], Any]:
     """The fitted crops (uint8 [S, S, 3]) of `entries`, as far as the source is still there."""
-    from pipeline.decode import decode
-    from pipeline.read import read
+    from splatshard.pipeline.source.decode import decode
+    from splatshard.pipeline.source.read import read
 
     found: dict[tuple[str, int], Any] = {}
     for name, wanted in by_shard(entries).items():
@@ -228,8 +234,8 @@ def pictures(
     dst: str, entries: Sequence[Entry], originals: dict[tuple[str, int], Any], backend_name: str
 ) -> list[Picture]:
     """Reconstruction and ellipses of `entries`, in their order."""
-    from pipeline.kernels.backend import select_backend
-    from pipeline.shards import read_rows
+    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.shards.rows import read_rows
 
     backend = select_backend(backend_name)
     done: dict[tuple[str, int], Picture] = {}
@@ -249,8 +255,8 @@ def picture(entry: Entry, row: dict[str, Any], original: Any, backend: Any) -> P
     """One gallery entry: pixels as PNG, ellipses as numbers."""
     import numpy as np
 
-    from pipeline.pack import splats_of
-    from pipeline.splats import scales_and_angles
+    from splatshard.pipeline.codec.pack import splats_of
+    from splatshard.pipeline.splats import scales_and_angles
 
     recipe = entry.shard.inputs["recipe"]
     width, height = row["width"], row["height"]

@@ -15,12 +15,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from jobs.cli import EXIT_FAILED_SHARDS, EXIT_OK, count, parse, print_json, run, say
-from jobs.convert import prepare
-from jobs.files import read_plan, require_dataset
-from jobs.plan import Marker, status
-from jobs.redo import RedoOptions, redo
-from schemas.shard import FailedShard, ShardManifest
+from splatshard.jobs.cli.options import (
+    EXIT_FAILED_SHARDS,
+    EXIT_OK,
+    count,
+    parse,
+    print_json,
+    run,
+    say,
+)
+from splatshard.jobs.convert import prepare
+from splatshard.jobs.destination.plan import Marker, status
+from splatshard.jobs.destination.plan_file import read_plan, require_dataset
+from splatshard.jobs.driver.redo import RedoOptions, redo
+from splatshard.schemas.shard import FailedShard, ShardManifest
 
 SkipStatus = Literal[
     "no_image",
@@ -56,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def retry(options: RetryOptions, started: float) -> int:
     """The whole job; returns the exit code."""
-    from pipeline.commit import check_destination
-    from pipeline.markers import read_markers
+    from splatshard.pipeline.shards.commit import check_destination
+    from splatshard.pipeline.shards.markers import read_markers
 
     prepare(options)
     dst = require_dataset(options.dst)

@@ -17,12 +17,21 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import EXIT_OK, answer, count, duration, parse, print_json, run, size
-from jobs.dataset import DatasetOptions, open_dataset
-from jobs.files import read_plan, read_text
-from jobs.manifest import psnr_quantiles
-from jobs.plan import Status, status
-from jobs.progress import PROGRESS_FILE, dataset_figures
+from splatshard.jobs.cli.dataset import DatasetOptions, open_dataset
+from splatshard.jobs.cli.options import (
+    EXIT_OK,
+    answer,
+    count,
+    duration,
+    parse,
+    print_json,
+    run,
+    size,
+)
+from splatshard.jobs.destination.manifest import psnr_quantiles
+from splatshard.jobs.destination.plan import Status, status
+from splatshard.jobs.destination.plan_file import read_plan, read_text
+from splatshard.jobs.driver.progress import PROGRESS_FILE, dataset_figures
 
 MAX_NAMED = 20
 
@@ -43,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(options: StatusOptions) -> int:
     """Print the state of DST."""
-    from pipeline.markers import read_markers
+    from splatshard.pipeline.shards.markers import read_markers
 
     dst = open_dataset(options)
     state = status(read_plan(dst), read_markers(dst))

@@ -23,7 +23,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jobs.cli import (
+from splatshard.jobs.cli.log import configure, log, structured
+from splatshard.jobs.cli.options import (
     EXIT_OK,
     Interrupted,
     Switch,
@@ -33,12 +34,11 @@ from jobs.cli import (
     run,
     size,
 )
-from jobs.convert import storage_options
-from jobs.log import configure, log, structured
-from jobs.recipe import load_recipe
-from jobs.signals import MESSAGES, StopSignals
-from pipeline.storage import use_options
-from schemas.errors import UsageError
+from splatshard.jobs.cli.recipe import load_recipe
+from splatshard.jobs.cli.signals import MESSAGES, StopSignals
+from splatshard.jobs.convert import storage_options
+from splatshard.pipeline.storage.fs import use_options
+from splatshard.schemas.errors import UsageError
 
 LINE_EVERY_S = 5.0
 
@@ -83,11 +83,11 @@ def start(options: TrainOptions) -> int:
     first = os.environ.get("RANK", "0") == "0"  # the others of torchrun tell nothing
     with Shown(first) as shown:
         if options.ray_workers:
-            from jobs.launch import launch
+            from splatshard.jobs.driver.ray_train import launch
 
             result = launch(config, options.ray_workers, shown, given)
         else:
-            from pipeline.train.loop import train
+            from splatshard.pipeline.train.loop import train
 
             with StopSignals(quiet=not first) as signals:
                 result = train(config, shown, lambda: signals.received)

@@ -20,15 +20,15 @@ from functools import partial
 from rich.console import Console
 from rich.progress import track
 
-from jobs.cli import EXIT_ERROR, EXIT_OK, answer, count, parse, print_json, run
-from jobs.dataset import DatasetOptions, open_dataset
-from jobs.files import read_plan
-from jobs.plan import Marker, Status, status
-from schemas.config import describe_difference, recipe_digest
-from schemas.errors import SplatshardError
-from schemas.manifest import MANIFEST_FILE
-from schemas.shard import ShardManifest
-from schemas.splats import EXTENSIONS
+from splatshard.jobs.cli.dataset import DatasetOptions, open_dataset
+from splatshard.jobs.cli.options import EXIT_ERROR, EXIT_OK, answer, count, parse, print_json, run
+from splatshard.jobs.destination.plan import Marker, Status, status
+from splatshard.jobs.destination.plan_file import read_plan
+from splatshard.schemas.config import describe_difference, recipe_digest
+from splatshard.schemas.errors import SplatshardError
+from splatshard.schemas.manifest import MANIFEST_FILE
+from splatshard.schemas.shard import ShardManifest
+from splatshard.schemas.splats import EXTENSIONS
 
 MAX_NOTES = 20
 DOWNLOADS = 8
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(options: VerifyOptions) -> int:
     """Verify DST and print the findings; returns the exit code."""
-    from pipeline.markers import read_markers
+    from splatshard.pipeline.shards.markers import read_markers
 
     dst = open_dataset(options)
     markers = read_markers(dst, trust_manifest=False)
@@ -93,8 +93,8 @@ def verify(options: VerifyOptions) -> int:
 
 def check(dst: str, markers: Mapping[str, Marker], state: Status) -> Findings:
     """Re-read all done shards; list everything else that keeps the dataset from being whole."""
-    from pipeline.storage import list_folder
-    from pipeline.store_errors import storage_errors
+    from splatshard.pipeline.storage.errors import storage_errors
+    from splatshard.pipeline.storage.fs import list_folder
 
     findings = Findings()
     for manifest, problems in verified(dst, state.done):
@@ -129,8 +129,8 @@ def verified(
     dst: str, manifests: Sequence[ShardManifest]
 ) -> Iterator[tuple[ShardManifest, list[str]]]:
     """Each shard, re-read, with what is wrong with it; in order."""
-    from pipeline.shards import verify_shard
-    from pipeline.storage import is_local
+    from splatshard.pipeline.shards.rows import verify_shard
+    from splatshard.pipeline.storage.fs import is_local
 
     console = Console(stderr=True)
     with nullcontext() if is_local(dst) else ThreadPoolExecutor(DOWNLOADS) as pool:
@@ -148,7 +148,7 @@ def verified(
 
 def orphans(files: Iterable[str], markers: Mapping[str, Marker]) -> list[str]:
     """Data files that no marker names. Of a shard with a corrupt marker nobody can tell."""
-    from pipeline.markers import shard_of
+    from splatshard.pipeline.shards.markers import shard_of
 
     named = {m.data_file for m in markers.values() if isinstance(m, ShardManifest)}
     unclear = {n for n, marker in markers.items() if isinstance(marker, SplatshardError)}
@@ -173,8 +173,8 @@ def recipe_notes(markers: Mapping[str, Marker]) -> list[str]:
 
 def manifest_notes(dst: str, markers: Mapping[str, Marker]) -> list[str]:
     """Where the run-level manifest, if there is one, does not say what the markers say."""
-    from pipeline.markers import read_manifest
-    from pipeline.storage import exists
+    from splatshard.pipeline.shards.markers import read_manifest
+    from splatshard.pipeline.storage.fs import exists
 
     url = f"{dst}/{MANIFEST_FILE}"
     if not exists(url):

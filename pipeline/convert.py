@@ -31,25 +31,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.batching import TEACHER_TOGETHER, BatchLimit, auto_batch_size, own_stream
-from pipeline.clock import StageClock
-from pipeline.commit import publish, staged_file
-from pipeline.decode import DecodedImage, decode
-from pipeline.fit import fit
-from pipeline.kernels.backend import Backend
-from pipeline.metrics import psnr
-from pipeline.nested import fit_nested
-from pipeline.pack import finite_images, pack, unpack
-from pipeline.prefetch import map_ahead, prefetch
-from pipeline.prune import prune
-from pipeline.read import RawSample, read
-from pipeline.splats import Splats, first
-from pipeline.teacher import load_teacher
-from pipeline.write import open_writer
-from schemas.config import ConvertConfig, recipe
-from schemas.errors import SampleError
-from schemas.shard import OK, ShardManifest, ShardRef
-from schemas.splats import MAX_PSNR, TEACHER, psnr_columns, shard_metadata
+from splatshard.pipeline.codec.pack import finite_images, pack, unpack
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.fitting.nested import fit_nested
+from splatshard.pipeline.fitting.prune import prune
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.models.teacher import load_teacher
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.runtime.batching import (
+    TEACHER_TOGETHER,
+    BatchLimit,
+    auto_batch_size,
+    own_stream,
+)
+from splatshard.pipeline.runtime.prefetch import map_ahead, prefetch
+from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.pipeline.source.decode import DecodedImage, decode
+from splatshard.pipeline.source.read import RawSample, read
+from splatshard.pipeline.splats import Splats, first
+from splatshard.schemas.config import ConvertConfig, recipe
+from splatshard.schemas.errors import SampleError
+from splatshard.schemas.shard import OK, ShardManifest, ShardRef
+from splatshard.schemas.splats import MAX_PSNR, TEACHER, psnr_columns, shard_metadata
 
 Row = dict[str, Any]
 

@@ -19,19 +19,19 @@ from typing import Any
 
 import torch
 
-from pipeline.batching import TEACHER_TOGETHER, BatchLimit
-from pipeline.commit import publish, staged_file
-from pipeline.convert import MAX_DECODERS, overlaps
-from pipeline.decode import decode
-from pipeline.prefetch import map_ahead
-from pipeline.read import RawSample, read
-from pipeline.shards import read_rows
-from pipeline.teacher import Teacher, load_teacher
-from pipeline.write import open_writer
-from schemas.config import ConvertConfig, recipe
-from schemas.errors import SampleError, SourceError
-from schemas.shard import OK, ShardManifest, ShardRef, marker_digest
-from schemas.splats import TEACHER, shard_metadata
+from splatshard.pipeline.convert import MAX_DECODERS, overlaps
+from splatshard.pipeline.models.teacher import Teacher, load_teacher
+from splatshard.pipeline.runtime.batching import TEACHER_TOGETHER, BatchLimit
+from splatshard.pipeline.runtime.prefetch import map_ahead
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.read import RawSample, read
+from splatshard.schemas.config import ConvertConfig, recipe
+from splatshard.schemas.errors import SampleError, SourceError
+from splatshard.schemas.shard import OK, ShardManifest, ShardRef, marker_digest
+from splatshard.schemas.splats import TEACHER, shard_metadata
 
 Row = dict[str, Any]
 

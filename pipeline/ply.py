@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.splats import Splats, scales_and_angles
-from schemas.errors import BackendError
+from splatshard.pipeline.splats import Splats, scales_and_angles
+from splatshard.schemas.errors import BackendError
 
 SIDE = 2.0
 THICKNESS = 1e-4

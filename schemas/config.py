@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from schemas.errors import UsageError
-from schemas.shard import ShardRef
-from schemas.splats import CODECS, FORMAT_VERSION, canonical_json
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.shard import ShardRef
+from splatshard.schemas.splats import CODECS, FORMAT_VERSION, canonical_json
 
 STAGES_VERSION = 5
 """Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same
@@ -25,7 +25,7 @@ input."""
 MAX_GAUSSIANS = 65536
 
 ENCODER = "encoder:"
-"""Begins the name of a start that a trained model predicts; see pipeline/predict.py."""
+"""Begins the name of a start that a trained model predicts; see pipeline/fitting/encoder_start.py."""
 
 
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:
@@ -57,7 +57,7 @@ class DecodeConfig:
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Start and optimisation of the Gaussians. The defaults are the project's recipe; see
-    pipeline/fit.py."""
+    pipeline/fitting/fit.py."""
 
     num_gaussians: int = 400
     """Gaussians per image."""
@@ -203,7 +203,7 @@ class PackConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The RGB model whose embeddings of the images are stored, as it was found by
-    `pipeline.teacher.described`: not options, so that shards of other weights are other shards."""
+    `pipeline.models.teacher.described`: not options, so that shards of other weights are other shards."""
 
     model: str
     """Name or folder, as it was given."""

@@ -13,7 +13,7 @@
 It says what a dataset is and where it comes from, and it is the compacted catalog of all done
 markers: who reads it need not read 100,000 small files. It is JSON, and these are its lines: a
 shard on each, so that it can be read without holding all of it. Markers stay the truth: this file
-may be old, incomplete or deleted at any time, and `pipeline.markers` tells which of its entries
+may be old, incomplete or deleted at any time, and `pipeline.shards.markers` tells which of its entries
 still hold.
 """
 
@@ -24,10 +24,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
-from schemas.config import recipe_digest
-from schemas.errors import CorruptShardError, FormatVersionError
-from schemas.shard import MARKER_FIELDS, ShardManifest, manifest_of, strict_json
-from schemas.splats import canonical_json
+from splatshard.schemas.config import recipe_digest
+from splatshard.schemas.errors import CorruptShardError, FormatVersionError
+from splatshard.schemas.shard import MARKER_FIELDS, ShardManifest, manifest_of, strict_json
+from splatshard.schemas.splats import canonical_json
 
 MANIFEST_FILE = "_manifest.json"
 MANIFEST_VERSION = 1

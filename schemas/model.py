@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from schemas.errors import UsageError
+from splatshard.schemas.errors import UsageError
 
 
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from sys import intern
 from typing import Any, TypeGuard, cast
 
-from schemas.errors import CorruptShardError, FormatVersionError
-from schemas.splats import EXTENSIONS, FORMAT_VERSION
+from splatshard.schemas.errors import CorruptShardError, FormatVersionError
+from splatshard.schemas.splats import EXTENSIONS, FORMAT_VERSION
 
 OK = "ok"
 SKIP_STATUSES = (

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-from schemas.errors import UsageError
-from schemas.model import GViTLossConfig, ModelConfig
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import GViTLossConfig, ModelConfig
 
 Config = TypeVar("Config")
 
@@ -52,7 +52,7 @@ def _check(ok: bool, name: str, value: object, remedy: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read; see pipeline.data.SplatDataset and ImageDataset."""
+    """What is read; see splatshard.pipeline.data.SplatDataset and ImageDataset."""
 
     src: str = ""
     """Folder or URL that convert wrote to; several, joined by ::, are one pool. For a model that
@@ -108,7 +108,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What pipeline.data.augment does to the training samples; see `Augment` there for the exact
+    """What splatshard.pipeline.data.augment does to the training samples; see `Augment` there for the exact
     meaning. With these defaults nothing but the size changes. The same numbers do the same to
     images (pipeline/data/augment_pixels.py), but for dropout, which they cannot have."""
 

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.kernels import triton_blur, triton_kernels, triton_lists, triton_voronoi
+from splatshard.pipeline.kernels import triton_blur, triton_kernels, triton_lists, triton_voronoi
 
 LISTS = {"RATIO": triton_lists.RATIO, "CAPACITY": triton_lists.CAPACITY, "COARSE_CAPACITY": 512}
 TILED = {"TILE": triton_lists.TILE, **LISTS}

@@ -28,13 +28,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pipeline.codec.planes import join
-from pipeline.commit import publish, staged_file
-from pipeline.data import SplatDataset
-from pipeline.shards import read_rows, survey
-from schemas.errors import CorruptShardError, FormatVersionError
-from schemas.shard import to_json
-from schemas.splats import CODECS, EXTENSIONS
+from splatshard.pipeline.codec.planes import join
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.pipeline.shards.rows import read_rows, survey
+from splatshard.schemas.errors import CorruptShardError, FormatVersionError
+from splatshard.schemas.shard import to_json
+from splatshard.schemas.splats import CODECS, EXTENSIONS
 from tests.rows import config_of, make_ref, make_rows, write_shard
 
 DATA = Path(__file__).parent / "data"

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from pipeline.kernels.backend import select_backend
-from pipeline.pack import Payload, pack
-from pipeline.splats import Splats
-from pipeline.write import open_writer
-from schemas.config import ConvertConfig, FitConfig, PackConfig, recipe
-from schemas.shard import ShardRef
-from schemas.splats import EXTENSIONS, psnr_columns, shard_metadata
+from splatshard.pipeline.codec.pack import Payload, pack
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig, recipe
+from splatshard.schemas.shard import ShardRef
+from splatshard.schemas.splats import EXTENSIONS, psnr_columns, shard_metadata
 
 FORMATS = tuple(EXTENSIONS)
 HEIGHT, WIDTH = 48, 64

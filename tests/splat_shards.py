@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.commit import publish, staged_file
-from pipeline.shards import shard_metadata_of, survey
-from pipeline.write import open_writer
-from schemas.config import ConvertConfig
-from schemas.shard import ShardManifest, to_json
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.pipeline.shards.rows import shard_metadata_of, survey
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.schemas.config import ConvertConfig
+from splatshard.schemas.shard import ShardManifest, to_json
 from tests.rows import config_of, make_ref, make_rows, metadata_of
 
 Budgets = tuple[int, ...]

@@ -14,17 +14,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from jobs.recipes.toys import COLORS, SHAPES, shapes, write_tars, write_tokenizer
-from pipeline.convert import convert_shard
-from pipeline.kernels.backend import select_backend
-from pipeline.markers import read_marker
-from pipeline.sources import list_shards
-from pipeline.train.log import read_log
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
-from schemas.shard import ShardManifest, to_json
-from schemas.splats import METADATA_KEY, TEACHER, canonical_json
-from schemas.train import CheckpointConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
+from splatshard.jobs.recipes.toys import COLORS, SHAPES, shapes, write_tars, write_tokenizer
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.shards.markers import read_marker
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.train.log import read_log
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
+from splatshard.schemas.model import (
+    EncoderConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+    TextConfig,
+)
+from splatshard.schemas.shard import ShardManifest, to_json
+from splatshard.schemas.splats import METADATA_KEY, TEACHER, canonical_json
+from splatshard.schemas.train import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 CLASSES = len(SHAPES) * len(COLORS)
 WIDTH = 16

@@ -8,8 +8,14 @@ Expected: 460 steps; loss 2.30 to about 0.25, accuracy 0.94 on augmented trainin
 of the 300 digits in splats/val (made in the same way from images/val).
 """
 
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
-from schemas.train import AugmentConfig, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
+from splatshard.schemas.train import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = TrainConfig(
     stage="classify",

@@ -9,8 +9,8 @@ Expected: not run here for want of a GPU and of the data. Published, for compari
 2506.23532): 76.9 % top-1 from guided Gaussians, 78.7 % from patches.
 """
 
-from schemas.model import EncoderConfig, ModelConfig
-from schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig
+from splatshard.schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     stage="classify",

@@ -9,8 +9,8 @@ model.num_classes is 200, or 100 for the half of it; 64 tokens are those of a Vi
 Expected: not run whole here; benchmarks/accuracy.py compares this kind of model with RGB patches.
 """
 
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig
-from schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig
+from splatshard.schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     stage="classify",

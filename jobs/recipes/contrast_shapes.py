@@ -9,8 +9,20 @@ captions. Then of the 24 captions `a red disc` ... the nearest is right for all 
 splats/val (made in the same way from images/val).
 """
 
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
-from schemas.train import AugmentConfig, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import (
+    EncoderConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+    TextConfig,
+)
+from splatshard.schemas.train import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = TrainConfig(
     stage="contrast",

@@ -14,8 +14,8 @@ Expected: not run here for want of a GPU and of the data. Published, of RGB's ze
 mean of 38 datasets: 0.91 with 400 Gaussians, 0.92 with 900, 0.96 with 1600, 0.98 with 3136.
 """
 
-from schemas.model import EncoderConfig, ModelConfig, TextConfig
-from schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig, TextConfig
+from splatshard.schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     stage="contrast",

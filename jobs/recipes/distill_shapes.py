@@ -13,8 +13,8 @@ model.encoder.width, here and in the second stage.
 Expected: the loss, the squared distance of unit vectors, falls from about 2 (unrelated directions).
 """
 
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
-from schemas.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig
+from splatshard.schemas.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     stage="distill",

@@ -13,8 +13,8 @@ Expected: not run here for want of a GPU and of the data. The loss begins near 2
 vectors) and must fall; published is only that stage 2 does not converge without this.
 """
 
-from schemas.model import EncoderConfig, ModelConfig
-from schemas.train import DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import EncoderConfig, ModelConfig
+from splatshard.schemas.train import DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     stage="distill",

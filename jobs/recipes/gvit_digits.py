@@ -25,8 +25,20 @@ Expected: 460 steps, 80 seconds of one core; gamma rises from step 23 to 92; los
 arms.
 """
 
-from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
-from schemas.train import AugmentConfig, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import (
+    EncoderConfig,
+    GViTConfig,
+    GViTLossConfig,
+    ModelConfig,
+    StemConfig,
+)
+from splatshard.schemas.train import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = TrainConfig(
     stage="gvit",

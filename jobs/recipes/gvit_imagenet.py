@@ -16,8 +16,14 @@ Expected: not run here for want of a GPU and of the data. Published (GViT, arXiv
 top-1 guided, 73.6 % unguided, 78.7 % from patches.
 """
 
-from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
-from schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
+from splatshard.schemas.model import (
+    EncoderConfig,
+    GViTConfig,
+    GViTLossConfig,
+    ModelConfig,
+    StemConfig,
+)
+from splatshard.schemas.train import AugmentConfig, DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     stage="gvit",

@@ -4,7 +4,7 @@
     balanced, compact    eight columns: layout.py (grid), planes.py (bytes), quantise.py (loss)
     q11                  format version 1 only: q11.py
 
-kernel.py has the compiled decoders. `pipeline.pack` is the writer's side.
+kernel.py has the compiled decoders. `pipeline.codec.pack` is the writer's side.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.codec import q11
-from pipeline.codec.planes import HEADER, split
-from schemas.errors import CorruptShardError
-from schemas.splats import PLANAR, PLANES
+from splatshard.pipeline.codec import q11
+from splatshard.pipeline.codec.planes import HEADER, split
+from splatshard.schemas.errors import CorruptShardError
+from splatshard.schemas.splats import PLANAR, PLANES
 
 
 class Plane(NamedTuple):
@@ -81,7 +81,7 @@ def decode_rows(
                 values = q11.decode(payload.tobytes(), heights[i], widths[i])
                 out[i, start : start + counts[i]] = values
         return
-    from pipeline.codec import kernel  # numba takes a second to import
+    from splatshard.pipeline.codec import kernel  # numba takes a second to import
 
     if codec == "fp16":
         data, offsets = columns[0]

@@ -16,7 +16,7 @@ from numba import float32, int64, njit, types, uint64
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from pipeline.codec.layout import (
+from splatshard.pipeline.codec.layout import (
     CELLS_PER_OCTAVE,
     DIRECT,
     MAX_LEVEL,
@@ -28,8 +28,8 @@ from pipeline.codec.layout import (
     slant_table,
     token_tables,
 )
-from pipeline.codec.planes import HEADER
-from schemas.errors import CorruptShardError
+from splatshard.pipeline.codec.planes import HEADER
+from splatshard.schemas.errors import CorruptShardError
 
 HEADER_BYTES = HEADER.size
 STEPS = 2 << MAX_WIDTH  # places within a coarse cell, in halves

@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pipeline.splats import Splats
+from splatshard.pipeline.splats import Splats
 
 CELLS_PER_OCTAVE = 2
 SHEAR_UNIT = 4.0

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.codec.layout import (
+from splatshard.pipeline.codec.layout import (
     DIRECT,
     MAX_LEVEL,
     Codes,
@@ -34,8 +34,8 @@ from pipeline.codec.layout import (
     token_tables,
     tokens,
 )
-from schemas.errors import CorruptShardError
-from schemas.splats import MAX_GAUSSIANS, PLANES
+from splatshard.schemas.errors import CorruptShardError
+from splatshard.schemas.splats import MAX_GAUSSIANS, PLANES
 
 HEADER = struct.Struct("<fBb")
 """Of `bits`: step, level, cell_log."""

@@ -35,7 +35,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from pipeline.codec.layout import (
+from splatshard.pipeline.codec.layout import (
     CELLS_PER_OCTAVE,
     DIRECT,
     MAX_CODE,
@@ -51,9 +51,9 @@ from pipeline.codec.layout import (
     shape_width,
     tokens,
 )
-from pipeline.init import solve_colors
-from pipeline.kernels.backend import Backend
-from pipeline.splats import Splats
+from splatshard.pipeline.fitting.start import solve_colors
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.splats import Splats
 
 PASSES = 2
 SOLVED_PASSES, MAX_PASSES = 3, 12  # for images that lose too much

@@ -1,7 +1,7 @@
 """Splat shards, or images, as training batches; start at dataset.py."""
 
-from pipeline.data.batch import ImageBatch, TrainBatch
-from pipeline.data.dataset import SplatDataset
-from pipeline.data.images import ImageDataset
+from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
+from splatshard.pipeline.data.dataset import SplatDataset
+from splatshard.pipeline.data.images import ImageDataset
 
 __all__ = ["ImageBatch", "ImageDataset", "SplatDataset", "TrainBatch"]

@@ -36,8 +36,8 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from pipeline.splats import Splats
-from schemas.errors import UsageError
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.errors import UsageError
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of R, G, B in greyscale (ITU-R BT.601), as Pillow's."""

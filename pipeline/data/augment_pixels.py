@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.augment import LUMA, Augment, Plan, changes_colors, constant
-from schemas.errors import UsageError
+from splatshard.pipeline.data.augment import LUMA, Augment, Plan, changes_colors, constant
+from splatshard.schemas.errors import UsageError
 
 
 def check_pixels(config: Augment) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.splats import Splats
+from splatshard.pipeline.splats import Splats
 
 
 class Position(NamedTuple):

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.codec import Plane, decode_rows
-from pipeline.data.batch import Position, TrainBatch, splats_of
-from pipeline.data.windows import Choice
-from schemas.errors import CorruptShardError
+from splatshard.pipeline.codec import Plane, decode_rows
+from splatshard.pipeline.data.batch import Position, TrainBatch, splats_of
+from splatshard.pipeline.data.windows import Choice
+from splatshard.schemas.errors import CorruptShardError
 
 PADDING = np.array([0, 0, 1, 0, 1, 0, 0, 0], np.float32)
 """A unit Gaussian of no colour."""

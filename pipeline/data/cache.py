@@ -29,10 +29,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline import storage
-from pipeline.staging import STAGING, is_from_here, staged, sweep
-from pipeline.store_errors import storage_errors
-from schemas.errors import CorruptShardError, StorageError, UsageError
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage.errors import storage_errors
+from splatshard.pipeline.storage.staging import STAGING, is_from_here, staged, sweep
+from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.markers import read_markers
-from pipeline.shards import shard_metadata_of
-from schemas.errors import CorruptShardError, UsageError
-from schemas.manifest import dataset_content
-from schemas.shard import OK, FailedShard, ShardManifest
-from schemas.splats import MAX_GAUSSIANS, canonical_json, splat_columns
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.rows import shard_metadata_of
+from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.manifest import dataset_content
+from splatshard.schemas.shard import OK, FailedShard, ShardManifest
+from splatshard.schemas.splats import MAX_GAUSSIANS, canonical_json, splat_columns
 
 log = logging.getLogger(__name__)
 

@@ -24,18 +24,18 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from pipeline.data.batch import Position, TrainBatch
-from pipeline.data.block import Block, assemble
-from pipeline.data.cache import ShardCache
-from pipeline.data.catalog import Shard, Source, open_source
-from pipeline.data.files import ShardFiles, default_cache_dir, shard_errors
-from pipeline.data.filters import Filter, apply_filter
-from pipeline.data.order import Piece
-from pipeline.data.ordered import OrderedDataset, Ordering
-from pipeline.data.read_parquet import parquet_blocks
-from pipeline.data.read_tar import tar_blocks
-from pipeline.data.windows import Choice
-from pipeline.shards import read_rows
+from splatshard.pipeline.data.base import OrderedDataset, Ordering
+from splatshard.pipeline.data.batch import Position, TrainBatch
+from splatshard.pipeline.data.block import Block, assemble
+from splatshard.pipeline.data.cache import ShardCache
+from splatshard.pipeline.data.catalog import Shard, Source, open_source
+from splatshard.pipeline.data.epoch_order import Piece
+from splatshard.pipeline.data.files import ShardFiles, default_cache_dir, shard_errors
+from splatshard.pipeline.data.filters import Filter, apply_filter
+from splatshard.pipeline.data.read_parquet import parquet_blocks
+from splatshard.pipeline.data.read_tar import tar_blocks
+from splatshard.pipeline.data.windows import Choice
+from splatshard.pipeline.shards.rows import read_rows
 
 
 class SplatDataset(OrderedDataset[Shard, TrainBatch]):

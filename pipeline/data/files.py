@@ -12,12 +12,12 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from pipeline import storage
-from pipeline.data.cache import ShardCache
-from pipeline.data.catalog import Shard
-from pipeline.storage import Stat
-from pipeline.store_errors import as_error
-from schemas.errors import CorruptShardError, SourceError, SplatshardError
+from splatshard.pipeline.data.cache import ShardCache
+from splatshard.pipeline.data.catalog import Shard
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage.errors import as_error
+from splatshard.pipeline.storage.fs import Stat
+from splatshard.schemas.errors import CorruptShardError, SourceError, SplatshardError
 
 
 def default_cache_dir() -> Path:

@@ -27,12 +27,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import storage
-from pipeline.data.catalog import S, Shard, Source
-from pipeline.data.files import ShardFiles, look_for, shard_errors
-from pipeline.data.read_tar import tar_rows
-from schemas.errors import CorruptShardError, UsageError
-from schemas.shard import OK
+from splatshard.pipeline.data.catalog import S, Shard, Source
+from splatshard.pipeline.data.files import ShardFiles, look_for, shard_errors
+from splatshard.pipeline.data.read_tar import tar_rows
+from splatshard.pipeline.storage import fs as storage
+from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.shard import OK
 
 log = logging.getLogger(__name__)
 

@@ -36,22 +36,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from pipeline import storage
-from pipeline.data.batch import ImageBatch, Position
-from pipeline.data.catalog import Source
-from pipeline.data.filters import CAPTION_LENGTH, SCANNERS, Filter, fulfilled, keep
-from pipeline.data.order import Piece
-from pipeline.data.ordered import OrderedDataset, Ordering
-from pipeline.data.windows import Choice
-from pipeline.decode import decode
-from pipeline.markers import DATA_FILE, DONE
-from pipeline.prefetch import map_ahead
-from pipeline.read import count_samples, read, scan
-from pipeline.sources import list_shards
-from schemas.config import DecodeConfig, source_of
-from schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
-from schemas.shard import ShardRef, manifest_from_json
-from schemas.splats import canonical_json
+from splatshard.pipeline.data.base import OrderedDataset, Ordering
+from splatshard.pipeline.data.batch import ImageBatch, Position
+from splatshard.pipeline.data.catalog import Source
+from splatshard.pipeline.data.epoch_order import Piece
+from splatshard.pipeline.data.filters import CAPTION_LENGTH, SCANNERS, Filter, fulfilled, keep
+from splatshard.pipeline.data.windows import Choice
+from splatshard.pipeline.runtime.prefetch import map_ahead
+from splatshard.pipeline.shards.markers import DATA_FILE, DONE
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import count_samples, read, scan
+from splatshard.pipeline.storage import fs as storage
+from splatshard.schemas.config import DecodeConfig, source_of
+from splatshard.schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
+from splatshard.schemas.shard import ShardRef, manifest_from_json
+from splatshard.schemas.splats import canonical_json
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.codec import Plane
-from pipeline.data.block import Block, Part
-from pipeline.data.catalog import Shard, check_layout
-from pipeline.shards import parquet_metadata
-from schemas.errors import CorruptShardError
-from schemas.shard import OK
-from schemas.splats import TEACHER
+from splatshard.pipeline.codec import Plane
+from splatshard.pipeline.data.block import Block, Part
+from splatshard.pipeline.data.catalog import Shard, check_layout
+from splatshard.pipeline.shards.rows import parquet_metadata
+from splatshard.schemas.errors import CorruptShardError
+from splatshard.schemas.shard import OK
+from splatshard.schemas.splats import TEACHER
 
 SCALARS = ("key", "caption", "label", "num_gaussians", "width", "height")
 

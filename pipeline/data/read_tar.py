@@ -18,15 +18,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.codec import Plane, column, split_member
-from pipeline.data.block import Block, Part
-from pipeline.data.catalog import Shard, check_layout
-from pipeline.data.read_parquet import checked, teacher_of
-from pipeline.shards import checked_metadata
-from pipeline.tar import match_file
-from schemas.errors import CorruptShardError
-from schemas.shard import OK
-from schemas.splats import METADATA_MEMBER, TEACHER, splat_suffix
+from splatshard.pipeline.codec import Plane, column, split_member
+from splatshard.pipeline.data.block import Block, Part
+from splatshard.pipeline.data.catalog import Shard, check_layout
+from splatshard.pipeline.data.read_parquet import checked, teacher_of
+from splatshard.pipeline.shards.rows import checked_metadata
+from splatshard.pipeline.source.tar import match_file
+from splatshard.schemas.errors import CorruptShardError
+from splatshard.schemas.shard import OK
+from splatshard.schemas.splats import METADATA_MEMBER, TEACHER, splat_suffix
 
 Member = tuple[str, int, int]
 """Name, and where its bytes begin and end."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.data.order import Reader
-from schemas.errors import UsageError
+from splatshard.pipeline.data.epoch_order import Reader
+from splatshard.schemas.errors import UsageError
 
 VERSION = 1
 

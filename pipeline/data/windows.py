@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import storage
-from pipeline.data.batch import Position
-from pipeline.data.catalog import Source
-from pipeline.data.order import EpochOrder, Piece, Share, Span, WindowKey
-from pipeline.prefetch import map_ahead, prefetch
+from splatshard.pipeline.data.batch import Position
+from splatshard.pipeline.data.catalog import Source
+from splatshard.pipeline.data.epoch_order import EpochOrder, Piece, Share, Span, WindowKey
+from splatshard.pipeline.runtime.prefetch import map_ahead, prefetch
+from splatshard.pipeline.storage import fs as storage
 
 FETCHERS = 8
 """Files of a window that are fetched at once from a remote store."""

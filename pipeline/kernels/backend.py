@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.splats import Splats
-from schemas.config import FitConfig
-from schemas.errors import BackendError
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import FitConfig
+from splatshard.schemas.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def select_backend(name: str) -> Backend:
     if name == "auto":
         name = "triton" if torch.cuda.is_available() and find_spec("triton") else "cpu"
     if name == "cpu":
-        from pipeline.kernels import cpu
+        from splatshard.pipeline.kernels import cpu
 
         return Backend(name, torch.device("cpu"), cpu.render, cpu.loss_and_grad)
     if name == "reference":
-        from pipeline.kernels import reference
+        from splatshard.pipeline.kernels import reference
 
         return Backend(name, torch.device("cpu"), reference.render, reference.loss_and_grad)
     if name == "triton":
@@ -101,7 +101,7 @@ def select_backend(name: str) -> Backend:
 
 def _triton() -> Backend:
     try:
-        from pipeline.kernels import triton_backend, triton_blur, triton_voronoi
+        from splatshard.pipeline.kernels import triton_backend, triton_blur, triton_voronoi
     except ImportError as error:
         raise BackendError(
             f"--backend triton: {error}: install splatshard[gpu], or use --backend cpu"

@@ -29,8 +29,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from pipeline.kernels.backend import LossAndGrad
-from pipeline.kernels.simd import (
+from splatshard.pipeline.kernels.backend import LossAndGrad
+from splatshard.pipeline.kernels.simd import (
     LANES,
     ceiling,
     floor,
@@ -45,7 +45,7 @@ from pipeline.kernels.simd import (
     total,
     zero_above,
 )
-from pipeline.splats import Splats
+from splatshard.pipeline.splats import Splats
 
 f32 = np.float32
 HALF = f32(0.5)

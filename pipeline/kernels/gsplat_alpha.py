@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.splats import Splats, conics
-from schemas.errors import BackendError
+from splatshard.pipeline.splats import Splats, conics
+from splatshard.schemas.errors import BackendError
 
 TILE_SIZE = 16
 MAX_ALPHA = 0.999

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels.backend import LossAndGrad
-from pipeline.splats import Splats
+from splatshard.pipeline.kernels.backend import LossAndGrad
+from splatshard.pipeline.splats import Splats
 
 STRIP_ELEMENTS = 1 << 24
 """Gaussian-pixel pairs evaluated at once; about ten temporaries of this many floats are alive."""

@@ -17,18 +17,13 @@ import torch
 import triton
 from torch import Tensor
 
-from pipeline.kernels import triton_kernels as kernels
-from pipeline.kernels.backend import LossAndGrad
-from pipeline.kernels.triton_launch import WARP, launch
-from pipeline.kernels.triton_lists import (
-    RATIO,
-    TILE,
-    TileLists,
-    tile_lists,
-)
-from pipeline.splats import Splats, bounds
-from schemas.config import FitConfig
-from schemas.errors import BackendError
+from splatshard.pipeline.kernels import triton_kernels as kernels
+from splatshard.pipeline.kernels.backend import LossAndGrad
+from splatshard.pipeline.kernels.triton_launch import WARP, launch
+from splatshard.pipeline.kernels.triton_lists import RATIO, TILE, TileLists, tile_lists
+from splatshard.pipeline.splats import Splats, bounds
+from splatshard.schemas.config import FitConfig
+from splatshard.schemas.errors import BackendError
 
 LISTS_EVERY = 2
 """Steps that one set of tile lists serves. Building both levels costs a fifth of a step's

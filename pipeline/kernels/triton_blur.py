@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.blur import radius
-from pipeline.kernels.triton_launch import launch
+from splatshard.pipeline.kernels.blur import radius
+from splatshard.pipeline.kernels.triton_launch import launch
 
 BLOCK, WARPS = 1024, 4
 """Pixels per program, 8 per thread: some rows of a picture, so that along the columns few taps are

@@ -55,7 +55,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pipeline.kernels.triton_lists import candidates, listed
+from splatshard.pipeline.kernels.triton_lists import candidates, listed
 
 GROUP = 32
 """Gaussians of a tile evaluated at once: loaded one per lane, then shared by all lanes."""

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.triton_launch import WARP, launch
-from pipeline.splats import Splats
+from splatshard.pipeline.kernels.triton_launch import WARP, launch
+from splatshard.pipeline.splats import Splats
 
 TILE = 8
 """Side in px. The windows of a fit are 8 to 28 px wide: at 16 px, two thirds to five sixths of the

@@ -14,16 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.triton_launch import WARP, launch
-from pipeline.kernels.triton_lists import (
-    RATIO,
-    TILE,
-    candidates,
-    listed,
-    tile_lists,
-)
-from pipeline.kernels.voronoi import REACH
-from pipeline.splats import Splats
+from splatshard.pipeline.kernels.triton_launch import WARP, launch
+from splatshard.pipeline.kernels.triton_lists import RATIO, TILE, candidates, listed, tile_lists
+from splatshard.pipeline.kernels.voronoi import REACH
+from splatshard.pipeline.splats import Splats
 
 GROUP = 16
 """Centres compared at once by a tile's warp."""

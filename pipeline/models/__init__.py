@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from pipeline.models.classifier import SplatClassifier
-from pipeline.models.clip import SplatCLIP
-from pipeline.models.encoder import SplatEncoder
-from pipeline.models.gvit import GViT
-from pipeline.models.patches import PatchEncoder
-from pipeline.models.weights import init_from_clip, load_clip, load_encoder, save_clip, save_encoder
-from schemas.model import ModelConfig
+from splatshard.pipeline.models.classifier import SplatClassifier
+from splatshard.pipeline.models.clip import SplatCLIP
+from splatshard.pipeline.models.encoder import SplatEncoder
+from splatshard.pipeline.models.gvit import GViT
+from splatshard.pipeline.models.patches import PatchEncoder
+from splatshard.pipeline.models.pretrained import (
+    init_from_clip,
+    load_clip,
+    load_encoder,
+    save_clip,
+    save_encoder,
+)
+from splatshard.schemas.model import ModelConfig
 
 __all__ = [
     "GViT",

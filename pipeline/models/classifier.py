@@ -9,11 +9,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from pipeline.data.batch import ImageBatch, TrainBatch
-from pipeline.models.encoder import SplatEncoder
-from pipeline.models.patches import PatchEncoder, normalised
-from pipeline.models.stem import Triple
-from schemas.model import EncoderConfig, ModelConfig
+from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
+from splatshard.pipeline.models.encoder import SplatEncoder
+from splatshard.pipeline.models.patches import PatchEncoder, normalised
+from splatshard.pipeline.models.stem import Triple
+from splatshard.schemas.model import EncoderConfig, ModelConfig
 
 
 class SplatClassifier(nn.Module):

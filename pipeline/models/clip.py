@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from pipeline.data.batch import ImageBatch, TrainBatch
-from pipeline.models.classifier import encode, make_encoder
-from schemas.errors import UsageError
-from schemas.model import ModelConfig, TextConfig
+from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
+from splatshard.pipeline.models.classifier import encode, make_encoder
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import ModelConfig, TextConfig
 
 INITIAL_TEMPERATURE = 0.07  # arXiv 2103.00020
 

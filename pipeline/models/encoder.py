@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from pipeline.models.resampler import Resampler
-from pipeline.models.stem import SplatStem, normalised_means, without_padding
-from pipeline.splats import Splats
-from schemas.model import EncoderConfig
+from splatshard.pipeline.models.resampler import Resampler
+from splatshard.pipeline.models.stem import SplatStem, normalised_means, without_padding
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.model import EncoderConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -33,11 +33,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.kernels.backend import select_backend
-from pipeline.kernels.gsplat_alpha import reference_alpha, render_alpha
-from pipeline.splats import Splats, cholesky_from_scales_and_angles
-from pipeline.train.augmentation import uniform
-from schemas.model import GViTConfig
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.gsplat_alpha import reference_alpha, render_alpha
+from splatshard.pipeline.splats import Splats, cholesky_from_scales_and_angles
+from splatshard.pipeline.train.augmentation import uniform
+from splatshard.schemas.model import GViTConfig
 
 NUMBERS = 9
 MARGIN = 0.1

@@ -46,15 +46,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.metrics import psnr
-from pipeline.models.encoder import SplatEncoder, run_blocks
-from pipeline.models.gaussian_space import MARGIN, NUMBERS, colored, drawn, grid, splats_of
-from pipeline.models.patches import PatchEncoder, normalised
-from pipeline.models.reconstruct import perceptual_loss, reconstruction_loss
-from pipeline.models.stem import wavenumbers
-from pipeline.splats import Splats
-from schemas.errors import UsageError
-from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig
+from splatshard.pipeline.models.encoder import SplatEncoder, run_blocks
+from splatshard.pipeline.models.gaussian_space import (
+    MARGIN,
+    NUMBERS,
+    colored,
+    drawn,
+    grid,
+    splats_of,
+)
+from splatshard.pipeline.models.patches import PatchEncoder, normalised
+from splatshard.pipeline.models.reconstruct import perceptual_loss, reconstruction_loss
+from splatshard.pipeline.models.stem import wavenumbers
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig
 
 LAST_LAYER_STD = 1e-3
 STEEPEST, FLATTEST = 1.3, 0.04

@@ -11,9 +11,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from pipeline.models.encoder import CLIP_MEAN, CLIP_STD, run_blocks, vision_config
-from pipeline.models.stem import Triple, standardised
-from schemas.model import EncoderConfig
+from splatshard.pipeline.models.encoder import CLIP_MEAN, CLIP_STD, run_blocks, vision_config
+from splatshard.pipeline.models.stem import Triple, standardised
+from splatshard.schemas.model import EncoderConfig
 
 
 class PatchEncoder(nn.Module):

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.encoder import block_states
-from pipeline.models.patches import PatchEncoder, normalised
-from pipeline.models.weights import Activation, load_clip
-from schemas.errors import UsageError
+from splatshard.pipeline.models.encoder import block_states
+from splatshard.pipeline.models.patches import PatchEncoder, normalised
+from splatshard.pipeline.models.pretrained import Activation, load_clip
+from splatshard.schemas.errors import UsageError
 
 RADIUS = 5
 DEVIATION = 1.5
@@ -66,7 +66,7 @@ def window(size: int, device: torch.device) -> Tensor:
 
 def load_tower(source: str, activation: Activation | None = None) -> PatchEncoder:
     """The vision tower of a CLIP, frozen, for `perceptual_loss`; `source` and `activation` as in
-    `pipeline.models.weights.load_clip`. Raises UsageError where it cannot be loaded."""
+    `pipeline.models.pretrained.load_clip`. Raises UsageError where it cannot be loaded."""
     tower = load_clip(source, activation=activation).vision
     if not isinstance(tower, PatchEncoder):
         raise UsageError(f"{source}: reads splats: the perceptual loss wants an RGB model")

@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.local import LocalTokens
-from pipeline.splats import Splats, covariances
-from schemas.model import ResamplerConfig
+from splatshard.pipeline.models.local import LocalTokens
+from splatshard.pipeline.splats import Splats, covariances
+from splatshard.schemas.model import ResamplerConfig
 
 MASKED = -1e4  # logit of padding; float16 holds it
 LATENT_STD = 0.1  # of the latents at the start; more outweighs what the Gaussians say

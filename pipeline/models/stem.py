@@ -21,8 +21,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pipeline.splats import Splats, covariances
-from schemas.model import StemConfig
+from splatshard.pipeline.splats import Splats, covariances
+from splatshard.schemas.model import StemConfig
 
 Triple = tuple[float, float, float]
 

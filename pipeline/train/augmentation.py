@@ -15,10 +15,10 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
-from pipeline.data.augment_pixels import augment_pixels
-from pipeline.splats import Splats
-from schemas.train import AugmentConfig
+from splatshard.pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
+from splatshard.pipeline.data.augment_pixels import augment_pixels
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.train import AugmentConfig
 
 START = 0x5851F42D4C957F2D
 """What tells the two uses of a sample's seed apart: any 63 bits."""

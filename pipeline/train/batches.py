@@ -18,21 +18,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
-from pipeline.data.augment import Augment
-from pipeline.data.augment_pixels import check_pixels
-from pipeline.data.batch import values_of
-from pipeline.data.ordered import Ordering
-from pipeline.models.classifier import image_config, reads_images
-from pipeline.models.clip import load_tokenizer, tokenize
-from pipeline.models.gvit import UNGUIDED, Guidance
-from pipeline.shards import shard_metadata_of
-from pipeline.splats import Splats
-from pipeline.train.augmentation import augment_of, augmented, augmented_pixels, sample_seeds
-from pipeline.train.distributed import World, once, unasked
-from schemas.errors import CorruptShardError, UsageError
-from schemas.splats import TEACHER
-from schemas.train import TrainConfig
+from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
+from splatshard.pipeline.data.augment import Augment
+from splatshard.pipeline.data.augment_pixels import check_pixels
+from splatshard.pipeline.data.base import Ordering
+from splatshard.pipeline.data.batch import values_of
+from splatshard.pipeline.models.classifier import image_config, reads_images
+from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.models.gvit import UNGUIDED, Guidance
+from splatshard.pipeline.shards.rows import shard_metadata_of
+from splatshard.pipeline.splats import Splats
+from splatshard.pipeline.train.augmentation import (
+    augment_of,
+    augmented,
+    augmented_pixels,
+    sample_seeds,
+)
+from splatshard.pipeline.train.distributed import World, once, unasked
+from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.splats import TEACHER
+from splatshard.schemas.train import TrainConfig
 
 State = dict[str, Any]
 Dataset = SplatDataset | ImageDataset

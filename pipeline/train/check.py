@@ -30,19 +30,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import storage
-from pipeline.data import SplatDataset
-from pipeline.data.catalog import Shard, Source
-from pipeline.data.files import look_for, shard_errors
-from pipeline.data.read_parquet import ok_rows, teacher_of
-from pipeline.markers import read_markers
-from pipeline.shards import parquet_metadata
-from pipeline.train.batches import Dataset
-from pipeline.train.distributed import World, once
-from schemas.errors import CorruptShardError, UsageError
-from schemas.shard import ShardManifest
-from schemas.splats import TEACHER, canonical_json, metadata_of
-from schemas.train import TrainConfig
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.data.catalog import Shard, Source
+from splatshard.pipeline.data.files import look_for, shard_errors
+from splatshard.pipeline.data.read_parquet import ok_rows, teacher_of
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.rows import parquet_metadata
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.train.batches import Dataset
+from splatshard.pipeline.train.distributed import World, once
+from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.shard import ShardManifest
+from splatshard.schemas.splats import TEACHER, canonical_json, metadata_of
+from splatshard.schemas.train import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -33,12 +33,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import objects, storage
-from pipeline.staging import STAGING, scratch, staged, sweep
-from pipeline.storage import is_local, local_path
-from pipeline.store_errors import storage_errors
-from schemas.errors import CorruptShardError, SourceError, UsageError
-from schemas.train import MAY_CHANGE, TrainConfig, flat, from_dict, to_dict
+from splatshard.pipeline.storage import atomic as objects
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage.errors import storage_errors
+from splatshard.pipeline.storage.fs import is_local, local_path
+from splatshard.pipeline.storage.staging import STAGING, scratch, staged, sweep
+from splatshard.schemas.errors import CorruptShardError, SourceError, UsageError
+from splatshard.schemas.train import MAY_CHANGE, TrainConfig, flat, from_dict, to_dict
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from schemas.errors import SplatshardError, UsageError
+from splatshard.schemas.errors import SplatshardError, UsageError
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from schemas.errors import UsageError
-from schemas.train import OptimConfig
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.train import OptimConfig
 
 NOT_DECAYED = ("predictor.start",)
 """GViT's learned Gaussians: zero is the middle of the image, in grey."""

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from pipeline.objects import sync, write
-from pipeline.storage import is_local, local_path, read_bytes
-from pipeline.store_errors import storage_errors
-from schemas.errors import UsageError
+from splatshard.pipeline.storage.atomic import sync, write
+from splatshard.pipeline.storage.errors import storage_errors
+from splatshard.pipeline.storage.fs import is_local, local_path, read_bytes
+from splatshard.schemas.errors import UsageError
 
 LOG_FILE = "log.jsonl"
 

@@ -26,23 +26,30 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.commit import check_destination, check_scheme
-from pipeline.models import SplatCLIP, build_model
-from pipeline.models.gvit import guidance_at
-from pipeline.models.weights import init_from_clip, load_clip
-from pipeline.storage import absolute
-from pipeline.train import checkpoint as checkpoints
-from pipeline.train.batches import Feed, probe
-from pipeline.train.check import check_data
-from pipeline.train.checkpoint import Checkpoint, Weights
-from pipeline.train.distributed import Stopping, World, once, world
-from pipeline.train.groups import Average, Groups, freeze, groups_of, make_optimizer, report
-from pipeline.train.losses import Stage, clamp, stage_of, vision_of
-from pipeline.train.schedule import learning_rate, seed_everything
-from pipeline.train.step import Embedder, Gradients
-from pipeline.train.telling import Show, Telling
-from schemas.errors import UsageError
-from schemas.train import OptimConfig, TrainConfig
+from splatshard.pipeline.models import SplatCLIP, build_model
+from splatshard.pipeline.models.gvit import guidance_at
+from splatshard.pipeline.models.pretrained import init_from_clip, load_clip
+from splatshard.pipeline.shards.commit import check_destination, check_scheme
+from splatshard.pipeline.storage.fs import absolute
+from splatshard.pipeline.train import checkpoint as checkpoints
+from splatshard.pipeline.train.batches import Feed, probe
+from splatshard.pipeline.train.check import check_data
+from splatshard.pipeline.train.checkpoint import Checkpoint, Weights
+from splatshard.pipeline.train.distributed import Stopping, World, once, world
+from splatshard.pipeline.train.groups import (
+    Average,
+    Groups,
+    freeze,
+    groups_of,
+    make_optimizer,
+    report,
+)
+from splatshard.pipeline.train.losses import Stage, clamp, stage_of, vision_of
+from splatshard.pipeline.train.metrics import Show, Telling
+from splatshard.pipeline.train.schedule import learning_rate, seed_everything
+from splatshard.pipeline.train.step import Embedder, Gradients
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.train import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.data import ImageBatch
-from pipeline.models.classifier import encode
-from pipeline.models.clip import SplatCLIP
-from pipeline.models.gaussian_space import render
-from pipeline.models.gvit import GViT, gvit_loss
-from pipeline.models.patches import PatchEncoder
-from pipeline.models.reconstruct import load_tower
-from pipeline.train.augmentation import start_seeds
-from pipeline.train.batches import Step
-from pipeline.train.distributed import World
-from schemas.train import TrainConfig
+from splatshard.pipeline.data import ImageBatch
+from splatshard.pipeline.models.classifier import encode
+from splatshard.pipeline.models.clip import SplatCLIP
+from splatshard.pipeline.models.gaussian_space import render
+from splatshard.pipeline.models.gvit import GViT, gvit_loss
+from splatshard.pipeline.models.patches import PatchEncoder
+from splatshard.pipeline.models.reconstruct import load_tower
+from splatshard.pipeline.train.augmentation import start_seeds
+from splatshard.pipeline.train.batches import Step
+from splatshard.pipeline.train.distributed import World
+from splatshard.schemas.train import TrainConfig
 
 Features = tuple[Tensor, ...]
 Metrics = dict[str, Tensor]

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from schemas.train import OptimConfig
+from splatshard.schemas.train import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.train.batches import Step
-from pipeline.train.distributed import World
-from pipeline.train.losses import Features, Metrics, Stage
-from pipeline.train.schedule import seed_everything
-from schemas.train import TrainConfig
+from splatshard.pipeline.train.batches import Step
+from splatshard.pipeline.train.distributed import World
+from splatshard.pipeline.train.losses import Features, Metrics, Stage
+from splatshard.pipeline.train.schedule import seed_everything
+from splatshard.schemas.train import TrainConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

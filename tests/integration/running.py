@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jobs import convert, status, verify
+from splatshard.jobs import convert, status, verify
 from tests.make import datacomp_tar
 
 SMALL = ("--image-size=32", "--num-gaussians=16", "--steps=3", "--workers=1")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import status
-from jobs.actors import FitActor, Task
-from jobs.hunt import READ
-from schemas.config import ConvertConfig
-from schemas.errors import SourceError, StorageError, UnavailableError
-from schemas.shard import ShardRef
+from splatshard.jobs import status
+from splatshard.jobs.driver.bisect import READ
+from splatshard.jobs.driver.worker import FitActor, Task
+from splatshard.schemas.config import ConvertConfig
+from splatshard.schemas.errors import SourceError, StorageError, UnavailableError
+from splatshard.schemas.shard import ShardRef
 from tests.integration.running import (
     assert_verified,
     convert_json,
@@ -194,7 +194,7 @@ def test_the_worker_tells_whose_error_it_is(
 
     actor = FitActor({})
     assert actor.start("cpu").backend == "cpu"
-    monkeypatch.setattr("pipeline.convert.convert_shard", fails)
+    monkeypatch.setattr("splatshard.pipeline.convert.convert_shard", fails)
     outcome = actor.convert(TASK, ConvertConfig(), str(tmp_path))
     assert (outcome.kind, outcome.message) == (kind, str(error))
     assert (tmp_path / "00000000.failed.json").exists() == marked
@@ -211,7 +211,7 @@ def test_an_error_without_words_is_told_in_some(
 
     actor = FitActor({})
     actor.start("cpu")
-    monkeypatch.setattr("pipeline.convert.convert_shard", fails)
+    monkeypatch.setattr("splatshard.pipeline.convert.convert_shard", fails)
     outcome = actor.convert(TASK, ConvertConfig(), str(tmp_path))
     assert outcome.error == error.__name__
     assert words in outcome.message
@@ -224,7 +224,7 @@ def test_a_trial_reading_counts_the_samples_and_decodes_none(
     ref = replace(REF, urls=(str(path),))
     actor = FitActor({})
     actor.start("cpu")
-    monkeypatch.delattr("pipeline.convert.decode")
+    monkeypatch.delattr("splatshard.pipeline.convert.decode")
     for limit, tried in ((None, 5), (3, 3)):
         task = replace(TASK, ref=replace(ref, limit=limit), span=READ, alone=True)
         outcome = actor.convert(task, ConvertConfig(), str(tmp_path / "out"))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import repair
-from jobs.evaluate import lines_of
-from pipeline.class_texts import CLASSNAMES, TEMPLATES
+from splatshard.jobs import repair
+from splatshard.jobs.evaluate import lines_of
+from splatshard.pipeline.evaluation.class_texts import CLASSNAMES, TEMPLATES
 from tests.integration.running import assert_verified, convert_json, run_json, tars
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import convert, demo, export, repair, report, status, verify
-from pipeline.pack import splats_of
-from pipeline.shards import read_rows, shard_metadata_of, survey
-from schemas.splats import EXTENSIONS
+from splatshard.jobs import convert, demo, export, repair, report, status, verify
+from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, survey
+from splatshard.schemas.splats import EXTENSIONS
 from tests.integration.running import (
     SMALL,
     assert_verified,
@@ -61,7 +61,7 @@ def test_end_to_end(format: str, tmp_path: Path, capsys: Capsys, monkeypatch) ->
     assert [row["uid"] for row in rows] == [f"{i:032x}" for i in range(9)]
 
     before = files(dst), finished(dst)
-    monkeypatch.setattr("jobs.cluster.ray_session", no_ray)
+    monkeypatch.setattr("splatshard.jobs.driver.cluster.ray_session", no_ray)
     for path in (tmp_path / "in").iterdir():
         os.utime(path, (1, 1))  # another modification time, the same bytes
     code, summary, err = convert_json(capsys, src, dst, f"--format={format}")

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.data import SplatDataset, TrainBatch
-from pipeline.data.batch import values_of
-from schemas.errors import CorruptShardError, UsageError
+from splatshard.pipeline.data import SplatDataset, TrainBatch
+from splatshard.pipeline.data.batch import values_of
+from splatshard.schemas.errors import CorruptShardError, UsageError
 from tests.splat_shards import keys_of, make_dataset
 
 pytestmark = [
@@ -122,7 +122,7 @@ def test_the_dataset_of_workers_does_not_know_how_far_they_are(dst: str) -> None
 def log_of(path: Path) -> Iterator[None]:
     """What the dataset logs in this process and those that it forks, in a file."""
     file = logging.FileHandler(path)
-    logger = logging.getLogger("pipeline.data.ordered")
+    logger = logging.getLogger("splatshard.pipeline.data.base")
     logger.addHandler(file)
     try:
         yield

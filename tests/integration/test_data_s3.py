@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline import storage
-from pipeline.data import SplatDataset
-from schemas.errors import CorruptShardError, UsageError
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.storage import fs as storage
+from splatshard.schemas.errors import CorruptShardError, UsageError
 from tests.integration.stores import Store
 from tests.rows import FORMATS
 from tests.splat_shards import commit, keys_of, make_dataset, rows_of

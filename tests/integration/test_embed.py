@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import embed, repair, status, verify
-from pipeline import embed as stage
-from pipeline.convert import convert_shard
-from pipeline.embed import pairs
-from pipeline.kernels.backend import select_backend
-from pipeline.markers import read_markers
-from pipeline.read import RawSample
-from pipeline.shards import read_rows
-from pipeline.sources import list_shards
-from pipeline.teacher import described
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
-from schemas.errors import SourceError
-from schemas.shard import ShardManifest
+from splatshard.jobs import embed, repair, status, verify
+from splatshard.pipeline import embed as stage
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.embed import pairs
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.models.teacher import described
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import RawSample
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
+from splatshard.schemas.errors import SourceError
+from splatshard.schemas.shard import ShardManifest
 from tests.clips import clip_folder
 from tests.integration.running import convert_json, run_json
 from tests.make import datacomp_sample, write_tar

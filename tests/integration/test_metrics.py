@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from jobs.metrics import Metrics, advertised
-from jobs.tally import Snapshot
+from splatshard.jobs.driver.prometheus import Metrics, advertised
+from splatshard.jobs.driver.stats import Snapshot
 from tests.integration.running import LONG, converting, start, tars, wait_until
 from tests.make import datacomp_sample, write_tar
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.actors import FitActor, Started
-from pipeline.shards import read_rows
+from splatshard.jobs.driver.worker import FitActor, Started
+from splatshard.pipeline.shards.rows import read_rows
 from tests.integration.running import assert_verified, convert_json, files, tars
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
@@ -30,7 +30,7 @@ class Poisoned(FitActor):
     keys: tuple[str, ...] = ()
 
     def start(self, backend: str) -> Started:
-        import pipeline.convert as stages
+        import splatshard.pipeline.convert as stages
 
         decode = stages.decode
 
@@ -61,7 +61,7 @@ class DiesReading(FitActor):
     """Dies where shard 1 is read."""
 
     def start(self, backend: str) -> Started:
-        import pipeline.convert as stages
+        import splatshard.pipeline.convert as stages
 
         read = stages.read
 
@@ -109,7 +109,7 @@ def test_samples_that_crash_their_worker_are_quarantined(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=3, samples=8), tmp_path / "out"
-    monkeypatch.setattr("jobs.drive.FitActor", Crashes)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", Crashes)
     code, summary, err = convert_json(capsys, src, dst)
     assert (code, summary["shards_done"], summary["samples"]) == (0, 3, 24), err
     assert summary["skipped"] == {"quarantined": 1}
@@ -132,7 +132,7 @@ def test_a_sample_that_hangs_is_quarantined(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=2, samples=8), tmp_path / "out"
-    monkeypatch.setattr("jobs.drive.FitActor", Hangs)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", Hangs)
     code, summary, err = convert_json(capsys, src, dst, "--sample-timeout=2")
     assert (code, summary["skipped"]) == (0, {"quarantined": 1}), err
     assert summary["retries"]["hang"] > 2
@@ -144,7 +144,7 @@ def test_a_shard_whose_reading_kills_fails_alone_and_says_so(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=3), tmp_path / "out"
-    monkeypatch.setattr("jobs.drive.FitActor", DiesReading)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", DiesReading)
     code, summary, err = convert_json(capsys, src, dst)
     assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 2, 1), err
     assert f"reading {tmp_path}/in/00000001.tar killed its worker" in err
@@ -157,7 +157,7 @@ def test_a_worker_that_is_broken_fails_no_shard_but_a_bug_does(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=5), tmp_path / "out"
-    monkeypatch.setattr("jobs.drive.FitActor", Breaks)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", Breaks)
     code, summary, err = convert_json(capsys, src, dst)
     assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 4, 1), err
     assert summary["retries"].keys() == {"application"}
@@ -169,8 +169,8 @@ def test_a_shard_that_kills_as_a_whole_fails_alone(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=4), tmp_path / "out"
-    monkeypatch.setattr("jobs.drive.FitActor", DiesWhole)
-    monkeypatch.setattr("jobs.schedule.FUTILE_HUNTS", 1)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", DiesWhole)
+    monkeypatch.setattr("splatshard.jobs.driver.scheduler.FUTILE_HUNTS", 1)
     code, summary, err = convert_json(capsys, src, dst)
     assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 3, 1), err
     assert "no single sample does it alone" in err

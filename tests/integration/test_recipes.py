@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from benchmarks import read_peers
-from pipeline.commit import mark_failed
-from pipeline.data import SplatDataset
-from pipeline.pack import pack_fp16, splats_of, unpack
-from pipeline.shards import read_rows, shard_metadata_of
+from splatshard.pipeline.codec.pack import pack_fp16, splats_of, unpack
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.shards.commit import mark_failed
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
 from tests.rows import make_ref, random_splats, values_of
 from tests.splat_shards import commit, rows_of, splat_config
 

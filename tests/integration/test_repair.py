@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from jobs import export, repair, report, retry_failed, status, verify
-from pipeline.commit import publish, staged_file
-from pipeline.markers import read_marker
-from pipeline.sources import list_shards
-from pipeline.storage import use_options
-from pipeline.write import open_writer
-from schemas.config import config_from_recipe, recipe
-from schemas.shard import ShardManifest, marker_digest
-from schemas.splats import shard_metadata
+from splatshard.jobs import export, repair, report, retry_failed, status, verify
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.pipeline.shards.markers import read_marker
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.storage.fs import use_options
+from splatshard.schemas.config import config_from_recipe, recipe
+from splatshard.schemas.shard import ShardManifest, marker_digest
+from splatshard.schemas.splats import shard_metadata
 from tests.integration.running import (
     assert_verified,
     convert_json,

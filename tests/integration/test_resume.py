@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import convert
+from splatshard.jobs import convert
 from tests.integration.running import (
     LONG,
     assert_verified,

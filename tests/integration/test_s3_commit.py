@@ -25,10 +25,11 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
-from jobs import files
-from jobs.plan import PLAN_FILE, PlannedShard, make_plan, planned
-from pipeline import objects, patience, storage
-from pipeline.commit import (
+from splatshard.jobs.destination import plan_file as files
+from splatshard.jobs.destination.plan import PLAN_FILE, PlannedShard, make_plan, planned
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.shards.commit import (
     check_destination,
     clean_attempts,
     clean_staging,
@@ -38,15 +39,16 @@ from pipeline.commit import (
     remove,
     staged_file,
 )
-from pipeline.convert import convert_shard
-from pipeline.kernels.backend import select_backend
-from pipeline.markers import read_markers
-from pipeline.read import read
-from pipeline.shards import read_rows, verify_shard
-from pipeline.sources import list_shards
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig
-from schemas.errors import SourceError, StorageError, UnavailableError, UsageError
-from schemas.shard import ShardManifest, to_json
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.rows import read_rows, verify_shard
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read
+from splatshard.pipeline.storage import atomic as objects
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import retry as patience
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
+from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
+from splatshard.schemas.shard import ShardManifest, to_json
 from tests.make import datacomp_tar, image_folder, image_parquet
 from tests.rows import config_of, make_ref, make_rows, write_shard
 
@@ -322,7 +324,7 @@ def test_threads_that_race_leave_one_shard(server: Server, dst: str) -> None:
 RACER = """
 import sys
 from tests.integration.test_s3_commit import commit_shard, config_of, to_json
-from schemas.errors import StorageError
+from splatshard.schemas.errors import StorageError
 print("ready", flush=True)
 sys.stdin.readline()
 dst, attempt, format = sys.argv[1:]

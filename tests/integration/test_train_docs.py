@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs import convert, embed, evaluate, explain, train
-from jobs.cli import parse
-from jobs.recipe import load_recipe
-from pipeline.train.loop import train as run_training
+from splatshard.jobs import convert, embed, evaluate, explain, train
+from splatshard.jobs.cli.options import parse
+from splatshard.jobs.cli.recipe import load_recipe
+from splatshard.pipeline.train.loop import train as run_training
 from tests.training import make_shards, toy_config
 
 pytestmark = pytest.mark.integration

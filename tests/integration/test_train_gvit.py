@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.recipes.toys import shapes, write_tars
-from pipeline.train.loop import train
-from schemas.train import AugmentConfig
+from splatshard.jobs.recipes.toys import shapes, write_tars
+from splatshard.pipeline.train.loop import train
+from splatshard.schemas.train import AugmentConfig
 from tests.integration.test_train_processes import ONCE, close, run_script, write_recipe
 from tests.training import curve, weights_of
 from tests.unit.test_train_gvit import gvit_config

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import storage
-from pipeline.train.checkpoint import latest
-from pipeline.train.loop import train
-from schemas.errors import UsageError
-from schemas.train import AugmentConfig, TrainConfig
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.train.checkpoint import latest
+from splatshard.pipeline.train.loop import train
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.train import AugmentConfig, TrainConfig
 from tests.integration.stores import Store
 from tests.training import (
     curve,
@@ -61,7 +61,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def write_recipe(path: Path, config: TrainConfig) -> str:
     """A recipe that makes `config`; its path."""
-    imports = "from schemas.model import *\nfrom schemas.train import *\n"
+    imports = "from splatshard.schemas.model import *\nfrom splatshard.schemas.train import *\n"
     path.write_text(f"{imports}config = {config!r}\n")
     return str(path)
 
@@ -91,8 +91,8 @@ TWICE = """
 import sys
 import torch.distributed as dist
 from dataclasses import replace
-from jobs.recipe import load_recipe
-from pipeline.train.loop import train
+from splatshard.jobs.cli.recipe import load_recipe
+from splatshard.pipeline.train.loop import train
 config = load_recipe(sys.argv[1])
 dist.init_process_group("gloo")  # once: torchrun's store keeps the addresses of the first one
 train(replace(config, dst=config.dst + "/new"))
@@ -126,8 +126,8 @@ def test_two_processes_are_one_with_the_whole_batch(shards: Path, tmp_path: Path
 
 ONCE = """
 import sys
-from jobs.recipe import load_recipe
-from pipeline.train.loop import train
+from splatshard.jobs.cli.recipe import load_recipe
+from splatshard.pipeline.train.loop import train
 train(load_recipe(sys.argv[1]))
 """
 
@@ -160,9 +160,9 @@ def test_two_processes_are_one_on_images(shards: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from jobs.recipe import load_recipe
+from splatshard.jobs.cli.recipe import load_recipe
 from pipeline import objects
-from pipeline.train.loop import train
+from splatshard.pipeline.train.loop import train
 moment = sys.argv[2]
 def die(url):
     if "00000008" in url and url.endswith(moment):
@@ -227,7 +227,7 @@ def test_a_killed_command_goes_on(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("shared_ray")
 def test_ray_train_with_two_workers(shards: Path, tmp_path: Path) -> None:
     """The same as one process; its records come to the driver."""
-    from jobs.launch import launch
+    from splatshard.jobs.driver.ray_train import launch
 
     train(contrast_config(shards, tmp_path / "one"))
     told: list[Mapping[str, Any]] = []
@@ -242,7 +242,7 @@ def test_ray_train_with_two_workers(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
 @pytest.mark.usefixtures("shared_ray")
 def test_ray_workers_have_the_storage_options(shards: Path, moto: Store) -> None:
-    from jobs.launch import launch
+    from splatshard.jobs.driver.ray_train import launch
 
     moto.client().create_bucket(Bucket="options")
     known = moto.environment()

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.train.checkpoint import latest
-from pipeline.train.log import read_log
-from pipeline.train.loop import train
-from schemas.train import TrainConfig
+from splatshard.pipeline.train.checkpoint import latest
+from splatshard.pipeline.train.log import read_log
+from splatshard.pipeline.train.loop import train
+from splatshard.schemas.train import TrainConfig
 from tests.integration.test_train_processes import AUGMENT, ROOT, close, write_recipe
 from tests.training import curve, events, make_shards, same_weights, toy_config
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.recipes.toys import COLORS, SHAPES
-from pipeline.data import SplatDataset
-from pipeline.models import SplatCLIP, build_model
-from pipeline.models.clip import load_tokenizer, tokenize
-from pipeline.train.checkpoint import read_checkpoint
-from pipeline.train.loop import train
+from splatshard.jobs.recipes.toys import COLORS, SHAPES
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.models import SplatCLIP, build_model
+from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.train.checkpoint import read_checkpoint
+from splatshard.pipeline.train.loop import train
 from tests.training import make_shards, toy_config
 
 pytestmark = pytest.mark.integration

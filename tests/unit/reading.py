@@ -6,8 +6,8 @@ import hashlib
 import tarfile
 from pathlib import Path
 
-from pipeline.read import RawSample, read
-from schemas.shard import SKIP_STATUSES, ShardRef
+from splatshard.pipeline.source.read import RawSample, read
+from splatshard.schemas.shard import SKIP_STATUSES, ShardRef
 from tests.make import datacomp_tar, jpeg, write_tar
 
 IMAGE = jpeg()

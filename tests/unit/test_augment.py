@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.data.augment import (
+from splatshard.pipeline.data.augment import (
     Augment,
     affine,
     augment,
@@ -30,9 +30,9 @@ from pipeline.data.augment import (
     saturation_matrix,
     visible,
 )
-from pipeline.kernels import reference
-from pipeline.splats import Splats, covariances
-from schemas.errors import UsageError
+from splatshard.pipeline.kernels import reference
+from splatshard.pipeline.splats import Splats, covariances
+from splatshard.schemas.errors import UsageError
 
 HEIGHT, WIDTH = 20, 28
 FULL = Augment(

@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import batching
-from pipeline.batching import (
+from splatshard.pipeline.runtime import batching
+from splatshard.pipeline.runtime.batching import (
     IN_WORK,
     auto_batch_size,
     bytes_per_image,
     own_stream,
     teacher_bytes,
 )
-from schemas.config import ConvertConfig, TeacherConfig
+from splatshard.schemas.config import ConvertConfig, TeacherConfig
 
 CUDA = torch.device("cuda", 0)
 

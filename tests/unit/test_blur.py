@@ -8,12 +8,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from pipeline.fit import fit, relocates_at
-from pipeline.kernels import reference
-from pipeline.kernels.backend import select_backend
-from pipeline.kernels.blur import blur, half_taps
-from pipeline.nested import fit_nested
-from schemas.config import FitConfig
+from splatshard.pipeline.fitting.fit import fit, relocates_at
+from splatshard.pipeline.fitting.nested import fit_nested
+from splatshard.pipeline.kernels import reference
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.blur import blur, half_taps
+from splatshard.schemas.config import FitConfig
 from tests.unit.test_fit import picture
 
 ON_GPU = [pytest.mark.gpu] * torch.cuda.is_available()  # there, `make test-gpu` runs triton's

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from jobs.card import CARD_FILE, card
-from jobs.manifest import Catalog, head
-from pipeline.commit import publish, staged_file
-from schemas.shard import ShardManifest
+from splatshard.jobs.destination.card import CARD_FILE, card
+from splatshard.jobs.destination.manifest import Catalog, head
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.schemas.shard import ShardManifest
 from tests.rows import FORMATS, config_of, make_ref, make_rows, write_shard
 
 

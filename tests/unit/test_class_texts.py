@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import class_texts
-from pipeline.class_texts import CLASSNAMES, TEMPLATES, beside, copy_texts, find
-from pipeline.sources import list_shards
-from schemas.errors import StorageError, UnavailableError
+from splatshard.pipeline.evaluation import class_texts
+from splatshard.pipeline.evaluation.class_texts import (
+    CLASSNAMES,
+    TEMPLATES,
+    beside,
+    copy_texts,
+    find,
+)
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.schemas.errors import StorageError, UnavailableError
 from tests.make import datacomp_tar
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs import convert, verify
-from jobs.__main__ import JOBS, main
-from jobs.cli import Interrupted, count, duration, one_line, run, size
-from pipeline.storage import use_options
-from pipeline.store_options import options_of
-from schemas.config import PRESETS, ConvertConfig
-from schemas.errors import StorageError, UsageError
+from splatshard.jobs import convert, verify
+from splatshard.jobs.__main__ import JOBS, main
+from splatshard.jobs.cli.options import Interrupted, count, duration, one_line, run, size
+from splatshard.pipeline.storage.fs import use_options
+from splatshard.pipeline.storage.options import options_of
+from splatshard.schemas.config import PRESETS, ConvertConfig
+from splatshard.schemas.errors import StorageError, UsageError
 from tests.make import image_folder
 
 

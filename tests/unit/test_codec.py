@@ -21,8 +21,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.codec import column, decode_rows, planes, quantise, split_member
-from pipeline.codec.layout import (
+from splatshard.pipeline.codec import column, decode_rows, planes, quantise, split_member
+from splatshard.pipeline.codec.layout import (
     CELLS_PER_OCTAVE,
     MAX_CODE,
     MAX_LEVEL,
@@ -38,10 +38,10 @@ from pipeline.codec.layout import (
     token_tables,
     tokens,
 )
-from pipeline.pack import unpack
-from pipeline.splats import Splats
-from schemas.errors import CorruptShardError
-from schemas.splats import MAX_GAUSSIANS, PLANES
+from splatshard.pipeline.codec.pack import unpack
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.errors import CorruptShardError
+from splatshard.schemas.splats import MAX_GAUSSIANS, PLANES
 from tests.rows import HEIGHT, WIDTH, packed, random_splats, values_of
 
 SIGNALLING_NAN = b"\x00\x00\x81\x7f"
@@ -524,10 +524,10 @@ def test_fixed_bytes_of_q11() -> None:
 CHECKED = """
 import sys
 import numpy as np
-from pipeline.pack import unpack
-from pipeline.codec.planes import split
-from schemas.errors import CorruptShardError
-from schemas.splats import PLANES
+from splatshard.pipeline.codec.pack import unpack
+from splatshard.pipeline.codec.planes import split
+from splatshard.schemas.errors import CorruptShardError
+from splatshard.schemas.splats import PLANES
 
 rng = np.random.default_rng(0)
 samples = [split(bytes.fromhex(line)) for line in sys.stdin.read().split()]

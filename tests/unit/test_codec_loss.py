@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.codec import planes, quantise
-from pipeline.codec.layout import Codes
-from pipeline.convert import packed_rows
-from pipeline.fit import fit
-from pipeline.kernels.backend import Backend, LossAndGrad, select_backend
-from pipeline.nested import fit_nested
-from pipeline.pack import gaussians_in, pack, splats_of, unpack
-from pipeline.splats import Splats, first
-from schemas.config import ConvertConfig, FitConfig, PackConfig
-from schemas.splats import MAX_LOSS_DB, PLANAR, PLANES, shard_metadata
+from splatshard.pipeline.codec import planes, quantise
+from splatshard.pipeline.codec.layout import Codes
+from splatshard.pipeline.codec.pack import gaussians_in, pack, splats_of, unpack
+from splatshard.pipeline.convert import packed_rows
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.fitting.nested import fit_nested
+from splatshard.pipeline.kernels.backend import Backend, LossAndGrad, select_backend
+from splatshard.pipeline.splats import Splats, first
+from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig
+from splatshard.schemas.splats import MAX_LOSS_DB, PLANAR, PLANES, shard_metadata
 from tests.make import photo, shared_data
 from tests.rows import CUTOFF, HEIGHT, WIDTH, packed, random_splats, target_of, values_of
 

@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import objects, staging
-from pipeline.commit import (
+from splatshard.pipeline.shards.commit import (
     check_destination,
     clean_staging,
     mark_failed,
@@ -33,10 +32,12 @@ from pipeline.commit import (
     publish,
     staged_file,
 )
-from pipeline.markers import read_markers
-from pipeline.shards import verify_shard
-from schemas.config import ConvertConfig
-from schemas.errors import (
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.rows import verify_shard
+from splatshard.pipeline.storage import atomic as objects
+from splatshard.pipeline.storage import staging
+from splatshard.schemas.config import ConvertConfig
+from splatshard.schemas.errors import (
     CorruptShardError,
     FormatVersionError,
     SourceError,
@@ -44,8 +45,8 @@ from schemas.errors import (
     UnavailableError,
     UsageError,
 )
-from schemas.shard import FailedShard, ShardManifest, to_json
-from schemas.splats import EXTENSIONS, FORMAT_VERSION
+from splatshard.schemas.shard import FailedShard, ShardManifest, to_json
+from splatshard.schemas.splats import EXTENSIONS, FORMAT_VERSION
 from tests.make import datacomp_sample, write_tar
 from tests.rows import FORMATS, config_of, make_ref, make_rows, write_shard
 

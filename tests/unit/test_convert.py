@@ -13,21 +13,29 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import batching, convert
-from pipeline.batching import BatchLimit, auto_batch_size
-from pipeline.clock import StageClock
-from pipeline.convert import Row, convert_samples, convert_shard
-from pipeline.decode import DecodedImage
-from pipeline.kernels.backend import Backend, select_backend
-from pipeline.pack import splats_of
-from pipeline.read import RawSample
-from pipeline.shards import read_rows, row_problem
-from pipeline.sources import list_shards
-from pipeline.splats import Splats
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig, PruneConfig, recipe
-from schemas.errors import BackendError, SampleError
-from schemas.shard import ShardManifest, ShardRef
-from schemas.splats import CODECS, columns, shard_metadata
+from splatshard.pipeline import convert
+from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.convert import Row, convert_samples, convert_shard
+from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.runtime import batching
+from splatshard.pipeline.runtime.batching import BatchLimit, auto_batch_size
+from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.shards.rows import read_rows, row_problem
+from splatshard.pipeline.source.decode import DecodedImage
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import RawSample
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import (
+    ConvertConfig,
+    DecodeConfig,
+    FitConfig,
+    PackConfig,
+    PruneConfig,
+    recipe,
+)
+from splatshard.schemas.errors import BackendError, SampleError
+from splatshard.schemas.shard import ShardManifest, ShardRef
+from splatshard.schemas.splats import CODECS, columns, shard_metadata
 from tests.make import datacomp_sample, jpeg, photo, write_tar
 
 CONFIG = ConvertConfig(

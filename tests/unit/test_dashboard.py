@@ -9,8 +9,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from jobs.metrics import COUNTERS, GAUGES, TAGS
-from jobs.tally import Snapshot
+from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS
+from splatshard.jobs.driver.stats import Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "jobs" / "dashboard.json").read_text())

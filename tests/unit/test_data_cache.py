@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from pipeline.data import cache as cache_module
-from pipeline.data.cache import LOCKS, ShardCache
-from pipeline.staging import STAGING
-from schemas.errors import CorruptShardError, SourceError, StorageError, UsageError
+from splatshard.pipeline.data import cache as cache_module
+from splatshard.pipeline.data.cache import LOCKS, ShardCache
+from splatshard.pipeline.storage.staging import STAGING
+from splatshard.schemas.errors import CorruptShardError, SourceError, StorageError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -260,7 +260,7 @@ import sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from pipeline import storage
-from pipeline.data.cache import ShardCache
+from splatshard.pipeline.data.cache import ShardCache
 
 folder, url, size, digest, stall = sys.argv[1:]
 

@@ -16,24 +16,24 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from jobs import evaluate
-from pipeline.data import ImageBatch, ImageDataset, SplatDataset
-from pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
-from pipeline.data.augment_pixels import augment_pixels
-from pipeline.decode import decode
-from pipeline.kernels import reference
-from pipeline.read import read, scan
-from pipeline.sources import list_shards
-from pipeline.splats import Splats
-from pipeline.train.augmentation import uniform
-from pipeline.train.batches import Feed
-from pipeline.train.checkpoint import read_checkpoint
-from pipeline.train.distributed import World
-from pipeline.train.loop import train
-from pipeline.trained import load_trained
-from schemas.config import DecodeConfig
-from schemas.errors import SourceError, UsageError
-from schemas.train import AugmentConfig
+from splatshard.jobs import evaluate
+from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset
+from splatshard.pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
+from splatshard.pipeline.data.augment_pixels import augment_pixels
+from splatshard.pipeline.kernels import reference
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read, scan
+from splatshard.pipeline.splats import Splats
+from splatshard.pipeline.train.augmentation import uniform
+from splatshard.pipeline.train.batches import Feed
+from splatshard.pipeline.train.checkpoint import read_checkpoint
+from splatshard.pipeline.train.distributed import World
+from splatshard.pipeline.train.loop import train
+from splatshard.pipeline.train.trained import load_trained
+from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.errors import SourceError, UsageError
+from splatshard.schemas.train import AugmentConfig
 from tests.make import image_folder, image_parquet, imagenet_tar, jpeg, write_parquet, write_tar
 from tests.splat_shards import keys_of
 from tests.training import (

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.order import (
+from splatshard.pipeline.data.epoch_order import (
     PERIOD,
     EpochOrder,
     Reader,

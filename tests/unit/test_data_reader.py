@@ -19,20 +19,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import write
-from pipeline.data import SplatDataset, TrainBatch
-from pipeline.data.batch import values_of
-from pipeline.data.read_parquet import teacher_of
-from pipeline.pack import splats_of
-from pipeline.shards import read_rows, shard_metadata_of
-from schemas.errors import (
+from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.data import SplatDataset, TrainBatch
+from splatshard.pipeline.data.batch import values_of
+from splatshard.pipeline.data.read_parquet import teacher_of
+from splatshard.pipeline.shards import write
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
+from splatshard.schemas.errors import (
     CorruptShardError,
     FormatVersionError,
     SourceError,
     UnavailableError,
     UsageError,
 )
-from schemas.splats import CODECS
+from splatshard.schemas.splats import CODECS
 from tests.rows import FORMATS, HEIGHT, WIDTH, metadata_of
 from tests.splat_shards import N, commit, forge, keys_of, make_dataset, rows_of, splat_config, vouch
 
@@ -492,7 +492,7 @@ def test_sources_that_make_no_sense(dst: str, tmp_path: Path) -> None:
 def test_failed_shards_are_left_out_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pipeline.commit import mark_failed
+    from splatshard.pipeline.shards.commit import mark_failed
     from tests.rows import config_of, make_ref
 
     rows = make_dataset(str(tmp_path), [5])

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.decode import DecodedImage, decode, to_8_bits
-from schemas.config import DecodeConfig
-from schemas.errors import SampleError
-from schemas.shard import SKIP_STATUSES
+from splatshard.pipeline.source.decode import DecodedImage, decode, to_8_bits
+from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.errors import SampleError
+from splatshard.schemas.shard import SKIP_STATUSES
 from tests.make import animation, encode, jpeg, photo, png_header, shared_data
 
 

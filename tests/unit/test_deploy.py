@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.__main__ import JOBS, main
-from jobs.convert import ConvertOptions, parse_options
+from splatshard.jobs.__main__ import JOBS, main
+from splatshard.jobs.convert import ConvertOptions, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILES = ("docker/Dockerfile", "docker/Dockerfile.cpu")

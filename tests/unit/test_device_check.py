@@ -161,8 +161,8 @@ def test_predicted_times_stand_on_the_counts_that_are_committed() -> None:
 
 def test_counted_tiles_are_those_of_the_lists() -> None:
     pytest.importorskip("triton", reason="Triton is not installed (extra: gpu)")
-    from pipeline.kernels.backend import select_backend
-    from pipeline.kernels.triton_lists import tile_lists
+    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.triton_lists import tile_lists
     from tests.unit.test_kernels import make_splats, to_float32
 
     splats = to_float32(make_splats(2, 30, 37, 45, 2.0))

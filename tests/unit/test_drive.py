@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from jobs import drive
-from jobs.actors import Outcome, Started, Task, WorkerState
-from jobs.plan import make_plan
-from schemas.config import ConvertConfig
-from schemas.errors import BackendError
-from schemas.shard import ShardRef
+from splatshard.jobs.destination.plan import make_plan
+from splatshard.jobs.driver import driver as drive
+from splatshard.jobs.driver.worker import Outcome, Started, Task, WorkerState
+from splatshard.schemas.config import ConvertConfig
+from splatshard.schemas.errors import BackendError
+from splatshard.schemas.shard import ShardRef
 
 Convert = Callable[["Device", Task], Outcome]
 
@@ -128,11 +128,13 @@ def run(
 ) -> Told:
     """Drive a conversion in which `convert` is what the workers do."""
     told: Any = Told()
-    monkeypatch.setattr("jobs.drive.ray", Ray(devices, convert, seed))
-    monkeypatch.setattr("jobs.drive.reservation", lambda backend: {"num_gpus": 1})
-    monkeypatch.setattr("jobs.drive.draining_nodes", set)
-    monkeypatch.setattr("jobs.drive.POLL_S", 0)
-    monkeypatch.setattr("jobs.drive.RESIZE_S", 0)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.ray", Ray(devices, convert, seed))
+    monkeypatch.setattr(
+        "splatshard.jobs.driver.driver.reservation", lambda backend: {"num_gpus": 1}
+    )
+    monkeypatch.setattr("splatshard.jobs.driver.driver.draining_nodes", set)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.POLL_S", 0)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.RESIZE_S", 0)
     names = [f"{number:02d}" for number in range(shards)]
     refs = [ShardRef(name=n, kind="tar", urls=(n,), size_bytes=1, etag="1") for n in names]
     plan = make_plan(refs, {}, ConvertConfig(), lambda ref: "")
@@ -186,7 +188,7 @@ def test_a_broken_worker_does_not_keep_its_place_from_one_that_waits_for_it(
         device.spoilt |= task.ref.name == "01" and not task.alone
         return broken(task) if device.spoilt else done(task)
 
-    monkeypatch.setattr("jobs.drive.PATIENCE_S", 0.1)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.PATIENCE_S", 0.1)
     told = run(monkeypatch, tmp_path, convert, shards=3, devices=1, workers=3)
     assert len(told.outcomes) == 3
     assert told.kinds() == {"done"}

@@ -12,16 +12,16 @@ import fsspec
 import pytest
 import torch
 
-from jobs import dryrun
-from jobs.dryrun import begin_of, convert_timed, dry_run, estimate_job, look, tell
-from pipeline.clock import Pulse
-from pipeline.read import read
-from pipeline.sources import list_shards
-from pipeline.write import sample_members
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig
-from schemas.errors import SourceError
-from schemas.shard import ShardRef
-from schemas.splats import scalars, splat_columns
+from splatshard.jobs.driver import dryrun
+from splatshard.jobs.driver.dryrun import begin_of, convert_timed, dry_run, estimate_job, look, tell
+from splatshard.pipeline.runtime.stage_timer import Pulse
+from splatshard.pipeline.shards.write import sample_members
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
+from splatshard.schemas.errors import SourceError
+from splatshard.schemas.shard import ShardRef
+from splatshard.schemas.splats import scalars, splat_columns
 from tests.make import datacomp_tar, image_folder, image_parquet
 from tests.rows import config_of, make_rows, metadata_of
 
@@ -126,8 +126,8 @@ def test_on_a_gpu_the_slowest_stage_decides(monkeypatch):
         converted.append(samples)
         yield [{} for _ in samples]
 
-    monkeypatch.setattr("pipeline.clock.StageClock", StoppedClock)
-    monkeypatch.setattr("pipeline.convert.convert_samples", convert_samples)
+    monkeypatch.setattr("splatshard.pipeline.runtime.stage_timer.StageClock", StoppedClock)
+    monkeypatch.setattr("splatshard.pipeline.convert.convert_samples", convert_samples)
     gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     rows, each_s = convert_timed([1, 2, 3, 4], CONFIG, gpu)
     assert (len(rows), each_s) == (4, 2.0)

@@ -14,20 +14,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, CLIPModel
 
-from jobs import evaluate
-from jobs.evaluate import EvaluateOptions, datasets_of
-from pipeline.data import SplatDataset
-from pipeline.decode import decode
-from pipeline.evaluate import classification, linear_probe, ranks, retrieval, summary
-from pipeline.models import SplatClassifier, SplatCLIP, build_model
-from pipeline.models.clip import load_tokenizer, tokenize
-from pipeline.models.patches import normalised
-from pipeline.train import checkpoint
-from pipeline.zeroshot import checked_templates, filled
-from schemas.config import DecodeConfig
-from schemas.errors import UsageError
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
-from schemas.train import DataConfig, OptimConfig, TrainConfig
+from splatshard.jobs import evaluate
+from splatshard.jobs.evaluate import EvaluateOptions, datasets_of
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.evaluation.metrics import (
+    classification,
+    linear_probe,
+    ranks,
+    retrieval,
+    summary,
+)
+from splatshard.pipeline.evaluation.zeroshot import checked_templates, filled
+from splatshard.pipeline.models import SplatClassifier, SplatCLIP, build_model
+from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.models.patches import normalised
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.train import checkpoint
+from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import (
+    EncoderConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+    TextConfig,
+)
+from splatshard.schemas.train import DataConfig, OptimConfig, TrainConfig
 from tests.clips import SIDE, clip_folder, save_tokenizer, vocabulary_of
 from tests.make import datacomp_sample, write_tar
 from tests.splat_shards import N, commit, rows_of, splat_config

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from jobs.__main__ import main
-from jobs.explain import explained
-from jobs.explain_images import gaussians_of
-from jobs.explain_picture import ellipses_of, outlines, shares
-from jobs.recipes.toys import shapes
-from pipeline.decode import DecodedImage, decode
-from pipeline.explain import (
+from splatshard.jobs.__main__ import main
+from splatshard.jobs.explain import explained
+from splatshard.jobs.pages.explain_images import gaussians_of
+from splatshard.jobs.pages.explain_picture import ellipses_of, outlines, shares
+from splatshard.jobs.recipes.toys import shapes
+from splatshard.pipeline.evaluation.explain import (
     SCORES,
     Box,
     block_attention,
@@ -36,15 +35,16 @@ from pipeline.explain import (
     resampler_attention,
     saliency_map,
 )
-from pipeline.fit import moved
-from pipeline.kernels.backend import select_backend
-from pipeline.models.classifier import SplatClassifier
-from pipeline.models.gvit import GViT
-from pipeline.splats import Splats, scales_and_angles
-from pipeline.train.loop import train
-from pipeline.trained import Trained
-from schemas.config import DecodeConfig
-from schemas.model import (
+from splatshard.pipeline.fitting.fit import moved
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.models.classifier import SplatClassifier
+from splatshard.pipeline.models.gvit import GViT
+from splatshard.pipeline.source.decode import DecodedImage, decode
+from splatshard.pipeline.splats import Splats, scales_and_angles
+from splatshard.pipeline.train.loop import train
+from splatshard.pipeline.train.trained import Trained
+from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.model import (
     EncoderConfig,
     GViTConfig,
     GViTLossConfig,

@@ -15,17 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.__main__ import main
-from pipeline.convert import convert_shard
-from pipeline.kernels.backend import select_backend
-from pipeline.pack import unpack
-from pipeline.ply import ply_bytes
-from pipeline.shards import read_rows
-from pipeline.sources import list_shards
-from pipeline.splats import Splats
-from pipeline.storage import use_options
-from pipeline.store_options import options_of
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig
+from splatshard.jobs.__main__ import main
+from splatshard.pipeline.codec.pack import unpack
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.ply import ply_bytes
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.splats import Splats
+from splatshard.pipeline.storage.fs import use_options
+from splatshard.pipeline.storage.options import options_of
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
 from tests.make import datacomp_sample, write_tar
 
 KEY, BAD = "000000000001", "000000000002"

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import fit as fit_module
-from pipeline.fit import energy, fit, optimize, relocate
-from pipeline.init import (
+from splatshard.pipeline.codec.pack import pack, unpack
+from splatshard.pipeline.fitting import fit as fit_module
+from splatshard.pipeline.fitting.fit import energy, fit, optimize, relocate
+from splatshard.pipeline.fitting.prune import energy_mask, luminosity_mask, prune
+from splatshard.pipeline.fitting.start import (
     density,
     hilbert_order,
     initial_splats,
@@ -17,15 +19,13 @@ from pipeline.init import (
     solve_colors,
     structure_tensor,
 )
-from pipeline.kernels.backend import select_backend
-from pipeline.kernels.blur import blur
-from pipeline.kernels.voronoi import centroids
-from pipeline.metrics import psnr
-from pipeline.pack import pack, unpack
-from pipeline.prune import energy_mask, luminosity_mask, prune
-from pipeline.splats import Splats, bounds
-from schemas.config import PRESETS, ConvertConfig, FitConfig, PruneConfig
-from schemas.splats import MAX_LOSS_DB
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.blur import blur
+from splatshard.pipeline.kernels.voronoi import centroids
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.splats import Splats, bounds
+from splatshard.schemas.config import PRESETS, ConvertConfig, FitConfig, PruneConfig
+from splatshard.schemas.splats import MAX_LOSS_DB
 
 CPU = select_backend("cpu")
 

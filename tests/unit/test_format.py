@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.codec.planes import encode, join
-from pipeline.codec.quantise import on_grid
-from pipeline.kernels import reference
-from pipeline.pack import unpack
-from pipeline.shards import read_rows, survey
-from pipeline.splats import Splats
-from schemas.shard import SKIP_STATUSES, FailedShard, ShardManifest
-from schemas.splats import CODECS, FORMAT_VERSION, PLANES, columns, shard_metadata
+from splatshard.pipeline.codec.pack import unpack
+from splatshard.pipeline.codec.planes import encode, join
+from splatshard.pipeline.codec.quantise import on_grid
+from splatshard.pipeline.kernels import reference
+from splatshard.pipeline.shards.rows import read_rows, survey
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.shard import SKIP_STATUSES, FailedShard, ShardManifest
+from splatshard.schemas.splats import CODECS, FORMAT_VERSION, PLANES, columns, shard_metadata
 from tests.format_reader import assert_close, decode, picture
 from tests.rows import HEIGHT, WIDTH, make_rows, packed, random_splats, values_of, write_shard
 

@@ -25,8 +25,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.shards import read_rows
-from schemas.errors import CorruptShardError
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.schemas.errors import CorruptShardError
 from tests.fuzzing import DATA
 from tests.rows import FORMATS, make_rows, write_shard
 

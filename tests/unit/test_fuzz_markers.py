@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.manifest import psnr_quantiles
-from jobs.plan import make_plan, plan_from_json, plan_lines, planned
-from jobs.progress import dataset_figures
-from pipeline.commit import publish, staged_file
-from pipeline.markers import read_markers
-from schemas.config import fingerprint, inputs
-from schemas.errors import CorruptShardError, FormatVersionError, UsageError
-from schemas.manifest import Entry, manifest_lines, read_entries
-from schemas.shard import (
+from splatshard.jobs.destination.manifest import psnr_quantiles
+from splatshard.jobs.destination.plan import make_plan, plan_from_json, plan_lines, planned
+from splatshard.jobs.driver.progress import dataset_figures
+from splatshard.pipeline.shards.commit import publish, staged_file
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.schemas.config import fingerprint, inputs
+from splatshard.schemas.errors import CorruptShardError, FormatVersionError, UsageError
+from splatshard.schemas.manifest import Entry, manifest_lines, read_entries
+from splatshard.schemas.shard import (
     FailedShard,
     ShardManifest,
     failed_from_json,

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels import reference
-from pipeline.kernels.gsplat_alpha import reference_alpha
-from pipeline.metrics import psnr
-from pipeline.models.gaussian_space import (
+from splatshard.pipeline.kernels import reference
+from splatshard.pipeline.kernels.gsplat_alpha import reference_alpha
+from splatshard.pipeline.models.gaussian_space import (
     MARGIN,
     NUMBERS,
     colored,
@@ -24,8 +23,9 @@ from pipeline.models.gaussian_space import (
     render,
     splats_of,
 )
-from pipeline.splats import scales_and_angles
-from schemas.model import GViTConfig
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.splats import scales_and_angles
+from splatshard.schemas.model import GViTConfig
 
 SPACE = GViTConfig()
 SIDE = 21

@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.__main__ import main
-from pipeline.markers import read_markers
-from pipeline.pack import splats_of
-from pipeline.shards import read_rows, shard_metadata_of, survey, verify_shard
-from schemas.shard import ShardManifest
-from schemas.splats import CODECS, FORMAT_VERSION, columns
+from splatshard.jobs.__main__ import main
+from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, survey, verify_shard
+from splatshard.schemas.shard import ShardManifest
+from splatshard.schemas.splats import CODECS, FORMAT_VERSION, columns
 from tests.format_reader import assert_close, decode
 from tests.rows import values_of
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import gpu_fit, record
 from benchmarks.gpu_fit import Ceilings
-from pipeline.kernels.gsplat_alpha import load_gsplat
+from splatshard.pipeline.kernels.gsplat_alpha import load_gsplat
 from tests.bare import bare_environment
 from tests.make import photo
 

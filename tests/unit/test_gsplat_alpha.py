@@ -11,9 +11,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from pipeline.kernels.gsplat_alpha import load_gsplat, reach_px, reference_alpha, render_alpha
-from pipeline.splats import Splats
-from schemas.errors import BackendError
+from splatshard.pipeline.kernels.gsplat_alpha import (
+    load_gsplat,
+    reach_px,
+    reference_alpha,
+    render_alpha,
+)
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.errors import BackendError
 
 NAMES = ("means", "cholesky", "colors")
 

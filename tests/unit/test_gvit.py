@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.metrics import psnr
-from pipeline.models import gvit
-from pipeline.models.count import count
-from pipeline.models.encoder import run_blocks
-from pipeline.models.gaussian_space import (
-    NUMBERS,
-    colored,
-    drawn,
-    gaussians_of,
-    render,
+from splatshard.pipeline.models import gvit
+from splatshard.pipeline.models.count import count
+from splatshard.pipeline.models.encoder import run_blocks
+from splatshard.pipeline.models.gaussian_space import NUMBERS, colored, drawn, gaussians_of, render
+from splatshard.pipeline.models.gvit import GViT, distance_bias, gamma_at, guided, gvit_loss
+from splatshard.pipeline.psnr import psnr
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import (
+    EncoderConfig,
+    GViTConfig,
+    GViTLossConfig,
+    ModelConfig,
+    StemConfig,
 )
-from pipeline.models.gvit import GViT, distance_bias, gamma_at, guided, gvit_loss
-from schemas.errors import UsageError
-from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
 
 SIDE = 21
 """Odd, and a multiple of the patches' 7 px."""

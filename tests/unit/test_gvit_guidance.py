@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.gaussian_space import NUMBERS, drawn, render, splats_of
-from pipeline.models.gvit import GViT, guided
-from pipeline.models.reconstruct import reconstruction_loss
-from schemas.model import EncoderConfig, GViTConfig, ModelConfig, StemConfig
+from splatshard.pipeline.models.gaussian_space import NUMBERS, drawn, render, splats_of
+from splatshard.pipeline.models.gvit import GViT, guided
+from splatshard.pipeline.models.reconstruct import reconstruction_loss
+from splatshard.schemas.model import EncoderConfig, GViTConfig, ModelConfig, StemConfig
 
 SIDE = 24
 TOWER = EncoderConfig(

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.convert import convert_shard
-from pipeline.data import SplatDataset
-from pipeline.kernels.backend import select_backend
-from pipeline.sources import list_shards
-from pipeline.train.loop import train
-from schemas.config import ConvertConfig, DecodeConfig, FitConfig
-from schemas.errors import SourceError, UsageError
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.train.loop import train
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
+from splatshard.schemas.errors import SourceError, UsageError
 from tests.bare import ABSENT, bare_environment
 from tests.make import image_folder
 from tests.training import toy_config
@@ -36,11 +36,11 @@ ONLY_IN = {
     "ray": ("jobs/",),
     "tyro": ("jobs/",),
     "rich": ("jobs/",),
-    "fsspec": ("pipeline/storage.py", "pipeline/commit.py"),
-    "s3fs": ("pipeline/storage.py", "pipeline/commit.py"),
+    "fsspec": ("pipeline/storage/fs.py", "pipeline/shards/commit.py"),
+    "s3fs": ("pipeline/storage/fs.py", "pipeline/shards/commit.py"),
     "triton": ("pipeline/kernels/triton",),
     "numba": ("pipeline/kernels/", "pipeline/codec/kernel.py"),
-    "transformers": ("pipeline/models/", "pipeline/teacher.py", "jobs/recipes/"),
+    "transformers": ("pipeline/models/", "pipeline/models/teacher.py", "jobs/recipes/"),
     "gsplat": ("pipeline/kernels/gsplat_alpha.py", "pipeline/ply.py"),
 }
 
@@ -98,7 +98,7 @@ def test_importing_starts_nothing() -> None:
 def test_help_needs_neither_torch_nor_ray(arguments: list[str]) -> None:
     script = (
         "import sys\n"
-        "from jobs.__main__ import main\n"
+        "from splatshard.jobs.__main__ import main\n"
         f"code = main({arguments!r})\n"
         "assert not {'torch', 'ray', 'numba'} & set(sys.modules), 'slow start'\n"
         "sys.exit(code)\n"

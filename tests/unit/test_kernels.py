@@ -10,10 +10,10 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.kernels import reference
-from pipeline.kernels.backend import Backend, LossAndGrad, select_backend
-from pipeline.splats import Splats, cholesky_from_scales_and_angles
-from schemas.errors import BackendError
+from splatshard.pipeline.kernels import reference
+from splatshard.pipeline.kernels.backend import Backend, LossAndGrad, select_backend
+from splatshard.pipeline.splats import Splats, cholesky_from_scales_and_angles
+from splatshard.schemas.errors import BackendError
 
 NAMES = ("means", "cholesky", "colors")
 SHAPES = [  # batch, gaussians, height, width, size in px, spread

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.models import PatchEncoder, SplatEncoder
-from pipeline.models.local import WINDOW, LocalTokens, coefficients, half_plane
-from pipeline.models.patches import normalised
-from pipeline.models.resampler import anchors
-from pipeline.models.stem import without_padding
-from pipeline.splats import Splats, covariances
-from schemas.model import ResamplerConfig
+from splatshard.pipeline.models import PatchEncoder, SplatEncoder
+from splatshard.pipeline.models.local import WINDOW, LocalTokens, coefficients, half_plane
+from splatshard.pipeline.models.patches import normalised
+from splatshard.pipeline.models.resampler import anchors
+from splatshard.pipeline.models.stem import without_padding
+from splatshard.pipeline.splats import Splats, covariances
+from splatshard.schemas.model import ResamplerConfig
 from tests.unit.test_models import TOY, padded, sizes, splats_of
 
 

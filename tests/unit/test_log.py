@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import Interrupted, run, say
-from jobs.log import configure, log, structured
-from schemas.errors import StorageError
+from splatshard.jobs.cli.log import configure, log, structured
+from splatshard.jobs.cli.options import Interrupted, run, say
+from splatshard.schemas.errors import StorageError
 
 Capsys = pytest.CaptureFixture[str]
 

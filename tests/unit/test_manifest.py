@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from jobs import convert
-from jobs import manifest as job
-from jobs.actors import Outcome
-from jobs.card import CARD_FILE
-from jobs.manifest import Catalog, psnr_quantiles
-from jobs.plan import Plan, make_plan
-from pipeline import markers as readers
-from pipeline.commit import mark_failed, publish, staged_file
-from pipeline.markers import data_files_by_shard, read_manifest, read_markers
-from pipeline.storage import use_options
-from schemas.errors import CorruptShardError, FormatVersionError, UnavailableError
-from schemas.manifest import MANIFEST_FILE, dataset_fingerprint, manifest_lines
-from schemas.shard import FailedShard, ShardManifest, to_json
+from splatshard.jobs import convert
+from splatshard.jobs.destination import manifest as job
+from splatshard.jobs.destination.card import CARD_FILE
+from splatshard.jobs.destination.manifest import Catalog, psnr_quantiles
+from splatshard.jobs.destination.plan import Plan, make_plan
+from splatshard.jobs.driver.worker import Outcome
+from splatshard.pipeline.shards import markers as readers
+from splatshard.pipeline.shards.commit import mark_failed, publish, staged_file
+from splatshard.pipeline.shards.markers import data_files_by_shard, read_manifest, read_markers
+from splatshard.pipeline.storage.fs import use_options
+from splatshard.schemas.errors import CorruptShardError, FormatVersionError, UnavailableError
+from splatshard.schemas.manifest import MANIFEST_FILE, dataset_fingerprint, manifest_lines
+from splatshard.schemas.shard import FailedShard, ShardManifest, to_json
 from tests.rows import config_of, make_ref, make_rows, write_shard
 
 NAMES = ("00000000", "00000001", "a-deadbeef", "a-deadbeef-deadbeef1")

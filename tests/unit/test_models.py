@@ -13,16 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.data.batch import TrainBatch
-from pipeline.models import PatchEncoder, SplatClassifier, SplatCLIP, SplatEncoder, build_model
-from pipeline.models.clip import load_tokenizer, tokenize
-from pipeline.models.count import STAGE2, count, share, stage2_text, table
-from pipeline.models.patches import normalised
-from pipeline.models.resampler import anchors, bias_features, dense_bias, evenly, split
-from pipeline.models.stem import features, normalised_means, without_padding
-from pipeline.splats import Splats, cholesky_from_scales_and_angles, covariances
-from schemas.errors import UsageError
-from schemas.model import EncoderConfig, ModelConfig, ResamplerConfig, StemConfig, TextConfig
+from splatshard.pipeline.data.batch import TrainBatch
+from splatshard.pipeline.models import (
+    PatchEncoder,
+    SplatClassifier,
+    SplatCLIP,
+    SplatEncoder,
+    build_model,
+)
+from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.models.count import STAGE2, count, share, stage2_text, table
+from splatshard.pipeline.models.patches import normalised
+from splatshard.pipeline.models.resampler import anchors, bias_features, dense_bias, evenly, split
+from splatshard.pipeline.models.stem import features, normalised_means, without_padding
+from splatshard.pipeline.splats import Splats, cholesky_from_scales_and_angles, covariances
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import (
+    EncoderConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+    TextConfig,
+)
 
 BIASES = ("none", "distance", "overlap")
 KINDS: list[dict[str, Any]] = [{"bias": x} for x in BIASES]

@@ -10,14 +10,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import nested
-from pipeline.fit import TorchStep, fields, fit
-from pipeline.kernels.backend import Backend, select_backend
-from pipeline.metrics import psnr
-from pipeline.nested import Tier, detail_splats, error_of, fit_nested, sweep
-from pipeline.splats import Splats
-from schemas.config import PRESETS, FitConfig
-from schemas.errors import UsageError
+from splatshard.pipeline.fitting import nested
+from splatshard.pipeline.fitting.fit import TorchStep, fields, fit
+from splatshard.pipeline.fitting.nested import Tier, detail_splats, error_of, fit_nested, sweep
+from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.config import PRESETS, FitConfig
+from splatshard.schemas.errors import UsageError
 from tests.unit.test_fit import picture
 
 CPU = select_backend("cpu")

@@ -13,11 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.kernels.backend import select_backend
-from pipeline.pack import finite_images, gaussians_in, pack, spatial_order, splats_of, unpack
-from pipeline.splats import Splats
-from schemas.errors import CorruptShardError
-from schemas.splats import CODECS, PLANAR, PLANES, shard_metadata
+from splatshard.pipeline.codec.pack import (
+    finite_images,
+    gaussians_in,
+    pack,
+    spatial_order,
+    splats_of,
+    unpack,
+)
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.splats import Splats
+from splatshard.schemas.errors import CorruptShardError
+from splatshard.schemas.splats import CODECS, PLANAR, PLANES, shard_metadata
 from tests.rows import CUTOFF, HEIGHT, WIDTH, packed, random_splats, target_of, values_of
 
 GAUSSIANS = st.lists(

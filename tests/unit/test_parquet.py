@@ -13,8 +13,8 @@ from uuid import UUID
 import pyarrow as pa
 import pytest
 
-from pipeline.read import read, scan
-from schemas.errors import SourceError
+from splatshard.pipeline.source.read import read, scan
+from splatshard.schemas.errors import SourceError
 from tests.make import image_parquet, jpeg, write_parquet
 from tests.unit.reading import IMAGE, read_all, ref_of, statuses
 

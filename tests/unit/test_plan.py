@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import files
-from jobs.plan import (
+from splatshard.jobs.destination import plan_file as files
+from splatshard.jobs.destination.plan import (
     Marker,
     PlannedShard,
     make_plan,
@@ -23,8 +23,8 @@ from jobs.plan import (
     refuse_stale,
     status,
 )
-from jobs.verify import recipe_notes
-from schemas.config import (
+from splatshard.jobs.verify import recipe_notes
+from splatshard.schemas.config import (
     PRESETS,
     ConvertConfig,
     FitConfig,
@@ -34,8 +34,8 @@ from schemas.config import (
     inputs,
     recipe,
 )
-from schemas.errors import CorruptShardError, StaleShardError, UsageError
-from schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest
+from splatshard.schemas.errors import CorruptShardError, StaleShardError, UsageError
+from splatshard.schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest
 
 CONFIG = ConvertConfig()
 

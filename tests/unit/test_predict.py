@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.convert import main as convert
-from jobs.recipes.toys import shapes, write_tars
-from pipeline import predict as prediction
-from pipeline.fit import fit
-from pipeline.init import initial_splats
-from pipeline.kernels.backend import select_backend
-from pipeline.markers import read_markers
-from pipeline.metrics import psnr
-from pipeline.models.gvit import GViT
-from pipeline.predict import described, predict
-from pipeline.splats import Splats
-from pipeline.train.loop import train
-from pipeline.trained import load_trained
-from schemas.config import FitConfig
-from schemas.errors import UsageError
+from splatshard.jobs.convert import main as convert
+from splatshard.jobs.recipes.toys import shapes, write_tars
+from splatshard.pipeline.fitting import encoder_start as prediction
+from splatshard.pipeline.fitting.encoder_start import described, predict
+from splatshard.pipeline.fitting.fit import fit
+from splatshard.pipeline.fitting.start import initial_splats
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.models.gvit import GViT
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.splats import Splats
+from splatshard.pipeline.train.loop import train
+from splatshard.pipeline.train.trained import load_trained
+from splatshard.schemas.config import FitConfig
+from splatshard.schemas.errors import UsageError
 from tests.training import toy_config, toy_patches
 from tests.unit.test_train_gvit import gvit_config, toy_gvit
 

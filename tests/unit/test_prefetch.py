@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.prefetch import AHEAD_PER_WORKER, map_ahead, prefetch
+from splatshard.pipeline.runtime.prefetch import AHEAD_PER_WORKER, map_ahead, prefetch
 
 
 @pytest.fixture(autouse=True)

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from jobs import progress as progress_module
-from jobs.actors import Counters, Outcome, SkippedSample, WorkerState
-from jobs.cli import Interrupted
-from jobs.convert import tell_summary
-from jobs.log import configure
-from jobs.metrics import COUNTERS, GAUGES, TAGS, readings
-from jobs.progress import PROGRESS_FILE, Progress, line, run_summary
-from jobs.tally import RECENT_S, Snapshot, Tally
-from pipeline.clock import Pulse
-from schemas.errors import StorageError, UnavailableError
-from schemas.shard import ShardManifest, ShardRef
+from splatshard.jobs.cli.log import configure
+from splatshard.jobs.cli.options import Interrupted
+from splatshard.jobs.convert import tell_summary
+from splatshard.jobs.driver import progress as progress_module
+from splatshard.jobs.driver.progress import PROGRESS_FILE, Progress, line, run_summary
+from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS, readings
+from splatshard.jobs.driver.stats import RECENT_S, Snapshot, Tally
+from splatshard.jobs.driver.worker import Counters, Outcome, SkippedSample, WorkerState
+from splatshard.pipeline.runtime.stage_timer import Pulse
+from splatshard.schemas.errors import StorageError, UnavailableError
+from splatshard.schemas.shard import ShardManifest, ShardRef
 
 Capsys = pytest.CaptureFixture[str]
 

@@ -7,12 +7,12 @@ import json
 
 import pytest
 
-from pipeline.decode import decode
-from pipeline.read import count_samples, read
-from pipeline.sources import list_shards
-from schemas.config import DecodeConfig
-from schemas.errors import SourceError
-from schemas.shard import ShardRef
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import count_samples, read
+from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.errors import SourceError
+from splatshard.schemas.shard import ShardRef
 from tests.make import (
     datacomp_tar,
     image_folder,
@@ -176,7 +176,7 @@ def test_json_that_is_no_object(tmp_path):
 
 
 def test_oversized_folder_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.read.MAX_SAMPLE_BYTES", 5000)
+    monkeypatch.setattr("splatshard.pipeline.source.read.MAX_SAMPLE_BYTES", 5000)
     (tmp_path / "a.jpg").write_bytes(bytes(6000))
     (tmp_path / "b.jpg").write_bytes(IMAGE)
     (ref,) = list_shards(str(tmp_path))

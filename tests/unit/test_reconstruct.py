@@ -10,8 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.models.reconstruct import load_tower, perceptual_loss, reconstruction_loss, ssim
-from schemas.errors import UsageError
+from splatshard.pipeline.models.reconstruct import (
+    load_tower,
+    perceptual_loss,
+    reconstruction_loss,
+    ssim,
+)
+from splatshard.schemas.errors import UsageError
 
 K1, K2, RADIUS, DEVIATION = 0.01, 0.03, 5, 1.5
 

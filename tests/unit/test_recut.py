@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from jobs import convert, verify
-from jobs.actors import Outcome
-from jobs.files import read_plan
-from jobs.manifest import Catalog
-from jobs.plan import Plan, status
-from pipeline.commit import mark_failed, publish, remove, staged_file
-from pipeline.markers import read_manifest, read_markers
-from schemas.errors import SourceError, StaleShardError
-from schemas.shard import FailedShard, ShardManifest
+from splatshard.jobs import convert, verify
+from splatshard.jobs.destination.manifest import Catalog
+from splatshard.jobs.destination.plan import Plan, status
+from splatshard.jobs.destination.plan_file import read_plan
+from splatshard.jobs.driver.worker import Outcome
+from splatshard.pipeline.shards.commit import mark_failed, publish, remove, staged_file
+from splatshard.pipeline.shards.markers import read_manifest, read_markers
+from splatshard.schemas.errors import SourceError, StaleShardError
+from splatshard.schemas.shard import FailedShard, ShardManifest
 from tests.make import image_folder
 from tests.rows import config_of, make_rows, write_shard
 from tests.unit.test_commit import commit_shard, die_at, snapshot

@@ -10,15 +10,22 @@ from typing import get_args
 
 import pytest
 
-from jobs.plan import Marker, make_plan, plan_from_json, plan_lines, planned, status
-from jobs.redo import by_recipe, redo, redo_plan
-from jobs.repair import RepairOptions, to_redo
-from jobs.retry_failed import SkipStatus, samples, told, worth_retrying
-from jobs.verify import orphans
-from pipeline.sources import current, list_shards
-from schemas.config import ConvertConfig, FitConfig
-from schemas.errors import CorruptShardError, UsageError
-from schemas.shard import SKIP_STATUSES, ShardManifest, marker_digest
+from splatshard.jobs.destination.plan import (
+    Marker,
+    make_plan,
+    plan_from_json,
+    plan_lines,
+    planned,
+    status,
+)
+from splatshard.jobs.driver.redo import by_recipe, redo, redo_plan
+from splatshard.jobs.repair import RepairOptions, to_redo
+from splatshard.jobs.retry_failed import SkipStatus, samples, told, worth_retrying
+from splatshard.jobs.verify import orphans
+from splatshard.pipeline.source.listing import current, list_shards
+from splatshard.schemas.config import ConvertConfig, FitConfig
+from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.shard import SKIP_STATUSES, ShardManifest, marker_digest
 from tests.make import datacomp_tar, image_folder
 from tests.unit.test_plan import CONFIG, make_failed, make_manifest, make_ref
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.plan import StaleShard, Status
-from jobs.progress import dataset_figures
-from jobs.report import ReportOptions, encode, jpeg_figures, main, spread, survey
-from jobs.report_page import MAX_ELLIPSES, Picture, ReportData, Skip, page
-from pipeline.markers import read_markers
-from schemas.config import ConvertConfig, recipe
-from schemas.shard import FailedShard, ShardManifest
+from splatshard.jobs.destination.plan import StaleShard, Status
+from splatshard.jobs.driver.progress import dataset_figures
+from splatshard.jobs.pages.report_page import MAX_ELLIPSES, Picture, ReportData, Skip, page
+from splatshard.jobs.report import ReportOptions, encode, jpeg_figures, main, spread, survey
+from splatshard.pipeline.shards.markers import read_markers
+from splatshard.schemas.config import ConvertConfig, recipe
+from splatshard.schemas.shard import FailedShard, ShardManifest
 from tests.make import photo
 
 EVIL = "<script>alert('x')</script>\"&"

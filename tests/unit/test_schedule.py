@@ -11,10 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.actors import Task
-from jobs.hunt import READ, Hunt
-from jobs.schedule import DEATHS_ALONE, MOST_DEATHS, REASONS, UNAVAILABLE, Schedule
-from schemas.shard import ShardRef
+from splatshard.jobs.driver.bisect import READ, Hunt
+from splatshard.jobs.driver.scheduler import (
+    DEATHS_ALONE,
+    MOST_DEATHS,
+    REASONS,
+    UNAVAILABLE,
+    Schedule,
+)
+from splatshard.jobs.driver.worker import Task
+from splatshard.schemas.shard import ShardRef
 
 
 def ref(name: str) -> ShardRef:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.config import (
+from splatshard.schemas.config import (
     PRESETS,
     ConvertConfig,
     DecodeConfig,
@@ -28,8 +28,8 @@ from schemas.config import (
     inputs,
     recipe,
 )
-from schemas.errors import CorruptShardError, FormatVersionError, SampleError, UsageError
-from schemas.shard import (
+from splatshard.schemas.errors import CorruptShardError, FormatVersionError, SampleError, UsageError
+from splatshard.schemas.shard import (
     OK,
     SKIP_STATUSES,
     FailedShard,
@@ -38,7 +38,7 @@ from schemas.shard import (
     manifest_from_json,
     to_json,
 )
-from schemas.splats import (
+from splatshard.schemas.splats import (
     CODECS,
     FORMAT_VERSION,
     MAX_LOSS_DB,
@@ -358,7 +358,7 @@ def test_a_sample_error_survives_pickling() -> None:
 
 def test_schemas_import_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, schemas.config, schemas.errors, schemas.shard, schemas.splats;"
+        "import sys, splatshard.schemas.config, splatshard.schemas.errors, splatshard.schemas.shard, splatshard.schemas.splats;"
         "assert not {'torch', 'ray', 'fsspec'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,10 +13,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.read import read
-from pipeline.sources import list_shards
-from schemas.errors import SourceError, UnavailableError, UsageError
-from schemas.shard import ShardRef
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read
+from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
+from splatshard.schemas.shard import ShardRef
 from tests.make import (
     datacomp_tar,
     image_folder,

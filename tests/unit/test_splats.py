@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.splats import (
+from splatshard.pipeline.splats import (
     Splats,
     cholesky_from_covariances,
     cholesky_from_scales_and_angles,

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from jobs import status
-from jobs.files import write_plan
-from jobs.manifest import Catalog
-from jobs.plan import make_plan, planned
-from jobs.progress import PROGRESS_FILE
-from jobs.status import running
-from pipeline.commit import mark_failed, publish, staged_file
+from splatshard.jobs import status
+from splatshard.jobs.destination.manifest import Catalog
+from splatshard.jobs.destination.plan import make_plan, planned
+from splatshard.jobs.destination.plan_file import write_plan
+from splatshard.jobs.driver.progress import PROGRESS_FILE
+from splatshard.jobs.status import running
+from splatshard.pipeline.shards.commit import mark_failed, publish, staged_file
 from tests.rows import config_of, make_ref, make_rows, write_shard
 
 CONFIG = config_of()
@@ -64,7 +64,7 @@ def test_it_is_the_same_with_and_without_the_manifest(
     assert found["progress"] is None
     assert "50 % below 26." in err
     assert "failed  c: ValueError: cut off" in err
-    from pipeline.markers import ShardManifest, read_markers
+    from splatshard.pipeline.shards.markers import ShardManifest, read_markers
 
     done = [m for m in read_markers(str(dst)).values() if isinstance(m, ShardManifest)]
     Catalog(str(dst), done).write()

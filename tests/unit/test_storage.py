@@ -20,12 +20,13 @@ import s3fs.errors
 import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
-from pipeline import patience, storage
-from pipeline.sources import list_shards
-from pipeline.store_errors import is_absent, source_errors, storage_errors
-from pipeline.store_options import is_redacted, options_of, redact, redact_urls
-from pipeline.tar import read_groups
-from schemas.errors import SourceError, StorageError, UnavailableError, UsageError
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.tar import read_groups
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import retry as patience
+from splatshard.pipeline.storage.errors import is_absent, source_errors, storage_errors
+from splatshard.pipeline.storage.options import is_redacted, options_of, redact, redact_urls
+from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
 from tests.make import datacomp_tar
 
 

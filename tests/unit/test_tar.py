@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.read import read
-from pipeline.tar import read_groups, split_name
-from schemas.errors import SourceError
+from splatshard.pipeline.source.read import read
+from splatshard.pipeline.source.tar import read_groups, split_name
+from splatshard.schemas.errors import SourceError
 from tests.make import datacomp_tar, imagenet_tar, write_tar
 from tests.unit.reading import (
     IMAGE,
@@ -87,7 +87,7 @@ def test_dots_inside_names_are_safe(tmp_path):
 
 
 def test_oversized_sample_is_skipped_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.tar.MAX_SAMPLE_BYTES", 5000)
+    monkeypatch.setattr("splatshard.pipeline.source.tar.MAX_SAMPLE_BYTES", 5000)
     samples = read_members(tmp_path, ("a.jpg", bytes(6000)), ("b.jpg", IMAGE))
     assert statuses(samples) == ["too_large", None]
     assert samples[0].image == b""
@@ -187,7 +187,7 @@ def test_blocks_may_end_anywhere(tmp_path, monkeypatch):
     path = datacomp_tar(tmp_path / "a.tar")
     whole = read_all(path)
     for size in (512, 1536, 10240, 700, 1):
-        monkeypatch.setattr("pipeline.tar.BLOCK_BYTES", size)
+        monkeypatch.setattr("splatshard.pipeline.source.tar.BLOCK_BYTES", size)
         digest = hashlib.sha256()
         assert list(read(ref_of(path), digest)) == whole
         assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()

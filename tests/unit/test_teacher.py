@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel
 
-from pipeline.convert import convert_shard
-from pipeline.data import SplatDataset
-from pipeline.decode import decode
-from pipeline.kernels.backend import select_backend
-from pipeline.shards import read_rows, row_problem, shard_metadata_of, verify_shard
-from pipeline.sources import list_shards
-from pipeline.teacher import described, load_teacher
-from pipeline.write import open_writer
-from schemas.config import (
+from splatshard.pipeline.convert import convert_shard
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.models.teacher import described, load_teacher
+from splatshard.pipeline.shards.rows import read_rows, row_problem, shard_metadata_of, verify_shard
+from splatshard.pipeline.shards.write import open_writer
+from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.schemas.config import (
     ConvertConfig,
     DecodeConfig,
     FitConfig,
@@ -32,9 +32,9 @@ from schemas.config import (
     inputs,
     recipe,
 )
-from schemas.errors import BackendError, CorruptShardError, UsageError
-from schemas.shard import OK, ShardManifest, ShardRef
-from schemas.splats import columns, shard_metadata
+from splatshard.schemas.errors import BackendError, CorruptShardError, UsageError
+from splatshard.schemas.shard import OK, ShardManifest, ShardRef
+from splatshard.schemas.splats import columns, shard_metadata
 from tests.clips import SIDE, WIDTH, clip_folder, say_normalisation
 from tests.make import datacomp_sample, photo, write_tar
 from tests.rows import FORMATS
@@ -211,7 +211,7 @@ def test_verify_looks_at_them(
 def test_a_reader_refuses_embeddings_of_two_lengths(
     shard: tuple[str, ShardManifest], tmp_path: Path
 ) -> None:
-    from pipeline.data.read_parquet import teacher_of
+    from splatshard.pipeline.data.read_parquet import teacher_of
 
     column = pa.array([b"\0" * 4, b"\0" * 6], pa.binary())
     with pytest.raises(ValueError, match="not all of one length"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.explain_boxes import read_boxes
-from jobs.recipes.toys import shapes, write_scenes
+from splatshard.jobs.pages.explain_boxes import read_boxes
+from splatshard.jobs.recipes.toys import shapes, write_scenes
 
 
 def test_boxes_hold_the_shapes_and_nothing_else(tmp_path: Path) -> None:

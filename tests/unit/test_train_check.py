@@ -16,15 +16,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.data import SplatDataset
-from pipeline.train import check, distributed
-from pipeline.train.batches import open_dataset
-from pipeline.train.check import check_data
-from pipeline.train.distributed import World, once
-from pipeline.train.loop import train
-from schemas.errors import CorruptShardError, SplatshardError, UsageError
-from schemas.splats import TEACHER
-from schemas.train import TrainConfig
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.train import check, distributed
+from splatshard.pipeline.train.batches import open_dataset
+from splatshard.pipeline.train.check import check_data
+from splatshard.pipeline.train.distributed import World, once
+from splatshard.pipeline.train.loop import train
+from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
+from splatshard.schemas.splats import TEACHER
+from splatshard.schemas.train import TrainConfig
 from tests.splat_shards import commit, make_dataset, rows_of
 from tests.training import (
     WIDTH,

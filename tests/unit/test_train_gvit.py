@@ -13,23 +13,29 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.evaluate import main as evaluate
-from jobs.recipe import load_recipe
-from jobs.recipes.toys import shapes, write_tars
-from pipeline.models import PatchEncoder, load_encoder, save_encoder
-from pipeline.models.gaussian_space import drawn
-from pipeline.models.gvit import GViT, gamma_at
-from pipeline.train import losses
-from pipeline.train.augmentation import start_seeds, uniform
-from pipeline.train.batches import Feed
-from pipeline.train.checkpoint import latest, read_checkpoint
-from pipeline.train.distributed import World
-from pipeline.train.log import read_log
-from pipeline.train.loop import start_model, train, used_groups
-from pipeline.trained import load_trained
-from schemas.errors import UsageError
-from schemas.model import EncoderConfig, GViTConfig, GViTLossConfig, ModelConfig, StemConfig
-from schemas.train import AugmentConfig, TrainConfig, from_dict, to_dict
+from splatshard.jobs.cli.recipe import load_recipe
+from splatshard.jobs.evaluate import main as evaluate
+from splatshard.jobs.recipes.toys import shapes, write_tars
+from splatshard.pipeline.models import PatchEncoder, load_encoder, save_encoder
+from splatshard.pipeline.models.gaussian_space import drawn
+from splatshard.pipeline.models.gvit import GViT, gamma_at
+from splatshard.pipeline.train import losses
+from splatshard.pipeline.train.augmentation import start_seeds, uniform
+from splatshard.pipeline.train.batches import Feed
+from splatshard.pipeline.train.checkpoint import latest, read_checkpoint
+from splatshard.pipeline.train.distributed import World
+from splatshard.pipeline.train.log import read_log
+from splatshard.pipeline.train.loop import start_model, train, used_groups
+from splatshard.pipeline.train.trained import load_trained
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import (
+    EncoderConfig,
+    GViTConfig,
+    GViTLossConfig,
+    ModelConfig,
+    StemConfig,
+)
+from splatshard.schemas.train import AugmentConfig, TrainConfig, from_dict, to_dict
 from tests.training import CLASSES, curve, same_weights, toy_config, toy_patches, weights_of
 
 ALONE = World(0, 1, torch.device("cpu"))

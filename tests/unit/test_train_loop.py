@@ -15,17 +15,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.models import build_model
-from pipeline.train import loop
-from pipeline.train.batches import Feed
-from pipeline.train.checkpoint import initial_weights, latest, read_checkpoint
-from pipeline.train.distributed import World
-from pipeline.train.groups import groups_of, make_optimizer
-from pipeline.train.log import read_log
-from pipeline.train.loop import resume, train
-from pipeline.train.step import Gradients
-from schemas.errors import CorruptShardError, SplatshardError, UsageError
-from schemas.train import AugmentConfig
+from splatshard.pipeline.models import build_model
+from splatshard.pipeline.train import loop
+from splatshard.pipeline.train.batches import Feed
+from splatshard.pipeline.train.checkpoint import initial_weights, latest, read_checkpoint
+from splatshard.pipeline.train.distributed import World
+from splatshard.pipeline.train.groups import groups_of, make_optimizer
+from splatshard.pipeline.train.log import read_log
+from splatshard.pipeline.train.loop import resume, train
+from splatshard.pipeline.train.step import Gradients
+from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
+from splatshard.schemas.train import AugmentConfig
 from tests.training import (
     curve,
     events,
@@ -256,7 +256,7 @@ def test_numbers_that_are_not_finite(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No writer stores them; a shard of someone else's may."""
-    from pipeline.data import block
+    from splatshard.pipeline.data import block
 
     decode = block.decode_rows
 

@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jobs.recipe import load_recipe, with_settings
-from jobs.train import Shown, step_line
-from pipeline.data import ImageBatch, TrainBatch
-from pipeline.data.augment import Augment, augment
-from pipeline.models import build_model
-from pipeline.models.gvit import Guidance
-from pipeline.train.augmentation import augment_of, augmented, sample_seeds, uniform
-from pipeline.train.batches import Step, augmented_batch
-from pipeline.train.distributed import World
-from pipeline.train.groups import Average, freeze, groups_of, make_optimizer
-from pipeline.train.losses import STAGES, clamp
-from pipeline.train.schedule import learning_rate
-from pipeline.train.step import Embedder, Gradients
-from schemas.errors import UsageError
-from schemas.model import (
+from splatshard.jobs.cli.recipe import load_recipe, with_settings
+from splatshard.jobs.train import Shown, step_line
+from splatshard.pipeline.data import ImageBatch, TrainBatch
+from splatshard.pipeline.data.augment import Augment, augment
+from splatshard.pipeline.models import build_model
+from splatshard.pipeline.models.gvit import Guidance
+from splatshard.pipeline.train.augmentation import augment_of, augmented, sample_seeds, uniform
+from splatshard.pipeline.train.batches import Step, augmented_batch
+from splatshard.pipeline.train.distributed import World
+from splatshard.pipeline.train.groups import Average, freeze, groups_of, make_optimizer
+from splatshard.pipeline.train.losses import STAGES, clamp
+from splatshard.pipeline.train.schedule import learning_rate
+from splatshard.pipeline.train.step import Embedder, Gradients
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import (
     EncoderConfig,
     GViTConfig,
     GViTLossConfig,
@@ -42,7 +42,7 @@ from schemas.model import (
     StemConfig,
     TextConfig,
 )
-from schemas.train import (
+from splatshard.schemas.train import (
     MAY_CHANGE,
     AugmentConfig,
     DataConfig,
@@ -448,7 +448,10 @@ def test_settings_are_taken_together() -> None:
         ("config = 3", "must make a TrainConfig named config"),
         ("1 / 0", "the recipe fails with ZeroDivisionError"),
         ("config = (", "the recipe fails with SyntaxError"),
-        ("from schemas.train import DataConfig\nDataConfig(workers=-1)", "data.workers is -1"),
+        (
+            "from splatshard.schemas.train import DataConfig\nDataConfig(workers=-1)",
+            "data.workers is -1",
+        ),
     ],
 )
 def test_a_recipe_that_is_none(tmp_path: Path, text: str, message: str) -> None:

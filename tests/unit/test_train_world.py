@@ -11,10 +11,10 @@ import pytest
 import ray
 import torch.distributed as dist
 
-from jobs.launch import scaling_of
-from pipeline.train.distributed import world
-from pipeline.train.log import LOG_FILE, Log, read_log
-from schemas.errors import UsageError
+from splatshard.jobs.driver.ray_train import scaling_of
+from splatshard.pipeline.train.distributed import world
+from splatshard.pipeline.train.log import LOG_FILE, Log, read_log
+from splatshard.schemas.errors import UsageError
 
 
 @pytest.fixture

@@ -18,14 +18,20 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (extra: gpu)")
 
-from pipeline.fit import fit, optimize, relocate
-from pipeline.init import BLUR_PX, density, initial_splats, sample_density, structure_tensor
-from pipeline.kernels import triton_backend, triton_lists, voronoi
-from pipeline.kernels.backend import select_backend
-from pipeline.metrics import psnr
-from pipeline.splats import Splats, bounds
-from schemas.config import FitConfig
-from schemas.errors import BackendError
+from splatshard.pipeline.fitting.fit import fit, optimize, relocate
+from splatshard.pipeline.fitting.start import (
+    BLUR_PX,
+    density,
+    initial_splats,
+    sample_density,
+    structure_tensor,
+)
+from splatshard.pipeline.kernels import triton_backend, triton_lists, voronoi
+from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.splats import Splats, bounds
+from splatshard.schemas.config import FitConfig
+from splatshard.schemas.errors import BackendError
 from tests.unit.test_fit import picture
 from tests.unit.test_kernels import NAMES, make_splats, to_float32
 
@@ -247,8 +253,8 @@ def test_without_a_gpu_the_error_names_the_remedy(monkeypatch):
 
 
 def test_without_triton_the_error_names_the_remedy(monkeypatch):
-    monkeypatch.delattr("pipeline.kernels.triton_voronoi")
-    monkeypatch.setitem(sys.modules, "pipeline.kernels.triton_voronoi", None)
+    monkeypatch.delattr("splatshard.pipeline.kernels.triton_voronoi")
+    monkeypatch.setitem(sys.modules, "splatshard.pipeline.kernels.triton_voronoi", None)
     with pytest.raises(BackendError, match=r"install splatshard\[gpu\], or use --backend cpu"):
         select_backend("triton")
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from pipeline.models import (
+from splatshard.pipeline.models import (
     SplatClassifier,
     SplatCLIP,
     build_model,
@@ -24,9 +24,9 @@ from pipeline.models import (
     save_clip,
     save_encoder,
 )
-from pipeline.models.weights import from_open_clip, open_clip_config
-from schemas.errors import SourceError, UsageError
-from schemas.model import ModelConfig, ResamplerConfig
+from splatshard.pipeline.models.pretrained import from_open_clip, open_clip_config
+from splatshard.schemas.errors import SourceError, UsageError
+from splatshard.schemas.model import ModelConfig, ResamplerConfig
 from tests.unit.test_models import TOY, batch_of, splats_of, tokenizer_folder
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))

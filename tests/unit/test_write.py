@@ -20,11 +20,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import write
-from pipeline.shards import read_rows, shard_metadata_of
-from pipeline.write import member_base, open_writer
-from schemas.errors import CorruptShardError, FormatVersionError, StorageError, UsageError
-from schemas.splats import PLANES, columns, scalars
+from splatshard.pipeline.shards import write
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
+from splatshard.pipeline.shards.write import member_base, open_writer
+from splatshard.schemas.errors import (
+    CorruptShardError,
+    FormatVersionError,
+    StorageError,
+    UsageError,
+)
+from splatshard.schemas.splats import PLANES, columns, scalars
 from tests.rows import FORMATS, config_of, make_rows, metadata_of, write_shard
 
 KINDS = [

@@ -1,0 +1,1 @@
+"""What stands in DST beside the shards."""

@@ -1,0 +1,115 @@
+"""The job's own small files beside the shards: `_plan.json`, `_run.json`, `report.html`.
+
+Written whole or not at all, so that neither a reader nor a crash sees half a file. Two jobs may add
+to one plan at a time: under a lock on a local disk, by conditional writes on S3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from splatshard.jobs.destination.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
+from splatshard.pipeline.storage.errors import storage_errors
+from splatshard.pipeline.storage.fs import (
+    absolute,
+    exists,
+    is_local,
+    local_path,
+    open_read,
+    read_bytes,
+    stat,
+    write_bytes,
+)
+from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
+
+RUN_FILE = "_run.json"
+REPORT_FILE = "report.html"
+
+
+def read_text(dst: str, name: str) -> str | None:
+    """The text of `dst/name`, None when there is none. Raises StorageError, UnavailableError."""
+    url = f"{dst}/{name}"
+    with storage_errors(url, "read"):
+        try:
+            return read_bytes(url).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+
+def write_text(dst: str, name: str, text: str) -> None:
+    """Write `dst/name` atomically. Raises StorageError and UnavailableError."""
+    write_bytes(f"{dst}/{name}", text.encode())
+
+
+def read_plan(dst: str) -> dict[str, PlannedShard]:
+    """All shards ever planned for `dst`; empty when nothing was. Raises CorruptShardError."""
+    text = read_text(dst, PLAN_FILE)
+    return plan_from_json(text, f"{dst}/{PLAN_FILE}") if text is not None else {}
+
+
+def write_plan(dst: str, shards: dict[str, PlannedShard], folders: Collection[str] = ()) -> None:
+    """Merge `shards` into the plan of `dst`; leaves an unchanged file alone.
+
+    What else the plan has of the source folders `folders`, as `PlannedShard.folder` names them, is
+    forgotten: they are cut otherwise now. Raises CorruptShardError when the plan that is there
+    cannot be read, UnavailableError when others write it all the time, StorageError and others.
+    """
+    from splatshard.pipeline.shards.commit import ROUNDS, staged_file
+    from splatshard.pipeline.storage.atomic import exclusive, head, upload_if
+
+    url = f"{dst}/{PLAN_FILE}"
+    with staged_file(dst, "plan") as path:
+        write_lines(path, plan_lines(shards))
+        if _same(path, url):
+            return
+        with exclusive(dst, "plan"):
+            for _ in range(ROUNDS):
+                found = head(url)  # first: should the plan change while it is read, ours is refused
+                before = read_plan(dst)
+                kept = {n: s for n, s in before.items() if s.folder not in folders}
+                if before:
+                    write_lines(path, plan_lines(kept | shards))
+                if _same(path, url) or upload_if(path, url, found.etag if found else None):
+                    return
+    raise UnavailableError(f"{url} changes again and again")
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a local file piece by piece: its whole text may be 100 MB. Raises StorageError."""
+    with storage_errors(path), path.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def put_file(path: Path, url: str) -> None:
+    """Put a finished local file (which may be moved) to `url`, unless the same is there already.
+
+    Raises StorageError and UnavailableError.
+    """
+    from splatshard.pipeline.storage.atomic import upload
+
+    if not _same(path, url):
+        upload(path, url)
+
+
+def _same(path: Path, url: str) -> bool:
+    try:
+        if stat(url).size_bytes != path.stat().st_size:
+            return False
+        with open_read(url) as theirs, path.open("rb") as ours:
+            while block := ours.read(1 << 20):
+                if theirs.read(len(block)) != block:
+                    return False
+    except SourceError:  # nothing there
+        return False
+    return True
+
+
+def require_dataset(dst: str) -> str:
+    """`dst` without a closing slash. Raises UsageError when nothing is there, or a local file."""
+    dst = absolute(dst).rstrip("/") or "/"
+    is_file = is_local(dst) and local_path(dst).is_file()
+    if is_file or not exists(dst):
+        found = "is a file" if is_file else "no such folder"
+        raise UsageError(f"{dst}: {found}; give the DST of a splatshard convert")
+    return dst

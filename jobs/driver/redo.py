@@ -1,0 +1,119 @@
+"""Redo chosen shards of DST with the recipes of `_plan.json`; what `repair` and `retry-failed`
+share.
+
+A shard is redone from its source as it is now: where that has changed since, the new marker says
+so, as after a convert. One run of `jobs.convert.execute` for each recipe in the plan, which is
+nearly always one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from splatshard.jobs.cli.options import EXIT_OK, say
+from splatshard.jobs.convert import RunOptions, execute
+from splatshard.jobs.destination.plan import Marker, Plan, PlannedShard, status
+from splatshard.pipeline.storage.options import is_redacted
+from splatshard.schemas.config import ConvertConfig, config_from_recipe, recipe_digest
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.shard import ShardManifest, ShardRef, marker_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedoOptions(RunOptions):
+    """Options of a job that redoes shards of DST."""
+
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """Folder given to splatshard convert."""
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    """Kernel backend; auto is triton on CUDA and cpu elsewhere."""
+
+
+def redo(
+    dst: str,
+    names: Collection[str],
+    shards: Mapping[str, PlannedShard],
+    options: RedoOptions,
+    started: float,
+) -> int:
+    """Convert the shards `names` (all of them planned ones) again; returns the exit code.
+
+    Their old markers and data stay until the new ones are there. Raises UsageError for a recipe
+    that this build cannot repeat, a source whose address was a secret, or one in `dst`, before
+    anything is done.
+    """
+    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.pipeline.source.listing import check_apart, current
+
+    check_apart((shard.ref for shard in shards.values()), dst)
+    for name in sorted(names):
+        for url in filter(is_redacted, shards[name].ref.urls):
+            raise UsageError(
+                f"the source of {name} is {url}, whose signature or password is not kept in "
+                "_plan.json: give it to splatshard convert again, which redoes missing and failed "
+                "shards, and damaged ones whose markers were deleted"
+            )
+    code = EXIT_OK
+    left = set(names)
+    for config, group in list(by_recipe(names, shards, options.backend)):
+        refs = current(shards[name].ref for name in group)
+        for ref in refs:
+            if (before := shards[ref.name].ref) != ref:
+                say(f"the source of {ref.name} has changed since: {before.urls[0]}")
+        plan = redo_plan(refs, left, shards, read_markers(dst))
+        planned = [shards[m.name].ref for m in plan.done if m.name in shards]
+        quiet = dataclasses.replace(options, json=False)
+        code = max(code, execute(plan, [*planned, *refs], config, dst, quiet, started))
+        left -= set(group)
+    return code
+
+
+def by_recipe(
+    names: Collection[str], shards: Mapping[str, PlannedShard], backend: str
+) -> Iterator[tuple[ConvertConfig, list[str]]]:
+    """The configurations that made `names`, with the names of each, in order."""
+    groups: dict[str, list[str]] = {}
+    digests: dict[int, str] = {}
+    for name in sorted(names):
+        recipe = shards[name].recipe
+        if id(recipe) not in digests:
+            digests[id(recipe)] = recipe_digest(recipe)
+        groups.setdefault(digests[id(recipe)], []).append(name)
+    for group in groups.values():
+        config = config_from_recipe(shards[group[0]].recipe)
+        yield dataclasses.replace(config, backend=backend), group  # type: ignore[arg-type]
+
+
+def redo_plan(
+    refs: Sequence[ShardRef],
+    left: Collection[str],
+    shards: Mapping[str, PlannedShard],
+    markers: Mapping[str, Marker],
+) -> Plan:
+    """A plan to convert `refs` whatever their markers say. `left` are all shards that are still to
+    be redone, which are not among its done ones."""
+    state = status(shards, markers)
+    names = {ref.name for ref in refs}
+    manifests = {n: marker for n, marker in markers.items() if isinstance(marker, ShardManifest)}
+    done = [manifest for manifest in state.done if manifest.name not in left]
+    kept = {manifest.name for manifest in done}
+    failed = tuple(marker for marker in state.failed if marker.name in names)
+    corrupt = tuple(name for name, _ in state.corrupt if name in names)
+    elsewhere = {*corrupt, *(marker.name for marker in failed)}
+    return Plan(
+        todo=tuple(ref for ref in refs if ref.name not in elsewhere),
+        done=tuple(done),
+        failed=failed,
+        stale=(),
+        corrupt=corrupt,
+        work=tuple(refs),
+        replaces={
+            name: marker_digest(manifests[name]) for name in sorted(names & manifests.keys())
+        },
+        others=tuple(marker for name, marker in manifests.items() if name not in kept),
+    )

@@ -1,0 +1,146 @@
+"""The explain job's input: crops as convert makes them, their Gaussians, the boxes within.
+
+A classifier of splats gets Gaussians that are fitted here, as those of the run's shards were (size,
+steps, start, cutoff), but neither nested, pruned nor packed; GViT predicts its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from splatshard.jobs.cli.options import say
+from splatshard.jobs.pages.explain_boxes import boxes_of, read_boxes
+from splatshard.pipeline.storage.fs import absolute
+from splatshard.schemas.config import DecodeConfig, FitConfig
+from splatshard.schemas.errors import SampleError, SourceError, SplatshardError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from splatshard.pipeline.evaluation.explain import Box
+    from splatshard.pipeline.kernels.backend import Backend
+    from splatshard.pipeline.source.decode import DecodedImage
+    from splatshard.pipeline.splats import Splats
+    from splatshard.pipeline.train.trained import Trained
+
+    Take = Callable[[Tensor], tuple[Splats, Tensor]]
+    """Pixels [1, 3, S, S], 0 to 1, to the splats that the model reads and their rendering, [1, 3,
+    S, S]."""
+
+
+def data_of(trained: Trained) -> str:
+    """What the run was trained on."""
+    from splatshard.pipeline.train.checkpoint import read_checkpoint
+
+    return read_checkpoint(trained.url).train_config().data.src
+
+
+def gaussians_of(trained: Trained, side: int | None, number: int | None) -> tuple[int, Take]:
+    """Side of the crops in px, and what takes them; `side` and `number` of Gaussians: other ones
+    than those of training. Raises UsageError where these cannot be known."""
+    from splatshard.pipeline.kernels.backend import select_backend
+
+    if trained.config.gvit is not None:
+        return predicting(trained, side, number)
+    backend = select_backend("triton" if trained.device.type == "cuda" else "cpu")
+    size, config = fitting(trained, side, number)
+    return size, lambda pixels: fitted(pixels, config, backend)
+
+
+def predicting(trained: Trained, side: int | None, number: int | None) -> tuple[int, Take]:
+    """As `gaussians_of`, for GViT."""
+    import torch
+
+    from splatshard.pipeline.models.gaussian_space import render, splats_of
+    from splatshard.pipeline.models.gvit import GViT
+
+    space = trained.config.gvit
+    assert space is not None, "the config is of a GViT"
+    model, size = cast(GViT, trained.model), space.predictor.image_size
+    if side not in (None, size):
+        raise UsageError(f"--image-size {side}: the model reads {size} px: leave it out")
+
+    @torch.no_grad()
+    def predicted(pixels: Tensor) -> tuple[Splats, Tensor]:
+        g = model.predictor(pixels, None, number)
+        return splats_of(g, size, size, space), render(g, size, size, space)
+
+    return size, predicted
+
+
+def fitting(trained: Trained, side: int | None, number: int | None) -> tuple[int, FitConfig]:
+    """Side of the crops and configuration of the fit: those of the run's shards, but for what is
+    given. Raises UsageError where the shards are gone and it is not."""
+    src = data_of(trained).split("::")[0].rstrip("/")
+    size, config = recipe_of(src)
+    size = side or size
+    number = number or trained.num_gaussians or (config and config.num_gaussians)
+    if size is None or number is None:
+        raise UsageError(
+            f"{src}, on whose shards {trained.url} was trained, is not there any more: give "
+            "--image-size and --num-gaussians as they were converted"
+        )
+    config = replace(config or FitConfig(), nested="")
+    return size, replace(config, num_gaussians=number, cutoff=trained.cutoff or config.cutoff)
+
+
+def recipe_of(src: str) -> tuple[int | None, FitConfig | None]:
+    """Image size and fit of the shards in `src`; None where they cannot be read."""
+    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.schemas.shard import ShardManifest
+
+    try:
+        markers = read_markers(src).values()
+        recipe = next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
+        return recipe["decode"]["image_size"], FitConfig(**recipe["fit"])
+    except (SplatshardError, StopIteration, KeyError, TypeError):
+        return None, None
+
+
+def fitted(pixels: Tensor, config: FitConfig, backend: Backend) -> tuple[Splats, Tensor]:
+    """Splats and rendering of pixels [1, 3, S, S], 0 to 1."""
+    import torch
+
+    from splatshard.pipeline.fitting.fit import fit
+
+    height, width = pixels.shape[2:]
+    splats, _ = fit(pixels, config, backend)
+    with torch.no_grad():
+        return splats, backend.render(splats, height, width, config.cutoff)
+
+
+def read_image(url: str, size: int) -> DecodedImage:
+    """The crop that convert makes of an image file. Raises UsageError for what cannot be read."""
+    from splatshard.pipeline.source.decode import decode
+    from splatshard.pipeline.storage import fs as storage
+
+    try:
+        with storage.open_read(absolute(url)) as stream:
+            return decode(stream.read(), url, DecodeConfig(image_size=size))
+    except (SourceError, SampleError, OSError) as e:
+        raise UsageError(f"{e}: give an image file (JPEG, PNG, WebP, GIF, TIFF, BMP, PPM)") from e
+
+
+def boxes_in_crops(url: str, images: dict[str, DecodedImage], size: int) -> dict[str, list[Box]]:
+    """The boxes of each image, px of its crop; none of an image whose boxes the crop cut off.
+    Raises UsageError for an image without."""
+    from splatshard.pipeline.evaluation.explain import box_in_crop
+
+    boxes = read_boxes(url)
+    found: dict[str, list[Box]] = {}
+    for image, decoded in images.items():
+        width, height = decoded.original_width, decoded.original_height
+        given = boxes_of(boxes, image, url)
+        if outside := [b for b in given if b[2] > width + 1 or b[3] > height + 1 or min(b) < -1]:
+            raise UsageError(
+                f"--boxes {url}: the box {outside[0]} of {image} is not within its "
+                f"{width}x{height} px: give px of the original"
+            )
+        moved = [box_in_crop(box, width, height, size) for box in given]
+        if kept := [box for box in moved if box is not None]:
+            found[image] = kept
+        else:
+            say(f"{image}: its box is not in the crop, so it has no part in the pointing game")
+    return found

@@ -1,0 +1,396 @@
+"""What SplatDataset and ImageDataset share: batches of samples in an order that can be resumed.
+
+    shards -> order -> windows (loaded ahead) -> blocks -> batch
+
+    order.py    in which order                state.py    how far it was read
+    windows.py  what is loaded when
+
+What counts as read is what was delivered, though workers read ahead: every batch carries its place
+in the order, and `state_after(batch)` is the state to save with the checkpoint of its step. It fits
+any number of ranks and workers and any batch size. `state_dict()` is the same where no worker is
+between, and StatefulDataLoader asks its workers for it batch by batch.
+
+A dataset says what its sources are, how a piece of a shard is read, and how chosen samples become a
+batch: `open_source`, `read`, `assemble`. The order depends on the shards' counts alone, so splats
+and the images that they were fitted to come in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from splatshard.pipeline.data.batch import Position
+from splatshard.pipeline.data.catalog import S, Source
+from splatshard.pipeline.data.epoch_order import (
+    PERIOD,
+    EpochOrder,
+    Piece,
+    Reader,
+    Share,
+    shares,
+    steps_of,
+)
+from splatshard.pipeline.data.filters import Filter, checked_filter
+from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
+from splatshard.pipeline.data.windows import Choice, Loader
+from splatshard.schemas.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+class AnyBatch(Protocol):
+    """A batch that knows its place in the order."""
+
+    @property
+    def position(self) -> Position | None: ...
+
+
+Batch = TypeVar("Batch", bound=AnyBatch)
+
+
+class Ordering(TypedDict, total=False):
+    """Arguments of OrderedDataset that its kinds pass on."""
+
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    shuffle: bool
+    shuffle_shards: int
+    lanes: int
+    drop_last: bool
+    filter: Sequence[Sequence[Any]]
+    epoch_samples: int | None
+    prefetch_windows: int
+    once: Callable[[Callable[[], Any]], Any] | None
+
+
+class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
+    """Batches of the samples of `src`.
+
+    src             one source or several (a sequence, or joined by `::`), which are one pool; a
+                    mapping from each to its weight is a mixture
+    batch_size      samples per batch of one rank
+    rank, world_size  which of all batches are this process's
+    seed            of the order, which is a function of seed and epoch
+    shuffle         False for evaluation: shards by name, samples as they were
+    shuffle_shards  shards whose samples are mixed. They are in memory together, beside the next as
+                    many (of every lane that a reader reads)
+    lanes           parts of the shards that are read side by side. A multiple of world_size x
+                    workers lets every worker read only shards of its own; with fewer, each shard is
+                    read by several
+    drop_last       what a last step cannot fill for all ranks is left out; else it is padded with
+                    samples that are there a second time, `valid` False. An epoch that would be
+                    left out whole is refused
+    filter          conditions (column, operator, number) that samples must fulfil: see filters.py
+    epoch_samples   length of a mixture's epoch; as many samples as there are by default
+    prefetch_windows  loaded ahead on a thread; 0 for none
+    once            is given what opens the sources, and gives what that finds, so that one process
+                    can open them for all; None opens them in each
+
+    Raises UsageError for arguments that do not fit each other or the samples, and what opening and
+    reading raise.
+    """
+
+    def __init__(
+        self,
+        src: str | Sequence[str] | Mapping[str, float],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        shuffle_shards: int = 2,
+        lanes: int = 1,
+        drop_last: bool = True,
+        filter: Sequence[Sequence[Any]] = (),
+        epoch_samples: int | None = None,
+        prefetch_windows: int = 1,
+        once: Callable[[Callable[[], Any]], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_counts(
+            batch_size=(batch_size, 1),
+            world_size=(world_size, 1),
+            rank=(rank, 0),
+            shuffle_shards=(shuffle_shards, 1),
+            lanes=(lanes, 1),
+            prefetch_windows=(prefetch_windows, 0),
+        )
+        if rank >= world_size:
+            raise UsageError(f"rank is {rank}: it must be below world_size, {world_size}")
+        conditions = checked_filter(filter)
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle, self.shuffle_shards = seed, shuffle, shuffle_shards
+        self.lanes, self.drop_last = lanes, drop_last
+        self.prefetch_windows = prefetch_windows
+        pools, self.weights = _pools(src)
+
+        def opened() -> list[Source[S]]:
+            return [self.open_source(urls, conditions) for urls in pools]
+
+        self.sources: list[Source[S]] = once(opened) if once else opened()
+        self.epoch_samples = epoch_samples
+        self._check_sizes()
+        self._settings = {
+            "seed": seed,
+            "shuffle": shuffle,
+            "shuffle_shards": shuffle_shards,
+            "filter": " and ".join(" ".join(map(str, c)) for c in conditions),
+            "data": " ".join(source.content for source in self.sources),
+            "weights": "" if self.weights is None else " ".join(map(repr, self.weights)),
+            "epoch_samples": epoch_samples or 0,
+        }
+        # Shared with DataLoader workers, so that persistent ones see `set_epoch`, too: where the
+        # next iteration begins, and whether workers have begun since that was set.
+        self._shared = torch.zeros(5, dtype=torch.int64).share_memory_()
+        self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
+        self._progress: dict[str, Any] | None = None
+        self._begin(Start(0, 0, lanes, batch_size))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares its place with DataLoader workers, too; neither copy.deepcopy nor pickle
+        keeps a tensor in shared memory."""
+        self.__dict__.update(state)
+        self._shared.share_memory_()
+
+    @abstractmethod
+    def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[S]:
+        """The shards of `urls` as one pool, with the rows that `conditions` leave."""
+
+    @abstractmethod
+    def read(self, source: Source[S], piece: Piece) -> list[Any]:
+        """A piece of a shard in memory, as blocks; several threads call it."""
+
+    @abstractmethod
+    def assemble(self, chosen: Sequence[Choice[Any]], valid: Tensor, position: Position) -> Batch:
+        """The chosen samples of blocks as a batch."""
+
+    @abstractmethod
+    def keys_of(self, shard: S) -> Iterator[str]:
+        """The keys in a shard, to say which one has a bad sample."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration reads."""
+        return int(self._shared[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Read `epoch` next, from its beginning, unless a state was loaded that is within it.
+
+        Call it before each epoch, as one does with torch's samplers: DataLoader workers do not
+        know what the last ones read. Raises UsageError for what is no epoch.
+        """
+        _check_counts(epoch=(epoch, 0))
+        self._shared[4] = 0
+        if epoch != self.epoch:
+            self._begin(Start(epoch, 0, self.lanes, self.batch_size))
+
+    def __len__(self) -> int:
+        """Batches of this rank in the next iteration: what is left of the epoch."""
+        start = self._start()
+        left = self._total() - start.samples
+        return steps_of(left, self.batch_size, self.world_size, self.drop_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        reader = self._reader()
+        start, taken = self._own or (self._start(), 0)
+        self._note_workers(reader)
+        self._note_lanes(start, reader)
+        self._own = None
+        self._progress = self._state(start, reader, taken)
+        return self._batches(start, reader, taken)
+
+    def _batches(self, start: Start, reader: Reader, taken: int) -> Iterator[Batch]:
+        order = self._order(start)
+        loader = Loader(self.sources, self.read, self.assemble)
+        total, drop_last = order.total, self.drop_last
+
+        def mine() -> Iterator[Share]:
+            return shares(start.samples, total, self.batch_size, drop_last, reader, taken)
+
+        batches = loader.batches(order, mine, self.batch_size, start.epoch, self.prefetch_windows)
+        with closing(batches):
+            for batch in batches:
+                taken += 1
+                if get_worker_info() is None:
+                    self._progress = self.state_after(batch)
+                else:
+                    self._progress = self._state(start, reader, taken)
+                yield batch
+        if get_worker_info() is None:
+            self._begin(Start(start.epoch + 1, 0, self.lanes, self.batch_size))
+
+    def state_after(self, batch: AnyBatch) -> dict[str, Any]:
+        """The state once all ranks have taken their batches of the same step as `batch`.
+
+        After the last step nothing of the epoch is left, and `set_epoch` begins the next one.
+        """
+        if batch.position is None:
+            raise UsageError("the batch has no position: give one as the dataset made it")
+        return state_of(Start(*batch.position), self._settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch that the newest iterator gave out.
+
+        Raises UsageError where DataLoader workers gave them out: then `state_after(batch)` knows.
+        """
+        in_workers = get_worker_info() is None and self._shared[4]
+        if self._progress is not None and not in_workers:
+            return self._progress
+        if in_workers:
+            raise UsageError(
+                "state_dict() was asked of a dataset that DataLoader workers read: use "
+                "dataset.state_after(batch), or torchdata's StatefulDataLoader"
+            )
+        return state_of(self._start(), self._settings)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the next iteration where `state` was taken, with any number of ranks and workers.
+
+        Raises UsageError for a state of other data or settings, naming the field.
+        """
+        start, taken = start_of(state, self._settings, self._reader())
+        if start.samples > self._total():
+            raise UsageError(
+                f"the state says samples {start.samples}, the epoch has {self._total()}"
+            )
+        if get_worker_info() is None:
+            self._begin(start)
+        else:
+            self._own = start, taken
+            self._progress = self._state(start, self._reader(), taken)
+
+    def _note_workers(self, reader: Reader) -> None:
+        """Note for other processes that DataLoader workers read, and say it when they do so again
+        from where they began. The first of them speaks for all."""
+        if get_worker_info() is None:
+            self._shared[4] = 0
+        elif reader.worker == 0:
+            if self._shared[4] and self.shuffle and self._own is None:
+                log.warning("epoch %d is read again: call set_epoch before each epoch", self.epoch)
+            self._shared[4] = 1
+
+    def _note_lanes(self, start: Start, reader: Reader) -> None:
+        """Say once a run, where it begins, that readers get in one another's way."""
+        readers = reader.world_size * reader.workers
+        first = reader.rank == reader.worker == start.epoch == start.samples == 0
+        if first and start.lanes % readers and sum(len(s.shards) for s in self.sources) > readers:
+            log.warning(
+                "lanes is %d with %d ranks x workers, so several of them read the same shards: "
+                "lanes=%d gives each its own", start.lanes, readers, readers,
+            )  # fmt: skip
+
+    def _begin(self, start: Start) -> None:
+        self._shared[:] = torch.tensor([*start, 0])
+        self._progress = None
+
+    def _start(self) -> Start:
+        return Start(*self._shared[:4].tolist())
+
+    def _reader(self) -> Reader:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return Reader(self.rank, self.world_size, worker, workers)
+
+    def _state(self, start: Start, reader: Reader, taken: int) -> dict[str, Any]:
+        if get_worker_info() is None:
+            return state_of(start, self._settings)
+        return worker_state_of(start, self._settings, reader, taken)
+
+    def _total(self) -> int:
+        return self.epoch_samples or sum(int(source.counts.sum()) for source in self.sources)
+
+    def _order(self, start: Start) -> EpochOrder:
+        return EpochOrder(
+            [source.counts for source in self.sources],
+            start.epoch,
+            seed=self.seed,
+            lanes=start.lanes,
+            grain=start.grain,
+            shuffle=self.shuffle,
+            shuffle_shards=self.shuffle_shards,
+            weights=self.weights,
+            epoch_samples=self.epoch_samples,
+        )
+
+    def shard_of(self, batch: AnyBatch, key: str, together: int) -> str:
+        """URL of the shard that has the sample `key` of `batch`, which is one of a step of
+        `together` samples; looks into the few shards that the step is read from."""
+        position = batch.position
+        assert position is not None, "the dataset makes batches with positions"
+        order = self._order(Start(*position))
+        end = min(position.samples, order.total // together * together)
+        keys = {span.window for span in order.spans(end - together, end)}
+        windows = [order.window(window) for window in sorted(keys)]
+        shards = {
+            shard.url: shard
+            for window in windows
+            for shard in (self.sources[window.source].shards[p.shard] for p in window.pieces)
+        }
+        found = (url for url, shard in shards.items() if key in self.keys_of(shard))
+        return next(found, " or ".join(shards))
+
+    def _check_sizes(self) -> None:
+        for source in self.sources:
+            samples = int(source.counts.sum())
+            if not samples:
+                raise UsageError(
+                    f"no sample of {'::'.join(source.urls)} passes: loosen filter, or look at "
+                    "splatshard status"
+                )
+            if self.weights is not None and samples < self.lanes:
+                raise UsageError(
+                    f"lanes is {self.lanes}, but {'::'.join(source.urls)} has {samples} samples: a "
+                    "mixture needs one per lane"
+                )
+        if self.epoch_samples is not None and (self.weights is None or self.epoch_samples < 1):
+            raise UsageError(
+                f"epoch_samples is {self.epoch_samples}: it is the positive length of a mixture's "
+                "epoch; another dataset's is its number of samples"
+            )
+        total = self._total()
+        if not steps_of(total, self.batch_size, self.world_size, self.drop_last):
+            urls = " and ".join("::".join(source.urls) for source in self.sources)
+            raise UsageError(
+                f"batch_size is {self.batch_size} on each of {self.world_size} ranks, but {urls} "
+                f"has only {total} samples an epoch, which fill no step: choose at most {total} on "
+                "all ranks together, or drop_last=False"
+            )
+
+
+def _check_counts(**values: tuple[object, int]) -> None:
+    """Raises UsageError unless each value is a whole number that is at least as large as said."""
+    for name, (value, least) in values.items():
+        if type(value) is not int or value < least:
+            raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")
+
+
+def _pools(
+    src: str | Sequence[str] | Mapping[str, float],
+) -> tuple[list[list[str]], tuple[float, ...] | None]:
+    """The URLs of each source, and the weights of a mixture. Raises UsageError."""
+    if isinstance(src, Mapping):
+        weights = tuple(map(float, src.values()))
+        small = sum(weights) / (2 * PERIOD)
+        bad = [url for url, w in zip(src, weights, strict=True) if not small < w < float("inf")]
+        if bad or not weights:
+            raise UsageError(
+                f"src gives {', '.join(bad) or 'no source'} a weight that is not positive, or "
+                f"less than 1 / {2 * PERIOD} of all"
+            )
+        return [url.split("::") for url in src], weights
+    urls = src.split("::") if isinstance(src, str) else [u for s in src for u in s.split("::")]
+    if not urls:
+        raise UsageError("src names no source: give the folder that convert wrote to")
+    return [urls], None

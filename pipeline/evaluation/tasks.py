@@ -1,0 +1,124 @@
+"""The tasks on which a trained model is evaluated: its vectors of the samples, then evaluate.py.
+
+Each gives `{"samples": S, "metrics": {...}}` and raises UsageError for samples that do not fit the
+task (no label, a label beyond the classes, no caption), before any figure is made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splatshard.pipeline.evaluation.metrics import classification, linear_probe, retrieval
+from splatshard.pipeline.evaluation.zeroshot import class_vectors, text_vectors
+from splatshard.pipeline.models import GViT, SplatCLIP
+from splatshard.pipeline.models.classifier import encode
+from splatshard.pipeline.models.gaussian_space import render
+from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.train.losses import vision_of
+from splatshard.pipeline.train.trained import Data, Samples, Trained, samples_of
+from splatshard.schemas.errors import UsageError
+
+Found = dict[str, Any]
+
+
+def zeroshot(
+    trained: Trained, shards: Data, names: Sequence[str], templates: Sequence[str]
+) -> Found:
+    """Classification by the prompt that is nearest to the image."""
+    model = cast(SplatCLIP, trained.model)
+    samples = samples_of(trained, shards, unit_images(model))
+    check_labels(samples, len(names), f"{len(names)} class names")
+    classes = class_vectors(model, names, templates, trained.device)
+    return _found(samples, classification(samples.vectors @ classes.T, samples.labels))
+
+
+def retrieve(trained: Trained, shards: Data) -> Found:
+    """Texts by image and images by text. Each line of a caption is a text."""
+    model = cast(SplatCLIP, trained.model)
+    samples = samples_of(trained, shards, unit_images(model))
+    captions = ((caption or "").splitlines() for caption in samples.captions)
+    lines = [[line for line in caption if line.strip()] for caption in captions]
+    empty = [key for key, texts in zip(samples.keys, lines, strict=True) if not texts]
+    if empty:
+        raise UsageError(
+            f"{samples.src}: {len(empty)} of {len(lines)} samples have no caption, the first of "
+            f"them {empty[0]}: retrieval needs one for each; choose another task, or give "
+            "--classnames"
+        )
+    image_of = torch.tensor([i for i, texts in enumerate(lines) for _ in texts])
+    texts = text_vectors(model, [text for some in lines for text in some], trained.device)
+    found = _found(samples, retrieval(samples.vectors, texts, image_of))
+    return found | {"texts": len(texts)}
+
+
+def classify(trained: Trained, shards: Data) -> Found:
+    """A classifier's own logits; of a GViT the mean PSNR of its Gaussians' pictures, too, dB."""
+    classes, model = trained.config.num_classes, trained.model
+    assert classes is not None, "the model is a classifier"
+    predicts = isinstance(model, GViT)
+    samples = samples_of(trained, shards, logits_and_psnr(model) if predicts else model)
+    check_labels(samples, classes, f"the model's {classes} classes")
+    metrics = classification(samples.vectors[:, :classes], samples.labels)
+    if predicts:
+        metrics["psnr"] = float(samples.vectors[:, classes].mean())
+    return _found(samples, metrics)
+
+
+def probe(trained: Trained, train: Data, shards: Data) -> Found:
+    """A linear classifier on the encoder's CLS token; of a GViT the one of its Gaussians."""
+
+    def tokens(batch: Any) -> Tensor:
+        model = trained.model
+        if not isinstance(model, GViT):
+            return encode(vision_of(model), batch)
+        pixels = batch.floating().pixels
+        return model.read(model.predictor(pixels), *pixels.shape[2:])
+
+    known, samples = (samples_of(trained, each, tokens) for each in (train, shards))
+    check_labels(known, None, "")
+    classes = int(known.labels.max()) + 1
+    check_labels(samples, classes, f"the {classes} classes of the training shards")
+    logits, weight = linear_probe(known.vectors, known.labels, samples.vectors, classes)
+    found = _found(samples, classification(logits, samples.labels))
+    return found | {"training_samples": len(known.keys), "l2": weight}
+
+
+def logits_and_psnr(model: GViT) -> Any:
+    """A function from a batch of images to [B, C + 1]: logits, and how well the image is drawn, at
+    most 100 dB."""
+
+    def found(batch: Any) -> Tensor:
+        pixels = batch.floating().pixels
+        logits, _, g = model(pixels)
+        quality = psnr(render(g, *pixels.shape[2:], model.space), pixels).clamp(max=100)
+        return torch.cat((logits.float(), quality.float()[:, None]), 1)
+
+    return found
+
+
+def unit_images(model: SplatCLIP) -> Any:
+    """A function from a batch to unit vectors [B, E]."""
+    return lambda batch: F.normalize(model.encode_image(batch).float(), dim=1)
+
+
+def check_labels(samples: Samples, classes: int | None, what: str) -> None:
+    """Raises UsageError for a label that is missing, or not below `classes`."""
+    for bad, problem in (
+        (samples.labels < 0, "have no label, or a negative one"),
+        (samples.labels >= (classes or 1 << 62), f"have a label beyond {what}"),
+    ):
+        if bool(bad.any()):
+            first = int(bad.int().argmax())
+            raise UsageError(
+                f"{samples.src}: {int(bad.sum())} of {len(bad)} samples {problem}, the first of "
+                f"them {samples.keys[first]} ({int(samples.labels[first])})"
+            )
+
+
+def _found(samples: Samples, metrics: dict[str, float]) -> Found:
+    return {"samples": len(samples.keys), "metrics": metrics}

@@ -1,0 +1,76 @@
+"""Zero-shot classification: class names and prompts to the text side of a classifier.
+
+class_texts.py says where both are found. A class is the mean of its prompts' unit vectors, made
+one again (arXiv 2103.00020).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
+from splatshard.pipeline.storage import fs as storage
+from splatshard.schemas.errors import SourceError, UsageError
+
+DEFAULT_TEMPLATES = ("a photo of a {c}.",)
+TOGETHER = 256
+
+
+def read_lines(url: str, *, numbered: bool = True) -> list[str]:
+    """The lines of a text without blanks at its end. Raises UsageError where there is none, or one
+    among them is blank though their numbers count."""
+    try:
+        with storage.open_read(url) as stream:
+            text = stream.read().decode()
+    except (SourceError, ValueError) as e:
+        raise UsageError(f"{url} cannot be read: {e}") from e
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if not lines:
+        raise UsageError(f"{url} is empty: write one entry per line")
+    if numbered and "" in lines:
+        raise UsageError(f"{url}: line {lines.index('') + 1} is blank: the lines are numbered")
+    return lines
+
+
+def checked_templates(templates: Sequence[str], url: str) -> list[str]:
+    """Raises UsageError for a prompt without a place for the class."""
+    for number, template in enumerate(templates):
+        if len(re.findall(r"\{c?\}", template)) < 1:
+            raise UsageError(
+                f"{url}: line {number + 1}, {template!r}, has no {{c}} for the class's name"
+            )
+    return list(templates)
+
+
+def filled(template: str, name: str) -> str:
+    """`template` about the class `name`; {} is {c}, as open_clip writes it."""
+    return re.sub(r"\{c?\}", lambda _: name, template)
+
+
+@torch.no_grad()
+def class_vectors(
+    model: SplatCLIP, names: Sequence[str], templates: Sequence[str], device: torch.device
+) -> Tensor:
+    """Unit vectors float32 [C, E], in main memory. Raises UsageError for a tokenizer that cannot
+    be loaded."""
+    prompts = [filled(template, name) for name in names for template in templates]
+    vectors = text_vectors(model, prompts, device).view(len(names), len(templates), -1)
+    return F.normalize(vectors.mean(1), dim=1)
+
+
+@torch.no_grad()
+def text_vectors(model: SplatCLIP, texts: Sequence[str], device: torch.device) -> Tensor:
+    """Unit vectors float32 [T, E] of texts, in main memory. Raises as `class_vectors`."""
+    text = model.config.text
+    assert text is not None, "the model has a text tower"
+    tokenizer = load_tokenizer(text)
+    found = []
+    for start in range(0, len(texts), TOGETHER):
+        ids, _ = tokenize(tokenizer, texts[start : start + TOGETHER], text.context_length)
+        found.append(F.normalize(model.encode_text(ids.to(device)).float(), dim=1).cpu())
+    return torch.cat(found)

@@ -1,0 +1,1 @@
+"""Fitting Gaussians to images; fit.py first."""

@@ -1,0 +1,1 @@
+"""What stages run on: timers, batch sizes, threads."""

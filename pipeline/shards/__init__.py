@@ -1,0 +1,1 @@
+"""Splat shards: rows, files, markers, commits."""

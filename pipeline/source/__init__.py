@@ -1,0 +1,1 @@
+"""Source datasets: what is listed, read and decoded."""

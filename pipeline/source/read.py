@@ -1,0 +1,135 @@
+"""A source shard to samples, streamed: tar, Hugging Face Parquet or a folder of images.
+
+One sample at a time is in memory (a few rows for Parquet), and the source's bytes go into a digest
+as they pass. tar.py says how the members of an archive are grouped, sample.py what becomes of a
+group, parquet.py how rows are read.
+
+A bad sample carries its reason in `error`; only a source that cannot be read to its end raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import groupby, islice
+
+from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
+from splatshard.pipeline.source.sample import SIDECAR_EXTENSIONS, RawSample, assemble, storable
+from splatshard.pipeline.source.tar import MAX_SAMPLE_BYTES, Group, read_groups, scan_groups
+from splatshard.pipeline.storage import fs as storage
+from splatshard.schemas.errors import SampleError, SourceError
+from splatshard.schemas.shard import ShardRef
+
+Samples = Generator[RawSample, None, None]
+
+SCANNED = (*SIDECAR_EXTENSIONS, "meta.json")
+"""Extensions of members that say something of the sample."""
+
+
+def read(ref: ShardRef, digest: hashlib._Hash) -> Iterator[RawSample]:
+    """The samples of `ref` in order, at most `ref.limit` of them.
+
+    A whole read leaves in `digest` all bytes of the tar or Parquet file, or the names, sizes and
+    bytes of a folder's files. A limited read leaves what it took: a prefix of the tar, the images
+    of a Parquet file. Raises SourceError for what cannot be read to its end.
+    """
+    # 8 bytes of each key, not the key: a shard may have a million. Two of a million share a hash in
+    # one of 37 million shards. Not Python's hash(), which differs from run to run.
+    seen: set[int] = set()
+    with closing(_READERS[ref.kind](ref, digest)) as samples:
+        for sample in islice(samples, ref.limit):
+            code = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
+            number = int.from_bytes(code, "little")
+            if number in seen:
+                text = f"key {sample.key} occurs a second time in shard {ref.name}"
+                sample = replace(sample, error=SampleError("duplicate_key", text))
+            seen.add(number)
+            yield sample
+
+
+def count_samples(ref: ShardRef, at_most: int) -> int:
+    """How many samples `ref` has, up to `at_most`; image data is passed over where possible.
+
+    A damaged source counts as far as it can be read, with the sample in which it breaks; the
+    conversion will report it.
+    """
+    count = 0
+    try:
+        for _ in islice(_COUNTERS[ref.kind](ref), at_most):
+            count += 1
+    except SourceError:
+        return count + 1 if count else 0
+    return count
+
+
+def scan(ref: ShardRef) -> Iterator[RawSample]:
+    """The samples of `ref` in order, at most `ref.limit` of them, without their images: those are
+    passed over where possible. Raises SourceError for what cannot be read to its end."""
+    yield from islice(_SCANNERS[ref.kind](ref), ref.limit)
+
+
+# Tar
+
+
+def _read_tar(ref: ShardRef, digest: hashlib._Hash) -> Samples:
+    (url,) = ref.urls
+    with storage.open_read(url) as stream, closing(read_groups(url, stream, digest)) as groups:
+        yield from map(assemble, groups)
+
+
+def _count_tar(ref: ShardRef) -> Iterator[Group]:
+    with storage.open_read(ref.urls[0]) as stream:
+        yield from scan_groups(ref.urls[0], stream)
+
+
+def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
+    with storage.open_read(ref.urls[0]) as stream:
+        yield from map(assemble, scan_groups(ref.urls[0], stream, SCANNED))
+
+
+# Folder
+
+
+def split_stem(path: str) -> tuple[str, str]:
+    """Key and extension of a file in a folder, parted at the last dot: names there hold dates."""
+    folder, slash, base = path.rpartition("/")
+    stem, _, extension = base.rpartition(".")
+    return folder + slash + stem, extension
+
+
+def _read_folder(ref: ShardRef, digest: hashlib._Hash) -> Samples:
+    label_of = {name: i for i, name in enumerate(ref.labels)}
+    for key, urls in _folder_groups(ref):
+        group = Group(storable(key))
+        for url in urls:
+            with storage.open_read(url) as stream:
+                data = stream.read(MAX_SAMPLE_BYTES + 1 - group.size_bytes)
+            digest.update(f"{group.key}\0{split_stem(url)[1]}\0{len(data)}\0".encode() + data)
+            group.size_bytes += len(data)
+            group.members[split_stem(url)[1]] = data
+        if group.size_bytes > MAX_SAMPLE_BYTES:
+            text = f"the files of {group.key} exceed {MAX_SAMPLE_BYTES} bytes"
+            group = Group(group.key, error=SampleError("too_large", text))
+        yield assemble(group, label_of.get(key.partition("/")[0]))
+
+
+def _scan_folder(ref: ShardRef) -> Iterator[RawSample]:
+    label_of = {name: i for i, name in enumerate(ref.labels)}
+    for key, urls in _folder_groups(ref):
+        group = Group(storable(key))
+        for url in urls:
+            extension = split_stem(url)[1]
+            wanted = extension.lower() in SCANNED
+            group.members[extension] = storage.read_bytes(url) if wanted else None
+        yield assemble(group, label_of.get(key.partition("/")[0]))
+
+
+def _folder_groups(ref: ShardRef) -> Iterator[tuple[str, Iterator[str]]]:
+    return groupby(ref.urls, lambda url: split_stem(url[len(ref.root) :].lstrip("/"))[0])
+
+
+_READERS = {"tar": _read_tar, "parquet": read_parquet, "folder": _read_folder}
+_SCANNERS = {"tar": _scan_tar, "parquet": scan_parquet, "folder": _scan_folder}
+_COUNTERS = {"tar": _count_tar, "parquet": count_parquet, "folder": _folder_groups}

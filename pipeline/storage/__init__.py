@@ -1,0 +1,1 @@
+"""All access to files: local, S3 and whatever fsspec has."""

@@ -1,0 +1,192 @@
+"""A trained model, taken from its checkpoint, and what it says of samples.
+
+    checkpoint -> model -> shards that fit it, or images -> a vector per sample
+
+Images are cropped to the size that the model reads. Shards fit when their numbers mean what those
+of training meant: the cutoff, which decides the picture that the same Gaussians are. The number of
+Gaussians may differ, and so may image size and codec; the stem's constants are part of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
+from splatshard.pipeline.models import build_model
+from splatshard.pipeline.models.classifier import image_config, reads_images
+from splatshard.pipeline.shards.rows import shard_metadata_of
+from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, latest, read_checkpoint
+from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.model import ModelConfig
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in eval mode on `device`: the checkpoint's at `url`, after `step` steps, or one from
+    elsewhere (None). `weights` is a SHA-256 of them; `cutoff` (None: of images), `num_gaussians`
+    and `precision` are those of training."""
+
+    model: nn.Module
+    config: ModelConfig
+    url: str
+    step: int | None
+    weights: str
+    device: torch.device
+    cutoff: float | None = None
+    num_gaussians: int | None = None
+    precision: str = "fp32"
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """On a GPU in the precision of training; on a CPU, where that is slow, in fp32."""
+        dtype = PRECISIONS.get(self.precision)
+        if self.device.type != "cuda" or dtype is None:
+            return nullcontext()
+        return torch.autocast("cuda", dtype)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of samples from `src`; `content` is a digest of it."""
+
+    src: str
+    content: str
+    batches: Iterable[TrainBatch | ImageBatch]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Of S samples of `src`: vectors float32 [S, D] in main memory, labels int64 [S] (-1 where
+    there is none), keys and captions."""
+
+    src: str
+    vectors: Tensor
+    labels: Tensor
+    keys: list[str]
+    captions: list[str | None]
+
+
+def load_trained(url: str, weights: str, device: torch.device) -> Trained:
+    """The model of a run's dst (its newest checkpoint) or of one of its checkpoints.
+
+    `weights`: model, ema (their average) or auto, the average where there is one. Raises UsageError
+    where there is no such thing, CorruptShardError for a damaged one.
+    """
+    url = url.rstrip("/")
+    found = read_checkpoint(url) if storage.exists(f"{url}/{CONFIG}") else latest(url)
+    if found is None:
+        raise UsageError(f"{url} has no checkpoint: give the dst of a splatshard train")
+    name = MODEL if weights == "model" else AVERAGE
+    if name not in found.files:
+        if weights == "ema":
+            raise UsageError(
+                f"{found.url} has no average of the weights: it was trained without optim.ema; "
+                "choose --weights model"
+            )
+        name = MODEL
+    config = found.train_config()
+    model = build_model(config.model)
+    try:
+        model.load_state_dict(found.weights(name))
+    except RuntimeError as e:
+        raise UsageError(f"{found.url}: {name} does not fit its configuration: {e}") from e
+    if "cutoff" not in found.shards:
+        raise CorruptShardError(f"{found.url}: {CONFIG} does not say what it was trained on")
+    return Trained(
+        model=model.to(device).eval(),
+        config=config.model,
+        url=found.url,
+        step=found.step,
+        weights=found.files[name]["sha256"],
+        device=device,
+        cutoff=found.shards["cutoff"],
+        num_gaussians=config.data.num_gaussians,
+        precision=config.precision,
+    )
+
+
+def open_data(trained: Trained, src: str, batch: int) -> Data:
+    """The samples of `src`, in order, in batches of `batch`, as the model reads them.
+
+    Raises UsageError for shards where it reads images, or the reverse, and what reading raises.
+    """
+    return (open_images if reads_images(trained.config) else open_shards)(trained, src, batch)
+
+
+def open_images(trained: Trained, src: str, batch: int) -> Data:
+    """The images of `src`, as convert understands it, cropped to the model's size. Raises what
+    ImageDataset raises."""
+    if trained.num_gaussians is not None:
+        raise UsageError(
+            f"--num-gaussians {trained.num_gaussians}: {trained.url} is a model that reads images; "
+            "leave it out"
+        )
+    dataset = ImageDataset(
+        src,
+        image_size=image_config(trained.config).image_size,
+        batch_size=batch,
+        shuffle=False,
+        drop_last=False,
+    )
+    return Data(src, dataset.sources[0].content, dataset)
+
+
+def open_shards(trained: Trained, src: str, batch: int) -> Data:
+    """The shards of `src`, in order, with the model's number of Gaussians.
+
+    Raises UsageError where they have not so many, or are of another cutoff than those of training,
+    and what SplatDataset raises.
+    """
+    dataset = SplatDataset(
+        src,
+        batch_size=batch,
+        num_gaussians=trained.num_gaussians,
+        shuffle=False,
+        drop_last=False,
+    )
+    first = dataset.sources[0].shards[0]  # convert writes no others beside it
+    cutoff = shard_metadata_of(first.url, first.format)["cutoff"]
+    if cutoff != trained.cutoff:
+        raise UsageError(
+            f"{src} was fitted with a cutoff of {cutoff} standard deviations, {trained.url} was "
+            f"trained on shards with {trained.cutoff}, where the same numbers are other pictures: "
+            f"convert it with --cutoff {trained.cutoff}"
+        )
+    return Data(src, dataset.sources[0].content, dataset)
+
+
+@torch.no_grad()
+def samples_of(trained: Trained, data: Data, embed: Callable[[Any], Tensor]) -> Samples:
+    """`embed` of every sample, each once. Raises CorruptShardError for a sample that the model
+    makes no finite numbers of, and what reading raises."""
+    vectors: list[Tensor] = []
+    labels: list[Tensor] = []
+    keys: list[str] = []
+    captions: list[str | None] = []
+    for batch in data.batches:
+        valid = batch.valid
+        with trained.computing():
+            found = embed(batch.to(trained.device)).float().cpu()[valid]
+        kept = [i for i, good in enumerate(valid.tolist()) if good]
+        keys += [batch.keys[i] for i in kept]
+        captions += [batch.captions[i] for i in kept]
+        if not bool(found.isfinite().all()):
+            bad = int((~found.isfinite().all(1)).int().argmax())
+            key = keys[len(keys) - len(found) + bad]
+            raise CorruptShardError(
+                f"{data.src}: the model makes numbers of sample {key} "
+                "that are not finite: run splatshard verify on it"
+            )
+        vectors.append(found)
+        labels.append(batch.labels[valid])
+    if not keys:
+        raise UsageError(f"{data.src} has no samples to evaluate on")
+    return Samples(data.src, torch.cat(vectors), torch.cat(labels), keys, captions)
