@@ -31,14 +31,14 @@ from PIL import Image
 
 from benchmarks.record import DATA
 from splatshard.jobs.recipes.toys import digits
-from splatshard.pipeline.codec.pack import pack_fp16, splats_of
+from splatshard.pipeline.codec.pack import pack_fp16, unpack_row
 from splatshard.pipeline.kernels.backend import select_backend
 from splatshard.pipeline.shards.commit import publish, staged_file
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, stored_payload_bytes
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.listing import list_shards
-from splatshard.schemas.config import config_from_recipe, recipe
+from splatshard.schemas.config import config_from_output, output_config
 from splatshard.schemas.shard import OK, ShardManifest
 from splatshard.schemas.splats import payload_bytes, shard_metadata
 
@@ -145,7 +145,7 @@ class Shard:
         shown = []
         for row in self.rows():
             size = row["height"], row["width"]
-            shown.append(draw(splats_of(row, metadata), *size, metadata["cutoff"])[0])
+            shown.append(draw(unpack_row(row, metadata), *size, metadata["cutoff"])[0])
         pixels = torch.stack(shown).clamp(0, 1) * 255
         return pixels.round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -220,12 +220,12 @@ def shuffle(splats: Inputs, folder: Path) -> Inputs:
         refs = {ref.name: ref for ref in list_shards(str(splats.folder.parent / "source" / split))}
         (folder / split).mkdir(parents=True)
         for number, shard in enumerate(Shard.all_in(splats.folder / split)):
-            given = config_from_recipe(shard.manifest.inputs["recipe"])
+            given = config_from_output(shard.manifest.inputs["recipe"])
             config = replace(given, pack=replace(given.pack, codec="fp16"))
             random = torch.Generator().manual_seed(number)
             metadata = shard_metadata_of(shard.path)
             rows = [shuffled(row, metadata, random) for row in shard.rows()]
-            told = shard_metadata("fp16", config.fit.cutoff, recipe(config))
+            told = shard_metadata("fp16", config.fit.cutoff, output_config(config))
             with staged_file(str(folder / split), shard.manifest.name) as path:
                 with open_writer(path, config.pack.format, told) as writer:
                     writer.write(rows)
@@ -235,7 +235,7 @@ def shuffle(splats: Inputs, folder: Path) -> Inputs:
 
 
 def shuffled(row: dict[str, Any], metadata: dict[str, Any], random: torch.Generator) -> Any:
-    splats = splats_of(row, metadata)
+    splats = unpack_row(row, metadata)
     order = torch.randperm(splats.mask.shape[1], generator=random)
     splats = replace(splats, colors=splats.colors[:, order])
     return row | {"splats": pack_fp16(splats, row["height"], row["width"])[0]}

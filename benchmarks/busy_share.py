@@ -36,7 +36,7 @@ from torch import Tensor
 from splatshard.pipeline import convert
 from splatshard.pipeline.fitting.start import initial_splats
 from splatshard.pipeline.kernels.backend import Backend, select_backend
-from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import ConvertConfig, FitConfig
@@ -88,7 +88,7 @@ def run(args: Args, images_per_s: float, at_once: int) -> dict:
     sources = list_shards(str(DATA / "datacomp-sample" / "shards"))
     work = [replace(sources[i % len(sources)], name=f"{i:08d}") for i in range(args.shards)]
     config = ConvertConfig(batch_size=args.batch_size)
-    clock = StageClock()
+    timer = StageTimer()
     with (
         tempfile.TemporaryDirectory() as dst,
         device_of(images_per_s) as backend,
@@ -97,7 +97,7 @@ def run(args: Args, images_per_s: float, at_once: int) -> dict:
         begin = time.perf_counter()
         done = list(
             pool.map(
-                lambda ref: convert.convert_shard(ref, config, dst, backend, clock=clock), work
+                lambda ref: convert.convert_shard(ref, config, dst, backend, timer=timer), work
             )
         )
         wall_s = time.perf_counter() - begin

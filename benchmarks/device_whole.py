@@ -29,7 +29,7 @@ from benchmarks.record import ROOT, machine
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.kernels.backend import select_backend
-from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.train.loop import train
 from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
@@ -87,20 +87,20 @@ def convert(size: Size, tell: Tell, work: Path) -> None:
     """`convert_shard` on two threads, as a worker has, of copies of one tar."""
     for codec in ("fp16", "balanced"):
         if not size.toy:  # so that nothing compiles while it is timed
-            converted(size, work, work / f"warm-{codec}", codec, 20, StageClock(), copies=2)
-        clock, load = StageClock(), DeviceLoad()
+            converted(size, work, work / f"warm-{codec}", codec, 20, StageTimer(), copies=2)
+        timer, load = StageTimer(), DeviceLoad()
         with load:
             begin = time.perf_counter()
-            images = converted(size, work, work / f"splats-{codec}", codec, size.steps, clock)
+            images = converted(size, work, work / f"splats-{codec}", codec, size.steps, timer)
             passed = time.perf_counter() - begin
-        busy = {name: s / passed for name, s in clock.pulse().busy_s.items()}
+        busy = {name: s / passed for name, s in timer.stage_stats().busy_s.items()}
         tell(f"conversion, {codec}", images / passed, "images/s", images=images, busy=busy)
         if load.mean is not None:
             tell(f"device load, {codec}", load.mean, "%")
 
 
 def converted(
-    size: Size, work: Path, dst: Path, codec: str, steps: int, clock: StageClock, copies: int = 0
+    size: Size, work: Path, dst: Path, codec: str, steps: int, timer: StageTimer, copies: int = 0
 ) -> int:
     """Shards of `copies` of the tar in `dst`; how many images they have."""
     tar = work / "images.tar"
@@ -119,7 +119,7 @@ def converted(
 
     def one(number: int) -> int:
         ref = replace(source, name=f"{number:05d}")
-        manifest = convert_shard(ref, config, str(dst), backend, clock=clock)
+        manifest = convert_shard(ref, config, str(dst), backend, timer=timer)
         return manifest.counts.get("ok", 0)
 
     with ThreadPoolExecutor(2) as pool:
@@ -157,7 +157,7 @@ def shards_of(size: Size, work: Path) -> str:
     """A folder of shards to read: those of the conversion, or new ones of few steps."""
     dst = work / "splats-balanced"
     if not any(dst.glob("*.json")):
-        converted(size, work, dst, "balanced", min(10, size.steps), StageClock(), copies=4)
+        converted(size, work, dst, "balanced", min(10, size.steps), StageTimer(), copies=4)
     return str(dst)
 
 

@@ -26,7 +26,7 @@ from benchmarks.gvit import Args as GViTArgs
 from benchmarks.gvit import config_of
 from benchmarks.record import save
 from splatshard.pipeline.data import ImageDataset
-from splatshard.pipeline.fitting.encoder_start import described
+from splatshard.pipeline.fitting.encoder_start import resolve_encoder
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.kernels.backend import select_backend
 from splatshard.pipeline.psnr import psnr
@@ -99,7 +99,7 @@ def main() -> None:
             f"{'N':>5}{'steps':>7}" + "".join(f"{x:>20}" for x in ("adaptive", "grid", "encoder"))
         )
         for n, run in zip(args.gaussians, encoders, strict=True):
-            own = described(f"encoder:{run}", n)
+            own = resolve_encoder(f"encoder:{run}", n)
             starts = {"adaptive": "adaptive", "grid": "grid", "encoder": own}
             for steps in args.steps:
                 row: dict[str, Any] = {"gaussians": n, "steps": steps}

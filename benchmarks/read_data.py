@@ -39,14 +39,20 @@ from splatshard.pipeline.convert import planes as pixels_to_planes
 from splatshard.pipeline.kernels.backend import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.runtime.batching import BatchLimit
-from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.shards.commit import publish
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import RawSample, read
 from splatshard.pipeline.splats import Splats, cholesky_from_covariances, covariances
-from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig, recipe
+from splatshard.schemas.config import (
+    ConvertConfig,
+    DecodeConfig,
+    FitConfig,
+    PackConfig,
+    output_config,
+)
 from splatshard.schemas.shard import ShardManifest, ShardRef, to_json
 from splatshard.schemas.splats import EXTENSIONS, PLANAR, shard_metadata
 
@@ -117,7 +123,7 @@ def fits(n: int, folder: Path, images: int) -> Fits:
 
 def make_fits(n: int, images: int) -> Fits:
     config = config_of(n, "fp16", "parquet")
-    backend, clock, limit = select_backend("cpu"), StageClock(), BatchLimit(BATCH)
+    backend, clock, limit = select_backend("cpu"), StageTimer(), BatchLimit(BATCH)
     decoded = decode_batches(photographs(images), BATCH, config, backend.device, clock)
     done = [f for batch in fit_batches(decoded, config, backend, limit, clock) for f in batch.fits]
     fitted = [splats for _, splats, _ in done]
@@ -241,7 +247,7 @@ def commit(
 ) -> ShardManifest:
     dst.mkdir(parents=True, exist_ok=True)
     path = dst / f"_{name}"
-    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
+    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, output_config(config))
     with open_writer(path, config.pack.format, metadata) as writer:
         writer.write(list(rows))
     ref = ShardRef(name=name, kind="tar", urls=(name,), size_bytes=0, etag="")

@@ -208,9 +208,9 @@ def with_teacher(config: ConvertConfig, model: str) -> ConvertConfig:
     loaded."""
     if not model:
         return config
-    from splatshard.pipeline.models.teacher import described
+    from splatshard.pipeline.models.teacher import resolve_teacher
 
-    return replace(config, teacher=described(model))
+    return replace(config, teacher=resolve_teacher(model))
 
 
 def with_encoder(config: ConvertConfig) -> ConvertConfig:
@@ -219,10 +219,11 @@ def with_encoder(config: ConvertConfig) -> ConvertConfig:
     fit = config.fit
     if not fit.init.startswith(ENCODER):
         return config
-    from splatshard.pipeline.fitting.encoder_start import described
+    from splatshard.pipeline.fitting.encoder_start import resolve_encoder
 
     return replace(
-        config, fit=replace(fit, init=described(fit.init, (*fit.budgets, fit.num_gaussians)[0]))
+        config,
+        fit=replace(fit, init=resolve_encoder(fit.init, (*fit.budgets, fit.num_gaussians)[0])),
     )
 
 

@@ -34,10 +34,10 @@ from splatshard.jobs.destination.plan import PlannedShard
 from splatshard.jobs.destination.plan_file import read_plan, write_plan
 from splatshard.schemas.config import (
     ConvertConfig,
-    config_from_recipe,
+    config_from_output,
     describe_difference,
     identities,
-    recipe,
+    output_config,
     recipe_digest,
     source_of,
 )
@@ -87,7 +87,7 @@ def embed(options: EmbedOptions, started: float) -> int:
     configs = {d: replace(c, teacher=teacher) for d, c in configs_of(done).items()}
     refs = sources_of(dst, done, options)
     wanted = {name: configs[recipe_digest(m.inputs["recipe"])] for name, m in done.items()}
-    todo = [name for name, m in done.items() if m.inputs["recipe"] != recipe(wanted[name])]
+    todo = [name for name, m in done.items() if m.inputs["recipe"] != output_config(wanted[name])]
     say(f"{count(len(done), 'done shard')}: {len(done) - len(todo):,} with these embeddings")
     write_plan(dst, entries(done, refs, wanted, todo))
     failed: dict[str, str] = {}
@@ -140,7 +140,7 @@ def configs_of(done: Mapping[str, ShardManifest]) -> dict[str, ConvertConfig]:
     """The configuration of each recipe, by its digest. Raises UsageError for one that this build
     cannot repeat."""
     recipes = {id(m.inputs["recipe"]): m.inputs["recipe"] for m in done.values()}.values()
-    return {recipe_digest(each): config_from_recipe(each) for each in recipes}
+    return {recipe_digest(each): config_from_output(each) for each in recipes}
 
 
 def sources_of(

@@ -4,8 +4,8 @@
 
 For classifiers of splats, whose Gaussians are fitted here as those of the run's shards were (size,
 steps, number, cutoff; not pruned, not packed), and for GViT, which predicts its own.
-pipeline/evaluation/explain.py says what the scores are. With --boxes it plays the pointing game: how often
-the largest value of an image's map lies in the object's box.
+pipeline/evaluation/explain.py says what the scores are. With --boxes it plays the pointing game:
+how often the largest value of an image's map lies in the object's box.
 """
 
 from __future__ import annotations

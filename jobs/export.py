@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(options: ExportOptions) -> int:
     """Write the file and print its path on standard output."""
-    from splatshard.pipeline.codec.pack import splats_of
+    from splatshard.pipeline.codec.pack import unpack_row
     from splatshard.pipeline.shards.commit import storage_errors
 
     check_output(options.output)
@@ -65,7 +65,7 @@ def export(options: ExportOptions) -> int:
     recipe = manifest.inputs["recipe"]
     height, width = row["height"], row["width"]
     with naming_repair(dst, manifest):
-        splats = splats_of(row, metadata_of(recipe))
+        splats = unpack_row(row, metadata_of(recipe))
     if options.output.lower().endswith(".ply"):
         from splatshard.pipeline.ply import ply_bytes
 

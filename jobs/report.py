@@ -255,12 +255,12 @@ def picture(entry: Entry, row: dict[str, Any], original: Any, backend: Any) -> P
     """One gallery entry: pixels as PNG, ellipses as numbers."""
     import numpy as np
 
-    from splatshard.pipeline.codec.pack import splats_of
+    from splatshard.pipeline.codec.pack import unpack_row
     from splatshard.pipeline.splats import scales_and_angles
 
     recipe = entry.shard.inputs["recipe"]
     width, height = row["width"], row["height"]
-    splats = splats_of(row, metadata_of(recipe)).to(backend.device)
+    splats = unpack_row(row, metadata_of(recipe)).to(backend.device)
     image = backend.render(splats, height, width, recipe["fit"]["cutoff"])[0]
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     scales, angles = scales_and_angles(splats.cholesky[0])

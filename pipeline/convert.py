@@ -11,7 +11,7 @@ CPU worker owns one core, so there the same generators run one after another; on
 is read ahead. Memory is bounded by four batches on a GPU, by one elsewhere, plus one row group.
 
 A worker runs two shards at once, so that neither the start of a shard nor its upload leaves the
-device idle: `turn` decides how many of them may be between read and write.
+device idle: `slot` decides how many of them may be between read and write.
 
 A bad sample becomes a row with a status; a bad source raises and commits nothing.
 """
@@ -45,13 +45,13 @@ from splatshard.pipeline.runtime.batching import (
     own_stream,
 )
 from splatshard.pipeline.runtime.prefetch import map_ahead, prefetch
-from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.shards.commit import publish, staged_file
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.decode import DecodedImage, decode
 from splatshard.pipeline.source.read import RawSample, read
 from splatshard.pipeline.splats import Splats, first
-from splatshard.schemas.config import ConvertConfig, recipe
+from splatshard.schemas.config import ConvertConfig, output_config
 from splatshard.schemas.errors import SampleError
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
 from splatshard.schemas.splats import MAX_PSNR, TEACHER, psnr_columns, shard_metadata
@@ -72,16 +72,16 @@ def convert_shard(
     backend: Backend,
     on_batch: Callable[[list[Row]], None] | None = None,
     *,
-    clock: StageClock | None = None,
-    turn: AbstractContextManager[None] | None = None,
+    timer: StageTimer | None = None,
+    slot: AbstractContextManager[None] | None = None,
     quarantine: Mapping[int, str] | None = None,
     attempt: str = "",
     replaces: str = "",
 ) -> ShardManifest:
     """Convert the source shard `ref` into `dst` and commit it.
 
-    `on_batch` is called with the rows of each finished batch (progress), `clock` times the stages,
-    `turn` is held from the first read to the last write. Samples whose number in the shard is in
+    `on_batch` is called with the rows of each finished batch (progress), `timer` times the stages,
+    `slot` is held from the first read to the last write. Samples whose number in the shard is in
     `quarantine` become rows with that reason, unseen. `attempt` and `replaces`: see
     `commit.publish`.
 
@@ -90,32 +90,32 @@ def convert_shard(
     fits into the device's memory, CorruptShardError when what was written does not read back;
     nothing is committed then.
     """
-    clock = clock or StageClock()
-    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
+    timer = timer or StageTimer()
+    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, output_config(config))
     digest = hashlib.sha256()
     samples_in = 0
     with staged_file(dst, ref.name) as path:
-        with turn or nullcontext(), open_writer(path, config.pack.format, metadata) as writer:
-            samples = read_samples(ref, digest, quarantine or {}, clock, backend.device)
-            batches = convert_samples(samples, config, backend, clock)
+        with slot or nullcontext(), open_writer(path, config.pack.format, metadata) as writer:
+            samples = read_samples(ref, digest, quarantine or {}, timer, backend.device)
+            batches = convert_samples(samples, config, backend, timer)
             with closing(samples), closing(batches):
                 for rows in batches:
                     samples_in += len(rows)
-                    with clock.stage("pack", len(rows)):
+                    with timer.stage("pack", len(rows)):
                         writer.write(rows)
                     if on_batch:
                         on_batch(rows)
-        with clock.stage("publish", max(1, samples_in)):
+        with timer.stage("publish", max(1, samples_in)):
             sha256 = digest.hexdigest()
             return publish(
                 dst, path, ref, config, sha256, samples_in, attempt=attempt, replaces=replaces
             )
 
 
-def try_reading(ref: ShardRef, backend: Backend, clock: StageClock) -> Iterator[list[RawSample]]:
+def try_reading(ref: ShardRef, backend: Backend, timer: StageTimer) -> Iterator[list[RawSample]]:
     """The samples of a shard, one by one and as they are read for it; to find out whether that
     kills a worker, and how many there are."""
-    samples = read_samples(ref, hashlib.sha256(), {}, clock, backend.device)
+    samples = read_samples(ref, hashlib.sha256(), {}, timer, backend.device)
     with closing(samples):
         for sample in samples:
             yield [sample]
@@ -126,21 +126,21 @@ def try_samples(
     config: ConvertConfig,
     backend: Backend,
     span: tuple[int, int],
-    clock: StageClock,
+    timer: StageTimer,
     quarantine: Mapping[int, str],
 ) -> Iterator[list[Row]]:
     """The rows of the samples from span[0] to span[1] of a shard, written nowhere; to find the one
     that kills a worker."""
-    samples = read_samples(ref, hashlib.sha256(), quarantine, clock, backend.device)
+    samples = read_samples(ref, hashlib.sha256(), quarantine, timer, backend.device)
     with closing(samples):
-        yield from convert_samples(islice(samples, *span), config, backend, clock)
+        yield from convert_samples(islice(samples, *span), config, backend, timer)
 
 
 def read_samples(
     ref: ShardRef,
     digest: hashlib._Hash,
     quarantine: Mapping[int, str],
-    clock: StageClock,
+    timer: StageTimer,
     device: torch.device,
 ) -> Iterator[RawSample]:
     """The samples of a shard, read ahead of those that are worked on where that helps; those in
@@ -150,7 +150,7 @@ def read_samples(
         with closing(read(ref, digest)) as samples:
             number = 0
             while True:
-                with clock.stage("read"):
+                with timer.stage("read"):
                     sample = next(samples, None)
                 if sample is None:
                     return
@@ -164,16 +164,16 @@ def read_samples(
 
 
 def convert_samples(
-    samples: Iterable[RawSample], config: ConvertConfig, backend: Backend, clock: StageClock
+    samples: Iterable[RawSample], config: ConvertConfig, backend: Backend, timer: StageTimer
 ) -> Iterator[list[Row]]:
     """Samples to complete rows, in order, batch by batch."""
     limit = BatchLimit(config.batch_size or auto_batch_size(config, backend.device))
-    ahead = partial(run_ahead, clock=clock) if overlaps(backend.device) else in_step
-    decoded = ahead(decode_batches(samples, limit.images, config, backend.device, clock), "fit")
-    fitted = ahead(fit_batches(decoded, config, backend, limit, clock), "pack")
+    ahead = partial(run_ahead, timer=timer) if overlaps(backend.device) else in_step
+    decoded = ahead(decode_batches(samples, limit.images, config, backend.device, timer), "fit")
+    fitted = ahead(fit_batches(decoded, config, backend, limit, timer), "pack")
     with closing(decoded), closing(fitted):  # their threads end with the block
         for batch in fitted:
-            with clock.stage("pack", len(batch.rows)):
+            with timer.stage("pack", len(batch.rows)):
                 rows = pack_batch(batch, config, backend)
             yield rows
 
@@ -188,8 +188,8 @@ def in_step(batches: Iterator[Any], stage: str) -> Iterator[Any]:
     return batches
 
 
-def run_ahead(batches: Iterator[Any], stage: str, clock: StageClock) -> Iterator[Any]:
-    """The same batches, made ahead on a thread; the clock counts those that wait for `stage`."""
+def run_ahead(batches: Iterator[Any], stage: str, timer: StageTimer) -> Iterator[Any]:
+    """The same batches, made ahead on a thread; the timer counts those that wait for `stage`."""
     waiting = 0
 
     def produced() -> Iterator[Any]:
@@ -197,17 +197,17 @@ def run_ahead(batches: Iterator[Any], stage: str, clock: StageClock) -> Iterator
         with closing(batches):
             for batch in batches:
                 waiting += 1
-                clock.queue(stage, 1)
+                timer.queue(stage, 1)
                 yield batch
 
     try:
         with closing(prefetch(produced())) as items:
             for batch in items:
                 waiting -= 1
-                clock.queue(stage, -1)
+                timer.queue(stage, -1)
                 yield batch
     finally:
-        clock.queue(stage, -waiting)
+        timer.queue(stage, -waiting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +239,12 @@ def decode_batches(
     size: int,
     config: ConvertConfig,
     device: torch.device,
-    clock: StageClock,
+    timer: StageTimer,
 ) -> Iterator[DecodedBatch]:
     """Batches of `size` samples, the last one smaller, with their images on `device`."""
 
     def decode_timed(sample: RawSample) -> tuple[Row, DecodedImage | None]:
-        with clock.stage("decode"):
+        with timer.stage("decode"):
             return decode_sample(sample, config)
 
     threads = min(MAX_DECODERS, len(os.sched_getaffinity(0))) if overlaps(device) else 0
@@ -297,14 +297,14 @@ def fit_batches(
     config: ConvertConfig,
     backend: Backend,
     limit: BatchLimit,
-    clock: StageClock,
+    timer: StageTimer,
 ) -> Iterator[FittedBatch]:
     """Fit and prune every image; `limit` shrinks when the device's memory does not suffice."""
 
     def fit_part(images: Images, part: slice) -> tuple[Images, Splats, Tensor]:
         images = Images(rows=images.rows[part], pixels=images.pixels[part])
         together = overlaps(backend.device)  # a GPU fits all of them in the time of a few
-        with clock.stage("fit", 1 if together else len(images.rows)):
+        with timer.stage("fit", 1 if together else len(images.rows)):
             target = planes(images.pixels)
             if config.fit.nested:
                 splats, steps = fit_nested(target, config.fit.budgets, config.fit, backend)

@@ -28,7 +28,7 @@ from splatshard.pipeline.shards.rows import read_rows
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.read import RawSample, read
-from splatshard.schemas.config import ConvertConfig, recipe
+from splatshard.schemas.config import ConvertConfig, output_config
 from splatshard.schemas.errors import SampleError, SourceError
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef, marker_digest
 from splatshard.schemas.splats import TEACHER, shard_metadata
@@ -50,7 +50,7 @@ def embed_shard(
     """
     assert config.teacher is not None, "the configuration names a teacher"
     teacher = load_teacher(config.teacher, device)
-    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
+    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, output_config(config))
     digest = hashlib.sha256()
     rows = read_rows(f"{dst}/{manifest.data_file}", manifest.format)
     with staged_file(dst, ref.name) as path:

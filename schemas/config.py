@@ -1,8 +1,8 @@
 """Configuration: frozen keyword-only dataclasses, checked at construction; the CLI is derived from
 them.
 
-`recipe(config)` is the part that changes output bytes; `fingerprint` hashes it together with a
-source's identity.
+`output_config(config)` is the part that changes output bytes; `fingerprint` hashes it together with
+a source's identity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ input."""
 MAX_GAUSSIANS = 65536
 
 ENCODER = "encoder:"
-"""Begins the name of a start that a trained model predicts; see pipeline/fitting/encoder_start.py."""
+"""Begins the name of a start that a trained model predicts; see
+pipeline/fitting/encoder_start.py."""
 
 
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:
@@ -203,7 +204,8 @@ class PackConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The RGB model whose embeddings of the images are stored, as it was found by
-    `pipeline.models.teacher.described`: not options, so that shards of other weights are other shards."""
+    `pipeline.models.teacher.resolve_teacher`: not options, so that shards of other weights are
+    other shards."""
 
     model: str
     """Name or folder, as it was given."""
@@ -282,7 +284,7 @@ PRESETS: dict[str, ConvertConfig] = {
 learning rates are not published and were tuned here, on raw parameters in px, for its best."""
 
 
-def recipe(config: ConvertConfig) -> dict[str, Any]:
+def output_config(config: ConvertConfig) -> dict[str, Any]:
     """What changes the output bytes: the stages' configurations, and the versions of format and
     stages."""
     stages = {
@@ -296,8 +298,8 @@ def recipe(config: ConvertConfig) -> dict[str, Any]:
     return {**stages, "format_version": FORMAT_VERSION, "stages_version": STAGES_VERSION}
 
 
-def config_from_recipe(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
-    """The configuration whose `recipe` this is, to redo shards as they were.
+def config_from_output(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
+    """The configuration whose `output_config` this is, to redo shards as they were.
 
     Raises UsageError for a recipe of other stages or another format, which this build would not
     turn into the same bytes, and for one that it does not understand.
@@ -319,8 +321,8 @@ def config_from_recipe(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
         )
     except (KeyError, TypeError) as e:
         raise UsageError(f"{_UNKNOWN_RECIPE} ({type(e).__name__}: {e})") from e
-    if canonical_json(recipe(config)) != canonical_json(recipe_of_shards):
-        different = describe_difference(recipe_of_shards, recipe(config))
+    if canonical_json(output_config(config)) != canonical_json(recipe_of_shards):
+        different = describe_difference(recipe_of_shards, output_config(config))
         raise UsageError(f"{_UNKNOWN_RECIPE} ({'; '.join(different)})")
     return config
 
@@ -348,7 +350,7 @@ def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
     A folder's label numbers depend on all of its class directories, also those of other shards, so
     a digest of their names is part of the source.
     """
-    return {"recipe": recipe(config), "source": source_of(ref)}
+    return {"recipe": output_config(config), "source": source_of(ref)}
 
 
 def source_of(ref: ShardRef) -> dict[str, Any]:
@@ -370,7 +372,7 @@ def identities(config: ConvertConfig) -> Callable[[ShardRef], tuple[dict[str, An
     All the inputs share one recipe, which is serialised once; that is most of the work and of the
     memory.
     """
-    shared = recipe(config)
+    shared = output_config(config)
     begin = f'{{"recipe":{canonical_json(shared)},"source":'
 
     def identity(ref: ShardRef) -> tuple[dict[str, Any], str]:

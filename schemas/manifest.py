@@ -13,8 +13,8 @@
 It says what a dataset is and where it comes from, and it is the compacted catalog of all done
 markers: who reads it need not read 100,000 small files. It is JSON, and these are its lines: a
 shard on each, so that it can be read without holding all of it. Markers stay the truth: this file
-may be old, incomplete or deleted at any time, and `pipeline.shards.markers` tells which of its entries
-still hold.
+may be old, incomplete or deleted at any time, and `pipeline.shards.markers` tells which of its
+entries still hold.
 """
 
 from __future__ import annotations

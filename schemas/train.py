@@ -108,7 +108,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What splatshard.pipeline.data.augment does to the training samples; see `Augment` there for the exact
+    """What pipeline/data/augment.py does to the training samples; see `Augment` there for the exact
     meaning. With these defaults nothing but the size changes. The same numbers do the same to
     images (pipeline/data/augment_pixels.py), but for dropout, which they cannot have."""
 

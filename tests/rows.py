@@ -12,7 +12,7 @@ from splatshard.pipeline.codec.pack import Payload, pack
 from splatshard.pipeline.kernels.backend import select_backend
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.splats import Splats
-from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig, recipe
+from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig, output_config
 from splatshard.schemas.shard import ShardRef
 from splatshard.schemas.splats import EXTENSIONS, psnr_columns, shard_metadata
 
@@ -98,7 +98,7 @@ def config_of(
 
 
 def metadata_of(config: ConvertConfig) -> dict[str, Any]:
-    return shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
+    return shard_metadata(config.pack.codec, config.fit.cutoff, output_config(config))
 
 
 def write_shard(

@@ -3,8 +3,8 @@
     0 all done    1 usage, configuration or storage    3 finished with failed shards
     130 interrupted (Ctrl-C)    143 terminated
 
-Jobs import `pipeline.shards.commit` and what else brings torch inside functions, so that `--help` and
-usage errors take a tenth of a second instead of three.
+Jobs import `pipeline.shards.commit` and what else brings torch inside functions, so that `--help`
+and usage errors take a tenth of a second instead of three.
 
 tyro derives the flags; its framed multi-line errors are folded into one line, since job logs are
 read line by line, and its exit code 2 becomes 1. Standard output is for the answer: the JSON line

@@ -24,7 +24,7 @@ from splatshard.jobs.destination.plan_file import put_file, write_lines, write_t
 from splatshard.jobs.driver.progress import dataset_figures
 from splatshard.pipeline.storage.fs import exists, open_read
 from splatshard.pipeline.storage.options import redact
-from splatshard.schemas.config import ConvertConfig, recipe, recipe_digest
+from splatshard.schemas.config import ConvertConfig, output_config, recipe_digest
 from splatshard.schemas.errors import UnavailableError
 from splatshard.schemas.manifest import (
     MANIFEST_FILE,
@@ -130,7 +130,7 @@ class Catalog:
 def head(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
     """What the manifest says about the dataset as a whole."""
     recipes = [manifest.inputs["recipe"] for manifest in manifests]
-    one = recipes[0] if recipes else recipe(ConvertConfig())
+    one = recipes[0] if recipes else output_config(ConvertConfig())
     metadata = metadata_of(one)
     return {
         "fingerprint": dataset_fingerprint(manifests),

@@ -33,7 +33,7 @@ from splatshard.schemas.config import (
     ConvertConfig,
     describe_difference,
     identities,
-    recipe,
+    output_config,
     recipe_digest,
     source_of,
 )
@@ -231,7 +231,10 @@ def refuse_stale(plan: Plan, markers: Mapping[str, Marker], dst: str) -> None:
 def mixed(plan: Plan, config: ConvertConfig) -> str:
     """A line on shards of another recipe that are done, that SRC does not name, and that stay; ""
     where there are none."""
-    wanted, going = recipe(config), plan.replaces.keys() | {marker.name for marker in plan.gone}
+    wanted, going = (
+        output_config(config),
+        plan.replaces.keys() | {marker.name for marker in plan.gone},
+    )
     others = [m for m in plan.others if m.name not in going and m.inputs["recipe"] != wanted]
     if not others:
         return ""

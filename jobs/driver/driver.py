@@ -51,7 +51,7 @@ from splatshard.jobs.driver.worker import (
     Task,
     WorkerState,
 )
-from splatshard.pipeline.runtime.stage_timer import Pulse
+from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.pipeline.shards.commit import mark_failed
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import BackendError, SplatshardError, StorageError, UnavailableError
@@ -82,7 +82,7 @@ class Worker:
     polled: Any = None
     heard: float = 0.0
     state: WorkerState = field(default_factory=WorkerState)
-    worked: Pulse = field(default_factory=Pulse)
+    worked: StageStats = field(default_factory=StageStats)
     retiring: bool = False
     broken: float | None = None
 
@@ -138,14 +138,14 @@ class Driver:
                 if self.signals.received:
                     raise Interrupted(128 + self.signals.received, self.signals.message)
                 self.resize()
-                self.relieve()
+                self.replace_broken()
                 largest = max(largest, len(self.team))
                 self.assign()
                 for worker in self.wait():
                     try:
                         self.collect(worker)
                     except RayError as e:
-                        self.lost(worker, cause_of_death(e))
+                        self.on_worker_lost(worker, cause_of_death(e))
                 self.poll()
                 self.progress.workers = len(self.team)
                 self.progress.update([worker.state for worker in self.team])
@@ -200,7 +200,7 @@ class Driver:
         actor = remote(FitActor).remote(THREADS, self.storage_options)
         self.team.append(Worker(actor=actor, started=actor.start.remote(self.config.backend)))
 
-    def relieve(self) -> None:
+    def replace_broken(self) -> None:
         """Dismiss broken workers, once what they had is in work elsewhere or cannot be: nobody else
         has loaded, and those that have not may be waiting for their places."""
         able = any(worker.able for worker in self.team)
@@ -260,7 +260,7 @@ class Driver:
         if worker.started is not None:
             if not is_ready(worker.started):
                 return
-            self.welcome(worker)
+            self.on_ready(worker)
         errors: dict[Any, Outcome] = {}
         for ref in [ref for ref in worker.in_flight if is_ready(ref)]:
             outcome: Outcome = ray.get(ref)
@@ -269,15 +269,15 @@ class Driver:
                 continue
             task = worker.in_flight.pop(ref)
             unfinished = tuple(c for c in worker.state.shards if c.shard != task.ref.name)
-            worker.state = WorkerState(shards=unfinished, pulse=outcome.pulse)
-            worker.worked = outcome.pulse
+            worker.state = WorkerState(shards=unfinished, stage_stats=outcome.stage_stats)
+            worker.worked = outcome.stage_stats
             worker.heard = time.monotonic()
-            self.settle(task, outcome)
+            self.on_outcome(task, outcome)
         if errors:
             oom = all(outcome.kind == "oom" for outcome in errors.values())
-            self.lost(worker, "oom" if oom else "application", errors)
+            self.on_worker_lost(worker, "oom" if oom else "application", errors)
 
-    def welcome(self, worker: Worker) -> None:
+    def on_ready(self, worker: Worker) -> None:
         """A worker has loaded, or cannot."""
         try:
             started: Started = ray.get(worker.started)
@@ -289,7 +289,7 @@ class Driver:
         self.start_deaths = 0
         self.progress.worker_ready(started.backend, node=started.node, pid=started.pid)
 
-    def settle(self, task: Task, outcome: Outcome) -> None:
+    def on_outcome(self, task: Task, outcome: Outcome) -> None:
         """What follows from an outcome. Raises StorageError and UnavailableError."""
         if task.ref.name in self.schedule.closed:
             return
@@ -324,7 +324,7 @@ class Driver:
         if not self.schedule.unavailable(task, outcome.message, time.monotonic()):
             self.finish(task, replace(outcome, kind="failed"))
 
-    def lost(
+    def on_worker_lost(
         self, worker: Worker, kind: RetryKind, errors: Mapping[Any, Outcome] | None = None
     ) -> None:
         """A worker is gone or, "application", broken; its tasks, of which some may have come back
@@ -396,7 +396,7 @@ class Driver:
             elif is_ready(worker.polled):
                 self.hear(worker, now)
             if hung := self.hung(worker, now):
-                self.lost(worker, hung)
+                self.on_worker_lost(worker, hung)
 
     def hear(self, worker: Worker, now: float) -> None:
         """Take a worker's answer, less the shards whose results have come in meanwhile."""
@@ -410,10 +410,10 @@ class Driver:
 
     def hung(self, worker: Worker, now: float) -> RetryKind | None:
         """How a worker hangs: in a sample, or at a store; None when it does not."""
-        silent_s, pulse = now - worker.heard, worker.state.pulse
-        if pulse.slowest_s + silent_s <= self.sample_timeout:
+        silent_s, stage_stats = now - worker.heard, worker.state.stage_stats
+        if stage_stats.slowest_s + silent_s <= self.sample_timeout:
             return None
-        return "storage" if pulse.slowest in ("read", "publish") else "hang"
+        return "storage" if stage_stats.slowest in ("read", "publish") else "hang"
 
     def stop(self) -> None:
         """Ask all workers to give up after their current batch, and wait STOP_GRACE_S for it."""

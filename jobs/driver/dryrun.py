@@ -100,19 +100,19 @@ def convert_timed(
 ) -> tuple[list[dict[str, Any]], float]:
     """The rows of the samples, and the seconds that each of them costs in the middle of a job."""
     from splatshard.pipeline.convert import convert_samples, overlaps
-    from splatshard.pipeline.runtime.stage_timer import StageClock
+    from splatshard.pipeline.runtime.stage_timer import StageTimer
 
-    def convert(samples: list[RawSample], clock: StageClock) -> list[dict[str, Any]]:
-        return [row for rows in convert_samples(samples, config, backend, clock) for row in rows]
+    def convert(samples: list[RawSample], timer: StageTimer) -> list[dict[str, Any]]:
+        return [row for rows in convert_samples(samples, config, backend, timer) for row in rows]
 
     overlapping = overlaps(backend.device)
     # a GPU's kernels are compiled for the size of the batch, too
-    convert(samples if overlapping else samples[:1], StageClock())
-    clock = StageClock()
+    convert(samples if overlapping else samples[:1], StageTimer())
+    timer = StageTimer()
     begin = time.monotonic()
-    rows = convert(samples, clock)
+    rows = convert(samples, timer)
     wall_s = time.monotonic() - begin
-    return rows, (max(clock.pulse().busy_s.values()) if overlapping else wall_s) / len(rows)
+    return rows, (max(timer.stage_stats().busy_s.values()) if overlapping else wall_s) / len(rows)
 
 
 def look(work: Sequence[ShardRef], number: int) -> tuple[int, list[RawSample]]:

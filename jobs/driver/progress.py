@@ -1,8 +1,8 @@
 """What a running conversion tells: a live line on a terminal, plain lines in a log, a small file
 `_progress.json`, metrics, and a summary at the end.
 
-All of them show the `Snapshot` that `update` takes (jobs/driver/stats.py). Nothing here may hold up or
-fail the job: `_progress.json` is written on a thread, and a store that refuses it is told once.
+All of them show the `Snapshot` that `update` takes (jobs/driver/stats.py). Nothing here may hold up
+or fail the job: `_progress.json` is written on a thread, and a store that refuses it is told once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from splatshard.jobs.destination.plan_file import write_text
 from splatshard.jobs.driver.prometheus import Metrics
 from splatshard.jobs.driver.stats import RetryKind, Snapshot, Tally
 from splatshard.jobs.driver.worker import Outcome, SkippedSample, WorkerState
-from splatshard.pipeline.runtime.stage_timer import Pulse
+from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import SplatshardError
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
@@ -115,10 +115,10 @@ class Progress:
         self._tally.worker_ready(time.monotonic())
         log("worker_ready", "a worker is ready", detail=True, backend=backend, **fields)
 
-    def worker_left(self, message: str, pulse: Pulse, **fields: Any) -> None:
-        """A worker ended or was dismissed; `pulse` is its last, as of the end of a shard."""
-        self.worker_s += pulse.up_s
-        self.stage_s.update(pulse.busy_s)
+    def worker_left(self, message: str, stage_stats: StageStats, **fields: Any) -> None:
+        """A worker ended or was dismissed; `stage_stats` is its last, as of the end of a shard."""
+        self.worker_s += stage_stats.up_s
+        self.stage_s.update(stage_stats.busy_s)
         log("worker_left", message, detail=True, **fields)
 
     def finished(self, ref: ShardRef, outcome: Outcome) -> None:

@@ -19,7 +19,7 @@ from splatshard.jobs.cli.options import EXIT_OK, say
 from splatshard.jobs.convert import RunOptions, execute
 from splatshard.jobs.destination.plan import Marker, Plan, PlannedShard, status
 from splatshard.pipeline.storage.options import is_redacted
-from splatshard.schemas.config import ConvertConfig, config_from_recipe, recipe_digest
+from splatshard.schemas.config import ConvertConfig, config_from_output, recipe_digest
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardManifest, ShardRef, marker_digest
 
@@ -85,7 +85,7 @@ def by_recipe(
             digests[id(recipe)] = recipe_digest(recipe)
         groups.setdefault(digests[id(recipe)], []).append(name)
     for group in groups.values():
-        config = config_from_recipe(shards[group[0]].recipe)
+        config = config_from_output(shards[group[0]].recipe)
         yield dataclasses.replace(config, backend=backend), group  # type: ignore[arg-type]
 
 

@@ -5,8 +5,8 @@ Whose fault is it?
 - A store that does not answer: the shard waits, longer each time.
 - A worker that dies, runs out of memory or hangs: each of its shards is tried again alone at a
   worker. One that kills a worker twice alone is searched for the samples that do it
-  (`jobs.driver.bisect`); they are quarantined and the rest is converted. One whose reading kills, or that
-  has killed MOST_DEATHS workers, is given up.
+  (`jobs.driver.bisect`); they are quarantined and the rest is converted. One whose reading kills,
+  or that has killed MOST_DEATHS workers, is given up.
 - An error that is neither the data's nor a store's: the worker's device or process may be broken,
   or our code. The same, but a shard that meets one twice alone is given up with it, unsearched.
 

@@ -79,7 +79,7 @@ class Tally:
         self._failed = 0
         self._in_work: dict[str, Counters] = {}
         self._queued: dict[str, int] = {}
-        self._clocks: dict[str, float] = {}
+        self._timers: dict[str, float] = {}
         self._ready: float | None = None
         self._grown: dict[str, float] = defaultdict(float)
         self._recent: deque[tuple[float, dict[str, float]]] = deque()
@@ -128,17 +128,17 @@ class Tally:
                 self._grown["images"] += max(0, counters.samples - (seen.samples if seen else 0))
                 self._in_work[counters.shard] = counters
         queued: Counter[str] = Counter()
-        clocks: dict[str, float] = defaultdict(float)
+        timers: dict[str, float] = defaultdict(float)
         for state in states:
-            queued.update(state.pulse.queued)
-            clocks["up"] += state.pulse.up_s
-            for stage, seconds in state.pulse.busy_s.items():
-                clocks[f"busy {stage}"] += seconds
+            queued.update(state.stage_stats.queued)
+            timers["up"] += state.stage_stats.up_s
+            for stage, seconds in state.stage_stats.busy_s.items():
+                timers[f"busy {stage}"] += seconds
         self._queued = dict(queued)
-        if all(clocks[name] >= seconds for name, seconds in self._clocks.items()):
-            for name, seconds in clocks.items():
-                self._grown[name] += seconds - self._clocks.get(name, 0.0)
-        self._clocks = clocks  # where one went back, a worker has left: no figures of this moment
+        if all(timers[name] >= seconds for name, seconds in self._timers.items()):
+            for name, seconds in timers.items():
+                self._grown[name] += seconds - self._timers.get(name, 0.0)
+        self._timers = timers  # where one went back, a worker has left: no figures of this moment
         if self.ready:
             self._recent.append((now, self._grown.copy()))
             while self._recent[1][0] <= now - RECENT_S:

@@ -1,11 +1,12 @@
 """The worker: one process that converts shards for life, pinned to a core or a GPU.
 
-A plain class that knows nothing of scheduling; `jobs.driver.driver` makes a Ray actor of it. Every error
-comes back as a value (`Outcome`), because an exception that crosses Ray loses its type or fails to
-unpickle; only the death of the process shows as a Ray error. Two shards may be in work at once
-(Ray's "convert" concurrency group): on a CPU one is fitted while the other is uploaded or waits, on
-a GPU both may fit, so that the device has work while either begins or ends. `state` and `stop` run
-on a thread of their own ("control"); the driver polls, so a slow driver never holds up a worker.
+A plain class that knows nothing of scheduling; `jobs.driver.driver` makes a Ray actor of it. Every
+error comes back as a value (`Outcome`), because an exception that crosses Ray loses its type or
+fails to unpickle; only the death of the process shows as a Ray error. Two shards may be in work at
+once (Ray's "convert" concurrency group): on a CPU one is fitted while the other is uploaded or
+waits, on a GPU both may fit, so that the device has work while either begins or ends. `state` and
+`stop` run on a thread of their own ("control"); the driver polls, so a slow driver never holds up a
+worker.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from splatshard.jobs.driver.bisect import READ
-from splatshard.pipeline.runtime.stage_timer import Pulse, StageClock
+from splatshard.pipeline.runtime.stage_timer import StageStats, StageTimer
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import SplatshardError, StorageError, UnavailableError
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
@@ -78,7 +79,7 @@ class WorkerState:
     """What a worker answers when polled: its shards in work, and what its stages do."""
 
     shards: tuple[Counters, ...] = ()
-    pulse: Pulse = field(default_factory=Pulse)
+    stage_stats: StageStats = field(default_factory=StageStats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,8 @@ class Outcome:
     failed: the failed marker is written. unavailable: a store did not answer, trying again may
     help. storage: DST cannot be written, the job must stop. stopped: asked to stop, nothing was
     committed. oom: a MemoryError. broken: any other error that is none of ours; the device, the
-    process or our code may be at fault, and the worker should get no other task. `pulse` is the
-    worker's at that moment.
+    process or our code may be at fault, and the worker should get no other task. `stage_stats` is
+    the worker's at that moment.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Outcome:
     trace: str = ""
     skipped: tuple[SkippedSample, ...] = ()
     tried: int = 0
-    pulse: Pulse = field(default_factory=Pulse)
+    stage_stats: StageStats = field(default_factory=StageStats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ class FitActor:
         os.environ.update(environment)  # before torch and numba are imported
         self._storage_options = storage_options or {}
         self._stop = False
-        self._clock = StageClock()
+        self._timer = StageTimer()
         self._counters: dict[str, Counters] = {}
         self._backend: Backend | None = None
         self._turns = threading.Semaphore(1)
@@ -159,7 +160,7 @@ class FitActor:
             return Started(error=str(e), node=node, pid=os.getpid())
         if self._backend.device.type != "cpu":
             self._turns = threading.Semaphore(IN_FLIGHT)
-        self._clock = StageClock()  # shares of time count from here
+        self._timer = StageTimer()  # shares of time count from here
         return Started(backend=self._backend.name, node=node, pid=os.getpid())
 
     def convert(self, task: Task, config: ConvertConfig, dst: str) -> Outcome:
@@ -170,7 +171,7 @@ class FitActor:
             outcome = self._attempt(task, config, dst, self._backend)
         finally:
             self._counters.pop(task.ref.name, None)
-        return replace(outcome, pulse=self._clock.pulse())
+        return replace(outcome, stage_stats=self._timer.stage_stats())
 
     def _attempt(self, task: Task, config: ConvertConfig, dst: str, backend: Backend) -> Outcome:
         from splatshard.pipeline.shards.commit import mark_failed
@@ -223,8 +224,8 @@ class FitActor:
             dst,
             backend,
             on_batch,
-            clock=self._clock,
-            turn=self._turn(),
+            timer=self._timer,
+            slot=self._turn(),
             quarantine=dict(task.quarantine),
             attempt=task.attempt,
             replaces=task.replaces,
@@ -240,9 +241,9 @@ class FitActor:
         quarantine = dict(task.quarantine)
         with self._turn():
             if span == READ:
-                batches = try_reading(task.ref, backend, self._clock)
+                batches = try_reading(task.ref, backend, self._timer)
             else:
-                batches = try_samples(task.ref, config, backend, span, self._clock, quarantine)
+                batches = try_samples(task.ref, config, backend, span, self._timer, quarantine)
             with closing(batches):
                 for batch in batches:
                     self._check()
@@ -271,7 +272,9 @@ class FitActor:
 
     def state(self) -> WorkerState:
         """Of the shards in work and the stages; called from the control thread."""
-        return WorkerState(shards=tuple(self._counters.copy().values()), pulse=self._clock.pulse())
+        return WorkerState(
+            shards=tuple(self._counters.copy().values()), stage_stats=self._timer.stage_stats()
+        )
 
     def stop(self) -> None:
         """Give up the shards in work after their current batch, and take no other."""

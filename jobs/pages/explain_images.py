@@ -53,7 +53,7 @@ def predicting(trained: Trained, side: int | None, number: int | None) -> tuple[
     """As `gaussians_of`, for GViT."""
     import torch
 
-    from splatshard.pipeline.models.gaussian_space import render, splats_of
+    from splatshard.pipeline.models.gaussian_space import render, splats_from_parameters
     from splatshard.pipeline.models.gvit import GViT
 
     space = trained.config.gvit
@@ -65,7 +65,7 @@ def predicting(trained: Trained, side: int | None, number: int | None) -> tuple[
     @torch.no_grad()
     def predicted(pixels: Tensor) -> tuple[Splats, Tensor]:
         g = model.predictor(pixels, None, number)
-        return splats_of(g, size, size, space), render(g, size, size, space)
+        return splats_from_parameters(g, size, size, space), render(g, size, size, space)
 
     return size, predicted
 

@@ -123,7 +123,7 @@ def unpack(payloads: list[dict[str, Payload]], height: int, width: int, codec: s
     return Splats(means, cholesky, colors, torch.from_numpy(np.concatenate(masks, 1)))
 
 
-def splats_of(row: dict[str, Any], metadata: dict[str, Any], budget: int | None = None) -> Splats:
+def unpack_row(row: dict[str, Any], metadata: dict[str, Any], budget: int | None = None) -> Splats:
     """The Gaussians of one row [1, N], or the first `budget` of them, of a shard with these
     `schemas.splats.shard_metadata`; raises as `unpack`."""
     budgets = metadata.get("budgets", [])

@@ -35,8 +35,8 @@ from splatshard.pipeline.data.epoch_order import (
     Piece,
     Reader,
     Share,
+    epoch_steps,
     shares,
-    steps_of,
 )
 from splatshard.pipeline.data.filters import Filter, checked_filter
 from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
@@ -200,7 +200,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """Batches of this rank in the next iteration: what is left of the epoch."""
         start = self._start()
         left = self._total() - start.samples
-        return steps_of(left, self.batch_size, self.world_size, self.drop_last)
+        return epoch_steps(left, self.batch_size, self.world_size, self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
         reader = self._reader()
@@ -360,7 +360,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
                 "epoch; another dataset's is its number of samples"
             )
         total = self._total()
-        if not steps_of(total, self.batch_size, self.world_size, self.drop_last):
+        if not epoch_steps(total, self.batch_size, self.world_size, self.drop_last):
             urls = " and ".join("::".join(source.urls) for source in self.sources)
             raise UsageError(
                 f"batch_size is {self.batch_size} on each of {self.world_size} ranks, but {urls} "

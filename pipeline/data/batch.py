@@ -69,7 +69,7 @@ class TrainBatch:
             s = self.splats
             splats = Splats(move(s.means), move(s.cholesky), move(s.colors), move(s.mask))
         else:
-            splats = splats_of(move(values), move(self.splats.mask))
+            splats = splats_from_values(move(values), move(self.splats.mask))
         return replace(self, splats=splats, **_moved(self, move))
 
 
@@ -144,14 +144,14 @@ def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     }
 
 
-def splats_of(values: Tensor, mask: Tensor) -> Splats:
+def splats_from_values(values: Tensor, mask: Tensor) -> Splats:
     """Splats whose parameters are views of `values` [B, N, 8]: x, y, l11, l21, l22 in px, r, g,
     b."""
     return Splats(values[..., :2], values[..., 2:5], values[..., 5:], mask)
 
 
 def values_of(splats: Splats) -> Tensor | None:
-    """The tensor [B, N, 8] that `splats_of` was given, or None for splats of another kind.
+    """The tensor [B, N, 8] that `splats_from_values` was given, or None for splats of another kind.
 
     So a batch moves in one transfer instead of three.
     """

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from splatshard.pipeline.codec import Plane, decode_rows
-from splatshard.pipeline.data.batch import Position, TrainBatch, splats_of
+from splatshard.pipeline.data.batch import Position, TrainBatch, splats_from_values
 from splatshard.pipeline.data.windows import Choice
 from splatshard.schemas.errors import CorruptShardError
 
@@ -68,7 +68,7 @@ def assemble(
     _decode(chosen, counts, heights, widths, values.numpy())
     mask = np.arange(width, dtype=np.int32) < counts[:, None]
     return TrainBatch(
-        splats=splats_of(values, torch.from_numpy(mask)),
+        splats=splats_from_values(values, torch.from_numpy(mask)),
         heights=torch.from_numpy(heights),
         widths=torch.from_numpy(widths),
         keys=[text for block, places in chosen for text in texts(block.keys, places)],

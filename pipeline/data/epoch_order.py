@@ -283,7 +283,7 @@ class Share(NamedTuple):
     after: int
 
 
-def steps_of(samples: int, batch_size: int, world_size: int, drop_last: bool) -> int:
+def epoch_steps(samples: int, batch_size: int, world_size: int, drop_last: bool) -> int:
     """Batches that every rank gets of `samples` samples."""
     together = batch_size * world_size
     return samples // together if drop_last else -(-samples // together)
@@ -299,7 +299,7 @@ def shares(
     step lacks it lacks on all ranks alike: they share what is left evenly.
     """
     together = batch_size * reader.world_size
-    steps = steps_of(total - start, batch_size, reader.world_size, drop_last)
+    steps = epoch_steps(total - start, batch_size, reader.world_size, drop_last)
     for step in range(reader.worker + taken * reader.workers, steps, reader.workers):
         begin = start + step * together
         left = min(together, total - begin)

@@ -4,7 +4,8 @@
 
 Works for whatever reads Gaussians: SplatClassifier on fitted ones, GViT on those it predicts. With
 y the logit (before the softmax) of one class, and each Gaussian's numbers in the frame of the fit
-(pipeline/fitting/fit.py: position in its own standard deviations, shape relative, colours with white 1):
+(pipeline/fitting/fit.py: position in its own standard deviations, shape relative, colours with
+white 1):
 
     gradient      |dy / d (position 2, shape 3, colour 3)|
     contribution  sum over r, g, b of colour * dy / dcolour, its mean while all colours rise from 0

@@ -12,7 +12,7 @@ import torch
 
 from splatshard.pipeline.models.patches import PatchEncoder
 from splatshard.pipeline.models.pretrained import load_clip
-from splatshard.pipeline.models.teacher import described
+from splatshard.pipeline.models.teacher import resolve_teacher
 from splatshard.pipeline.train.trained import Trained
 from splatshard.schemas.splats import canonical_json
 
@@ -20,7 +20,7 @@ from splatshard.schemas.splats import canonical_json
 def load_rgb(name: str, device: torch.device) -> Trained:
     """The CLIP `name`, see `pipeline.models.pretrained.load_clip`, which reads images. Raises
     UsageError where it cannot be loaded."""
-    model, how = load_clip(name), described(name)
+    model, how = load_clip(name), resolve_teacher(name)
     digest = hashlib.sha256(how.weights.encode())  # the vision tower's; and what else there is
     for parameter, value in sorted(model.state_dict().items()):
         if not parameter.startswith("vision."):

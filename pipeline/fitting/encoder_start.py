@@ -38,7 +38,7 @@ _loaded: dict[tuple[str, str], Trained] = {}
 _lock = threading.Lock()
 
 
-def described(init: str, count: int) -> str:
+def resolve_encoder(init: str, count: int) -> str:
     """What a recipe says of the start `init`, encoder:CHECKPOINT, for `count` Gaussians.
 
     CHECKPOINT is a run's dst or one of its checkpoints. Raises UsageError where it is no GViT, or
@@ -67,7 +67,7 @@ def described(init: str, count: int) -> str:
 def predict(target: Tensor, init: str, count: int) -> Splats:
     """`count` Gaussians for each image of `target` [B, 3, H, W], 0 to 1, from the encoder that
     `init` describes. Raises UsageError where it cannot be loaded or has other weights."""
-    from splatshard.pipeline.models.gaussian_space import splats_of
+    from splatshard.pipeline.models.gaussian_space import splats_from_parameters
     from splatshard.pipeline.models.gvit import GViT
 
     trained = load(init, target.device)
@@ -84,7 +84,7 @@ def predict(target: Tensor, init: str, count: int) -> Splats:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
         with trained.computing():
             g = model.predictor(pixels, None, count)
-        found = splats_of(g, side, side, model.space)
+        found = splats_from_parameters(g, side, side, model.space)
         x, y = stretch.unbind()
         cholesky = found.cholesky * torch.stack((x, y, y))
         parts.append(Splats(found.means * stretch, cholesky, found.colors, found.mask))
@@ -93,8 +93,8 @@ def predict(target: Tensor, init: str, count: int) -> Splats:
 
 
 def load(init: str, device: torch.device) -> Trained:
-    """The encoder that `described` gave `init` for, on `device`; a process loads it once. Raises
-    UsageError where it cannot be loaded here, or has other weights than `init` says."""
+    """The encoder that `resolve_encoder` gave `init` for, on `device`; a process loads it once.
+    Raises UsageError where it cannot be loaded here, or has other weights than `init` says."""
     key = (init, str(device))
     with _lock:
         if key not in _loaded:

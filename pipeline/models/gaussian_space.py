@@ -137,7 +137,7 @@ def gaussians_of(g: Tensor, height: int, width: int, config: GViTConfig) -> tupl
     return Splats(means, cholesky, colors, mask), g[..., 8].sigmoid()
 
 
-def splats_of(g: Tensor, height: int, width: int, config: GViTConfig) -> Splats:
+def splats_from_parameters(g: Tensor, height: int, width: int, config: GViTConfig) -> Splats:
     """Gaussians whose colours have been multiplied by their opacity: what a sum renders, and what
     the classifier reads."""
     splats, opacities = gaussians_of(g, height, width, config)
@@ -156,4 +156,6 @@ def render(g: Tensor, height: int, width: int, config: GViTConfig) -> Tensor:
             composite = render_alpha if g.is_cuda else reference_alpha
             return composite(splats, opacities, height, width)
         backend = select_backend("triton" if g.is_cuda else "cpu")
-        return backend.render(splats_of(g, height, width, config), height, width, config.cutoff)
+        return backend.render(
+            splats_from_parameters(g, height, width, config), height, width, config.cutoff
+        )

@@ -53,7 +53,7 @@ from splatshard.pipeline.models.gaussian_space import (
     colored,
     drawn,
     grid,
-    splats_of,
+    splats_from_parameters,
 )
 from splatshard.pipeline.models.patches import PatchEncoder, normalised
 from splatshard.pipeline.models.reconstruct import perceptual_loss, reconstruction_loss
@@ -115,7 +115,7 @@ class GViT(nn.Module):
         height, width = pixels.shape[2:]
         g = self.predictor(pixels, seeds, count)
         logits = self.classify(guided(g, gamma, clip), height, width)
-        return Output(logits, splats_of(g, height, width, self.space), g)
+        return Output(logits, splats_from_parameters(g, height, width, self.space), g)
 
     def classify(self, g: Tensor, height: int, width: int) -> Tensor:
         """Logits [B, C] of g [B, k, 9] on images of this size."""
@@ -124,7 +124,7 @@ class GViT(nn.Module):
     def read(self, g: Tensor, height: int, width: int) -> Tensor:
         """The encoder's CLS token [B, D] of g [B, k, 9] on images of this size."""
         heights, widths = (torch.full((len(g),), n, device=g.device) for n in (height, width))
-        return self.encoder(splats_of(g, height, width, self.space), heights, widths)
+        return self.encoder(splats_from_parameters(g, height, width, self.space), heights, widths)
 
 
 class GaussianPredictor(nn.Module):

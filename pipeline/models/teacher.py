@@ -75,7 +75,7 @@ class Teacher:
         return torch.autocast("cuda", torch.float16) if cuda else nullcontext()
 
 
-def described(model: str) -> TeacherConfig:
+def resolve_teacher(model: str) -> TeacherConfig:
     """What a recipe says of the teacher `model`: a name of the Hugging Face hub or a folder, see
     `pipeline.models.pretrained.load_clip`. A folder is recorded by its absolute path, since workers
     and later jobs run elsewhere. Raises UsageError where it cannot be loaded."""

@@ -1,8 +1,8 @@
 """What a worker is doing: busy seconds per stage, and what has been running for how long.
 
-`convert_shard` enters a stage around each piece of work; another thread takes a `Pulse` of it. The
-driver shows these figures, and takes a worker for hung when one piece of work runs too long for the
-samples it covers.
+`convert_shard` enters a stage around each piece of work; another thread takes a `StageStats` of it.
+The driver shows these figures, and takes a worker for hung when one piece of work runs too long for
+the samples it covers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STAGES = ("read", "decode", "fit", "pack", "publish")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pulse:
+class StageStats:
     """A clock at one moment.
 
     busy_s: seconds, by stage, in which at least one thread was in it, since the clock's start.
@@ -33,7 +33,7 @@ class Pulse:
     queued: dict[str, int] = field(default_factory=dict)
 
 
-class StageClock:
+class StageTimer:
     """Times stages on any number of threads."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class StageClock:
         with self._lock:
             self._queued[name] += change
 
-    def pulse(self) -> Pulse:
+    def stage_stats(self) -> StageStats:
         """The state now; from any thread."""
         with self._lock:
             now = time.monotonic()
@@ -81,7 +81,7 @@ class StageClock:
                 ((now - since) / samples, name) for name, samples, since in self._running.values()
             ]
             slowest_s, slowest = max(each, default=(0.0, ""))
-            return Pulse(
+            return StageStats(
                 busy_s=busy,
                 up_s=now - self._begin,
                 slowest_s=slowest_s,

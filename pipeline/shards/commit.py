@@ -193,7 +193,7 @@ def _commit(dst: str, path: Path, ours: ShardManifest, replaces: str) -> ShardMa
             objects.upload(path, data)
             uploaded = True
         replaced = found
-        if objects.put_if(marker, to_json(ours).encode(), tag):
+        if objects.put_if_match(marker, to_json(ours).encode(), tag):
             break
     else:
         raise UnavailableError(f"{marker} changes again and again")

@@ -334,7 +334,7 @@ def row_problem(row: Row, metadata: dict[str, Any]) -> str:
     """What is wrong with a row of a shard with these metadata; empty when nothing is."""
     from splatshard.pipeline.codec.pack import (  # torch; a driver only reads markers
         finite_images,
-        splats_of,
+        unpack_row,
     )
 
     budgets = metadata.get("budgets", [])
@@ -353,7 +353,7 @@ def row_problem(row: Row, metadata: dict[str, Any]) -> str:
         if row[name] is None or not math.isfinite(row[name]):
             return f"{'PSNR' if name == 'psnr' else name} is {row[name]}"
     try:
-        splats = splats_of(row, metadata)
+        splats = unpack_row(row, metadata)
     except CorruptShardError as e:
         return str(e)
     found = int(splats.num_gaussians[0])

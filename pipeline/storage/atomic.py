@@ -4,7 +4,7 @@
     upload     os.replace                        PUT or multipart upload of the finished file
     put_if     os.replace, under `exclusive`     PUT with If-None-Match: * or If-Match: tag
     upload_if  the same with a finished file     the same
-    exclusive  flock of _staging/{name}.lock     nothing: the conditions of `put_if` decide
+    exclusive  flock of _staging/{name}.lock     nothing: the conditions of `put_if_match` decide
 
 Never through `fs.open(url, "wb")`: an error inside its block publishes what was written so far.
 
@@ -12,8 +12,8 @@ A PUT and the end of a multipart upload are atomic; a kill before leaves nothing
 (parts of a broken multipart upload are invisible; a lifecycle rule of the bucket removes them).
 
 Some S3 clones ignore conditions. The object `{dst}/_probe` is created twice to find that out, once
-per process, and stays; where both succeed, `put_if` looks and then writes, so the later one of two
-that race wins.
+per process, and stays; where both succeed, `put_if_match` looks and then writes, so the later one
+of two that race wins.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def head(url: str) -> Stat | None:
         return Stat(found["ContentLength"], found["ETag"])
 
 
-def put_if(url: str, data: bytes | BinaryIO, tag: str | None) -> bool:
+def put_if_match(url: str, data: bytes | BinaryIO, tag: str | None) -> bool:
     """Write a small file (to S3 also an open one) if what is at `url` still has the etag `tag`;
     None for nothing at all.
 
@@ -109,12 +109,13 @@ def put_if(url: str, data: bytes | BinaryIO, tag: str | None) -> bool:
 
 
 def upload_if(path: Path, url: str, tag: str | None) -> bool:
-    """`put_if` of the finished local file at `path` (which may be moved), up to 5 GB on S3."""
+    """`put_if_match` of the finished local file at `path` (which may be moved), up to 5 GB on
+    S3."""
     if is_local(url):
         upload(path, url)
         return True
     with path.open("rb") as file:
-        return put_if(url, file, tag)
+        return put_if_match(url, file, tag)
 
 
 def keeps_conditions(dst: str) -> bool:

@@ -34,7 +34,7 @@ from splatshard.pipeline.storage.errors import (
     storage_errors,
 )
 from splatshard.pipeline.storage.options import PACKAGES, options_of, redact, scheme_of, set_options
-from splatshard.pipeline.storage.retry import Stream, patiently
+from splatshard.pipeline.storage.retry import RetryingStream, with_retries
 from splatshard.pipeline.storage.staging import scratch, staged
 from splatshard.pipeline.storage.walk import walk
 from splatshard.schemas.errors import SourceError, UsageError
@@ -127,7 +127,7 @@ def _asked(fs: fsspec.AbstractFileSystem, path: str, call: Callable[[], T]) -> T
     """`call()`, patiently. What S3 says to a HEAD that it refuses has no body, so a listing is
     asked for the reason."""
     try:
-        return patiently(call)
+        return with_retries(call)
     except PermissionError:
         if _is_s3(fs):
             next(_s3_listing(fs, fs._parent(path)), None)
@@ -148,7 +148,7 @@ def open_read(url: str) -> Iterator[BinaryIO]:
         raw = _asked(fs, path, lambda: fs.open(path, "rb"))
     except driver_errors() as e:
         raise as_error(e, f"cannot open {url}", SourceError) from e
-    with raw if is_local(url) else Stream(url, raw) as stream:
+    with raw if is_local(url) else RetryingStream(url, raw) as stream:
         yield cast("BinaryIO", stream)
 
 
@@ -229,7 +229,7 @@ def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> Iterable[dict[
     if _is_s3(fs):
         return _s3_listing(fs, path)
     try:
-        return patiently(lambda: fs.ls(path, detail=True))
+        return with_retries(lambda: fs.ls(path, detail=True))
     except FileNotFoundError as e:
         if is_absent(e):
             return []
@@ -302,7 +302,7 @@ def read_bytes(url: str) -> bytes:
     """All bytes of a small file. Raises FileNotFoundError and what else the driver raises: use it
     within `storage_errors`."""
     fs, path = driver(url)
-    return patiently(lambda: fs.cat_file(path))
+    return with_retries(lambda: fs.cat_file(path))
 
 
 def glob(pattern: str) -> dict[str, Stat]:

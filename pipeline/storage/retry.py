@@ -22,7 +22,7 @@ T = TypeVar("T")
 PATIENCE_S = 60.0
 
 
-def patiently(call: Callable[[], T]) -> T:
+def with_retries(call: Callable[[], T]) -> T:
     """`call()`, again and again for PATIENCE_S while the reason why it fails may pass."""
     end = time.monotonic() + PATIENCE_S
     for attempt in count():
@@ -35,7 +35,7 @@ def patiently(call: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-class Stream(io.RawIOBase):
+class RetryingStream(io.RawIOBase):
     """A remote file: reads go on where they broke, and raise SourceError or UnavailableError."""
 
     def __init__(self, url: str, raw: Any) -> None:
@@ -45,7 +45,7 @@ class Stream(io.RawIOBase):
         left = -1 if size is None else size
         blocks: list[bytes] = []
         try:
-            while left and (block := patiently(partial(self._block, left))):
+            while left and (block := with_retries(partial(self._block, left))):
                 blocks.append(block)
                 left -= len(block) if left > 0 else 0
         except driver_errors() as e:

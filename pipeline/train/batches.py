@@ -34,7 +34,7 @@ from splatshard.pipeline.train.augmentation import (
     augmented_pixels,
     sample_seeds,
 )
-from splatshard.pipeline.train.distributed import World, once, unasked
+from splatshard.pipeline.train.distributed import World, ignore_signals, on_rank_zero
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.splats import TEACHER
 from splatshard.schemas.train import TrainConfig
@@ -197,7 +197,7 @@ class Feed:
             collate_fn=Prepare(config),
             pin_memory=world.device.type == "cuda",
             persistent_workers=data.workers > 0,
-            worker_init_fn=unasked,
+            worker_init_fn=ignore_signals,
         )
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -289,7 +289,7 @@ def open_dataset(config: TrainConfig, world: World) -> Dataset:
         "lanes": data.lanes or world.size * max(1, data.workers),
         "filter": data.filter,
         "epoch_samples": data.epoch_samples,
-        "once": partial(once, world),
+        "on_rank_zero": partial(on_rank_zero, world),
     }
     if reads_images(config.model):
         side = image_config(config.model).image_size

@@ -38,7 +38,7 @@ from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import parquet_metadata
 from splatshard.pipeline.storage import fs as storage
 from splatshard.pipeline.train.batches import Dataset
-from splatshard.pipeline.train.distributed import World, once
+from splatshard.pipeline.train.distributed import World, on_rank_zero
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.shard import ShardManifest
 from splatshard.schemas.splats import TEACHER, canonical_json, metadata_of
@@ -83,7 +83,7 @@ def check_data(dataset: Dataset, config: TrainConfig, world: World) -> None:
     what `config.stage` needs; CorruptShardError for shards that are missing, truncated or damaged;
     UnavailableError.
     """
-    once(world, lambda: look_through(dataset, config))
+    on_rank_zero(world, lambda: look_through(dataset, config))
 
 
 def look_through(dataset: Dataset, config: TrainConfig) -> None:
@@ -247,7 +247,7 @@ def refuse_differences(seen: Sequence[Seen], name: str) -> None:
     if len(groups) == 1 and (name != TEACHER or values[0] is not None):
         return
     parts = [
-        f"{len(shards):,} of {len(seen):,} shards have {described(name, value)}, first of them "
+        f"{len(shards):,} of {len(seen):,} shards have {value_text(name, value)}, first of them "
         f"{shards[0].url}"
         for value, shards in zip(values, groups.values(), strict=True)
     ]
@@ -260,7 +260,7 @@ def refuse_differences(seen: Sequence[Seen], name: str) -> None:
     raise UsageError(f"the shards differ in their {name}: {'; '.join(parts)}: {remedy}")
 
 
-def described(name: str, value: Any) -> str:
+def value_text(name: str, value: Any) -> str:
     """A teacher in few words; another constant as it is."""
     if name != TEACHER:
         return f"{value}"

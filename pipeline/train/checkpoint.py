@@ -145,7 +145,7 @@ def _folder(dst: str, step: int) -> str:
     return f"{dst.rstrip('/')}/checkpoints/{step:08d}"
 
 
-def steps_of(dst: str) -> tuple[list[int], dict[int, list[str]]]:
+def saved_steps(dst: str) -> tuple[list[int], dict[int, list[str]]]:
     """Steps of the whole checkpoints in `dst`, in order; and the files of all, whole or not."""
     files: dict[int, list[str]] = {}
     for url in storage.find(f"{dst.rstrip('/')}/checkpoints"):
@@ -162,7 +162,7 @@ def _ends(urls: list[str]) -> set[str]:
 
 def prune(dst: str, keep: int) -> None:
     """Delete all checkpoints but the last `keep`, and what is left of broken ones."""
-    whole, files = steps_of(dst)
+    whole, files = saved_steps(dst)
     for step in set(files) - set(whole[-keep:]):
         folder = _folder(dst, step)
         objects.delete(f"{folder}/{CONFIG}")  # first: what is left is no checkpoint
@@ -176,7 +176,7 @@ def prune(dst: str, keep: int) -> None:
 
 def latest(dst: str) -> Checkpoint | None:
     """The newest whole checkpoint of the run in `dst`; None where there is none."""
-    whole, _ = steps_of(dst)
+    whole, _ = saved_steps(dst)
     return read_checkpoint(_folder(dst, whole[-1])) if whole else None
 
 

@@ -73,7 +73,8 @@ ASK_EVERY_S = 1.0
 LONGEST_WAIT_S = 3600
 """Of a process for the others: rank 0 uploads a checkpoint, say. NCCL's own is ten minutes."""
 TELL_EVERY_S = 60.0
-"""So often rank 0 tells those who wait for `once` that it is at work, which may take hours."""
+"""So often rank 0 tells those who wait for `on_rank_zero` that it is at work, which may take
+hours."""
 
 
 class Stopping:
@@ -105,19 +106,19 @@ class Stopping:
         return found
 
 
-def unasked(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """For processes that only read: whoever signals a whole group (Ctrl-C, Slurm) means the ones
     that train, which need these until their step is done, and end them afterwards."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def once(world: World, find: Callable[[], T]) -> T:
+def on_rank_zero(world: World, find: Callable[[], T]) -> T:
     """What `find` gives on rank 0; the others wait for it. Raises on all the SplatshardError
     that it raises there."""
     if world.size == 1:
         return find()
-    with ThreadPoolExecutor(1, thread_name_prefix="once") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="on_rank_zero") as pool:
         future = pool.submit(_tried, find) if world.rank == 0 else None
         while not world.same(future and bool(wait((future,), TELL_EVERY_S).done)):
             pass

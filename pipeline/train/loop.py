@@ -35,7 +35,7 @@ from splatshard.pipeline.train import checkpoint as checkpoints
 from splatshard.pipeline.train.batches import Feed, probe
 from splatshard.pipeline.train.check import check_data
 from splatshard.pipeline.train.checkpoint import Checkpoint, Weights
-from splatshard.pipeline.train.distributed import Stopping, World, once, world
+from splatshard.pipeline.train.distributed import Stopping, World, on_rank_zero, world
 from splatshard.pipeline.train.groups import (
     Average,
     Groups,
@@ -45,7 +45,7 @@ from splatshard.pipeline.train.groups import (
     report,
 )
 from splatshard.pipeline.train.losses import Stage, clamp, stage_of, vision_of
-from splatshard.pipeline.train.metrics import Show, Telling
+from splatshard.pipeline.train.metrics import MetricsLogger, Show
 from splatshard.pipeline.train.schedule import learning_rate, seed_everything
 from splatshard.pipeline.train.step import Embedder, Gradients
 from splatshard.schemas.errors import UsageError
@@ -89,9 +89,9 @@ def train_here(
     then ended outside of the barrier, when the other process was gone, and waited for it for ever
     in 2 of 8 stopped runs of two processes; since then in none of 15."""
     feed = Feed(config, here)
-    steps = steps_of(config.optim, feed.steps_per_epoch)
+    steps = total_steps(config.optim, feed.steps_per_epoch)
     stage = stage_of(config, here.device)
-    found = once(here, lambda: checkpoints.latest(config.dst))
+    found = on_rank_zero(here, lambda: checkpoints.latest(config.dst))
     if found:
         checkpoints.refuse_changes(found, config)
         refuse_another_ramp(found, config)
@@ -103,7 +103,7 @@ def train_here(
     scaler = torch.amp.GradScaler(here.device.type, enabled=config.precision == "fp16")
     average = Average(model, config.optim.ema) if config.optim.ema else None
     first = resume(found, config, feed, optimizer, scaler, average) if found else 0
-    told = Telling(config, here, feed, first, steps, show)
+    told = MetricsLogger(config, here, feed, first, steps, show)
     told.start(report(model, groups))
 
     stopping = Stopping(here, asked)
@@ -175,7 +175,7 @@ def destination(config: TrainConfig) -> str:
     return dst
 
 
-def steps_of(config: OptimConfig, steps_per_epoch: int) -> int:
+def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
     """Steps of the whole run."""
     return config.steps or (config.epochs or 0) * steps_per_epoch
 

@@ -22,7 +22,7 @@ Record = dict[str, Any]
 Show = Callable[[Mapping[str, Any]], None]
 
 
-class Telling:
+class MetricsLogger:
     """Writes the log's records and shows them, on rank 0. `record` is the last one of a step."""
 
     def __init__(

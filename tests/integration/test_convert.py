@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from splatshard.jobs import convert, demo, export, repair, report, status, verify
-from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, survey
 from splatshard.schemas.splats import EXTENSIONS
 from tests.integration.running import (
@@ -86,7 +86,7 @@ def test_nested_budgets_end_to_end(format: str, codec: str, tmp_path: Path, caps
         for row in read_rows(path):
             assert row["psnr_6"] < row["psnr"]
             for budget in (6, 10, 16):
-                assert splats_of(row, metadata, budget).num_gaussians.tolist() == [budget]
+                assert unpack_row(row, metadata, budget).num_gaussians.tolist() == [budget]
     key, png = f"{4:012d}", tmp_path / "x.png"
     assert run_json(capsys, export, dst, key, f"--output={png}")[1]["num_gaussians"] == 16
     assert report.main([str(dst), "--samples", "2"]) == 0

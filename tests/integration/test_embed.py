@@ -16,7 +16,7 @@ from splatshard.pipeline import embed as stage
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.embed import pairs
 from splatshard.pipeline.kernels.backend import select_backend
-from splatshard.pipeline.models.teacher import described
+from splatshard.pipeline.models.teacher import resolve_teacher
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import read_rows
 from splatshard.pipeline.source.listing import list_shards
@@ -55,7 +55,7 @@ def converted(src: str, dst: Path, format: str = "parquet", teacher: str = "") -
         decode=DecodeConfig(image_size=24),
         fit=FitConfig(num_gaussians=5, steps=1),
         pack=PackConfig(format=format),  # type: ignore[arg-type]
-        teacher=described(teacher) if teacher else None,
+        teacher=resolve_teacher(teacher) if teacher else None,
     )
     dst.mkdir()
     for ref in list_shards(src):

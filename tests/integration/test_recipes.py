@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import read_peers
-from splatshard.pipeline.codec.pack import pack_fp16, splats_of, unpack
+from splatshard.pipeline.codec.pack import pack_fp16, unpack, unpack_row
 from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.shards.commit import mark_failed
 from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
@@ -83,7 +83,7 @@ def truth(folder: Path) -> dict[str, tuple[str | None, np.ndarray]]:
         metadata = shard_metadata_of(path)
         for row in read_rows(path):
             if row["status"] == "ok":
-                gaussians = values_of(splats_of(row, metadata))[0].numpy()
+                gaussians = values_of(unpack_row(row, metadata))[0].numpy()
                 found[row["key"]] = row["caption"], gaussians
     return found
 

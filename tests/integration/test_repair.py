@@ -16,7 +16,7 @@ from splatshard.pipeline.shards.markers import read_marker
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.storage.fs import use_options
-from splatshard.schemas.config import config_from_recipe, recipe
+from splatshard.schemas.config import config_from_output, output_config
 from splatshard.schemas.shard import ShardManifest, marker_digest
 from splatshard.schemas.splats import shard_metadata
 from tests.integration.running import (
@@ -243,13 +243,13 @@ def test_damage_on_s3_is_found_and_repaired(
 def quarantine(src: str, dst: Path, name: str, status: str = "quarantined") -> None:
     """Put a shard in place of `name`'s in which no sample was converted, for that reason."""
     old = marker(dst, name)
-    config = config_from_recipe(old.inputs["recipe"])
+    config = config_from_output(old.inputs["recipe"])
     ref = next(ref for ref in list_shards(src) if ref.name == name)
     rows: list[dict[str, Any]] = [
         {"key": f"{i:012d}", "status": status, "error": "killed its worker", "num_gaussians": 0}
         for i in range(old.samples)
     ]
-    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, recipe(config))
+    metadata = shard_metadata(config.pack.codec, config.fit.cutoff, output_config(config))
     with staged_file(str(dst), name) as path:
         with open_writer(path, config.pack.format, metadata) as writer:
             writer.write(rows)

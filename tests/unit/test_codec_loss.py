@@ -15,7 +15,7 @@ from PIL import Image
 
 from splatshard.pipeline.codec import planes, quantise
 from splatshard.pipeline.codec.layout import Codes
-from splatshard.pipeline.codec.pack import gaussians_in, pack, splats_of, unpack
+from splatshard.pipeline.codec.pack import gaussians_in, pack, unpack, unpack_row
 from splatshard.pipeline.convert import packed_rows
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.nested import fit_nested
@@ -357,9 +357,9 @@ def test_a_prefix_of_a_nested_payload_is_the_first_gaussians(codec: str) -> None
         assert [gaussians_in(row[f"splats{suffix}"], codec) for suffix in ("", "_12", "_30")] == [
             5, 7, 18,
         ]  # fmt: skip
-        whole = splats_of(row, metadata)
+        whole = unpack_row(row, metadata)
         for budget in budgets:
-            prefix = splats_of(row, metadata, budget)
+            prefix = unpack_row(row, metadata, budget)
             assert prefix.num_gaussians.tolist() == [budget]
             assert torch.equal(values_of(prefix), values_of(first(whole, budget)))
     assert packed(splats, codec, (30,)) == packed(splats, codec)
@@ -373,7 +373,7 @@ def test_nested_budgets_together_keep_to_the_limit(codec: str) -> None:
     metadata = shard_metadata(codec, CUTOFF, {"fit": {"nested": "20,50,90"}})
     backend = select_backend("cpu")
     for name, budget in (("psnr_20", 20), ("psnr_50", 50), ("psnr", 90)):
-        stored = splats_of(row | {"height": 40, "width": 40}, metadata, budget)
+        stored = unpack_row(row | {"height": 40, "width": 40}, metadata, budget)
         image = backend.render(stored, 40, 40, CUTOFF).clamp(0, 1)
         error = (image - target).square().mean()
         assert row[name] == pytest.approx(-10 * math.log10(float(error)), abs=1e-3)

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from splatshard.pipeline import convert
-from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.convert import Row, convert_samples, convert_shard
 from splatshard.pipeline.kernels.backend import Backend, select_backend
 from splatshard.pipeline.runtime import batching
 from splatshard.pipeline.runtime.batching import BatchLimit, auto_batch_size
-from splatshard.pipeline.runtime.stage_timer import StageClock
+from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.shards.rows import read_rows, row_problem
 from splatshard.pipeline.source.decode import DecodedImage
 from splatshard.pipeline.source.listing import list_shards
@@ -31,7 +31,7 @@ from splatshard.schemas.config import (
     FitConfig,
     PackConfig,
     PruneConfig,
-    recipe,
+    output_config,
 )
 from splatshard.schemas.errors import BackendError, SampleError
 from splatshard.schemas.shard import ShardManifest, ShardRef
@@ -47,7 +47,7 @@ CUDA = torch.device("cuda")
 def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Backend) -> list[Row]:
     """Samples to rows, one each, in order, as one batch."""
     config = replace(config, batch_size=len(samples))
-    return [row for rows in convert_samples(samples, config, backend, StageClock()) for row in rows]
+    return [row for rows in convert_samples(samples, config, backend, StageTimer()) for row in rows]
 
 
 @pytest.fixture
@@ -193,11 +193,11 @@ def test_rows_tell_the_quality_of_what_they_hold() -> None:
     target = convert.planes(torch.from_numpy(np.stack(pixels)))
     for codec in CODECS:
         config = replace(CONFIG, pack=PackConfig(codec=codec))
-        metadata = shard_metadata(codec, 3.0, recipe(config))
+        metadata = shard_metadata(codec, 3.0, output_config(config))
         fits, _ = convert.fit(target, config.fit, backend)
         wanted = convert.psnr(backend.render(fits, 24, 24, 3.0), target)
         for i, row in enumerate(convert_batch(samples, config, backend)):
-            stored = splats_of(row, metadata)
+            stored = unpack_row(row, metadata)
             found = convert.psnr(backend.render(stored, 24, 24, 3.0), target[i : i + 1])
             assert row["psnr"] == pytest.approx(float(found), abs=1e-4)
             assert row["psnr"] + row["psnr_loss"] == pytest.approx(float(wanted[i]), abs=1e-4)
@@ -212,7 +212,7 @@ def test_rows_of_nested_budgets(codec: str) -> None:
     samples.insert(1, RawSample(key="bad", image=b"no", image_name="x.jpg"))
     rows = convert_batch(samples, config, backend)
     assert [row["status"] for row in rows] == ["ok", "not_an_image", "ok", "ok"]
-    metadata = shard_metadata(codec, 3.0, recipe(config))
+    metadata = shard_metadata(codec, 3.0, output_config(config))
     names = set(columns(metadata).names)
     for sample, row in zip(samples, rows, strict=True):
         assert row.keys() <= names
@@ -224,7 +224,7 @@ def test_rows_of_nested_budgets(codec: str) -> None:
         assert image
         target = convert.planes(torch.from_numpy(image.pixels)[None])
         for name, budget in (("psnr_4", 4), ("psnr", 9)):
-            stored = splats_of(row, metadata, budget)
+            stored = unpack_row(row, metadata, budget)
             assert stored.num_gaussians.tolist() == [budget]
             found = convert.psnr(backend.render(stored, 24, 24, 3.0), target)
             assert row[name] == pytest.approx(float(found), abs=1e-4)
@@ -257,7 +257,7 @@ def test_a_fit_that_diverged_is_a_row(codec: str, value: float) -> None:
         assert found[1]["status"] == "fit_diverged"
         assert "splats" not in found[1]
     if found[1]["status"] == "ok":
-        metadata = shard_metadata(codec, 3.0, recipe(config))
+        metadata = shard_metadata(codec, 3.0, output_config(config))
         row = dict.fromkeys(columns(metadata).names) | found[1]
         assert row_problem(row, metadata) == ""
 

@@ -17,9 +17,9 @@ from splatshard.pipeline.data.epoch_order import (
     Reader,
     Share,
     choices,
+    epoch_steps,
     permutation,
     shares,
-    steps_of,
 )
 
 Sample = tuple[int, int, int]
@@ -80,7 +80,7 @@ def read(
         ]
         for r in range(world_size)
     ]
-    for step in range(steps_of(order.total - start, batch_size, world_size, drop_last)):
+    for step in range(epoch_steps(order.total - start, batch_size, world_size, drop_last)):
         yield [next(of_rank[step % workers]) for of_rank in readers]
     assert all(next(worker, None) is None for of_rank in readers for worker in of_rank)
 

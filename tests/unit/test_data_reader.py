@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.data import SplatDataset, TrainBatch
 from splatshard.pipeline.data.batch import values_of
 from splatshard.pipeline.data.read_parquet import teacher_of
@@ -86,7 +86,7 @@ def test_every_ok_row_once_and_as_it_was_packed(
         assert (batch.heights.tolist(), batch.widths.tolist()) == ([HEIGHT] * 4, [WIDTH] * 4)
         for i, key in enumerate(batch.keys):
             row = rows[key]
-            expected = splats_of(row, metadata_of(splat_config()))
+            expected = unpack_row(row, metadata_of(splat_config()))
             for name in ("means", "cholesky", "colors", "mask"):
                 assert torch.equal(getattr(batch.splats, name)[i], getattr(expected, name)[0])
             assert batch.captions[i] == row["caption"]
@@ -148,7 +148,7 @@ def test_a_nested_shard_serves_each_of_its_budgets(tmp_path: Path, format: str, 
             values = values_of(batch.splats)
             assert values.shape == (4, n, 8)
             for key, found in zip(batch.keys, values, strict=True):
-                expected = splats_of(rows[key], metadata, n)
+                expected = unpack_row(rows[key], metadata, n)
                 parts = (expected.means, expected.cholesky, expected.colors)
                 torch.testing.assert_close(found, torch.cat(parts, -1)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(UsageError, match=r"num_gaussians is 5.*budgets, 4, 9, 12"):
@@ -182,7 +182,7 @@ def test_golden_shards_of_version_1_read(tmp_path: Path, suffix: str) -> None:
     batches = list(SplatDataset(str(tmp_path), batch_size=1))
     assert sorted(keys_of(batches)) == sorted(rows)
     for batch in batches:
-        expected = splats_of(rows[batch.keys[0]], metadata)
+        expected = unpack_row(rows[batch.keys[0]], metadata)
         torch.testing.assert_close(batch.splats.means, expected.means)
         torch.testing.assert_close(batch.splats.colors, expected.colors)
 

@@ -14,7 +14,7 @@ import torch
 
 from splatshard.jobs.driver import dryrun
 from splatshard.jobs.driver.dryrun import begin_of, convert_timed, dry_run, estimate_job, look, tell
-from splatshard.pipeline.runtime.stage_timer import Pulse
+from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.pipeline.shards.write import sample_members
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read
@@ -115,8 +115,8 @@ def test_bytes_of_rows_are_those_of_a_tar(codec):
 class StoppedClock:
     """Has seen so many seconds of each stage."""
 
-    def pulse(self) -> Pulse:
-        return Pulse(busy_s={"decode": 2.0, "fit": 8.0, "pack": 1.0})
+    def stage_stats(self) -> StageStats:
+        return StageStats(busy_s={"decode": 2.0, "fit": 8.0, "pack": 1.0})
 
 
 def test_on_a_gpu_the_slowest_stage_decides(monkeypatch):
@@ -126,7 +126,7 @@ def test_on_a_gpu_the_slowest_stage_decides(monkeypatch):
         converted.append(samples)
         yield [{} for _ in samples]
 
-    monkeypatch.setattr("splatshard.pipeline.runtime.stage_timer.StageClock", StoppedClock)
+    monkeypatch.setattr("splatshard.pipeline.runtime.stage_timer.StageTimer", StoppedClock)
     monkeypatch.setattr("splatshard.pipeline.convert.convert_samples", convert_samples)
     gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     rows, each_s = convert_timed([1, 2, 3, 4], CONFIG, gpu)

@@ -21,7 +21,7 @@ from splatshard.pipeline.models.gaussian_space import (
     gaussians_of,
     grid,
     render,
-    splats_of,
+    splats_from_parameters,
 )
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.splats import scales_and_angles
@@ -73,7 +73,7 @@ def test_every_number_has_the_references_gradient(renderer: Any) -> None:
     g = any_g(2, 11)
     exact = g.clone().requires_grad_()
     if renderer == "sum":
-        splats = splats_of(exact, height, width, config)
+        splats = splats_from_parameters(exact, height, width, config)
         picture = reference.render(splats, height, width, config.cutoff)
     else:
         picture = reference_alpha(*gaussians_of(exact, height, width, config), height, width)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from splatshard.jobs.__main__ import main
-from splatshard.pipeline.codec.pack import splats_of
+from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, survey, verify_shard
 from splatshard.schemas.shard import ShardManifest
@@ -48,7 +48,7 @@ def test_the_first_shards_read_to_their_recorded_values(extension: str) -> None:
         if values is None:
             assert row["splats"] is None
             continue
-        found = splats_of(row, metadata)
+        found = unpack_row(row, metadata)
         torch.testing.assert_close(values_of(found)[0], torch.tensor(values), rtol=1e-6, atol=0)
 
 
@@ -87,13 +87,13 @@ def test_golden_shards_read_to_their_recorded_values(name: str) -> None:
     assert rows[1]["splats"] is None
     assert manifest.format_version == metadata["format_version"] == int(name[1])
     for row, wanted in zip((rows[0], rows[2]), values, strict=True):
-        found = values_of(splats_of(row, metadata))[0].numpy()
+        found = values_of(unpack_row(row, metadata))[0].numpy()
         assert_close(found, wanted, 20)
         parts = [row[column] for column in row if column.startswith("splats")]
         decoded = [decode(part, metadata["codec"], 20, 20) for part in parts]
         assert_close(np.concatenate(decoded), wanted, 20)
         for budget in metadata.get("budgets", []):
-            prefix = values_of(splats_of(row, metadata, budget))[0].numpy()
+            prefix = values_of(unpack_row(row, metadata, budget))[0].numpy()
             np.testing.assert_array_equal(prefix, found[:budget])
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splatshard.pipeline.models.gaussian_space import NUMBERS, drawn, render, splats_of
+from splatshard.pipeline.models.gaussian_space import NUMBERS, drawn, render, splats_from_parameters
 from splatshard.pipeline.models.gvit import GViT, guided
 from splatshard.pipeline.models.reconstruct import reconstruction_loss
 from splatshard.schemas.model import EncoderConfig, GViTConfig, ModelConfig, StemConfig
@@ -91,7 +91,9 @@ def found(model: GViT, gamma: float, shift: int = 0) -> Found:
     """For 128 scenes and 6 Gaussians, guided towards their class, or another one by `shift`."""
     pixels, labels, places = scenes(128, 9)
     g = fitted(model, pixels, (labels + shift) % 4, 6, gamma)
-    distances = (splats_of(g, SIDE, SIDE, model.space).means - places[:, None]).norm(dim=-1)
+    distances = (splats_from_parameters(g, SIDE, SIDE, model.space).means - places[:, None]).norm(
+        dim=-1
+    )
     entropy = F.cross_entropy(model.classify(g, SIDE, SIDE), labels, reduction="none")
     return Found(distances, entropy)
 

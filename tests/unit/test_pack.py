@@ -18,8 +18,8 @@ from splatshard.pipeline.codec.pack import (
     gaussians_in,
     pack,
     spatial_order,
-    splats_of,
     unpack,
+    unpack_row,
 )
 from splatshard.pipeline.kernels.backend import select_backend
 from splatshard.pipeline.splats import Splats
@@ -120,7 +120,7 @@ def test_a_budget_of_a_row_without_some_is_all_of_it() -> None:
     (payload,) = packed(random_splats(1, 6), "fp16")
     row = payload | {"height": HEIGHT, "width": WIDTH}
     for metadata in (shard_metadata("fp16", CUTOFF, {}), {"format_version": 1, "codec": "fp16"}):
-        assert splats_of(row, metadata).num_gaussians.tolist() == [6]
+        assert unpack_row(row, metadata).num_gaussians.tolist() == [6]
 
 
 @pytest.mark.parametrize("codec", CODECS)

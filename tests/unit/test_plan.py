@@ -28,11 +28,11 @@ from splatshard.schemas.config import (
     PRESETS,
     ConvertConfig,
     FitConfig,
-    config_from_recipe,
+    config_from_output,
     fingerprint,
     identities,
     inputs,
-    recipe,
+    output_config,
 )
 from splatshard.schemas.errors import CorruptShardError, StaleShardError, UsageError
 from splatshard.schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest
@@ -382,7 +382,7 @@ def test_identities_are_those_of_each_shard_alone(
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), OTHER])
 def test_a_recipe_gives_its_configuration_back(config: ConvertConfig) -> None:
-    assert config_from_recipe(json.loads(json.dumps(recipe(config)))) == config
+    assert config_from_output(json.loads(json.dumps(output_config(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -398,4 +398,4 @@ def test_a_recipe_gives_its_configuration_back(config: ConvertConfig) -> None:
 )
 def test_a_recipe_of_another_version_is_refused(change: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        config_from_recipe(recipe(CONFIG) | change)
+        config_from_output(output_config(CONFIG) | change)

@@ -14,7 +14,7 @@ from torch import Tensor
 from splatshard.jobs.convert import main as convert
 from splatshard.jobs.recipes.toys import shapes, write_tars
 from splatshard.pipeline.fitting import encoder_start as prediction
-from splatshard.pipeline.fitting.encoder_start import described, predict
+from splatshard.pipeline.fitting.encoder_start import predict, resolve_encoder
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.start import initial_splats
 from splatshard.pipeline.kernels.backend import select_backend
@@ -56,7 +56,7 @@ def values(splats: Splats) -> Tensor:
 
 @pytest.mark.parametrize("count", [9, 1, 14])
 def test_it_is_what_the_model_says(folder: Path, count: int) -> None:
-    init = described(f"encoder:{folder}/run", count)
+    init = resolve_encoder(f"encoder:{folder}/run", count)
     target = pictures()
     model = load_trained(str(folder / "run"), "auto", torch.device("cpu")).model
     assert isinstance(model, GViT)
@@ -66,7 +66,7 @@ def test_it_is_what_the_model_says(folder: Path, count: int) -> None:
 
 
 def test_parts_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    init = described(f"encoder:{folder}/run", 9)
+    init = resolve_encoder(f"encoder:{folder}/run", 9)
     whole = predict(pictures(), init, 9)
     monkeypatch.setattr(prediction, "ATTENTION", 1)
     assert torch.allclose(values(predict(pictures(), init, 9)), values(whole), atol=1e-5)
@@ -75,7 +75,7 @@ def test_parts_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 64), (20, 20)])
 def test_another_size_is_the_same_picture(folder: Path, height: int, width: int) -> None:
     """Predicted at the encoder's size, drawn at the target's."""
-    init = described(f"encoder:{folder}/run", 9)
+    init = resolve_encoder(f"encoder:{folder}/run", 9)
     target = F.interpolate(pictures(), (height, width), mode="bilinear", antialias=True)
     seen = F.interpolate(target, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
     small = CPU.render(predict(seen, init, 9), SIDE, SIDE, 3.0)
@@ -85,7 +85,7 @@ def test_another_size_is_the_same_picture(folder: Path, height: int, width: int)
 
 
 def test_its_colours_are_solved(folder: Path) -> None:
-    init = described(f"encoder:{folder}/run", 9)
+    init = resolve_encoder(f"encoder:{folder}/run", 9)
     config = FitConfig(num_gaussians=9, init=init)
     target = pictures()
     raw = psnr(CPU.render(predict(target, init, 9), SIDE, SIDE, 3.0), target)
@@ -99,7 +99,9 @@ def test_its_colours_are_solved(folder: Path) -> None:
 def test_a_few_steps_lead_nearer(folder: Path, steps: int) -> None:
     """And not away from what was predicted, as full steps do."""
     target = pictures()
-    config = FitConfig(num_gaussians=9, init=described(f"encoder:{folder}/run", 9), steps=steps)
+    config = FitConfig(
+        num_gaussians=9, init=resolve_encoder(f"encoder:{folder}/run", 9), steps=steps
+    )
     start = CPU.render(initial_splats(target, config, CPU), SIDE, SIDE, 3.0)
     fitted = CPU.render(fit(target, config, CPU)[0], SIDE, SIDE, 3.0)
     assert psnr(fitted, target).mean() > psnr(start, target).mean()
@@ -129,7 +131,7 @@ def test_convert_writes_the_weights_into_the_recipe(
 
 
 def test_a_worker_with_other_weights_stops(folder: Path) -> None:
-    init = described(f"encoder:{folder}/run", 9)
+    init = resolve_encoder(f"encoder:{folder}/run", 9)
     other = init[:-4] + ("0000" if init[-4:] != "0000" else "1111")
     with pytest.raises(UsageError, match="give every worker the same files"):
         predict(pictures(), other, 9)
@@ -141,17 +143,17 @@ def test_what_cannot_be_a_start_is_refused(folder: Path, tmp_path: Path) -> None
     images = replace(config.data, src=f"{folder}/images/*.tar")
     train(replace(config, model=patches, data=images, augment=None))
     with pytest.raises(UsageError, match="predicts no Gaussians"):
-        described(f"encoder:{tmp_path}/patches", 9)
+        resolve_encoder(f"encoder:{tmp_path}/patches", 9)
     for name, space, message in (
         ("alpha", {"renderer": "alpha"}, "composited"),
         ("learned", {"start": "learned"}, "gives 9 Gaussians"),
     ):
         train(gvit_config(folder, tmp_path / name, steps=1, model=toy_gvit(**space)))
         with pytest.raises(UsageError, match=message):
-            described(f"encoder:{tmp_path}/{name}", 10)
-    assert described(f"encoder:{tmp_path}/learned", 9)
+            resolve_encoder(f"encoder:{tmp_path}/{name}", 10)
+    assert resolve_encoder(f"encoder:{tmp_path}/learned", 9)
     with pytest.raises(UsageError, match="has no checkpoint"):
-        described(f"encoder:{tmp_path}/nothing", 9)
+        resolve_encoder(f"encoder:{tmp_path}/nothing", 9)
 
 
 @pytest.mark.parametrize("init", ["encoder", "encoder:", "uniform"])

@@ -18,7 +18,7 @@ from splatshard.jobs.driver.progress import PROGRESS_FILE, Progress, line, run_s
 from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS, readings
 from splatshard.jobs.driver.stats import RECENT_S, Snapshot, Tally
 from splatshard.jobs.driver.worker import Counters, Outcome, SkippedSample, WorkerState
-from splatshard.pipeline.runtime.stage_timer import Pulse
+from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.schemas.errors import StorageError, UnavailableError
 from splatshard.schemas.shard import ShardManifest, ShardRef
 
@@ -76,8 +76,8 @@ def state(
     counters = tuple(
         Counters(shard=ref.name, samples=n, ok=n, psnr_sum=20.0 * n) for ref, n in shards
     )
-    pulse = Pulse(busy_s={"fit": fit_s}, up_s=up_s, queued={"fit": queued})
-    return WorkerState(shards=counters, pulse=pulse)
+    stage_stats = StageStats(busy_s={"fit": fit_s}, up_s=up_s, queued={"fit": queued})
+    return WorkerState(shards=counters, stage_stats=stage_stats)
 
 
 @pytest.fixture(autouse=True)
@@ -457,7 +457,7 @@ def test_json_logs_name_shard_and_uid(capsys: Capsys) -> None:
         progress.retried("oom", refs[0].name, "once more", node="n1")
         progress.finished(refs[0], done(refs[0], skipped, ok=8, corrupt=2))
         progress.finished(refs[1], failed(refs[1]))
-        progress.worker_left("it was dismissed", Pulse(), node="n1")
+        progress.worker_left("it was dismissed", StageStats(), node="n1")
     found = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
     by_event = {e["event"]: e for e in found}
     assert list(by_event) == [

@@ -16,7 +16,7 @@ from splatshard.jobs.driver.progress import dataset_figures
 from splatshard.jobs.pages.report_page import MAX_ELLIPSES, Picture, ReportData, Skip, page
 from splatshard.jobs.report import ReportOptions, encode, jpeg_figures, main, spread, survey
 from splatshard.pipeline.shards.markers import read_markers
-from splatshard.schemas.config import ConvertConfig, recipe
+from splatshard.schemas.config import ConvertConfig, output_config
 from splatshard.schemas.shard import FailedShard, ShardManifest
 from tests.make import photo
 
@@ -36,7 +36,7 @@ def make_manifest(name: str = "00000000", ok: int = 3, skipped: int = 1) -> Shar
         if ok
         else {},
         fingerprint="f",
-        inputs={"recipe": recipe(ConvertConfig()), "source": {"size_bytes": 1}},
+        inputs={"recipe": output_config(ConvertConfig()), "source": {"size_bytes": 1}},
         source_url="in.tar",
         source_sha256="0",
     )
@@ -74,7 +74,7 @@ def make_data(**changes: Any) -> ReportData:
         skipped={"corrupt_image": 1},
         pictures=[make_picture(EVIL)],
         jpeg=jpeg_figures([photo(32, 32)]),
-        recipe=recipe(ConvertConfig()),
+        recipe=output_config(ConvertConfig()),
         recipes=1,
         run={
             "images_per_s": 4.2,

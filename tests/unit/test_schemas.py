@@ -22,11 +22,11 @@ from splatshard.schemas.config import (
     FitConfig,
     PackConfig,
     PruneConfig,
-    config_from_recipe,
+    config_from_output,
     describe_difference,
     fingerprint,
     inputs,
-    recipe,
+    output_config,
 )
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError, SampleError, UsageError
 from splatshard.schemas.shard import (
@@ -251,7 +251,7 @@ def test_differences_are_readable() -> None:
 
 def metadata_with(codec: str, nested: str = "") -> dict[str, Any]:
     config = ConvertConfig(fit=FitConfig(nested=nested), pack=PackConfig(codec=codec))  # type: ignore[arg-type]
-    return shard_metadata(codec, 3.0, recipe(config))
+    return shard_metadata(codec, 3.0, output_config(config))
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -345,10 +345,10 @@ def test_nested_budgets_replace_the_number_of_gaussians() -> None:
 
 def test_recipes_go_round() -> None:
     for config in (*PRESETS.values(), ConvertConfig(fit=FitConfig(nested="4,9"))):
-        assert recipe(config_from_recipe(recipe(config))) == recipe(config)
+        assert output_config(config_from_output(output_config(config))) == output_config(config)
     for old in ({"format_version": 1}, {"stages_version": 2}):
         with pytest.raises(UsageError, match="redo them all with convert --overwrite-stale"):
-            config_from_recipe(recipe(CONFIG) | old)
+            config_from_output(output_config(CONFIG) | old)
 
 
 def test_a_sample_error_survives_pickling() -> None:
@@ -358,7 +358,8 @@ def test_a_sample_error_survives_pickling() -> None:
 
 def test_schemas_import_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, splatshard.schemas.config, splatshard.schemas.errors, splatshard.schemas.shard, splatshard.schemas.splats;"
+        "import sys\n"
+        "from splatshard.schemas import config, errors, shard, splats\n"
         "assert not {'torch', 'ray', 'fsspec'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ from transformers import CLIPModel
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.kernels.backend import select_backend
-from splatshard.pipeline.models.teacher import described, load_teacher
+from splatshard.pipeline.models.teacher import load_teacher, resolve_teacher
 from splatshard.pipeline.shards.rows import read_rows, row_problem, shard_metadata_of, verify_shard
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.decode import decode
@@ -27,10 +27,10 @@ from splatshard.schemas.config import (
     DecodeConfig,
     FitConfig,
     PackConfig,
-    config_from_recipe,
+    config_from_output,
     fingerprint,
     inputs,
-    recipe,
+    output_config,
 )
 from splatshard.schemas.errors import BackendError, CorruptShardError, UsageError
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
@@ -65,7 +65,7 @@ def shard(
 ) -> tuple[str, ShardManifest]:
     dst = str(tmp_path_factory.mktemp("out"))
     config = replace(
-        CONFIG, pack=PackConfig(format=request.param), teacher=described(clip), batch_size=2
+        CONFIG, pack=PackConfig(format=request.param), teacher=resolve_teacher(clip), batch_size=2
     )
     return dst, convert_shard(ref, config, dst, select_backend("cpu"))
 
@@ -126,9 +126,9 @@ def test_training_reads_them(shard: tuple[str, ShardManifest]) -> None:
 def test_without_a_teacher_nothing_changes(ref: ShardRef, tmp_path: Path) -> None:
     """No column, no entry in the recipe: fingerprints of earlier shards still hold."""
     manifest = convert_shard(ref, CONFIG, str(tmp_path), select_backend("cpu"))
-    assert "teacher" not in recipe(CONFIG)
+    assert "teacher" not in output_config(CONFIG)
     assert "teacher" not in pq.read_schema(tmp_path / manifest.data_file).names
-    assert "teacher" not in columns(shard_metadata("fp16", 3.0, recipe(CONFIG))).names
+    assert "teacher" not in columns(shard_metadata("fp16", 3.0, output_config(CONFIG))).names
     (batch,) = SplatDataset(str(tmp_path), batch_size=4)
     assert batch.teacher is None
 
@@ -136,13 +136,13 @@ def test_without_a_teacher_nothing_changes(ref: ShardRef, tmp_path: Path) -> Non
 def test_a_fingerprint_is_of_the_weights(clip: str, ref: ShardRef, tmp_path: Path) -> None:
     """Other weights, or another normalisation, are another shard; a copy of the files is not,
     but for their name."""
-    first = described(clip)
-    same = described(str(clip_folder(tmp_path / "same")))
-    other = described(str(clip_folder(tmp_path / "other", seed=1)))
+    first = resolve_teacher(clip)
+    same = resolve_teacher(str(clip_folder(tmp_path / "same")))
+    other = resolve_teacher(str(clip_folder(tmp_path / "other", seed=1)))
     assert replace(same, model=clip) == first
     assert other.weights != first.weights
     say_normalisation(tmp_path / "same", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
-    shifted = described(str(tmp_path / "same"))
+    shifted = resolve_teacher(str(tmp_path / "same"))
     assert (shifted.mean, shifted.std) == ((0.5,) * 3, (0.5,) * 3)
     configs = [replace(CONFIG, teacher=t) for t in (None, first, other, shifted)]
     assert len({fingerprint(inputs(config, ref)) for config in configs}) == 4
@@ -150,16 +150,16 @@ def test_a_fingerprint_is_of_the_weights(clip: str, ref: ShardRef, tmp_path: Pat
 
 def test_a_folder_is_found_from_everywhere(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(clip).parent)
-    assert described(Path(clip).name) == described(clip)
+    assert resolve_teacher(Path(clip).name) == resolve_teacher(clip)
 
 
 def test_a_recipe_gives_its_teacher_back(clip: str) -> None:
-    config = replace(CONFIG, teacher=described(clip), backend="auto")
-    assert config_from_recipe(recipe(config)) == config
+    config = replace(CONFIG, teacher=resolve_teacher(clip), backend="auto")
+    assert config_from_output(output_config(config)) == config
 
 
 def test_a_worker_with_other_weights(clip: str, ref: ShardRef, tmp_path: Path) -> None:
-    config = replace(CONFIG, teacher=replace(described(clip), weights="0" * 64))
+    config = replace(CONFIG, teacher=replace(resolve_teacher(clip), weights="0" * 64))
     with pytest.raises(UsageError, match=r"has the weights .* here, not 000000000000"):
         convert_shard(ref, config, str(tmp_path), select_backend("cpu"))
     assert not list(tmp_path.glob("*.json"))
@@ -167,18 +167,18 @@ def test_a_worker_with_other_weights(clip: str, ref: ShardRef, tmp_path: Path) -
 
 def test_no_such_teacher(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere"):
-        described(str(tmp_path / "nowhere"))
+        resolve_teacher(str(tmp_path / "nowhere"))
 
 
 def test_damaged_normalisation(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path)
     say_normalisation(folder, [0.5], [0.5, 0.5, 0.0])
     with pytest.raises(UsageError, match=r"preprocessor_config\.json cannot be understood"):
-        described(str(folder))
+        resolve_teacher(str(folder))
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
-    config = described(str(clip_folder(tmp_path, scale=float("nan"))))
+    config = resolve_teacher(str(clip_folder(tmp_path, scale=float("nan"))))
     pixels = torch.from_numpy(photo(24, 24))[None]
     with pytest.raises(BackendError, match="not finite"):
         load_teacher(config, CPU).embed(pixels)

@@ -20,7 +20,7 @@ from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.train import check, distributed
 from splatshard.pipeline.train.batches import open_dataset
 from splatshard.pipeline.train.check import check_data
-from splatshard.pipeline.train.distributed import World, once
+from splatshard.pipeline.train.distributed import World, on_rank_zero
 from splatshard.pipeline.train.loop import train
 from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
 from splatshard.schemas.splats import TEACHER
@@ -298,9 +298,9 @@ def test_who_waits_is_told_that_rank_0_is_at_work(monkeypatch: pytest.MonkeyPatc
             time.sleep(0.001)
         return "found"
 
-    assert once(first, find) == "found"
+    assert on_rank_zero(first, find) == "found"
     assert len(first.said) >= 3 + 2
-    assert once(second, find) == "found"
+    assert on_rank_zero(second, find) == "found"
     assert not second.said
 
 
