@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return importlib.import_module(f"jobs.{args[0].replace('-', '_')}").main(args[1:])
+    return importlib.import_module(f"splatshard.jobs.{args[0].replace('-', '_')}").main(args[1:])
 
 
 if __name__ == "__main__":
