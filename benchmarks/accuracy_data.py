@@ -32,10 +32,11 @@ from PIL import Image
 from benchmarks.record import DATA
 from splatshard.jobs.recipes.toys import digits
 from splatshard.pipeline.codec.pack import pack_fp16, unpack_row
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.shards.commit import publish, staged_file
 from splatshard.pipeline.shards.markers import read_markers
-from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, stored_payload_bytes
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
+from splatshard.pipeline.shards.verify import stored_payload_bytes
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.schemas.config import config_from_output, output_config

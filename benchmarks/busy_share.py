@@ -35,7 +35,8 @@ from torch import Tensor
 
 from splatshard.pipeline import convert
 from splatshard.pipeline.fitting.start import initial_splats
-from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.splats import Splats

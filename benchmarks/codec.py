@@ -28,8 +28,9 @@ from PIL import Image, ImageFile
 
 from benchmarks.record import DATA, save
 from splatshard.pipeline.convert import convert_shard
-from splatshard.pipeline.kernels.backend import select_backend
-from splatshard.pipeline.shards.rows import read_rows, stored_payload_bytes
+from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.verify import stored_payload_bytes
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read

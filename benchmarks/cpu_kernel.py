@@ -26,7 +26,7 @@ from numba import njit
 from benchmarks.record import sample_images, save
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.kernels import cpu, reference
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import FitConfig
 

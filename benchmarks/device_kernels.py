@@ -32,15 +32,11 @@ from benchmarks.device_record import Size, Tell, pictures
 from benchmarks.gpu_fit import fill, mean_psnr, measure_ceilings, seconds, wait
 from splatshard.pipeline.fitting import fit as fitting
 from splatshard.pipeline.fitting.fit import fit, optimize
-from splatshard.pipeline.fitting.start import (
-    BLUR_PX,
-    COLOR_STEPS,
-    initial_splats,
-    solve_colors,
-    structure_tensor,
-)
+from splatshard.pipeline.fitting.start import BLUR_PX, COLOR_STEPS, initial_splats, structure_tensor
 from splatshard.pipeline.kernels import reference, triton_backend, triton_kernels, voronoi
-from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.kernels.solve_colors import solve_colors
 from splatshard.pipeline.kernels.triton_lists import tile_lists
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import PRESETS, FitConfig

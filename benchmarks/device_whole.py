@@ -28,7 +28,7 @@ from benchmarks.pictures import write_tar
 from benchmarks.record import ROOT, machine
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.data import SplatDataset
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.train.loop import train

@@ -28,7 +28,7 @@ from benchmarks.record import save
 from splatshard.pipeline.data import ImageDataset
 from splatshard.pipeline.fitting.encoder_start import resolve_encoder
 from splatshard.pipeline.fitting.fit import fit
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.train.loop import train
 from splatshard.schemas.config import FitConfig

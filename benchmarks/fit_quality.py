@@ -17,7 +17,7 @@ import torch
 from benchmarks.record import sample_images, save
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.prune import prune
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.schemas.config import PRESETS
 

@@ -28,7 +28,7 @@ from benchmarks.device_predictions import ISSUE, SLOTS_PER_S
 from benchmarks.record import sample_images, save
 from splatshard.pipeline.fitting.fit import TorchStep, fit
 from splatshard.pipeline.kernels import triton_kernels, triton_lists
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.kernels.triton_backend import LISTS_EVERY, ORDER_EVERY, windows
 from splatshard.pipeline.kernels.triton_lists import BLOCK, RATIO, STALE_GROW, STALE_PAD_PX, TILE
 from splatshard.pipeline.splats import Splats

@@ -44,8 +44,9 @@ from benchmarks.cpu_kernel import count_evaluations
 from benchmarks.record import machine, sample_images, save
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.kernels import reference
-from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.gsplat_alpha import load_gsplat, render_alpha
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import PRESETS, FitConfig

@@ -25,7 +25,8 @@ from benchmarks.record import DATA, sample_images, save
 from splatshard.pipeline.codec.pack import pack
 from splatshard.pipeline.fitting.fit import fields, fit
 from splatshard.pipeline.fitting.nested import fit_nested
-from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.splats import Splats

@@ -53,7 +53,7 @@ def fit_plainly(gaussians: int) -> float:
 
     from splatshard.pipeline.convert import decode_sample, planes
     from splatshard.pipeline.fitting.fit import fit
-    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.select import select_backend
     from splatshard.pipeline.source.listing import list_shards
     from splatshard.pipeline.source.read import read
     from splatshard.schemas.config import ConvertConfig, FitConfig

@@ -16,7 +16,7 @@ from skimage import data
 
 from benchmarks.record import ROOT
 from splatshard.pipeline.fitting.fit import fit
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.splats import Splats, scales_and_angles
 from splatshard.schemas.config import FitConfig

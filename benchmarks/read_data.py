@@ -36,7 +36,7 @@ from splatshard.pipeline.codec.pack import pack_fp16, unpack
 from splatshard.pipeline.codec.quantise import on_grid
 from splatshard.pipeline.convert import FittedBatch, Images, decode_batches, fit_batches, pack_batch
 from splatshard.pipeline.convert import planes as pixels_to_planes
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.runtime.batching import BatchLimit
 from splatshard.pipeline.runtime.stage_timer import StageTimer

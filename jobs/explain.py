@@ -201,7 +201,7 @@ def explained(
     from splatshard.jobs.pages.explain_picture import sheet
     from splatshard.pipeline.convert import planes
     from splatshard.pipeline.evaluation import explain as stage
-    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.select import select_backend
     from splatshard.pipeline.psnr import psnr
 
     backend = select_backend("triton" if trained.device.type == "cuda" else "cpu")

@@ -115,7 +115,7 @@ def png_bytes(splats: Any, height: int, width: int, cutoff: float, backend_name:
     """The summed rendering as a PNG file."""
     from PIL import Image
 
-    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.select import select_backend
 
     backend = select_backend(backend_name)
     image = backend.render(splats.to(backend.device), height, width, cutoff)[0]

@@ -234,7 +234,7 @@ def pictures(
     dst: str, entries: Sequence[Entry], originals: dict[tuple[str, int], Any], backend_name: str
 ) -> list[Picture]:
     """Reconstruction and ellipses of `entries`, in their order."""
-    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.select import select_backend
     from splatshard.pipeline.shards.rows import read_rows
 
     backend = select_backend(backend_name)

@@ -17,7 +17,7 @@ from shutil import copyfile
 from types import ModuleType
 
 ABSENT = (
-    *("splatshard", "ray", "tyro", "braceexpand", "s3fs", "webdataset", "gsplat", "hypothesis"),
+    *("ray", "tyro", "braceexpand", "s3fs", "webdataset", "gsplat", "hypothesis"),
     *("simplejpeg", "tensorboard", "moto", "duckdb", "xdist", "pytest-xdist"),
     *("aiobotocore", "aiohttp", "boto3", "botocore", "datasets", "polars", "torchdata"),
     *("skimage", "scikit-image", "sklearn", "scikit-learn"),
@@ -40,7 +40,8 @@ def hide() -> None:
         return None if name.partition(".")[0] in ABSENT else find_spec(name, *args, **kwargs)
 
     def present_distributions(_, *args, **kwargs):
-        return (d for d in find_distributions(*args, **kwargs) if d.name.lower() not in ABSENT)
+        hidden = (*ABSENT, "splatshard")  # ours is the working directory, not installed
+        return (d for d in find_distributions(*args, **kwargs) if d.name.lower() not in hidden)
 
     PathFinder.find_spec = classmethod(spec_of_present)
     PathFinder.find_distributions = classmethod(present_distributions)

@@ -31,7 +31,8 @@ from typing import Any
 from splatshard.pipeline.codec.planes import join
 from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.shards.commit import publish, staged_file
-from splatshard.pipeline.shards.rows import read_rows, survey
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.verify import survey
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError
 from splatshard.schemas.shard import to_json
 from splatshard.schemas.splats import CODECS, EXTENSIONS

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from splatshard.pipeline.codec.pack import Payload, pack
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig, output_config

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from splatshard.pipeline.shards.commit import publish, staged_file
-from splatshard.pipeline.shards.rows import shard_metadata_of, survey
+from splatshard.pipeline.shards.rows import shard_metadata_of
+from splatshard.pipeline.shards.verify import survey
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.shard import ShardManifest, to_json

@@ -16,7 +16,7 @@ import torch
 
 from splatshard.jobs.recipes.toys import COLORS, SHAPES, shapes, write_tars, write_tokenizer
 from splatshard.pipeline.convert import convert_shard
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.shards.markers import read_marker
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.train.log import read_log

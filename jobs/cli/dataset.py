@@ -45,7 +45,7 @@ def open_dataset(options: DatasetOptions) -> str:
 def naming_repair(dst: str, manifest: ShardManifest) -> Iterator[None]:
     """Reading the shard `manifest` of `dst`: a CorruptShardError says what to do about it, and is a
     StorageError where the store refused."""
-    from splatshard.pipeline.shards.rows import is_refused
+    from splatshard.pipeline.shards.verify import is_refused
 
     url = f"{dst}/{manifest.data_file}"
     try:

@@ -66,7 +66,7 @@ def estimate_job(
     import numpy as np
     import torch
 
-    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.select import select_backend
 
     torch.set_num_threads(1)
     backend = select_backend(config.backend)

@@ -148,7 +148,7 @@ class FitActor:
         import ray
         import torch
 
-        from splatshard.pipeline.kernels.backend import select_backend
+        from splatshard.pipeline.kernels.select import select_backend
         from splatshard.pipeline.storage.fs import use_options
 
         torch.set_num_threads(1)

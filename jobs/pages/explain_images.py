@@ -40,7 +40,7 @@ def data_of(trained: Trained) -> str:
 def gaussians_of(trained: Trained, side: int | None, number: int | None) -> tuple[int, Take]:
     """Side of the crops in px, and what takes them; `side` and `number` of Gaussians: other ones
     than those of training. Raises UsageError where these cannot be known."""
-    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.select import select_backend
 
     if trained.config.gvit is not None:
         return predicting(trained, side, number)

@@ -51,8 +51,8 @@ from splatshard.pipeline.codec.layout import (
     shape_width,
     tokens,
 )
-from splatshard.pipeline.fitting.start import solve_colors
 from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.kernels.solve_colors import solve_colors
 from splatshard.pipeline.splats import Splats
 
 PASSES = 2

@@ -70,7 +70,7 @@ class Ordering(TypedDict, total=False):
     filter: Sequence[Sequence[Any]]
     epoch_samples: int | None
     prefetch_windows: int
-    once: Callable[[Callable[[], Any]], Any] | None
+    on_rank_zero: Callable[[Callable[[], Any]], Any] | None
 
 
 class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
@@ -93,7 +93,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     filter          conditions (column, operator, number) that samples must fulfil: see filters.py
     epoch_samples   length of a mixture's epoch; as many samples as there are by default
     prefetch_windows  loaded ahead on a thread; 0 for none
-    once            is given what opens the sources, and gives what that finds, so that one process
+    on_rank_zero    is given what opens the sources, and gives what that finds, so that one process
                     can open them for all; None opens them in each
 
     Raises UsageError for arguments that do not fit each other or the samples, and what opening and
@@ -115,7 +115,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         filter: Sequence[Sequence[Any]] = (),
         epoch_samples: int | None = None,
         prefetch_windows: int = 1,
-        once: Callable[[Callable[[], Any]], Any] | None = None,
+        on_rank_zero: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:
         super().__init__()
         _check_counts(
@@ -139,7 +139,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         def opened() -> list[Source[S]]:
             return [self.open_source(urls, conditions) for urls in pools]
 
-        self.sources: list[Source[S]] = once(opened) if once else opened()
+        self.sources: list[Source[S]] = on_rank_zero(opened) if on_rank_zero else opened()
         self.epoch_samples = epoch_samples
         self._check_sizes()
         self._settings = {

@@ -11,9 +11,8 @@ R and the batch is a grain: then no shard is read twice, but for those that lie 
 With one lane every reader reads all shards, and leaves out all but its own samples.
 
 Nothing here has a size of the number of samples: per shard an offset, per window a permutation.
-The random numbers are splitmix64's (Steele, Lea and Flood, OOPSLA 2014), hashed from what they are
-for and sorted, since numpy does not promise that its own generators stay as they are, and an order
-must outlive an upgrade in the middle of an epoch.
+The random numbers are hashed from what they are for and sorted (random_numbers.py), so an order
+outlives an upgrade in the middle of an epoch.
 
 Known bias: samples of a shard stay within `shuffle_shards` shards of one another.
 
@@ -33,8 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-GOLDEN = 0x9E3779B97F4A7C15
-MASK = (1 << 64) - 1
+from splatshard.pipeline.data.random_numbers import GOLDEN, permutation
 
 PERIOD = 4096
 """Grains of a lane after which the choice of sources repeats; weights are rounded to 1 / PERIOD."""
@@ -242,27 +240,6 @@ def _quotas(weights: tuple[float, ...]) -> NDArray[np.int64]:
             missing
         )
     return quotas
-
-
-def permutation(n: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of n places, int64 [n], that depends on `key` only."""
-    seed = np.uint64(_hash(*key))
-    with np.errstate(over="ignore"):
-        numbers = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN) + seed
-        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(numbers ^ (numbers >> np.uint64(31)), kind="stable")
-
-
-def _hash(*numbers: int) -> int:
-    """64 bits of all of `numbers`, by splitmix64's steps."""
-    z = 0
-    for number in numbers:
-        z = (z + GOLDEN + number) & MASK
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
-        z ^= z >> 31
-    return z
 
 
 class Reader(NamedTuple):

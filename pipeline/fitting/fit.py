@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splatshard.pipeline.fitting.start import circles, initial_splats, square_norm
+from splatshard.pipeline.fitting.start import circles, initial_splats
 from splatshard.pipeline.kernels.backend import Backend, LossAndGrad
 from splatshard.pipeline.kernels.blur import blur
+from splatshard.pipeline.kernels.solve_colors import square_norm
 from splatshard.pipeline.splats import Splats, bounds
 from splatshard.schemas.config import ENCODER, FitConfig
 

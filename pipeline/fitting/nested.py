@@ -54,12 +54,12 @@ from splatshard.pipeline.fitting.start import (
     cholesky_along_edges,
     density,
     sample_density,
-    solve_colors,
     structure_tensor,
     values_at,
 )
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.blur import blur
+from splatshard.pipeline.kernels.solve_colors import solve_colors
 from splatshard.pipeline.kernels.voronoi import centroids
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import FitConfig

@@ -1,4 +1,4 @@
-"""Kernel backends: what one offers, and choosing one.
+"""Kernel backends: what one offers; select.py chooses one.
 
 A backend has two jobs: `render`, which autograd can go through, and the fused `loss_and_grad`,
 which the fitting loop calls thousands of times and which never builds an autograd graph.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import FitConfig
-from splatshard.schemas.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -76,42 +74,3 @@ class Backend:
     make_step: Callable[[Tensor, FitConfig], Step] | None = None
     centroids: Callable[[Tensor, Tensor], Tensor] | None = None
     blur: Callable[[Tensor, float], Tensor] | None = None
-
-
-def select_backend(name: str) -> Backend:
-    """auto is triton where there is a CUDA device and cpu elsewhere; a named backend never falls
-    back.
-
-    Raises BackendError when the named backend cannot run here.
-    """
-    if name == "auto":
-        name = "triton" if torch.cuda.is_available() and find_spec("triton") else "cpu"
-    if name == "cpu":
-        from splatshard.pipeline.kernels import cpu
-
-        return Backend(name, torch.device("cpu"), cpu.render, cpu.loss_and_grad)
-    if name == "reference":
-        from splatshard.pipeline.kernels import reference
-
-        return Backend(name, torch.device("cpu"), reference.render, reference.loss_and_grad)
-    if name == "triton":
-        return _triton()
-    raise BackendError(f"--backend {name}: choose auto, cpu, triton or reference")
-
-
-def _triton() -> Backend:
-    try:
-        from splatshard.pipeline.kernels import triton_backend, triton_blur, triton_voronoi
-    except ImportError as error:
-        raise BackendError(
-            f"--backend triton: {error}: install splatshard[gpu], or use --backend cpu"
-        ) from error
-    return Backend(
-        "triton",
-        triton_backend.device(),
-        triton_backend.render,
-        triton_backend.loss_and_grad,
-        triton_backend.FusedStep,
-        triton_voronoi.centroids,
-        triton_blur.blur,
-    )

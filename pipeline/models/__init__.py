@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.models.classifier import SplatClassifier
 from splatshard.pipeline.models.clip import SplatCLIP
 from splatshard.pipeline.models.encoder import SplatEncoder
+from splatshard.pipeline.models.export import load_encoder, save_clip, save_encoder
 from splatshard.pipeline.models.gvit import GViT
 from splatshard.pipeline.models.patches import PatchEncoder
-from splatshard.pipeline.models.pretrained import (
-    init_from_clip,
-    load_clip,
-    load_encoder,
-    save_clip,
-    save_encoder,
-)
-from splatshard.schemas.model import ModelConfig
+from splatshard.pipeline.models.pretrained import init_from_clip, load_clip
 
 __all__ = [
     "GViT",
@@ -29,11 +24,3 @@ __all__ = [
     "save_clip",
     "save_encoder",
 ]
-
-
-def build_model(config: ModelConfig) -> SplatCLIP | SplatClassifier | GViT:
-    """A GViT if `config.gvit` is set, else a classifier if `config.num_classes` is, else a CLIP;
-    weights from torch's generator."""
-    if config.gvit is not None:
-        return GViT(config)
-    return SplatCLIP(config) if config.num_classes is None else SplatClassifier(config)

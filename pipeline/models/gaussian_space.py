@@ -33,10 +33,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.data.random_numbers import uniform
 from splatshard.pipeline.kernels.gsplat_alpha import reference_alpha, render_alpha
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.splats import Splats, cholesky_from_scales_and_angles
-from splatshard.pipeline.train.augmentation import uniform
 from splatshard.schemas.model import GViTConfig
 
 NUMBERS = 9

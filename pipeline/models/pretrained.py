@@ -1,17 +1,9 @@
-"""Weights from elsewhere, and the trained encoder for elsewhere.
+"""Weights from elsewhere; export.py has the way back.
 
     clip = load_clip("openai/clip-vit-base-patch16")        a name of transformers' hub, or a folder
     clip = load_clip("ViT-M-16.pt", activation="gelu")      an open_clip checkpoint, as it was saved
     init_from_clip(student, clip)                           blocks, norms, text; latents from its
                                                             position embeddings
-
-    save_clip("teacher", model)                             an RGB model, as transformers loads it
-
-An encoder is exported as `model.safetensors` and `config.json`, written in this order, and used so:
-
-    from splatshard.pipeline.models import load_encoder
-    model = load_encoder("runs/1/encoder")
-    embeddings = model.encode_image(batch)                  # TrainBatch -> [B, E]
 
 open_clip keeps queries, keys and values in one matrix, its projections the other way round, and
 some models scale what a block adds (`ls_1.gamma`): the scale goes into the layer before it, which
@@ -33,20 +25,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load as read_safetensors
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from splatshard.pipeline.models.classifier import SplatClassifier
-from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, text_config
-from splatshard.pipeline.models.encoder import vision_config
+from splatshard.pipeline.models.clip import SplatCLIP
 from splatshard.pipeline.models.patches import PatchEncoder
 from splatshard.pipeline.storage import fs as storage
 from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
 from splatshard.schemas.model import EncoderConfig, ModelConfig, TextConfig
 
 if TYPE_CHECKING:
-    from splatshard.pipeline.models.gvit import GViT
+    pass
 
 HEAD_WIDTH = 64  # of every model that open_clip's plain CLIP configs describe
 Activation = Literal["gelu", "quick_gelu"]
@@ -88,7 +77,7 @@ def load_clip(
 def from_transformers(clip: CLIPModel, tokenizer: str) -> SplatCLIP:
     """transformers' CLIP as ours, with its weights; `tokenizer` is a name or folder."""
     model = SplatCLIP(config_of(clip.config, tokenizer))
-    model.load_state_dict({_renamed(k): v for k, v in clip.state_dict().items()})
+    model.load_state_dict({our_name(k): v for k, v in clip.state_dict().items()})
     return model.eval()
 
 
@@ -245,8 +234,8 @@ def read_state(path: str) -> dict[str, Tensor]:
     """
     try:
         if path.endswith(".safetensors"):
-            return read_safetensors(_read(path))
-        with storage.open_read(path) as stream:
+            return read_safetensors(read_bytes(path))
+        with storage.openread_bytes(path) as stream:
             state = torch.load(stream, map_location="cpu", weights_only=True)
     except (SourceError, UnavailableError):
         raise
@@ -290,66 +279,8 @@ def init_from_clip(student: SplatCLIP, clip: SplatCLIP) -> None:
         student.logit_scale.copy_(clip.logit_scale)
 
 
-def save_encoder(folder: str, model: SplatCLIP | SplatClassifier | GViT) -> None:
-    """Write `model` less its text tower to `folder`, for `load_encoder`.
-
-    Raises StorageError and UnavailableError.
-    """
-    config = replace(model.config, text=None)
-    dropped = ("text.", "text_projection.", "logit_scale")
-    state = {
-        k: v.detach().cpu() for k, v in model.state_dict().items() if not k.startswith(dropped)
-    }
-    state = {k: v.contiguous() for k, v in state.items()}
-    storage.write_bytes(f"{folder}/model.safetensors", safetensors_bytes(state))
-    text = json.dumps(config.to_dict(), indent=1)
-    storage.write_bytes(f"{folder}/config.json", text.encode())
-
-
-def load_encoder(folder: str) -> SplatCLIP | SplatClassifier | GViT:
-    """What `save_encoder` wrote, in eval mode, on the CPU: `encode_image(batch)` of a SplatCLIP
-    without text tower, the logits of a SplatClassifier, or a GViT. Raises UsageError, SourceError
-    where there is nothing, and UnavailableError."""
-    from splatshard.pipeline.models import build_model  # which imports this module
-
-    try:
-        config = ModelConfig.from_dict(json.loads(_read(f"{folder}/config.json")))
-    except ValueError as error:
-        raise UsageError(f"{folder}/config.json: not a model's configuration: {error}") from error
-    model = build_model(config)
-    try:
-        model.load_state_dict(read_state(f"{folder}/model.safetensors"))
-    except RuntimeError as error:
-        raise UsageError(f"{folder}: weights do not fit config.json: {error}") from error
-    return model.eval()
-
-
-def save_clip(folder: str, model: SplatCLIP) -> None:
-    """Write an RGB CLIP as transformers does, with its tokenizer, for `load_clip`, `--teacher` and
-    `init_clip`; the inverse of `from_transformers`. `folder` is local.
-
-    Raises UsageError for a model on splats or without a text tower.
-    """
-    if not isinstance(model.vision, PatchEncoder) or model.text is None:
-        raise UsageError(
-            f"{folder}: only a model on patches with a text tower is a CLIP that transformers "
-            "knows: save_encoder writes the others"
-        )
-    assert model.config.text is not None, "it has a text tower"
-    config = CLIPConfig(
-        vision_config=vision_config(model.config.encoder).to_dict(),
-        text_config=text_config(model.config.text).to_dict(),
-        projection_dim=model.config.embed_dim,
-    )
-    clip = CLIPModel(config)
-    ours = model.state_dict()
-    clip.load_state_dict({name: ours[_renamed(name)] for name in clip.state_dict()})
-    clip.save_pretrained(folder)
-    load_tokenizer(model.config.text).save_pretrained(folder)
-
-
-def _read(url: str) -> bytes:
-    with storage.open_read(url) as stream:
+def read_bytes(url: str) -> bytes:
+    with storage.openread_bytes(url) as stream:
         return stream.read()
 
 
@@ -366,10 +297,10 @@ def _load_transformers(source: str) -> CLIPModel:
 def _open_clip_config(folder: str) -> dict[str, Any] | None:
     """open_clip_config.json of a local folder."""
     path = f"{folder}/open_clip_config.json"
-    return json.loads(_read(path)) if storage.exists(path) else None
+    return json.loads(read_bytes(path)) if storage.exists(path) else None
 
 
-def _renamed(name: str) -> str:
+def our_name(name: str) -> str:
     """transformers' name to ours."""
     for theirs, ours in (("vision_model.", "vision."), ("text_model.", "text.")):
         if name.startswith(theirs):

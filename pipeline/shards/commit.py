@@ -36,7 +36,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE, FAILED, read_marker
-from splatshard.pipeline.shards.rows import is_shard, survey
+from splatshard.pipeline.shards.rows import is_shard
+from splatshard.pipeline.shards.verify import survey
 from splatshard.pipeline.storage import atomic as objects
 from splatshard.pipeline.storage import fs as storage
 from splatshard.pipeline.storage.errors import storage_errors

@@ -1,53 +1,43 @@
-"""Committed shards, read back: rows of both formats, and the check of a shard against its marker.
+"""Committed shards, read back: the rows of both formats and a shard's constants.
 
-Front to back, one row at a time; for `verify`, `report` and the commit itself. Left out: order,
-batches, prefetching and columns by choice, which are the training reader's. Nothing is unpickled,
-and whatever is wrong with a file raises CorruptShardError (or is listed by `verify_shard`).
+Front to back, one row at a time. Left out: order, batches, prefetching and columns by choice, which
+are the training reader's; the check of a shard, which is verify.py's. Nothing is unpickled, and
+whatever is wrong with a file raises CorruptShardError.
 
 A tar that was cut between two members reads like a shorter one: trust the marker's count.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from splatshard.pipeline.storage import fs as storage
-from splatshard.schemas.config import fingerprint
 from splatshard.schemas.errors import (
     CorruptShardError,
     FormatVersionError,
     SourceError,
-    StorageError,
 )
-from splatshard.schemas.shard import OK, PSNR_STEP, STATUSES, ShardManifest, is_text
+from splatshard.schemas.shard import is_text
 from splatshard.schemas.splats import (
     CODECS,
     EXTENSIONS,
     FORMAT_VERSION,
-    MAX_PSNR,
     MAX_TEACHER_DIM,
     METADATA_KEY,
     METADATA_MEMBER,
     PLANAR,
     TEACHER,
     columns,
-    payload_bytes,
     payload_columns,
-    psnr_columns,
     scalars,
-    splat_columns,
     splat_suffix,
 )
 
@@ -57,7 +47,6 @@ BATCH_ROWS = 64
 BATCH_BYTES = 64 << 20
 LARGE = ("metadata", "members", "splats", TEACHER)
 """What the names of columns with large values begin with."""
-MAX_PROBLEMS = 10
 MAX_FLOAT = (2 - 2**-23) * 2.0**127
 """The largest finite single."""
 
@@ -69,19 +58,19 @@ def read_rows(url: str, format: str | None = None) -> Iterator[Row]:
     file's extension if None. Raises CorruptShardError for a missing, damaged or foreign file and
     FormatVersionError for a newer one.
     """
-    with _reading(url) as stream:
-        rows = _parquet_rows if _format_of(url, format) == "parquet" else _tar_rows
+    with reading(url) as stream:
+        rows = _parquet_rows if format_of(url, format) == "parquet" else _tar_rows
         yield from rows(stream, url)
 
 
 def shard_metadata_of(url: str, format: str | None = None) -> dict[str, Any]:
     """The constants of the shard at `url`, see `schemas.splats.shard_metadata`; raises as
     `read_rows`."""
-    with _reading(url) as stream:
-        if _format_of(url, format) == "parquet":
+    with reading(url) as stream:
+        if format_of(url, format) == "parquet":
             return parquet_metadata(pq.ParquetFile(stream), url)
         with tarfile.open(fileobj=stream, mode="r|") as tar:
-            return _tar_metadata(_tar_members(tar), url)
+            return tar_metadata(tar_members(tar), url)
 
 
 def is_shard(url: str) -> bool:
@@ -93,7 +82,7 @@ def is_shard(url: str) -> bool:
         return False
 
 
-def _format_of(url: str, format: str | None) -> str:
+def format_of(url: str, format: str | None) -> str:
     by_extension = {extension: name for name, extension in EXTENSIONS.items()}
     format = format or by_extension.get(url.rpartition(".")[2], "")
     if format not in EXTENSIONS:
@@ -102,7 +91,7 @@ def _format_of(url: str, format: str | None) -> str:
 
 
 @contextmanager
-def _reading(url: str) -> Iterator[BinaryIO]:
+def reading(url: str) -> Iterator[BinaryIO]:
     """A stream over `url`; whatever the libraries raise on bad bytes becomes CorruptShardError."""
     try:
         with storage.open_read(url) as stream:
@@ -180,7 +169,7 @@ def _is_teacher(value: object) -> bool:
     return type(dim) is int and 0 < dim <= MAX_TEACHER_DIM
 
 
-def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
+def tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     for member in tar:
         if not member.isreg() or member.issparse() or member.size < 0:  # holes may be of any size
             raise ValueError(f"member {member.name} is not a regular file")
@@ -188,15 +177,15 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
         tar.members.clear()  # tarfile would keep every header until the end
 
 
-def _tar_metadata(members: Iterator[tuple[str, bytes]], url: str) -> dict[str, Any]:
+def tar_metadata(members: Iterator[tuple[str, bytes]], url: str) -> dict[str, Any]:
     name, data = next(members, ("", b""))
     return checked_metadata(data if name == METADATA_MEMBER else None, url)
 
 
 def _tar_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
     with tarfile.open(fileobj=stream, mode="r|") as tar:
-        members = _tar_members(tar)
-        metadata = _tar_metadata(members, url)
+        members = tar_members(tar)
+        metadata = tar_metadata(members, url)
         base, group = "", list[tuple[str, bytes]]()
         for name, data in members:
             folder, slash, last = name.rpartition("/")
@@ -250,200 +239,3 @@ def _is_of(value: object, column: pa.Field) -> bool:
         return type(value) in (int, float) and not MAX_FLOAT < abs(value) < math.inf
     limit = 1 << (column.type.bit_width - 1)
     return type(value) is int and -limit <= value < limit
-
-
-@dataclass
-class Survey:
-    """What a shard file holds, from the file alone; see ShardManifest for the fields' meaning."""
-
-    samples: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    statistics: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-
-def survey(url: str, format: str | None = None) -> Survey:
-    """Read every row and unpack every payload; raises as `read_rows`. `problems` says which rows
-    are not what FORMAT.md promises, the first MAX_PROBLEMS of them."""
-    metadata = shard_metadata_of(url, format)
-    result = Survey()
-    psnr: list[float] = []
-    losses: list[float] = []
-    num_gaussians = unpacked_bytes = wrong = 0
-    for row in read_rows(url, format):
-        result.samples += 1
-        result.counts[row["status"]] += 1
-        if problem := row_problem(row, metadata):
-            wrong += 1
-            if wrong <= MAX_PROBLEMS:
-                result.problems.append(f"row {result.samples - 1} ({row['key']}): {problem}")
-        elif row["status"] == OK:
-            psnr.append(row["psnr"])
-            losses.append(row.get("psnr_loss") or 0.0)
-            num_gaussians += row["num_gaussians"]
-            unpacked_bytes += payload_bytes(row)
-    if wrong > MAX_PROBLEMS:
-        result.problems.append(f"and {wrong - MAX_PROBLEMS} more rows")
-    first_version = metadata["format_version"] == 1  # it counted bytes before compression
-    stored = unpacked_bytes if first_version else stored_payload_bytes(url, format)
-    result.statistics = {"payload_bytes": stored}
-    if psnr:
-        result.statistics |= {
-            "psnr_mean": math.fsum(psnr) / len(psnr),
-            "psnr_min": min(psnr),
-            "psnr_max": max(psnr),
-            "num_gaussians_mean": num_gaussians / len(psnr),
-            **_histogram(psnr),
-        }
-        if not first_version:
-            result.statistics["psnr_loss_mean"] = math.fsum(losses) / len(losses)
-    return result
-
-
-def stored_payload_bytes(url: str, format: str | None = None) -> int:
-    """What the payloads take in the file: compressed columns, or tar members without headers."""
-    with _reading(url) as stream:
-        if _format_of(url, format) == "parquet":
-            file = pq.ParquetFile(stream).metadata
-            groups = [file.row_group(i) for i in range(file.num_row_groups)]
-            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-            splats = [chunk for chunk in chunks if chunk.path_in_schema.startswith("splats")]
-            return sum(chunk.total_compressed_size for chunk in splats)
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            metadata = _tar_metadata(_tar_members(tar), url)
-            names = map(splat_suffix, splat_columns(metadata.get("budgets", [])))
-            ends = tuple(f".{name}" for name in names)
-            size = 0
-            for member in tar:
-                tar.members.clear()
-                last = member.name.rpartition("/")[2]
-                size += member.size if last[last.find(".") :] in ends else 0
-            return size
-
-
-def _histogram(psnr: list[float]) -> dict[str, Any]:
-    steps = Counter(math.floor(min(max(p, 0), MAX_PSNR) / PSNR_STEP) for p in psnr)
-    first = min(steps)
-    return {
-        "psnr_histogram_from": first * PSNR_STEP,
-        "psnr_histogram": " ".join(str(steps[i]) for i in range(first, max(steps) + 1)),
-    }
-
-
-def row_problem(row: Row, metadata: dict[str, Any]) -> str:
-    """What is wrong with a row of a shard with these metadata; empty when nothing is."""
-    from splatshard.pipeline.codec.pack import (  # torch; a driver only reads markers
-        finite_images,
-        unpack_row,
-    )
-
-    budgets = metadata.get("budgets", [])
-    payloads = [row[name] for name in splat_columns(budgets)]
-    if row["status"] not in STATUSES:
-        return f"unknown status {row['status']!r}"
-    if row["status"] != OK:
-        kept = any(row[name] is not None for name in payload_columns(metadata))
-        kept = kept or row["num_gaussians"]
-        return f"status {row['status']}, yet it has splats" if kept else ""
-    sides = [row["width"] or 0, row["height"] or 0]
-    if any(payload is None for payload in payloads) or min(sides) < 1:
-        return "status ok, but no splats, width or height"
-    losses = ("psnr_loss",) if metadata["format_version"] > 1 else ()
-    for name in ("psnr", *psnr_columns(budgets), *losses):
-        if row[name] is None or not math.isfinite(row[name]):
-            return f"{'PSNR' if name == 'psnr' else name} is {row[name]}"
-    try:
-        splats = unpack_row(row, metadata)
-    except CorruptShardError as e:
-        return str(e)
-    found = int(splats.num_gaussians[0])
-    if found != row["num_gaussians"]:
-        return f"{found} Gaussians in the payload, num_gaussians is {row['num_gaussians']}"
-    if not finite_images(splats).all():
-        return "Gaussians that are not finite"
-    if TEACHER in metadata and (problem := teacher_problem(row[TEACHER], metadata[TEACHER]["dim"])):
-        return problem
-    return (
-        "" if (splats.cholesky[..., ::2] > 0).all() else "Cholesky diagonals that are not positive"
-    )
-
-
-def teacher_problem(embedding: bytes | None, dim: int) -> str:
-    """What is wrong with a stored embedding of `dim` numbers; empty when nothing is."""
-    if embedding is None:
-        return "status ok, but no teacher's embedding"
-    if len(embedding) != 2 * dim:
-        return f"a teacher's embedding of {len(embedding)} bytes, not {2 * dim}"
-    norm = float(np.linalg.norm(np.frombuffer(embedding, "<f2").astype(np.float64)))
-    # halves round each number by 2^-11 of itself at most
-    return "" if abs(norm - 1) < 1e-2 else f"a teacher's embedding of length {norm:.3g}, not 1"
-
-
-def is_refused(url: str, error: BaseException) -> bool:
-    """Whether a store refused access to the shard, which says nothing about the shard."""
-    while not isinstance(error, SourceError) and error.__cause__:
-        error = error.__cause__
-    refused = isinstance(error, SourceError)
-    return (
-        refused and not storage.is_local(url) and not isinstance(error.__cause__, FileNotFoundError)
-    )
-
-
-def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
-    """Everything about the shard in `dst` that is not as its marker says; empty when all is well.
-
-    Checks size, SHA-256, format version, recipe, row count, statuses, every payload and the
-    statistics. Each message names the file and what to do.
-    """
-    url = f"{dst.rstrip('/')}/{manifest.data_file}"
-    marker = f"{dst.rstrip('/')}/{manifest.name}.json"
-    try:
-        problems = _problems(url, manifest)
-    except FormatVersionError as e:
-        return [str(e)]
-    except (CorruptShardError, SourceError) as e:
-        if is_refused(url, e):
-            raise StorageError(str(e)) from e
-        problems = [str(e)]
-    if not problems and manifest.fingerprint != fingerprint(manifest.inputs):
-        return [
-            f"{marker}: its fingerprint is not that of its inputs: delete it and run convert again"
-        ]
-    return [
-        f"{p if url in p else f'{url}: {p}'}: run splatshard repair, or delete {marker} and run "
-        "convert again"
-        for p in problems
-    ]
-
-
-def _problems(url: str, manifest: ShardManifest) -> list[str]:
-    size = storage.stat(url).size_bytes
-    if size != manifest.size_bytes:
-        return [f"{size} bytes, its marker says {manifest.size_bytes}"]
-    digest = hashlib.sha256()
-    with storage.local_copy(url, digest) as path:
-        if digest.hexdigest() != manifest.sha256:
-            return ["SHA-256 is not the one in its marker (damaged or replaced)"]
-        try:
-            return _differences(path, manifest)
-        except (CorruptShardError, FormatVersionError) as e:
-            raise type(e)(str(e).replace(path, url)) from e
-
-
-def _differences(path: str, manifest: ShardManifest) -> list[str]:
-    """What the file at `path` holds and its marker does not say."""
-    problems: list[str] = []
-    recipe = shard_metadata_of(path, manifest.format).get("recipe")
-    if recipe != manifest.inputs["recipe"]:
-        problems.append("it was made by another recipe than its marker says")
-    found = survey(path, manifest.format)
-    problems += found.problems
-    if "psnr_histogram" not in manifest.statistics:  # the first markers had none
-        for name in ("psnr_histogram", "psnr_histogram_from"):
-            found.statistics.pop(name, None)
-    for name in ("samples", "counts", "statistics"):
-        if getattr(found, name) != getattr(manifest, name):
-            problems.append(
-                f"{name} are {getattr(found, name)}, its marker says {getattr(manifest, name)}"
-            )
-    return problems

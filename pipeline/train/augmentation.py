@@ -3,20 +3,18 @@ the images that they are of get the same.
 
 `pipeline.data.augment` draws for a whole batch from one generator. Which row of which batch a
 sample is in depends on the number of processes, so here each sample has a seed, and its numbers are
-hashed from that (splitmix64's steps, on any device, all of a batch at once).
+hashed from that (data/random_numbers.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-import torch
 from torch import Tensor
 
 from splatshard.pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
 from splatshard.pipeline.data.augment_pixels import augment_pixels
+from splatshard.pipeline.data.random_numbers import uniform
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.train import AugmentConfig
 
@@ -29,13 +27,6 @@ def augment_of(config: AugmentConfig, cutoff: float | None) -> Augment:
     does not take."""
     found = Augment(**asdict(config))
     return found if cutoff is None else replace(found, cutoff=cutoff)
-
-
-def sample_seeds(keys: Sequence[str], *numbers: int) -> Tensor:
-    """int64 [B]: for each key and all of `numbers` 64 bits of their own."""
-    prefix = repr(numbers)
-    digests = (hashlib.blake2b(f"{prefix}{key}".encode(), digest_size=8).digest() for key in keys)
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
 
 
 def start_seeds(seeds: Tensor) -> Tensor:
@@ -60,22 +51,3 @@ def augmented_pixels(
     """Images float [B, 3, H, W] by the plans that `augmented` has for the same seeds."""
     draws = uniform(seeds, DRAWS).to(pixels)
     return augment_pixels(pixels, draw_plan(draws, heights, widths, config), config)
-
-
-def uniform(seeds: Tensor, count: int) -> Tensor:
-    """Numbers from 0 to below 1, float32 [B, count], the first of each seed whatever `count` is."""
-    z = seeds[:, None] + torch.arange(1, count + 1, device=seeds.device) * _signed(
-        0x9E3779B97F4A7C15
-    )
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shifted(z ^ _shifted(z, 31), 40).float() * 2**-24
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right with zeros, which torch has no operator for."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64)

@@ -23,17 +23,13 @@ from splatshard.pipeline.data.augment import Augment
 from splatshard.pipeline.data.augment_pixels import check_pixels
 from splatshard.pipeline.data.base import Ordering
 from splatshard.pipeline.data.batch import values_of
+from splatshard.pipeline.data.random_numbers import sample_seeds
 from splatshard.pipeline.models.classifier import image_config, reads_images
 from splatshard.pipeline.models.clip import load_tokenizer, tokenize
 from splatshard.pipeline.models.gvit import UNGUIDED, Guidance
 from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.pipeline.splats import Splats
-from splatshard.pipeline.train.augmentation import (
-    augment_of,
-    augmented,
-    augmented_pixels,
-    sample_seeds,
-)
+from splatshard.pipeline.train.augmentation import augment_of, augmented, augmented_pixels
 from splatshard.pipeline.train.distributed import World, ignore_signals, on_rank_zero
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.splats import TEACHER

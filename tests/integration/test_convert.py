@@ -10,7 +10,8 @@ import pytest
 
 from splatshard.jobs import convert, demo, export, repair, report, status, verify
 from splatshard.pipeline.codec.pack import unpack_row
-from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, survey
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
+from splatshard.pipeline.shards.verify import survey
 from splatshard.schemas.splats import EXTENSIONS
 from tests.integration.running import (
     SMALL,

@@ -15,7 +15,7 @@ from splatshard.jobs import embed, repair, status, verify
 from splatshard.pipeline import embed as stage
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.embed import pairs
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.teacher import resolve_teacher
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import read_rows

@@ -28,7 +28,7 @@ from werkzeug.serving import make_server
 from splatshard.jobs.destination import plan_file as files
 from splatshard.jobs.destination.plan import PLAN_FILE, PlannedShard, make_plan, planned
 from splatshard.pipeline.convert import convert_shard
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.shards.commit import (
     check_destination,
     clean_attempts,
@@ -40,7 +40,8 @@ from splatshard.pipeline.shards.commit import (
     staged_file,
 )
 from splatshard.pipeline.shards.markers import read_markers
-from splatshard.pipeline.shards.rows import read_rows, verify_shard
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.verify import verify_shard
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read
 from splatshard.pipeline.storage import atomic as objects

@@ -11,8 +11,8 @@ import torch
 from splatshard.pipeline.fitting.fit import fit, relocates_at
 from splatshard.pipeline.fitting.nested import fit_nested
 from splatshard.pipeline.kernels import reference
-from splatshard.pipeline.kernels.backend import select_backend
 from splatshard.pipeline.kernels.blur import blur, half_taps
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.schemas.config import FitConfig
 from tests.unit.test_fit import picture
 

@@ -19,7 +19,8 @@ from splatshard.pipeline.codec.pack import gaussians_in, pack, unpack, unpack_ro
 from splatshard.pipeline.convert import packed_rows
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.nested import fit_nested
-from splatshard.pipeline.kernels.backend import Backend, LossAndGrad, select_backend
+from splatshard.pipeline.kernels.backend import Backend, LossAndGrad
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.splats import Splats, first
 from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig
 from splatshard.schemas.splats import MAX_LOSS_DB, PLANAR, PLANES, shard_metadata

@@ -33,7 +33,7 @@ from splatshard.pipeline.shards.commit import (
     staged_file,
 )
 from splatshard.pipeline.shards.markers import read_markers
-from splatshard.pipeline.shards.rows import verify_shard
+from splatshard.pipeline.shards.verify import verify_shard
 from splatshard.pipeline.storage import atomic as objects
 from splatshard.pipeline.storage import staging
 from splatshard.schemas.config import ConvertConfig

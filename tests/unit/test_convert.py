@@ -16,11 +16,13 @@ import torch
 from splatshard.pipeline import convert
 from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.convert import Row, convert_samples, convert_shard
-from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.runtime import batching
 from splatshard.pipeline.runtime.batching import BatchLimit, auto_batch_size
 from splatshard.pipeline.runtime.stage_timer import StageTimer
-from splatshard.pipeline.shards.rows import read_rows, row_problem
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.verify import row_problem
 from splatshard.pipeline.source.decode import DecodedImage
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import RawSample

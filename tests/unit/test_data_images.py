@@ -20,12 +20,12 @@ from splatshard.jobs import evaluate
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset
 from splatshard.pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
 from splatshard.pipeline.data.augment_pixels import augment_pixels
+from splatshard.pipeline.data.random_numbers import uniform
 from splatshard.pipeline.kernels import reference
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read, scan
 from splatshard.pipeline.splats import Splats
-from splatshard.pipeline.train.augmentation import uniform
 from splatshard.pipeline.train.batches import Feed
 from splatshard.pipeline.train.checkpoint import read_checkpoint
 from splatshard.pipeline.train.distributed import World

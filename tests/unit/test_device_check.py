@@ -161,7 +161,7 @@ def test_predicted_times_stand_on_the_counts_that_are_committed() -> None:
 
 def test_counted_tiles_are_those_of_the_lists() -> None:
     pytest.importorskip("triton", reason="Triton is not installed (extra: gpu)")
-    from splatshard.pipeline.kernels.backend import select_backend
+    from splatshard.pipeline.kernels.select import select_backend
     from splatshard.pipeline.kernels.triton_lists import tile_lists
     from tests.unit.test_kernels import make_splats, to_float32
 

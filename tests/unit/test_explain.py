@@ -36,7 +36,7 @@ from splatshard.pipeline.evaluation.explain import (
     saliency_map,
 )
 from splatshard.pipeline.fitting.fit import moved
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.classifier import SplatClassifier
 from splatshard.pipeline.models.gvit import GViT
 from splatshard.pipeline.source.decode import DecodedImage, decode

@@ -18,7 +18,7 @@ from PIL import Image
 from splatshard.jobs.__main__ import main
 from splatshard.pipeline.codec.pack import unpack
 from splatshard.pipeline.convert import convert_shard
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.ply import ply_bytes
 from splatshard.pipeline.shards.rows import read_rows
 from splatshard.pipeline.source.listing import list_shards

@@ -16,11 +16,11 @@ from splatshard.pipeline.fitting.start import (
     hilbert_order,
     initial_splats,
     sample_density,
-    solve_colors,
     structure_tensor,
 )
-from splatshard.pipeline.kernels.backend import select_backend
 from splatshard.pipeline.kernels.blur import blur
+from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.kernels.solve_colors import solve_colors
 from splatshard.pipeline.kernels.voronoi import centroids
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.splats import Splats, bounds

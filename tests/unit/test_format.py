@@ -23,7 +23,8 @@ from splatshard.pipeline.codec.pack import unpack
 from splatshard.pipeline.codec.planes import encode, join
 from splatshard.pipeline.codec.quantise import on_grid
 from splatshard.pipeline.kernels import reference
-from splatshard.pipeline.shards.rows import read_rows, survey
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.verify import survey
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.shard import SKIP_STATUSES, FailedShard, ShardManifest
 from splatshard.schemas.splats import CODECS, FORMAT_VERSION, PLANES, columns, shard_metadata

@@ -21,7 +21,8 @@ from PIL import Image
 from splatshard.jobs.__main__ import main
 from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.shards.markers import read_markers
-from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of, survey, verify_shard
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
+from splatshard.pipeline.shards.verify import survey, verify_shard
 from splatshard.schemas.shard import ShardManifest
 from splatshard.schemas.splats import CODECS, FORMAT_VERSION, columns
 from tests.format_reader import assert_close, decode

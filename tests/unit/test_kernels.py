@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from splatshard.pipeline.kernels import reference
-from splatshard.pipeline.kernels.backend import Backend, LossAndGrad, select_backend
+from splatshard.pipeline.kernels.backend import Backend, LossAndGrad
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.splats import Splats, cholesky_from_scales_and_angles
 from splatshard.schemas.errors import BackendError
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from splatshard.pipeline.fitting import nested
 from splatshard.pipeline.fitting.fit import TorchStep, fields, fit
 from splatshard.pipeline.fitting.nested import Tier, detail_splats, error_of, fit_nested, sweep
-from splatshard.pipeline.kernels.backend import Backend, select_backend
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import PRESETS, FitConfig

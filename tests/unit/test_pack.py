@@ -21,7 +21,7 @@ from splatshard.pipeline.codec.pack import (
     unpack,
     unpack_row,
 )
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.errors import CorruptShardError
 from splatshard.schemas.splats import CODECS, PLANAR, PLANES, shard_metadata

@@ -17,7 +17,7 @@ from splatshard.pipeline.fitting import encoder_start as prediction
 from splatshard.pipeline.fitting.encoder_start import predict, resolve_encoder
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.start import initial_splats
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.gvit import GViT
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.shards.markers import read_markers

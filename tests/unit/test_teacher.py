@@ -16,9 +16,10 @@ from transformers import CLIPModel
 
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.data import SplatDataset
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.teacher import load_teacher, resolve_teacher
-from splatshard.pipeline.shards.rows import read_rows, row_problem, shard_metadata_of, verify_shard
+from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
+from splatshard.pipeline.shards.verify import row_problem, verify_shard
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_shards

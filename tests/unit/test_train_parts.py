@@ -23,9 +23,10 @@ from splatshard.jobs.cli.recipe import load_recipe, with_settings
 from splatshard.jobs.train import Shown, step_line
 from splatshard.pipeline.data import ImageBatch, TrainBatch
 from splatshard.pipeline.data.augment import Augment, augment
+from splatshard.pipeline.data.random_numbers import sample_seeds, uniform
 from splatshard.pipeline.models import build_model
 from splatshard.pipeline.models.gvit import Guidance
-from splatshard.pipeline.train.augmentation import augment_of, augmented, sample_seeds, uniform
+from splatshard.pipeline.train.augmentation import augment_of, augmented
 from splatshard.pipeline.train.batches import Step, augmented_batch
 from splatshard.pipeline.train.distributed import World
 from splatshard.pipeline.train.groups import Average, freeze, groups_of, make_optimizer

@@ -27,7 +27,7 @@ from splatshard.pipeline.fitting.start import (
     structure_tensor,
 )
 from splatshard.pipeline.kernels import triton_backend, triton_lists, voronoi
-from splatshard.pipeline.kernels.backend import select_backend
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.splats import Splats, bounds
 from splatshard.schemas.config import FitConfig
