@@ -235,7 +235,7 @@ def read_state(path: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return read_safetensors(read_bytes(path))
-        with storage.openread_bytes(path) as stream:
+        with storage.open_read(path) as stream:
             state = torch.load(stream, map_location="cpu", weights_only=True)
     except (SourceError, UnavailableError):
         raise
@@ -280,7 +280,7 @@ def init_from_clip(student: SplatCLIP, clip: SplatCLIP) -> None:
 
 
 def read_bytes(url: str) -> bytes:
-    with storage.openread_bytes(url) as stream:
+    with storage.open_read(url) as stream:
         return stream.read()
 
 

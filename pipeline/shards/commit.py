@@ -8,7 +8,7 @@
 
 The file is written and verified on a local disk, then its data are put into DST under a name that
 no marker has, then the marker is written on condition that it is still as it was when looked at
-(objects.py: a lock on a local disk, conditional PUTs on S3). What is there by then decides:
+(atomic.py: a lock on a local disk, conditional PUTs on S3). What is there by then decides:
 
     nothing, or a damaged marker     ours goes in
     the marker we may replace        ours goes in, its data file is deleted
@@ -38,7 +38,7 @@ from pathlib import Path
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE, FAILED, read_marker
 from splatshard.pipeline.shards.rows import is_shard
 from splatshard.pipeline.shards.verify import survey
-from splatshard.pipeline.storage import atomic as objects
+from splatshard.pipeline.storage import atomic
 from splatshard.pipeline.storage import fs as storage
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
@@ -67,8 +67,8 @@ def check_destination(dst: str) -> None:
     """
     check_scheme(dst)
     if not is_local(dst):
-        objects.keeps_conditions(dst.rstrip("/"))
-        objects.delete(f"{dst.rstrip('/')}/_check")
+        atomic.keeps_conditions(dst.rstrip("/"))
+        atomic.delete(f"{dst.rstrip('/')}/_check")
         return
     folder = local_path(dst)
     for place in (folder, *folder.parents):
@@ -127,10 +127,10 @@ def publish(
     """
     dst = dst.rstrip("/")
     ours = _verified(dst, path, ref, config, source_sha256, samples, attempt)
-    with objects.exclusive(dst, ref.name):
+    with atomic.exclusive(dst, ref.name):
         winner = _commit(dst, path, ours, replaces)
         with suppress(UnavailableError):  # the shard is done; what stays is hidden by its marker
-            objects.delete(f"{dst}/{ref.name}{FAILED}")
+            atomic.delete(f"{dst}/{ref.name}{FAILED}")
     return winner
 
 
@@ -154,7 +154,7 @@ def _verified(
     shard_inputs = inputs(config, ref)
     digest = fingerprint(shard_inputs)
     with storage_errors(dst if is_local(dst) else path):
-        objects.sync(path)
+        atomic.sync(path)
         size_bytes = path.stat().st_size
     unique = "" if is_local(dst) else f"-{attempt or secrets.token_hex(4) + '0'}"
     return ShardManifest(
@@ -184,23 +184,23 @@ def _commit(dst: str, path: Path, ours: ShardManifest, replaces: str) -> ShardMa
             break  # the answer to our own write was lost, so it was repeated, and refused
         if found and marker_digest(found) != replaces:
             if uploaded:
-                objects.delete(data)
+                atomic.delete(data)
             if found.fingerprint == ours.fingerprint:
                 return found
             raise StorageError(_other_job(marker, found, ours))
         if not uploaded:
             ours = _under_free_name(ours, found)
             data = f"{dst}/{ours.data_file}"
-            objects.upload(path, data)
+            atomic.upload(path, data)
             uploaded = True
         replaced = found
-        if objects.put_if_match(marker, to_json(ours).encode(), tag):
+        if atomic.put_if_match(marker, to_json(ours).encode(), tag):
             break
     else:
         raise UnavailableError(f"{marker} changes again and again")
     if replaced and replaced.data_file != ours.data_file:
         with suppress(UnavailableError):
-            objects.delete(f"{dst}/{replaced.data_file}")
+            atomic.delete(f"{dst}/{replaced.data_file}")
     return ours
 
 
@@ -221,7 +221,7 @@ def _current(dst: str, name: str) -> tuple[str | None, ShardManifest | None]:
     The etag is asked for first: should the marker change in between, the write that is conditional
     on it fails.
     """
-    head = objects.head(f"{dst}/{name}{DONE}")
+    head = atomic.head(f"{dst}/{name}{DONE}")
     if head is None:
         return None, None
     with storage_errors(f"{dst}/{name}{DONE}", "read"):
@@ -260,10 +260,10 @@ def mark_failed(
         message=redact(str(error)),
         fingerprint=fingerprint(inputs(config, ref)),
     )
-    with objects.exclusive(dst, ref.name):
+    with atomic.exclusive(dst, ref.name):
         _, done = _current(dst, ref.name)
         if done is None or done.fingerprint != failed.fingerprint:
-            objects.write(f"{dst}/{ref.name}{FAILED}", to_json(failed).encode())
+            atomic.write(f"{dst}/{ref.name}{FAILED}", to_json(failed).encode())
 
 
 def _source_url(ref: ShardRef) -> str:
@@ -285,7 +285,7 @@ def remove(dst: str, markers: Iterable[ShardManifest | FailedShard]) -> list[str
 
     def removed(marker: ShardManifest | FailedShard) -> bool:
         name = marker.name
-        with objects.exclusive(dst, name):
+        with atomic.exclusive(dst, name):
             tag, done = _current(dst, name)
             if tag is not None and done != marker:
                 return False  # another job has made it anew
@@ -297,13 +297,13 @@ def remove(dst: str, markers: Iterable[ShardManifest | FailedShard]) -> list[str
                     message="no longer in the source; run convert again to delete the rest",
                     fingerprint=done.fingerprint,
                 )
-                objects.write(f"{dst}/{name}{FAILED}", to_json(failed).encode())
-                objects.delete(f"{dst}/{name}{DONE}")
+                atomic.write(f"{dst}/{name}{FAILED}", to_json(failed).encode())
+                atomic.delete(f"{dst}/{name}{DONE}")
             start = f"{name}-{marker.fingerprint[:8]}"
             for file in files.get(name, []):
                 if file.startswith(start):
-                    objects.delete(f"{dst}/{file}")
-            objects.delete(f"{dst}/{name}{FAILED}")
+                    atomic.delete(f"{dst}/{file}")
+            atomic.delete(f"{dst}/{name}{FAILED}")
         return True
 
     with ThreadPoolExecutor(DELETERS) as pool:
@@ -332,7 +332,7 @@ def clean_staging(dst: str) -> None:
     doubtful = failed & {f.removesuffix(DONE) for f in names}
     doubtful |= locks | {name for name, files in data.items() if len(files) > 1}
     for name in sorted(doubtful):
-        with suppress(UnavailableError), objects.exclusive(dst, name, 0) as alone:
+        with suppress(UnavailableError), atomic.exclusive(dst, name, 0) as alone:
             _, done = _current(dst, name)
             if done and alone:
                 _delete_leftovers(dst, done, data.get(name, []))
@@ -344,7 +344,7 @@ def _delete_leftovers(dst: str, done: ShardManifest, data_files: Iterable[str]) 
     """Only what splatshard wrote: a name such as `train-00000001.tar` may be anybody's."""
     for file in data_files:
         if file != done.data_file and is_shard(f"{dst}/{file}"):
-            objects.delete(f"{dst}/{file}")
+            atomic.delete(f"{dst}/{file}")
 
 
 def _delete_failed(dst: str, done: ShardManifest) -> None:
@@ -352,7 +352,7 @@ def _delete_failed(dst: str, done: ShardManifest) -> None:
     file = done.name + FAILED
     with storage_errors(f"{dst}/{file}", "read"), suppress(CorruptShardError, FileNotFoundError):
         if read_marker(dst, file).fingerprint == done.fingerprint:
-            objects.delete(f"{dst}/{file}")
+            atomic.delete(f"{dst}/{file}")
 
 
 def clean_attempts(
@@ -380,7 +380,7 @@ def clean_attempts(
         if name in kept and kept[name] != file:
             _, now = _current(dst, name)
             if now and now.data_file != file:
-                objects.delete(f"{dst}/{file}")
+                atomic.delete(f"{dst}/{file}")
 
 
 def _names(dst: str) -> list[str]:

@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splatshard.pipeline.storage import atomic as objects
+from splatshard.pipeline.storage import atomic
 from splatshard.pipeline.storage import fs as storage
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
@@ -110,7 +110,7 @@ def save(
             local_path(url).mkdir(parents=True, exist_ok=True)
             for folder in (dst, url):
                 sweep(local_path(folder))  # what a killed process was writing
-    objects.delete(f"{url}/{CONFIG}")  # of a run that went on from an earlier one
+    atomic.delete(f"{url}/{CONFIG}")  # of a run that went on from an earlier one
     files = {
         MODEL: lambda path: save_file(_plain(model), path),
         STATE: lambda path: torch.save(dict(state), path),
@@ -121,7 +121,7 @@ def save(
     entries = {name: _put(url, name, write, aside) for name, write in files.items()}
     marker = {"version": VERSION, "step": step, "config": to_dict(config), "shards": dict(shards)}
     text = json.dumps(marker | {"files": entries}, indent=1) + "\n"
-    objects.write(f"{url}/{CONFIG}", text.encode())
+    atomic.write(f"{url}/{CONFIG}", text.encode())
     prune(dst, keep)
     return url
 
@@ -135,9 +135,9 @@ def _put(url: str, name: str, write: Callable[[Path], None], aside: Path) -> dic
     with staged(aside, name) as path:
         with storage_errors(path):
             write(path)
-            objects.sync(path)
+            atomic.sync(path)
             entry = {"size_bytes": path.stat().st_size, "sha256": storage.sha256(str(path))}
-        objects.upload(path, f"{url}/{name}")
+        atomic.upload(path, f"{url}/{name}")
     return entry
 
 
@@ -165,9 +165,9 @@ def prune(dst: str, keep: int) -> None:
     whole, files = saved_steps(dst)
     for step in set(files) - set(whole[-keep:]):
         folder = _folder(dst, step)
-        objects.delete(f"{folder}/{CONFIG}")  # first: what is left is no checkpoint
+        atomic.delete(f"{folder}/{CONFIG}")  # first: what is left is no checkpoint
         for url in files[step]:
-            objects.delete(url)
+            atomic.delete(url)
         if is_local(folder):
             for place in (local_path(folder) / STAGING, local_path(folder)):
                 with suppress(OSError):

@@ -25,7 +25,7 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
-from splatshard.jobs.destination import plan_file as files
+from splatshard.jobs.destination import plan_file
 from splatshard.jobs.destination.plan import PLAN_FILE, PlannedShard, make_plan, planned
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.kernels.select import select_backend
@@ -44,9 +44,8 @@ from splatshard.pipeline.shards.rows import read_rows
 from splatshard.pipeline.shards.verify import verify_shard
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read
-from splatshard.pipeline.storage import atomic as objects
+from splatshard.pipeline.storage import atomic, retry
 from splatshard.pipeline.storage import fs as storage
-from splatshard.pipeline.storage import retry as patience
 from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
 from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
 from splatshard.schemas.shard import ShardManifest, to_json
@@ -98,7 +97,7 @@ class Server:
     def put(self, url: str, files: Mapping[str, bytes]) -> None:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         client = self.client()
-        for name, data in files.items():
+        for name, data in plan_file.items():
             client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=data)
 
     def names(self, url: str) -> list[str]:
@@ -106,7 +105,7 @@ class Server:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         found = self.client().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")
         names = [entry["Key"].removeprefix(f"{prefix}/") for entry in found.get("Contents", ())]
-        return [name for name in names if name != objects.PROBE]
+        return [name for name in names if name != atomic.PROBE]
 
 
 STATUS = {"InternalError": 500, "SlowDown": 503, "NotImplemented": 501, "NoSuchBucket": 404}
@@ -181,7 +180,7 @@ def server(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(patience, "PATIENCE_S", 0)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     storage.use_options({})
     yield running
     running.fault = lambda _: ""
@@ -401,7 +400,7 @@ def test_a_race_that_is_lost_after_the_upload(
 ) -> None:
     """Another job's marker comes when our data are there already and our marker is on its way."""
     old = commit_shard(dst, config=config_of("parquet", "balanced")) if stale else None
-    objects.keeps_conditions(dst)
+    atomic.keeps_conditions(dst)
     others: list[ShardManifest] = []
 
     def interfere(request: Request) -> str:
@@ -431,25 +430,25 @@ def test_two_jobs_at_once_keep_each_others_plans(
     nothing = make_plan([], {}, CONFIG, str)
     of = {name: planned([ref], nothing, CONFIG) for name, ref in refs.items()}
     server.fault = lambda request: fault if request.conditional and fault == "deaf" else ""
-    objects.keeps_conditions(dst)
-    files.write_plan(dst, of["a"])
+    atomic.keeps_conditions(dst)
+    plan_file.write_plan(dst, of["a"])
     asked: list[str] = []
 
     def read_plan(dst: str) -> dict[str, PlannedShard]:
         found = real(dst)
         asked.append(dst)
         if len(asked) == 1:
-            files.write_plan(dst, of["b"])
+            plan_file.write_plan(dst, of["b"])
         return found
 
-    real = files.read_plan
-    monkeypatch.setattr(files, "read_plan", read_plan)
+    real = plan_file.read_plan
+    monkeypatch.setattr(plan_file, "read_plan", read_plan)
     if fault == "lost":
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
         storage.use_options({})
         once = iter(["lost"])
         server.fault = lambda request: next(once, "") if request.conditional else ""
-    files.write_plan(dst, of["c" * 200])
+    plan_file.write_plan(dst, of["c" * 200])
     assert real(dst) == of["a"] | of["b"] | of["c" * 200]
     assert len(asked) >= 3
     assert server.names(dst) == ["_plan.json"]
@@ -462,8 +461,8 @@ def test_a_large_plan_goes_over_in_pieces(server: Server, dst: str) -> None:
         planned([make_ref(f"{i:08d}") for i in range(n)], nothing, CONFIG) for n in (1, 20_000)
     )
     for shards in (few, many, few):
-        files.write_plan(dst, shards)
-    assert files.read_plan(dst) == many
+        plan_file.write_plan(dst, shards)
+    assert plan_file.read_plan(dst) == many
     assert [r.method for r in server.asked if r.key.endswith(PLAN_FILE)].count("PUT") == 2
 
 
@@ -501,7 +500,7 @@ def test_the_lost_answer_of_a_marker_is_recognised(
 ) -> None:
     """botocore repeats the write and is refused by its own first attempt."""
     old = commit_shard(dst, config=config_of("webdataset")) if stale else None
-    objects.keeps_conditions(dst)
+    atomic.keeps_conditions(dst)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     storage.use_options({})
     lost: list[Request] = []
@@ -528,7 +527,7 @@ def test_a_kill_at_any_request(server: Server, dst: str, done: bool, stale: bool
         if stale:
             old = commit_shard(here, f"{OTHER_JOB}1", config_of("webdataset"))
             mark_failed(here, make_ref(), config_of(), SourceError("cut"))
-        objects.keeps_conditions(here)
+        atomic.keeps_conditions(here)
         left = itertools.count(step, -1)
 
         def die(_: Request, left: Iterator[int] = left) -> str:
@@ -581,7 +580,7 @@ def test_clean_attempts_leaves_what_may_be_in_use(server: Server, dst: str) -> N
 def test_an_upload_that_breaks_leaves_nothing(
     server: Server, dst: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(atomic, "PART_BYTES", 5 << 20)
     path = tmp_path / "file"
     path.write_bytes(os.urandom(12 << 20))
     bucket = dst.split("/")[2]
@@ -594,11 +593,11 @@ def test_an_upload_that_breaks_leaves_nothing(
             "InternalError" if request.method != "DELETE" and what in request.query else ""
         )
         with pytest.raises(UnavailableError, match=rf"cannot write {dst}/a: InternalError"):
-            objects.upload(path, f"{dst}/a")
+            atomic.upload(path, f"{dst}/a")
         server.fault = lambda _: ""
         assert server.names(dst) == []
         assert uploads() == []
-    objects.upload(path, f"{dst}/a")
+    atomic.upload(path, f"{dst}/a")
     assert storage.read_bytes(f"{dst}/a") == path.read_bytes()
 
 
@@ -764,7 +763,7 @@ def test_a_stream_goes_on_where_it_was_cut(
 ) -> None:
     data = datacomp_tar(tmp_path / "a.tar", 6).read_bytes()
     server.put(dst, {"a.tar": data})
-    monkeypatch.setattr(patience, "PATIENCE_S", 60)
+    monkeypatch.setattr(retry, "PATIENCE_S", 60)
     cuts = itertools.count()
     server.fault = lambda request: "cut" if request.method == "GET" and next(cuts) in (0, 1) else ""
     with storage.open_read(f"{dst}/a.tar") as stream:

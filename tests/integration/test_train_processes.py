@@ -161,7 +161,7 @@ def test_two_processes_are_one_on_images(shards: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from splatshard.jobs.cli.recipe import load_recipe
-from pipeline import objects
+from splatshard.pipeline.storage import atomic as objects
 from splatshard.pipeline.train.loop import train
 moment = sys.argv[2]
 def die(url):

@@ -34,8 +34,7 @@ from splatshard.pipeline.shards.commit import (
 )
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.verify import verify_shard
-from splatshard.pipeline.storage import atomic as objects
-from splatshard.pipeline.storage import staging
+from splatshard.pipeline.storage import atomic, staging
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import (
     CorruptShardError,
@@ -488,7 +487,7 @@ def test_a_commit_that_is_under_way_is_left_alone(tmp_path: Path) -> None:
     """Its data file is in place, its marker not yet; another job starts on the folder."""
     done = commit_shard(tmp_path)
     other = tmp_path / "00000000-0123abcd.parquet"
-    with objects.exclusive(str(tmp_path), "00000000"):
+    with atomic.exclusive(str(tmp_path), "00000000"):
         shutil.copy(tmp_path / done.data_file, other)
         clean_staging(str(tmp_path))
         assert other.exists()
@@ -688,12 +687,12 @@ def test_a_zombie_does_not_mark_a_done_shard_failed(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_held_for_long_is_given_up(tmp_path: Path) -> None:
     with (
-        objects.exclusive(str(tmp_path), "a"),
+        atomic.exclusive(str(tmp_path), "a"),
         pytest.raises(UnavailableError, match=r"a\.lock is held by another process"),
-        objects.exclusive(str(tmp_path), "a", 0),
+        atomic.exclusive(str(tmp_path), "a", 0),
     ):
         pass
-    with objects.exclusive(str(tmp_path), "a"), objects.exclusive(str(tmp_path), "b"):
+    with atomic.exclusive(str(tmp_path), "a"), atomic.exclusive(str(tmp_path), "b"):
         pass
     assert_nothing_committed(tmp_path)
 

@@ -259,7 +259,7 @@ SCRIPT = """
 import sys, time
 from contextlib import contextmanager
 from pathlib import Path
-from pipeline import storage
+from splatshard.pipeline.storage import fs as storage
 from splatshard.pipeline.data.cache import ShardCache
 
 folder, url, size, digest, stall = sys.argv[1:]

@@ -237,7 +237,7 @@ def test_out_of_memory_says_nothing_of_the_sample(monkeypatch, where):
         raise MemoryError
 
     image = jpeg()
-    monkeypatch.setattr(f"pipeline.{where}", fail)
+    monkeypatch.setattr(f"splatshard.pipeline.source.{where}", fail)
     with pytest.raises(MemoryError):
         decode_at(image)
 

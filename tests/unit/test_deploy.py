@@ -43,7 +43,7 @@ def in_shell(command: str) -> list[str]:
 
 def converts(command: str) -> ConvertOptions:
     words = in_shell(command)
-    assert words[:3] == ["python", "-m", "jobs.convert"]
+    assert words[:3] == ["python", "-m", "splatshard.jobs.convert"]
     return parse_options(words[3:])
 
 
@@ -74,8 +74,9 @@ def test_image_gets_all_of_the_package_and_nothing_else(name: str) -> None:
     copied = [path for words in copies if "--from=build" not in words for path in words[1:-1]]
     assert sorted(copied) == sorted(allowed)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    find = project["tool"]["setuptools"]["packages"]["find"]["include"]
-    assert {pattern.rstrip("*") for pattern in find} <= allowed
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["splatshard*"]
+    links = {path.name for path in (ROOT / "splatshard").iterdir() if path.is_symlink()}
+    assert {"splatshard/__init__.py", *links} <= allowed
     assert all((ROOT / path).exists() for path in allowed)
 
 
@@ -168,7 +169,8 @@ def commands(name: str) -> list[str]:
     """The calls of jobs in indented lines and comments, continued lines joined."""
     text = re.sub(r"^# ?", "", (ROOT / name).read_text(), flags=re.M)
     text = re.sub(r"\s*\\\n\s*", " ", text)
-    calls = r"^ {2,}(?:\S.*\s)?((?:splatshard [a-z-]+|python -m jobs\.convert) [^#\n]+)"
+    job = r"splatshard [a-z-]+|python -m (?:splatshard\.)?jobs\.convert"
+    calls = rf"^ {{2,}}(?:\S.*\s)?((?:{job}) [^#\n]+)"
     return re.findall(calls, text, re.M)
 
 
@@ -179,7 +181,9 @@ def test_commands_in_texts_have_jobs_and_flags(
     found = commands(name)
     assert found
     for command in found:
-        _, job, *arguments = in_shell(command.replace("python -m jobs.", "splatshard "))
+        _, job, *arguments = in_shell(
+            re.sub(r"python -m (splatshard\.)?jobs\.", "splatshard ", command)
+        )
         assert job in JOBS, command
         assert main([job, "--help"]) == 0
         help_text = capsys.readouterr().out

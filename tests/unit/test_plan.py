@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splatshard.jobs.destination import plan_file as files
+from splatshard.jobs.destination import plan_file
 from splatshard.jobs.destination.plan import (
     Marker,
     PlannedShard,
@@ -279,20 +279,20 @@ def test_two_jobs_at_once_keep_each_others_plans(
     dst = str(tmp_path)
     of = {name: planned([ref := make_ref(name)], EMPTY, CONFIG) for name in "abc"}
     assert ref.name == "c"
-    files.write_plan(dst, of["a"])
+    plan_file.write_plan(dst, of["a"])
     others: list[threading.Thread] = []
 
     def read_plan(dst: str) -> dict[str, PlannedShard]:
         found = real(dst)
         if not others:
-            others.append(threading.Thread(target=files.write_plan, args=(dst, of["b"])))
+            others.append(threading.Thread(target=plan_file.write_plan, args=(dst, of["b"])))
             others[0].start()
             others[0].join(1)  # it waits for us; without a lock it would not
         return found
 
-    real = files.read_plan
-    monkeypatch.setattr(files, "read_plan", read_plan)
-    files.write_plan(dst, of["c"])
+    real = plan_file.read_plan
+    monkeypatch.setattr(plan_file, "read_plan", read_plan)
+    plan_file.write_plan(dst, of["c"])
     others[0].join()
     assert real(dst) == of["a"] | of["b"] | of["c"]
     assert [path.name for path in tmp_path.iterdir()] == ["_plan.json"]
@@ -301,10 +301,10 @@ def test_two_jobs_at_once_keep_each_others_plans(
 def test_an_unchanged_plan_is_left_alone(tmp_path: Path) -> None:
     """Also that of a part of it."""
     shards = planned(list(map(make_ref, "ab")), EMPTY, CONFIG)
-    files.write_plan(str(tmp_path), shards)
+    plan_file.write_plan(str(tmp_path), shards)
     before = (tmp_path / "_plan.json").stat()
     for names in ("ab", "a", ""):
-        files.write_plan(str(tmp_path), {name: shards[name] for name in names})
+        plan_file.write_plan(str(tmp_path), {name: shards[name] for name in names})
         assert (tmp_path / "_plan.json").stat().st_ino == before.st_ino
 
 

@@ -23,7 +23,7 @@ from botocore.parsers import ResponseParserError
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.tar import read_groups
 from splatshard.pipeline.storage import fs as storage
-from splatshard.pipeline.storage import retry as patience
+from splatshard.pipeline.storage import retry
 from splatshard.pipeline.storage.errors import is_absent, source_errors, storage_errors
 from splatshard.pipeline.storage.options import is_redacted, options_of, redact, redact_urls
 from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
@@ -333,7 +333,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    monkeypatch.setattr(patience, "PATIENCE_S", 0)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     yield server
     storage.use_options({})
     server.shutdown()
@@ -371,7 +371,7 @@ def test_a_tar_that_is_cut_on_its_way(
         groups()
     if ranges:
         web.cuts = 1
-        monkeypatch.setattr(patience, "PATIENCE_S", 60)
+        monkeypatch.setattr(retry, "PATIENCE_S", 60)
         assert groups() == 3
 
 
@@ -386,9 +386,9 @@ def test_a_store_that_calls_a_part_the_whole(tmp_path: Path) -> None:
     fs = storage.driver("memory://b/short.tar")[0]
     with fs.open("/b/short.tar") as raw:
         short = Short(fs, "/b/short.tar", raw.read())
-    stream = patience.Stream("memory://b/short.tar", short)
+    stream = retry.RetryingStream("memory://b/short.tar", short)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patience, "PATIENCE_S", 0)
+        patch.setattr(retry, "PATIENCE_S", 0)
         with pytest.raises(UnavailableError, match=f"ended there, short of {len(data)} bytes"):
             list(read_groups("x", stream, hashlib.sha256()))
 
