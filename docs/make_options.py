@@ -229,13 +229,18 @@ def type_name(hint: Any) -> str:
 def default(field: dataclasses.Field[Any]) -> str:
     """`100`; of a group nothing more than whether it may be left out."""
     if field.default is not dataclasses.MISSING:
-        value = field.default
+        value: Any = field.default
         if isinstance(value, tuple):
-            value = tuple(round(v, 4) if isinstance(v, float) else v for v in value)
+            value = tuple(map(rounded, typing.cast("tuple[Any, ...]", value)))
         return str(value) if value != "" else "empty"
     if field.default_factory is not dataclasses.MISSING:
         return "its defaults"
     return "required"
+
+
+def rounded(value: Any) -> Any:
+    """4/3 as 1.3333."""
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def commands(name: str) -> list[str]:
     """The calls of jobs in indented lines and comments, continued lines joined."""
     text = re.sub(r"^# ?", "", (ROOT / name).read_text(), flags=re.M)
     text = re.sub(r"\s*\\\n\s*", " ", text)
-    calls = r"^ {2,}(?:\S.*\s)?((?:splatshard [a-z-]+|python -m jobs\.convert) [^#\n]+)"
-    return re.findall(calls, text, re.M)
+    job = r"(?:splatshard [a-z-]+|python -m (?:splatshard\.)?jobs\.convert)"
+    return re.findall(rf"^ {{2,}}(?:\S.*\s)?({job} [^#\n]+)", text, re.M)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -179,7 +179,8 @@ def test_commands_in_texts_have_jobs_and_flags(
     found = commands(name)
     assert found
     for command in found:
-        _, job, *arguments = in_shell(command.replace("python -m jobs.", "splatshard "))
+        words = re.sub(r"^python -m (splatshard\.)?jobs\.", "splatshard ", command)
+        _, job, *arguments = in_shell(words)
         assert job in JOBS, command
         assert main([job, "--help"]) == 0
         help_text = capsys.readouterr().out
