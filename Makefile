@@ -11,7 +11,7 @@ GPU_TESTS := \
 	tests/unit/test_triton.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo clean
+.PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -63,6 +63,9 @@ bench: install  ## the three main benchmarks; results under benchmarks/results (
 
 demo: install  ## convert real photographs end to end and write a report
 	$(BIN)/python -m jobs.demo demo
+
+docs: install  ## write docs/options.md anew, from the options and configurations
+	$(BIN)/python docs/make_options.py
 
 clean:  ## remove what demo and tests leave (not .venv)
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis build *.egg-info

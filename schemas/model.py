@@ -33,6 +33,7 @@ class StemConfig:
     log_scale_mean: float = -3.6
     """Of the natural logarithm of a Gaussian's standard deviations over the image's side."""
     log_scale_std: float = 0.8
+    """As log_scale_mean: its deviation."""
     angle: Literal["unit", "weighted"] = "unit"
     """unit: (sin 2a, cos 2a) of the larger axis' angle, which jumps about as a Gaussian becomes
     round. weighted: that times (s1^2 - s2^2) / (s1^2 + s2^2), which is 0 then: smooth, for models
@@ -40,6 +41,7 @@ class StemConfig:
     color_mean: tuple[float, float, float] = (0.25, 0.25, 0.25)
     """Of the Gaussians' colours (white is 1)."""
     color_std: tuple[float, float, float] = (0.35, 0.35, 0.35)
+    """As color_mean: their deviation."""
 
     @classmethod
     def for_gvit(cls, gaussians: int, hidden: int = 512) -> StemConfig:
@@ -108,14 +110,19 @@ class EncoderConfig:
     """A vision encoder: the blocks of transformers' CLIP behind splats or patches."""
 
     input: Literal["splats", "patches"] = "splats"
+    """What it reads: Gaussians, or the patches of an RGB image."""
     width: int = 512
+    """Length of a token."""
     layers: int = 12
+    """Transformer blocks."""
     heads: int = 8
+    """Attention heads of a block; they divide the width."""
     mlp_ratio: float = 4.0
     """Hidden width of the blocks' MLPs over the width."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     """Of the blocks' MLPs; OpenAI's weights want quick_gelu."""
     layer_norm_eps: float = 1e-5
+    """Added to the variance in the norms."""
     tokens: int = 196
     """Tokens without CLS. Of a splat encoder: its latents; of patches: (image_size /
     patch_size)^2. Without a resampler there are as many as Gaussians."""
@@ -169,13 +176,21 @@ class TextConfig:
     """CLIP's text tower."""
 
     width: int = 512
+    """Length of a token."""
     layers: int = 12
+    """Transformer blocks."""
     heads: int = 8
+    """Attention heads of a block; they divide the width."""
     mlp_ratio: float = 4.0
+    """Hidden width of the blocks' MLPs over the width."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Of the blocks' MLPs; OpenAI's weights want quick_gelu."""
     layer_norm_eps: float = 1e-5
+    """Added to the variance in the norms."""
     vocab_size: int = 49408
+    """Tokens that the tokenizer knows."""
     context_length: int = 77
+    """Tokens of a text; longer ones are cut."""
     eos_token_id: int = -1
     """The token whose place holds the text's embedding; -1 for the vocabulary's last one."""
     tokenizer: str = "openai/clip-vit-base-patch32"

@@ -84,7 +84,7 @@ class DataConfig:
     cache_dir: str = ""
     """Local folder for remote shards; empty: below the user's cache."""
     cache_bytes: int = 100 << 30
-    """Most that it may hold."""
+    """Bytes that it may hold at most."""
     empty_captions: Literal["error", "keep"] = "error"
     """What a sample without a caption is to contrastive training: an error, or the empty text."""
 

@@ -43,7 +43,7 @@ def in_shell(command: str) -> list[str]:
 
 def converts(command: str) -> ConvertOptions:
     words = in_shell(command)
-    assert words[:3] == ["python", "-m", "splatshard.jobs.convert"]
+    assert words[:3] == ["python", "-m", "jobs.convert"]
     return parse_options(words[3:])
 
 
@@ -169,9 +169,8 @@ def commands(name: str) -> list[str]:
     """The calls of jobs in indented lines and comments, continued lines joined."""
     text = re.sub(r"^# ?", "", (ROOT / name).read_text(), flags=re.M)
     text = re.sub(r"\s*\\\n\s*", " ", text)
-    job = r"splatshard [a-z-]+|python -m (?:splatshard\.)?jobs\.convert"
-    calls = rf"^ {{2,}}(?:\S.*\s)?((?:{job}) [^#\n]+)"
-    return re.findall(calls, text, re.M)
+    job = r"(?:splatshard [a-z-]+|python -m (?:splatshard\.)?jobs\.convert)"
+    return re.findall(rf"^ {{2,}}(?:\S.*\s)?({job} [^#\n]+)", text, re.M)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -181,9 +180,8 @@ def test_commands_in_texts_have_jobs_and_flags(
     found = commands(name)
     assert found
     for command in found:
-        _, job, *arguments = in_shell(
-            re.sub(r"python -m (splatshard\.)?jobs\.", "splatshard ", command)
-        )
+        words = re.sub(r"^python -m (splatshard\.)?jobs\.", "splatshard ", command)
+        _, job, *arguments = in_shell(words)
         assert job in JOBS, command
         assert main([job, "--help"]) == 0
         help_text = capsys.readouterr().out
