@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.record import DATA, sample_images, save
 from splatshard.pipeline.codec.pack import pack
-from splatshard.pipeline.fitting.fit import fields, fit
+from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.nested import fit_nested
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
@@ -84,7 +84,7 @@ def compare(target: Tensor, budgets: tuple[int, ...], steps: int, backend: Backe
         seconds["separate"] = min(seconds["separate"], s / len(target))
     rows = []
     for n, own in zip(budgets, separate, strict=True):
-        prefix = Splats(*(x[:, :n] for x in fields(nested)))
+        prefix = Splats(*(x[:, :n] for x in nested.fields))
         a, b = quality(prefix, target, config, backend), quality(own, target, config, backend)
         row = {"num_gaussians": n, "psnr_nested": a.mean().item(), "psnr_separate": b.mean().item()}
         row |= {"difference": (a - b).mean().item(), "median": (a - b).median().item()}

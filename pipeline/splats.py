@@ -11,6 +11,7 @@ to fix.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,19 +44,33 @@ class Splats:
         """Gaussians per image, int64 [B]."""
         return self.mask.sum(1)
 
+    @property
+    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """means, cholesky, colors, mask."""
+        return self.means, self.cholesky, self.colors, self.mask
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Splats:
+        """`change` of each of the four tensors."""
+        return Splats(*map(change, self.fields))
+
     def to(self, device: torch.device) -> Splats:
         """The same splats on `device`."""
-        return Splats(*(x.to(device) for x in (self.means, self.cholesky, self.colors, self.mask)))
+        return self.map(lambda x: x.to(device))
 
     def __getitem__(self, index: slice | Tensor) -> Splats:
         """Images of the batch; a slice or an index tensor, so that the batch dimension stays."""
-        return Splats(*(x[index] for x in (self.means, self.cholesky, self.colors, self.mask)))
+        return self.map(lambda x: x[index])
+
+
+def cat(parts: Sequence[Splats], dim: int = 0) -> Splats:
+    """Batches one after another (0), or the Gaussians of the same images (1)."""
+    tensors = zip(*(part.fields for part in parts), strict=True)
+    return Splats(*(torch.cat(same, dim) for same in tensors))
 
 
 def first(splats: Splats, count: int) -> Splats:
     """The first `count` Gaussians of every image."""
-    parts = (splats.means, splats.cholesky, splats.colors, splats.mask)
-    return Splats(*(x[:, :count].contiguous() for x in parts))
+    return splats.map(lambda x: x[:, :count].contiguous())
 
 
 def covariances(cholesky: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def pack(
         whole = squared_error(splats, target, stored, cutoff, backend)
         allowed = allowed_error(whole, target, MAX_LOSS_DB[codec])
     for name, begin, end in zip(splat_columns(budgets), bounds[:-1], bounds[1:], strict=True):
-        part = Splats(*(x[:, begin:end].contiguous() for x in fields(splats)))
+        part = splats.map(lambda x, b=begin, e=end: x[:, b:e].contiguous())
         is_last = end == bounds[-1]
         if codec in PLANAR and not is_last:
             fitted = fitted + backend.render(part, height, width, cutoff)
@@ -171,11 +171,6 @@ def filled(splats: Splats) -> Splats:
     means, colors = (torch.where(mask, x, 0) for x in (splats.means, splats.colors))
     unit = splats.cholesky.new_tensor((1.0, 0.0, 1.0))
     return Splats(means, torch.where(mask, splats.cholesky, unit), colors, splats.mask)
-
-
-def fields(splats: Splats) -> tuple[Tensor, ...]:
-    """means, cholesky, colors, mask."""
-    return (splats.means, splats.cholesky, splats.colors, splats.mask)
 
 
 def spatial_order(means: Tensor, height: int, width: int) -> Tensor:

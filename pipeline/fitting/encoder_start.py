@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splatshard.pipeline.splats import Splats
+from splatshard.pipeline.splats import Splats, cat
 from splatshard.schemas.config import ENCODER
 from splatshard.schemas.errors import UsageError
 
@@ -88,8 +88,7 @@ def predict(target: Tensor, init: str, count: int) -> Splats:
         x, y = stretch.unbind()
         cholesky = found.cholesky * torch.stack((x, y, y))
         parts.append(Splats(found.means * stretch, cholesky, found.colors, found.mask))
-    fields = ("means", "cholesky", "colors", "mask")
-    return Splats(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+    return cat(parts)
 
 
 def load(init: str, device: torch.device) -> Trained:

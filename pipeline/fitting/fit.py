@@ -102,7 +102,7 @@ def _optimize(
     beta1 = config.beta1 if config.beta1 is not None else default_beta1(steps)
     make_step = backend.make_step or partial(TorchStep, backend=backend)
     if backend.make_step:  # it updates in place: the caller's splats stay as they are
-        splats = Splats(*(x.clone(memory_format=torch.contiguous_format) for x in fields(splats)))
+        splats = splats.map(lambda x: x.clone(memory_format=torch.contiguous_format))
     moments = (target.new_zeros(*splats.mask.shape, 8), target.new_zeros(*splats.mask.shape, 8))
     one = make_step(target, config)
     size = min(1.0, steps / NEAR_STEPS) if config.init.startswith(ENCODER) else 1.0
@@ -273,10 +273,5 @@ def energy(splats: Splats) -> Tensor:
 
 def replaced(splats: Splats, index: Tensor, new: Splats) -> Splats:
     """`splats` with the images at `index` [K] replaced by the K images of `new`."""
-    pairs = zip(fields(splats), fields(new), strict=True)
+    pairs = zip(splats.fields, new.fields, strict=True)
     return Splats(*(old.index_copy(0, index, x) for old, x in pairs))
-
-
-def fields(splats: Splats) -> tuple[Tensor, ...]:
-    """means, cholesky, colors, mask."""
-    return (splats.means, splats.cholesky, splats.colors, splats.mask)

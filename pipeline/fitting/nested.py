@@ -47,7 +47,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from splatshard.pipeline.fitting.fit import fields, fit, optimize
+from splatshard.pipeline.fitting.fit import fit, optimize
 from splatshard.pipeline.fitting.start import (
     BLUR_PX,
     SCALE,
@@ -61,7 +61,7 @@ from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.blur import blur
 from splatshard.pipeline.kernels.solve_colors import solve_colors
 from splatshard.pipeline.kernels.voronoi import centroids
-from splatshard.pipeline.splats import Splats
+from splatshard.pipeline.splats import Splats, cat
 from splatshard.schemas.config import FitConfig
 from splatshard.schemas.errors import UsageError
 
@@ -112,8 +112,7 @@ def fit_nested(
             tiers.append(detail_tier(error_of(tiers, target), budget, own, backend))
             sweep(tiers, target, config, backend)
             steps += detail_steps(config) + len(tiers) * sweep_steps(config)
-        parts = zip(*(fields(tier.splats) for tier in tiers), strict=True)
-        return Splats(*(torch.cat(part, 1) for part in parts)), steps
+        return cat([tier.splats for tier in tiers], dim=1), steps
 
 
 def check_budgets(budgets: Sequence[int], config: FitConfig) -> None:

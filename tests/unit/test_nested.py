@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from splatshard.pipeline.fitting import nested
-from splatshard.pipeline.fitting.fit import TorchStep, fields, fit
+from splatshard.pipeline.fitting.fit import TorchStep, fit
 from splatshard.pipeline.fitting.nested import Tier, detail_splats, error_of, fit_nested, sweep
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
@@ -27,7 +27,7 @@ CONFIG = FitConfig(steps=60)
 
 
 def prefix(splats: Splats, n: int) -> Splats:
-    return Splats(*(x[:, :n] for x in fields(splats)))
+    return Splats(*(x[:, :n] for x in splats.fields))
 
 
 def qualities(splats: Splats, target: torch.Tensor, budgets: tuple[int, ...]) -> torch.Tensor:
@@ -68,12 +68,10 @@ def test_steps_are_those_of_all_tiers(fitted):
 
 def test_the_result_is_repeatable_and_independent_of_the_batch(fitted):
     target, splats, _ = fitted
-    for a, b in zip(
-        fields(splats), fields(fit_nested(target, BUDGETS, CONFIG, CPU)[0]), strict=True
-    ):
+    for a, b in zip(splats.fields, fit_nested(target, BUDGETS, CONFIG, CPU)[0].fields, strict=True):
         assert torch.equal(a, b)
     alone, _ = fit_nested(target[1:2], BUDGETS, CONFIG, CPU)
-    for a, b in zip(fields(splats), fields(alone), strict=True):
+    for a, b in zip(splats.fields, alone.fields, strict=True):
         assert torch.equal(a[1:2], b)
 
 
@@ -82,7 +80,7 @@ def test_one_budget_is_the_plain_fit():
     config = FitConfig(num_gaussians=7, steps=12)  # its own number does not count
     splats, steps = fit_nested(target, (24,), config, CPU)
     plain, plain_steps = fit(target, replace(config, num_gaussians=24), CPU)
-    for a, b in zip(fields(splats), fields(plain), strict=True):
+    for a, b in zip(splats.fields, plain.fields, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(steps, plain_steps)
 
@@ -94,7 +92,7 @@ def test_a_config_with_budgets_of_its_own_gives_the_same():
     a, _ = fit_nested(target, config.budgets, config, CPU)
     b, _ = fit_nested(target, (5, 11), FitConfig(steps=10), CPU)
     assert a.means.shape == (1, 11, 2)
-    assert all(torch.equal(x, y) for x, y in zip(fields(a), fields(b), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(a.fields, b.fields, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,7 +112,7 @@ def test_any_rising_budgets_at_tiny_sizes(height, width, budgets, steps, seed):
     target = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
     splats, _ = fit_nested(target, tuple(budgets), FitConfig(steps=steps), CPU)
     assert splats.means.shape == (2, budgets[-1], 2)
-    assert all(torch.isfinite(x).all() for x in fields(splats)[:3])
+    assert all(torch.isfinite(x).all() for x in splats.fields[:3])
     assert (splats.cholesky[..., [0, 2]] > 0).all()
     got = qualities(splats, target, tuple(budgets))
     crowded = torch.tensor(budgets[:-1])[:, None] >= height * width
@@ -181,7 +179,7 @@ class InPlace(TorchStep):
     """As the fused steps of a GPU: updates the splats it is given in place."""
 
     def update(self, splats, *args):
-        for old, new in zip(fields(splats), fields(super().update(splats, *args)), strict=True):
+        for old, new in zip(splats.fields, super().update(splats, *args).fields, strict=True):
             old.copy_(new)
         return splats
 

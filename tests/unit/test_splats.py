@@ -6,10 +6,12 @@ import torch
 
 from splatshard.pipeline.splats import (
     Splats,
+    cat,
     cholesky_from_covariances,
     cholesky_from_scales_and_angles,
     conics,
     covariances,
+    first,
     scales_and_angles,
 )
 
@@ -57,3 +59,19 @@ def test_slicing_keeps_the_batch():
     assert len(splats) == 3
     assert len(splats[1:2]) == 1
     assert splats[torch.tensor([2, 0])].num_gaussians.tolist() == [2, 2]
+
+
+def test_batches_and_gaussians_are_put_together():
+    one, two = (
+        Splats(*(torch.rand(2, 3, k) for k in (2, 3, 3)), torch.full((2, 3), drawn))
+        for drawn in (True, False)
+    )
+    batch, wide = cat([one, two]), cat([one, two], dim=1)
+    assert batch.means.shape == (4, 3, 2)
+    assert wide.cholesky.shape == (2, 6, 3)
+    for whole, dim in ((batch, 0), (wide, 1)):
+        for both, a, b in zip(whole.fields, one.fields, two.fields, strict=True):
+            assert torch.equal(both, torch.cat((a, b), dim))
+    assert all(
+        torch.equal(x, y[:, :2]) for x, y in zip(first(one, 2).fields, one.fields, strict=True)
+    )
