@@ -22,8 +22,9 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.queue import Queue
 
-from splatshard.jobs.cli.options import Interrupted, say
+from splatshard.jobs.cli.command import Interrupted
 from splatshard.jobs.cli.signals import StopSignals
+from splatshard.jobs.cli.text import say
 from splatshard.jobs.driver.cluster import ray_session
 from splatshard.pipeline.storage.fs import use_options
 from splatshard.pipeline.train.loop import TrainResult
@@ -58,8 +59,9 @@ def launch(
 
     with ray_session(workers):
         scaling = scaling_of(workers, config.device)
-        with tempfile.TemporaryDirectory(prefix="splatshard-ray-") as folder, told(shown) as queue:
-            run_all(config, scaling, folder, queue, storage_options or {})
+        folder = tempfile.TemporaryDirectory(prefix="splatshard-ray-")
+        with folder as path, record_queue(shown) as queue:
+            run_all(config, scaling, path, queue, storage_options or {})
     (end,) = ends[-1:] or [{"step": 0, "url": ""}]
     return TrainResult(end["step"], end["url"], {}, end.get("signal", 0))
 
@@ -174,7 +176,7 @@ def looked_for(orders: Any) -> Callable[[], int]:
 
 
 @contextmanager
-def told(show: Show) -> Iterator[Queue]:
+def record_queue(show: Show) -> Iterator[Queue]:
     """A queue whose records are shown here, on a thread; None ends it."""
     queue = Queue(actor_options={"num_cpus": 0})
 

@@ -9,7 +9,8 @@ import pytest
 
 from splatshard.jobs import convert, verify
 from splatshard.jobs.__main__ import JOBS, main
-from splatshard.jobs.cli.options import Interrupted, count, duration, one_line, run, size
+from splatshard.jobs.cli.command import Interrupted, one_line, run
+from splatshard.jobs.cli.text import count, duration, size
 from splatshard.pipeline.storage.fs import use_options
 from splatshard.pipeline.storage.options import options_of
 from splatshard.schemas.config import PRESETS, ConvertConfig

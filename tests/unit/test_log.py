@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from splatshard.jobs.cli.command import Interrupted, run
 from splatshard.jobs.cli.log import configure, log, structured
-from splatshard.jobs.cli.options import Interrupted, run, say
+from splatshard.jobs.cli.text import say
 from splatshard.schemas.errors import StorageError
 
 Capsys = pytest.CaptureFixture[str]
