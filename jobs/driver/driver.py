@@ -29,6 +29,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from splatshard.jobs.cli.command import Interrupted
+from splatshard.jobs.cli.log import log_format
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan
@@ -198,7 +199,7 @@ class Driver:
             max_task_retries=0,
             **self.reserved,
         )
-        actor = remote(FitActor).remote(THREADS, self.storage_options)
+        actor = remote(FitActor).remote(THREADS, self.storage_options, log_format())
         self.team.append(Worker(actor=actor, started=actor.start.remote(self.config.backend)))
 
     def replace_broken(self) -> None:

@@ -23,6 +23,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.queue import Queue
 
 from splatshard.jobs.cli.command import Interrupted
+from splatshard.jobs.cli.log import configure, log_format
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.driver.cluster import ray_session
@@ -87,7 +88,7 @@ def run_all(
 ) -> None:
     """All processes until they are through, started again where one dies. Raises as `launch`."""
     orders = ray.remote(num_cpus=0)(Orders).remote(storage_options)
-    settings = {"config": config, "queue": queue, "orders": orders}
+    settings = {"config": config, "queue": queue, "orders": orders, "log_format": log_format()}
     with StopSignals() as signals:  # after Ray has set a handler of its own
         for left in reversed(range(RESTARTS + 1)):
             trainer = TorchTrainer(
@@ -154,6 +155,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     """What each process runs."""
     from splatshard.pipeline.train.loop import train
 
+    configure(settings["log_format"], alone=True)  # not beside the handlers of Ray Train
     use_options(ray.get(settings["orders"].storage_options.remote()))
     config: TrainConfig = settings["config"]
     if config.device == "auto":

@@ -28,7 +28,7 @@ from tests.make import datacomp_sample, write_tar
 
 pytestmark = pytest.mark.integration
 
-DASHBOARD = Path(__file__).resolve().parents[2] / "jobs" / "dashboard.json"
+DASHBOARD = Path(__file__).resolve().parents[2] / "jobs" / "driver" / "dashboard.json"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS
 from splatshard.jobs.driver.stats import Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
-DASHBOARD: dict[str, Any] = json.loads((ROOT / "jobs" / "dashboard.json").read_text())
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "jobs" / "driver" / "dashboard.json").read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 EXPRESSIONS = [t["expr"] for panel in PANELS for t in panel.get("targets", [])]
 
