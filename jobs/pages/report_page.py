@@ -89,7 +89,7 @@ class ReportData:
 def page(data: ReportData) -> str:
     """The whole document."""
     name = escape(data.dst.rstrip("/").rsplit("/", 1)[-1] or data.dst)
-    style = resources.files("jobs").joinpath("report.css").read_text()
+    style = resources.files("splatshard.jobs.pages").joinpath("report.css").read_text()
     sections = (
         header(data, name),
         sizes(data),
