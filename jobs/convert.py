@@ -9,72 +9,23 @@ to run the same command again: done shards are recognised by their markers and n
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from splatshard.jobs.cli.log import configure, log
-from splatshard.jobs.cli.options import (
-    EXIT_FAILED_SHARDS,
-    EXIT_OK,
-    Interrupted,
-    Switch,
-    count,
-    duration,
-    parse,
-    print_json,
-    run,
-    say,
-    size,
-)
-from splatshard.jobs.cli.signals import StopSignals
-from splatshard.jobs.destination.manifest import Catalog
-from splatshard.jobs.destination.plan import Plan, make_plan, mixed, planned, refuse_stale
-from splatshard.jobs.destination.plan_file import RUN_FILE, write_plan, write_text
-from splatshard.jobs.driver.progress import Progress, run_summary
+from splatshard.jobs.cli.command import parse, run
+from splatshard.jobs.cli.options import RunOptions, Switch, prepare
+from splatshard.jobs.destination.plan import make_plan, refuse_stale
+from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig
-from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
+from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.shard import ShardRef
 
 Preset = Literal["default", "paper"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How a job runs, whatever it converts."""
-
-    workers: Annotated[
-        int | Literal["auto"], tyro.conf.arg(metavar="N|auto", help_behavior_hint="(default: auto)")
-    ] = "auto"
-    """Worker processes. auto: one per GPU, or per core without GPUs, following the cluster as nodes
-    come and go."""
-    sample_timeout: Annotated[float, tyro.conf.arg(metavar="S")] = 300.0
-    """Seconds that one sample may keep a worker busy before it is taken for hung."""
-    storage_options: Annotated[
-        str, tyro.conf.arg(metavar="JSON", help_behavior_hint="(default: the usual environment)")
-    ] = ""
-    """Options of the remote store, such as '{"anon": true}', as fsspec's driver takes them;
-    SPLATSHARD_STORAGE_OPTIONS does the same and shows in no process list."""
-    log_format: Literal["text", "json"] = "text"
-    """json: every line on standard error is one JSON object."""
-    json: Switch = False
-    """End standard output with one JSON line."""
-    debug: Switch = False
-    """Show tracebacks and Ray's log."""
-
-    def __post_init__(self) -> None:
-        if self.workers != "auto" and self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: must be auto or at least 1")
-        if self.sample_timeout <= 0:
-            raise UsageError(f"--sample-timeout {self.sample_timeout}: must be above 0")
-        storage_options(self.storage_options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,30 +105,6 @@ def preset_in(args: list[str]) -> Any:
     return preset
 
 
-def storage_options(text: str) -> dict[str, Any]:
-    """`--storage-options`, or the environment's. Raises UsageError, which does not repeat them:
-    there are secrets in them."""
-    text = text or os.environ.get("SPLATSHARD_STORAGE_OPTIONS", "")
-    try:
-        options = json.loads(text or "{}")
-    except ValueError as e:
-        raise UsageError(
-            f"--storage-options is not JSON (character {getattr(e, 'pos', 0)}); write "
-            """'{"anon": true}'"""
-        ) from None
-    if not isinstance(options, dict):
-        raise UsageError("--storage-options must be a JSON object, such as '{\"anon\": true}'")
-    return options
-
-
-def prepare(options: RunOptions) -> None:
-    """What every job that converts does first."""
-    from splatshard.pipeline.storage.fs import use_options
-
-    configure(options.log_format)
-    use_options(storage_options(options.storage_options))
-
-
 def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
     from splatshard.pipeline.shards.commit import check_destination, check_scheme
@@ -227,44 +154,6 @@ def with_encoder(config: ConvertConfig) -> ConvertConfig:
     )
 
 
-def execute(
-    plan: Plan,
-    refs: Sequence[ShardRef],
-    config: ConvertConfig,
-    dst: str,
-    options: RunOptions,
-    started: float,
-) -> int:
-    """Convert what is left to do of `plan`, tell the result; returns the exit code."""
-    from splatshard.pipeline.evaluation.class_texts import copy_texts
-    from splatshard.pipeline.shards.commit import clean_staging, remove
-
-    say(describe(plan, len(refs)))
-    if warning := mixed(plan, config):
-        log("mixed", f"warning: {warning}", level="warning")
-    write_plan(dst, planned(refs, plan, config), plan.folders)
-    for url in copy_texts(refs, dst):
-        say(f"copied for evaluation: {url}")
-    clean_staging(dst)
-    progress = Progress(plan.work, plan.done, started, dst)
-    catalog = Catalog(dst, [*plan.done, *plan.others])  # what is replaced stays until it is
-    try:
-        workers = drive(plan, config, dst, options, progress, catalog) if plan.work else 0
-    finally:
-        clean_staging(dst)  # of workers that died
-    if plan.gone and not progress.failures:  # whose samples may be nowhere else
-        catalog.forget(removed := remove(dst, plan.gone))
-        say(f"{count(len(removed), 'shard')} deleted that SRC no longer has")
-    catalog.write()
-    summary = run_summary(progress, plan.done, started, workers)
-    if plan.work:
-        write_text(dst, RUN_FILE, json.dumps(summary, sort_keys=True, indent=2) + "\n")
-    tell_summary(summary, progress, dst)
-    if options.json:
-        print_json(summary)
-    return EXIT_FAILED_SHARDS if progress.failures else EXIT_OK
-
-
 def source_sha256(ref: ShardRef) -> str:
     """The checksum that the shard's marker would hold; "" for a source that is damaged by now."""
     from splatshard.pipeline.source.read import read
@@ -276,94 +165,6 @@ def source_sha256(ref: ShardRef) -> str:
     except SourceError:
         return ""
     return digest.hexdigest()
-
-
-def drive(
-    plan: Plan,
-    config: ConvertConfig,
-    dst: str,
-    options: RunOptions,
-    progress: Progress,
-    catalog: Catalog,
-) -> int:
-    """Start Ray, convert what is left to do; returns the number of workers."""
-    from splatshard.jobs.driver.cluster import ray_session
-    from splatshard.jobs.driver.driver import Driver
-    from splatshard.pipeline.shards.commit import clean_attempts
-
-    with ray_session(options.workers), StopSignals() as signals:
-        driver = Driver(
-            plan,
-            config,
-            dst,
-            workers=options.workers,
-            sample_timeout=options.sample_timeout,
-            storage_options=storage_options(options.storage_options),
-            progress=progress,
-            catalog=catalog,
-            signals=signals,
-        )
-        say("converting; Ctrl-C stops, the same command continues")
-        try:
-            with progress:
-                return driver.run()
-        except Interrupted as e:
-            kept = count(len(plan.done) + len(progress.manifests), "finished shard")
-            raise Interrupted(e.code, f"{e} ({kept} kept)") from None
-        finally:
-            try:
-                old = [marker for marker in plan.others if marker.name in plan.replaces]
-                clean_attempts(dst, driver.schedule.job, progress.manifests, old)
-            except (StorageError, UnavailableError) as e:
-                say(f"some of this job's own leftovers stay in {dst}: {e}")
-
-
-def describe(plan: Plan, total: int) -> str:
-    """`4 shards: 1 done, 1 to retry, 2 to convert`."""
-    parts = [
-        (len(plan.done), "done"),
-        (len(plan.todo), "to convert"),
-        (len(plan.failed), "failed before, to retry"),
-        (len(plan.stale), "stale, to redo"),
-        (len(plan.corrupt), "with a broken marker, to redo"),
-        (len(plan.gone), "gone from SRC, to delete at the end"),
-    ]
-    return f"{count(total, 'shard')}: " + ", ".join(f"{n:,} {what}" for n, what in parts if n)
-
-
-def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
-    """A few readable lines on stderr: what there is now, what failed, where to look next."""
-    if not summary["shards_done"] and not summary["shards_failed"]:
-        say("everything is already done")
-    skipped = ", ".join(f"{n:,} {reason}" for reason, n in summary["skipped"].items())
-    say(
-        f"{count(summary['samples'], 'sample')}: {summary['ok']:,} ok"
-        + (f", skipped: {skipped}" if skipped else "")
-    )
-    for shard, sample in progress.skipped:
-        say(f"  {sample.key} in shard {shard}: {sample.status}: {sample.error}")
-    if sum(summary["skipped"].values()) > len(progress.skipped):
-        what = "... the others" if progress.skipped else "which"
-        say(f"  {what}: splatshard report {dst}")
-    if summary["ok"]:
-        say(
-            f"  PSNR {summary['psnr_mean']:.2f} dB   "
-            f"{summary['num_gaussians_mean']:,.0f} Gaussians and "
-            f"{size(summary['bytes_per_image'])} per image"
-        )
-    if summary["images_per_s"]:
-        say(
-            f"  {summary['images_per_s']:.1f} images/s over {duration(summary['wall_s'])}, start "
-            f"included; first shard after {duration(summary['time_to_first_shard_s'])}"
-        )
-    if progress.failures:
-        say(f"{count(len(progress.failures), 'shard')} failed; the same command retries them:")
-        for name in sorted(progress.failures)[:10]:
-            outcome = progress.failures[name]
-            say(f"  {name}: {outcome.error}: {outcome.message}")
-        if len(progress.failures) > 10:
-            say(f"  ... all of them: splatshard status {dst}")
-    say(f"next: splatshard verify {dst}    splatshard report {dst}")
 
 
 if __name__ == "__main__":

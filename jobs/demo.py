@@ -28,7 +28,8 @@ import tyro
 from PIL import Image
 
 from splatshard.jobs import convert, report, verify
-from splatshard.jobs.cli.options import EXIT_OK, count, duration, parse, run, say
+from splatshard.jobs.cli.command import EXIT_OK, parse, run
+from splatshard.jobs.cli.text import count, duration, say
 from splatshard.schemas.errors import UsageError
 
 PHOTOGRAPHS = {

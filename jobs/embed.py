@@ -13,22 +13,14 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import tyro
 
-from splatshard.jobs.cli.dataset import DatasetOptions, open_dataset
-from splatshard.jobs.cli.options import (
-    EXIT_FAILED_SHARDS,
-    EXIT_OK,
-    count,
-    duration,
-    parse,
-    print_json,
-    run,
-    say,
-)
-from splatshard.jobs.convert import with_teacher
+from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
+from splatshard.jobs.cli.dataset import open_dataset
+from splatshard.jobs.cli.options import DatasetOptions, Device, torch_device
+from splatshard.jobs.cli.text import count, duration, print_json, say
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import PlannedShard
 from splatshard.jobs.destination.plan_file import read_plan, write_plan
@@ -64,8 +56,9 @@ class EmbedOptions(DatasetOptions):
     """A CLIP: a local folder, or a name on the Hugging Face hub."""
     samples_per_shard: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
     """As for convert, when SRC is a folder of images."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the teacher runs; auto is cuda where there is one."""
+    device: Annotated[
+        Device, tyro.conf.arg(help="Where the teacher runs; auto is cuda where there is one.")
+    ] = "auto"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,12 +70,13 @@ def main(argv: list[str] | None = None) -> int:
 def embed(options: EmbedOptions, started: float) -> int:
     """The whole job; returns the exit code."""
     from splatshard.pipeline.embed import embed_shard
+    from splatshard.pipeline.models.teacher import resolve_teacher
     from splatshard.pipeline.shards.commit import check_destination, clean_staging
 
     dst = open_dataset(options)
     check_destination(dst)
-    device = device_of(options.device)
-    teacher = with_teacher(ConvertConfig(), options.teacher).teacher
+    device = torch_device(options.device)
+    teacher = resolve_teacher(options.teacher) if options.teacher else None
     done = done_shards(dst)
     configs = {d: replace(c, teacher=teacher) for d, c in configs_of(done).items()}
     refs = sources_of(dst, done, options)
@@ -91,7 +85,7 @@ def embed(options: EmbedOptions, started: float) -> int:
     say(f"{count(len(done), 'done shard')}: {len(done) - len(todo):,} with these embeddings")
     write_plan(dst, entries(done, refs, wanted, todo))
     failed: dict[str, str] = {}
-    told = images = 0.0
+    said = images = 0.0
     for number, name in enumerate(todo):
         try:
             manifest = embed_shard(dst, done[name], refs[name], wanted[name], device)
@@ -99,8 +93,8 @@ def embed(options: EmbedOptions, started: float) -> int:
             failed[name] = str(e)
             continue
         images += manifest.samples
-        if time.monotonic() - told > SAY_EVERY_S:
-            told = time.monotonic()
+        if time.monotonic() - said > SAY_EVERY_S:
+            said = time.monotonic()
             say(f"{number + 1:,} of {count(len(todo), 'shard')}, {images:,.0f} images")
     clean_staging(dst)
     Catalog(dst, done_shards(dst).values()).write()
@@ -111,16 +105,6 @@ def embed(options: EmbedOptions, started: float) -> int:
     if options.json:
         print_json({"embedded": embedded, "before": len(done) - len(todo), "failed": failed})
     return EXIT_FAILED_SHARDS if failed else EXIT_OK
-
-
-def device_of(name: str) -> Any:
-    """The torch device. Raises UsageError for cuda where there is none."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: there is no CUDA device here; choose auto or cpu")
-    cuda = name != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
 
 
 def done_shards(dst: str) -> dict[str, ShardManifest]:

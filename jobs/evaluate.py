@@ -30,11 +30,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from splatshard.jobs.cli.options import EXIT_OK, Switch, parse, print_json, run, say
-from splatshard.jobs.convert import storage_options
+from splatshard.jobs.cli.command import EXIT_OK, parse, run
+from splatshard.jobs.cli.options import (
+    Checkpoint,
+    Debug,
+    Device,
+    Json,
+    Number,
+    StorageOptions,
+    Switch,
+    Weights,
+    torch_device,
+    use_storage_options,
+)
+from splatshard.jobs.cli.text import print_json, say
+from splatshard.jobs.destination.class_texts import lines_of
 from splatshard.jobs.destination.plan_file import read_text, write_text
-from splatshard.jobs.embed import device_of
-from splatshard.pipeline.storage.fs import absolute, use_options
+from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,8 +70,7 @@ class EvaluateOptions:
     datasets, a line each: [NAME=]DATA, then options such as task=probe train=FOLDER.
     """
 
-    ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
-    """dst of a splatshard train, for its newest checkpoint, or the folder of one checkpoint."""
+    ckpt: Checkpoint
     data: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
         tyro.conf.arg(metavar="[NAME=]DATA ...", help_behavior_hint="(at least one)"),
@@ -80,24 +91,21 @@ class EvaluateOptions:
     images: Switch = False
     """For a reference: CKPT is an RGB CLIP (folder or name), not a checkpoint of splatshard train;
     DATA are images as for convert."""
-    num_gaussians: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    num_gaussians: Number = None
     """Gaussians per sample; default: as in training."""
-    weights: Literal["auto", "model", "ema"] = "auto"
-    """auto: the average of the weights where there is one."""
+    weights: Weights = "auto"
     batch_size: int = 64
     """Samples that go through the model together."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is cuda where there is one."""
+    device: Device = "auto"
     output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Where results go; empty: evaluation/STEP beside the run's checkpoints."""
     reference: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """The output of another run, to which the summary compares."""
-    storage_options: Annotated[str, tyro.conf.arg(metavar="JSON")] = ""
-    """Options of the remote store, as for splatshard convert."""
-    json: Switch = False
-    """End standard output with the summary as one JSON line."""
-    debug: Switch = False
-    """Show tracebacks."""
+    storage_options: StorageOptions = ""
+    json: Annotated[
+        Json, tyro.conf.arg(help="End standard output with the summary as one JSON line.")
+    ] = False
+    debug: Debug = False
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -132,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(options: EvaluateOptions) -> int:
     """The whole job; returns the exit code."""
-    use_options(storage_options(options.storage_options))
+    use_storage_options(options.storage_options)
     datasets = datasets_of(options)
     from splatshard.pipeline.evaluation.metrics import summary
 
@@ -163,7 +171,7 @@ def opened(options: EvaluateOptions) -> tuple[Trained, Callable[[str], Data]]:
     """The model, and what opens data for it."""
     from splatshard.pipeline.train.trained import load_trained, open_data
 
-    device = device_of(options.device)
+    device = torch_device(options.device)
     if options.images:
         from splatshard.pipeline.evaluation.samples import load_rgb
 
@@ -339,36 +347,12 @@ def check_task(task: str, dataset: Dataset, trained: Trained, names: bool) -> st
     return task
 
 
-def lines_of(given: str, name: str, src: str) -> list[str]:
-    """The lines of the file `given`, else of the one called `name` beside the data; none where
-    there is none."""
-    from splatshard.pipeline.evaluation.class_texts import find
-    from splatshard.pipeline.evaluation.zeroshot import read_lines
-
-    url = given or find(name, folders_of(src))
-    return read_lines(url) if url else []
-
-
 def templates_of(dataset: Dataset, name: str) -> list[str]:
     """The prompts of a dataset."""
     from splatshard.pipeline.evaluation.zeroshot import DEFAULT_TEMPLATES, checked_templates
 
     found = lines_of(dataset.templates, name, dataset.src)
     return checked_templates(found, dataset.templates or name) or list(DEFAULT_TEMPLATES)
-
-
-def folders_of(src: str) -> list[str]:
-    """Where the texts of a dataset may be: with the shards, and with the images they are of."""
-    from splatshard.pipeline.evaluation.class_texts import beside
-    from splatshard.pipeline.shards.markers import read_markers
-    from splatshard.schemas.shard import ShardManifest
-
-    markers = (m for m in read_markers(src).values() if isinstance(m, ShardManifest))
-    source = next((marker.source_url for marker in markers), "")
-    src = src.rpartition("/")[0] if src.endswith((".tar", ".parquet")) else src  # --images
-    is_file = source.endswith((".tar", ".parquet"))
-    folders = [src, source.rpartition("/")[0] if is_file else source]
-    return [place for folder in folders for place in beside(folder)]
 
 
 def computed(

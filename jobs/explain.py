@@ -13,17 +13,27 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from splatshard.jobs.cli.options import EXIT_OK, Switch, count, parse, print_json, run, say
-from splatshard.jobs.convert import storage_options
+from splatshard.jobs.cli.command import EXIT_OK, parse, run
+from splatshard.jobs.cli.options import (
+    Checkpoint,
+    Debug,
+    Device,
+    Json,
+    Number,
+    StorageOptions,
+    Weights,
+    torch_device,
+    use_storage_options,
+)
+from splatshard.jobs.cli.text import count, print_json, say
+from splatshard.jobs.destination.class_texts import lines_of
 from splatshard.jobs.destination.plan_file import write_text
-from splatshard.jobs.embed import device_of
-from splatshard.jobs.evaluate import lines_of
 from splatshard.jobs.pages.explain_images import boxes_in_crops, data_of, gaussians_of, read_image
-from splatshard.pipeline.storage.fs import absolute, use_options
+from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import DecodeConfig, FitConfig
 from splatshard.schemas.errors import SplatshardError, UsageError
 
@@ -45,36 +55,32 @@ class ExplainOptions:
     Writes {name}.png and {name}.json for each image.
     """
 
-    ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
-    """dst of a splatshard train, for its newest checkpoint, or the folder of one checkpoint."""
+    ckpt: Checkpoint
     images: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
         tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint="(at least one)"),
     ]
     """Image files."""
-    label: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    label: Number = None
     """The class that is explained, from 0; default: the likeliest of each image."""
     boxes: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """The objects' boxes, for the pointing game: CSV with the columns image, left, top, right,
     bottom in px of the original, or JSON lines with these fields."""
     classnames: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Names of the classes, a line each; empty: looked for beside the training data."""
-    num_gaussians: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    num_gaussians: Number = None
     """Gaussians per image; default: as in training."""
     image_size: Annotated[int | None, tyro.conf.arg(metavar="PX", help_behavior_hint="")] = None
     """Side of the crop that is fitted; default: that of the training shards."""
-    weights: Literal["auto", "model", "ema"] = "auto"
-    """auto: the average of the weights where there is one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is cuda where there is one."""
+    weights: Weights = "auto"
+    device: Device = "auto"
     output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Where results go; empty: explain/STEP beside the run's checkpoints."""
-    storage_options: Annotated[str, tyro.conf.arg(metavar="JSON")] = ""
-    """Options of the remote store, as for splatshard convert."""
-    json: Switch = False
-    """End standard output with a summary as one JSON line."""
-    debug: Switch = False
-    """Show tracebacks."""
+    storage_options: StorageOptions = ""
+    json: Annotated[
+        Json, tyro.conf.arg(help="End standard output with a summary as one JSON line.")
+    ] = False
+    debug: Debug = False
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -101,10 +107,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def explain(options: ExplainOptions) -> int:
     """The whole job; returns the exit code."""
-    use_options(storage_options(options.storage_options))
+    use_storage_options(options.storage_options)
     from splatshard.pipeline.train.trained import load_trained
 
-    trained = load_trained(absolute(options.ckpt), options.weights, device_of(options.device))
+    trained = load_trained(absolute(options.ckpt), options.weights, torch_device(options.device))
     classes = check_model(trained, options)
     names = classnames_of(trained, options, classes)
     size, take = gaussians_of(trained, options.image_size, options.num_gaussians)

@@ -13,12 +13,14 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from splatshard.jobs.cli.dataset import DatasetOptions, check_output, naming_repair, open_dataset
-from splatshard.jobs.cli.options import EXIT_OK, parse, print_json, run, say
+from splatshard.jobs.cli.command import EXIT_OK, parse, run
+from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
+from splatshard.jobs.cli.options import Backend, DatasetOptions
+from splatshard.jobs.cli.text import print_json, say
 from splatshard.jobs.destination.plan import status
 from splatshard.jobs.destination.plan_file import read_plan
 from splatshard.schemas.errors import UsageError
@@ -36,7 +38,7 @@ class ExportOptions(DatasetOptions):
     """Key or uid of the sample."""
     output: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """File to write: .png or .ply."""
-    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    backend: Backend = "auto"
     """Kernel backend that renders the .png."""
 
     def __post_init__(self) -> None:

@@ -17,21 +17,13 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from splatshard.jobs.cli.options import (
-    EXIT_FAILED_SHARDS,
-    EXIT_OK,
-    Switch,
-    count,
-    parse,
-    print_json,
-    run,
-    say,
-)
-from splatshard.jobs.convert import prepare
+from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
+from splatshard.jobs.cli.options import RedoOptions, Switch, prepare
+from splatshard.jobs.cli.text import count, print_json, say
+from splatshard.jobs.destination.integrity import orphans, verified
 from splatshard.jobs.destination.plan import Status, status
 from splatshard.jobs.destination.plan_file import read_plan, require_dataset
-from splatshard.jobs.driver.redo import RedoOptions, redo
-from splatshard.jobs.verify import orphans, verified
+from splatshard.jobs.driver.redo import redo
 
 MAX_NAMED = 20
 

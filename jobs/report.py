@@ -20,12 +20,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from splatshard.jobs.cli.dataset import DatasetOptions, check_output, naming_repair, open_dataset
-from splatshard.jobs.cli.options import EXIT_OK, Switch, parse, print_json, run, say
+from splatshard.jobs.cli.command import EXIT_OK, parse, run
+from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
+from splatshard.jobs.cli.options import Backend, DatasetOptions, Switch
+from splatshard.jobs.cli.text import print_json, say
 from splatshard.jobs.destination.plan import PlannedShard, status
 from splatshard.jobs.destination.plan_file import (
     REPORT_FILE,
@@ -60,7 +62,7 @@ class ReportOptions(DatasetOptions):
     """Where to write the page."""
     open: Switch = False
     """Open the page in the browser."""
-    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    backend: Backend = "auto"
     """Kernel backend that renders the reconstructions."""
 
     def __post_init__(self) -> None:

@@ -15,19 +15,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from splatshard.jobs.cli.options import (
-    EXIT_FAILED_SHARDS,
-    EXIT_OK,
-    count,
-    parse,
-    print_json,
-    run,
-    say,
-)
-from splatshard.jobs.convert import prepare
+from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
+from splatshard.jobs.cli.options import RedoOptions, prepare
+from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.plan import Marker, status
 from splatshard.jobs.destination.plan_file import read_plan, require_dataset
-from splatshard.jobs.driver.redo import RedoOptions, redo
+from splatshard.jobs.driver.redo import redo
 from splatshard.schemas.shard import FailedShard, ShardManifest
 
 SkipStatus = Literal[
@@ -82,10 +75,11 @@ def retry(options: RetryOptions, started: float) -> int:
         )
     code = EXIT_OK
     if names:
-        say(f"{count(len(names), 'shard')} to redo: {told(markers, names, options.status)}")
+        before = failure_counts(markers, names, options.status)
+        say(f"{count(len(names), 'shard')} to redo: {before}")
         code = redo(dst, names, shards, options, started)
         after = read_markers(dst)
-        say(f"still there: {told(after, names, options.status)}")
+        say(f"still there: {failure_counts(after, names, options.status)}")
     else:
         after = markers
         say(f"nothing to retry: no failed shard and no sample {' or '.join(options.status)}")
@@ -124,7 +118,9 @@ def samples(
     return found
 
 
-def told(markers: Mapping[str, Marker], names: Collection[str], statuses: Collection[str]) -> str:
+def failure_counts(
+    markers: Mapping[str, Marker], names: Collection[str], statuses: Collection[str]
+) -> str:
     """`2 failed shards, 1 quarantined sample`."""
     failed = sum(isinstance(markers.get(name), FailedShard) for name in names)
     parts = [count(failed, "failed shard")] if failed else []

@@ -17,17 +17,10 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from splatshard.jobs.cli.dataset import DatasetOptions, open_dataset
-from splatshard.jobs.cli.options import (
-    EXIT_OK,
-    answer,
-    count,
-    duration,
-    parse,
-    print_json,
-    run,
-    size,
-)
+from splatshard.jobs.cli.command import EXIT_OK, parse, run
+from splatshard.jobs.cli.dataset import open_dataset
+from splatshard.jobs.cli.options import DatasetOptions
+from splatshard.jobs.cli.text import answer, count, duration, print_json, size
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import Status, status
 from splatshard.jobs.destination.plan_file import read_plan, read_text

@@ -17,27 +17,26 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from splatshard.jobs.cli.command import EXIT_OK, Interrupted, parse, run
 from splatshard.jobs.cli.log import configure, log, structured
 from splatshard.jobs.cli.options import (
-    EXIT_OK,
-    Interrupted,
-    Switch,
-    duration,
-    parse,
-    print_json,
-    run,
-    size,
+    USUAL_ENVIRONMENT,
+    DebugRay,
+    Json,
+    LogFormat,
+    Number,
+    StorageOptions,
+    use_storage_options,
 )
 from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.jobs.cli.signals import MESSAGES, StopSignals
-from splatshard.jobs.convert import storage_options
-from splatshard.pipeline.storage.fs import use_options
+from splatshard.jobs.cli.text import duration, print_json, size
 from splatshard.schemas.errors import UsageError
 
 LINE_EVERY_S = 5.0
@@ -51,18 +50,12 @@ class TrainOptions:
     """A Python file that makes a TrainConfig named config, such as those in jobs/recipes/."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")]
     """Another value for a field of the recipe, as in --set optim.lr=1e-3; as often as you like."""
-    ray_workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    ray_workers: Number = None
     """Train in N processes on Ray, one per GPU: the cluster of `ray job submit`, else one here."""
-    storage_options: Annotated[
-        str, tyro.conf.arg(metavar="JSON", help_behavior_hint="(default: the usual environment)")
-    ] = ""
-    """Options of the remote store, as for splatshard convert."""
-    log_format: Literal["text", "json"] = "text"
-    """json: every line on standard error is one JSON object."""
-    json: Switch = False
-    """End standard output with one JSON line."""
-    debug: Switch = False
-    """Show tracebacks and Ray's log."""
+    storage_options: Annotated[StorageOptions, USUAL_ENVIRONMENT] = ""
+    log_format: LogFormat = "text"
+    json: Json = False
+    debug: DebugRay = False
 
     def __post_init__(self) -> None:
         if self.ray_workers is not None and self.ray_workers < 1:
@@ -77,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(options: TrainOptions) -> int:
     """Train; the last record about a step goes to standard output with --json."""
     configure(options.log_format)
-    given = storage_options(options.storage_options)
-    use_options(given)
+    given = use_storage_options(options.storage_options)
     config = load_recipe(options.recipe, options.set)
     first = os.environ.get("RANK", "0") == "0"  # the others of torchrun tell nothing
     with Shown(first) as shown:

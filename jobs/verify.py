@@ -11,28 +11,22 @@ A shard in a remote store is downloaded once, several at a time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
-from rich.console import Console
-from rich.progress import track
-
-from splatshard.jobs.cli.dataset import DatasetOptions, open_dataset
-from splatshard.jobs.cli.options import EXIT_ERROR, EXIT_OK, answer, count, parse, print_json, run
+from splatshard.jobs.cli.command import EXIT_ERROR, EXIT_OK, parse, run
+from splatshard.jobs.cli.dataset import open_dataset
+from splatshard.jobs.cli.options import DatasetOptions
+from splatshard.jobs.cli.text import answer, count, print_json
+from splatshard.jobs.destination.integrity import orphans, verified
 from splatshard.jobs.destination.plan import Marker, Status, status
 from splatshard.jobs.destination.plan_file import read_plan
 from splatshard.schemas.config import describe_difference, recipe_digest
 from splatshard.schemas.errors import SplatshardError
 from splatshard.schemas.manifest import MANIFEST_FILE
 from splatshard.schemas.shard import ShardManifest
-from splatshard.schemas.splats import EXTENSIONS
 
 MAX_NOTES = 20
-DOWNLOADS = 8
-"""Shards of a remote store that are verified at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,37 +117,6 @@ def check(dst: str, markers: Mapping[str, Marker], state: Status) -> Findings:
     ]
     findings.notes += recipe_notes(markers) + manifest_notes(dst, markers)
     return findings
-
-
-def verified(
-    dst: str, manifests: Sequence[ShardManifest]
-) -> Iterator[tuple[ShardManifest, list[str]]]:
-    """Each shard, re-read, with what is wrong with it; in order."""
-    from splatshard.pipeline.shards.verify import verify_shard
-    from splatshard.pipeline.storage.fs import is_local
-
-    console = Console(stderr=True)
-    with nullcontext() if is_local(dst) else ThreadPoolExecutor(DOWNLOADS) as pool:
-        problems = (pool.map if pool else map)(partial(verify_shard, dst), manifests)
-        shards = zip(manifests, problems, strict=True)
-        yield from track(
-            shards,
-            description="verifying",
-            total=len(manifests),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
-
-def orphans(files: Iterable[str], markers: Mapping[str, Marker]) -> list[str]:
-    """Data files that no marker names. Of a shard with a corrupt marker nobody can tell."""
-    from splatshard.pipeline.shards.markers import shard_of
-
-    named = {m.data_file for m in markers.values() if isinstance(m, ShardManifest)}
-    unclear = {n for n, marker in markers.items() if isinstance(marker, SplatshardError)}
-    data = [f for f in files if f.endswith(tuple(f".{e}" for e in EXTENSIONS.values()))]
-    return [file for file in data if file not in named and shard_of(file) not in unclear]
 
 
 def recipe_notes(markers: Mapping[str, Marker]) -> list[str]:

@@ -1,43 +1,20 @@
-"""What jobs that only read DST share: their options, the way to it, and what to do about a damaged
-shard."""
+"""What commands that only read DST share: the way to it, and what to do about a damaged shard."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from splatshard.jobs.cli.options import Switch
-from splatshard.jobs.convert import storage_options
+from splatshard.jobs.cli.options import DatasetOptions, use_storage_options
 from splatshard.jobs.destination.plan_file import require_dataset
-from splatshard.pipeline.storage.fs import use_options
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 from splatshard.schemas.shard import ShardManifest
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetOptions:
-    """Options of a job that reads DST."""
-
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder given to splatshard convert, local or s3://."""
-    storage_options: Annotated[
-        str, tyro.conf.arg(metavar="JSON", help_behavior_hint="(default: the usual environment)")
-    ] = ""
-    """Options of the remote store, as for splatshard convert."""
-    json: Switch = False
-    """End standard output with one JSON line."""
-    debug: Switch = False
-    """Show tracebacks."""
-
-
 def open_dataset(options: DatasetOptions) -> str:
     """DST as an absolute address. Raises UsageError when nothing is there."""
-    use_options(storage_options(options.storage_options))
+    use_storage_options(options.storage_options)
     return require_dataset(options.dst)
 
 

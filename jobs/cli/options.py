@@ -1,193 +1,150 @@
-"""What every job's `main` shares: flags from a dataclass, one-line errors, exit codes.
+"""The options that commands share, each declared once: types for single ones, classes for groups.
 
-    0 all done    1 usage, configuration or storage    3 finished with failed shards
-    130 interrupted (Ctrl-C)    143 terminated
-
-Jobs import `pipeline.shards.commit` and what else brings torch inside functions, so that `--help`
-and usage errors take a tenth of a second instead of three.
-
-tyro derives the flags; its framed multi-line errors are folded into one line, since job logs are
-read line by line, and its exit code 2 becomes 1. Standard output is for the answer: the JSON line
-with `--json`, else what `answer` is given. All else is stderr.
+A command's options are a dataclass; a field is a flag, in the order of the fields. Where a command
+means something narrower it gives the type another help: `Annotated[Json, tyro.conf.arg(help=...)]`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
-import re
-import signal
-import sys
-import traceback
-from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from splatshard.jobs.cli.log import configure, debugging, log
-from splatshard.pipeline.storage.options import redact
-from splatshard.schemas.errors import SplatshardError, UsageError
+from splatshard.jobs.cli.log import configure
+from splatshard.pipeline.storage.fs import use_options
+from splatshard.schemas.errors import UsageError
 
-EXIT_OK = 0
-EXIT_ERROR = 1
-EXIT_FAILED_SHARDS = 3
-EXIT_INTERRUPTED = 128 + signal.SIGINT
-EXIT_TERMINATED = 128 + signal.SIGTERM
-
-TRAIN_EXTRA = ("safetensors", "tensorboard", "transformers")
-"""Packages that only training, evaluation and teachers need."""
-
-Options = TypeVar("Options")
+# Single options
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 """A flag that only turns something on: `--json`, but no `--no-json`."""
 
+StorageOptions = Annotated[
+    str,
+    tyro.conf.arg(metavar="JSON", help="Options of the remote store, as for splatshard convert."),
+]
+USUAL_ENVIRONMENT = tyro.conf.arg(help_behavior_hint="(default: the usual environment)")
 
-class Interrupted(BaseException):
-    """The job was asked to stop; carries the exit code. No Exception: nothing may swallow it."""
+LogFormat = Annotated[
+    Literal["text", "json"],
+    tyro.conf.arg(help="json: every line on standard error is one JSON object."),
+]
+Json = Annotated[Switch, tyro.conf.arg(help="End standard output with one JSON line.")]
+Debug = Annotated[Switch, tyro.conf.arg(help="Show tracebacks.")]
+DebugRay = Annotated[Debug, tyro.conf.arg(help="Show tracebacks and Ray's log.")]
 
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="auto is cuda where there is one.")
+]
+Backend = Literal["auto", "cpu", "triton", "reference"]
+Checkpoint = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(
+        metavar="CKPT",
+        help="dst of a splatshard train, for its newest checkpoint, or the folder of one "
+        "checkpoint.",
+    ),
+]
+Weights = Annotated[
+    Literal["auto", "model", "ema"],
+    tyro.conf.arg(help="auto: the average of the weights where there is one."),
+]
+Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
+"""A number that may be left out."""
 
 
-def parse(
-    options: type[Options], job: str, argv: list[str] | None, default: Options | None = None
-) -> Options:
-    """The options in `argv` (None: the process's); `debug` among them is in force from now on.
-
-    Raises UsageError with one readable line.
-    """
-    args = sys.argv[1:] if argv is None else argv
-    complaint = io.StringIO()
-    extra = {} if default is None else {"default": default}
+def parse_storage_options(text: str) -> dict[str, Any]:
+    """`--storage-options`, or the environment's. Raises UsageError, which does not repeat them:
+    there are secrets in them."""
+    text = text or os.environ.get("SPLATSHARD_STORAGE_OPTIONS", "")
     try:
-        with contextlib.redirect_stderr(complaint):
-            found = tyro.cli(
-                options,
-                args=args,
-                prog=f"splatshard {job}",
-                config=(tyro.conf.OmitArgPrefixes,),
-                **extra,
-            )
-    except SystemExit as e:
-        if e.code == 0:
-            raise
-        text = one_line(complaint.getvalue()) or "the options cannot be parsed"
-        raise UsageError(f"{text} (see splatshard {job} --help)") from None
-    if getattr(found, "debug", False):
-        os.environ["SPLATSHARD_DEBUG"] = "1"
-    return found
+        options = json.loads(text or "{}")
+    except ValueError as e:
+        raise UsageError(
+            f"--storage-options is not JSON (character {getattr(e, 'pos', 0)}); write "
+            """'{"anon": true}'"""
+        ) from None
+    if not isinstance(options, dict):
+        raise UsageError("--storage-options must be a JSON object, such as '{\"anon\": true}'")
+    return options
 
 
-def one_line(framed: str) -> str:
-    """tyro's framed message as one line, without its help footers."""
-    words: list[str] = []
-    for raw in framed.splitlines()[1:]:  # the first one is the frame's title
-        line = raw.strip("│ \t")
-        if line.startswith(("Argument helptext", "For full helptext")):
-            break
-        if not set(line) <= set("─╭╮╰╯│- "):  # dashes where the terminal knows ASCII only
-            words.append(line)
-    return plain(re.sub(r"^Error parsing (config[.\w]*|\w*Options|) ?: ", "", " ".join(words)))
+def use_storage_options(text: str) -> dict[str, Any]:
+    """Put `--storage-options` in force in this process; returns them. Raises UsageError."""
+    options = parse_storage_options(text)
+    use_options(options)
+    return options
 
 
-NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "int": "a whole number"}
+def torch_device(name: str) -> Any:
+    """The torch device of `--device`. Raises UsageError for cuda where there is none."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: there is no CUDA device here; choose auto or cpu")
+    cuda = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
 
 
-def plain(message: str) -> str:
-    """`--workers x: must be auto or a whole number`, where tyro tells in Python's words why a value
-    is none of the types; other messages as they are."""
-    several = r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\]"
-    one = r"Error parsing (\S+): (?:invalid literal for (int)\(\).*|could not convert .*): '(.*)'"
-    if not (found := re.match(several, message) or re.match(one, message)):
-        return message
-    flag, kinds, value = found.groups("FLOAT")
-    wanted = [NUMBERS.get(k, k.strip("{}").replace(",", " or ")) for k in kinds.split("|")]
-    wanted = [kind for kind in reversed(wanted) if kind != "None"]
-    return f"{flag} {value}: must be {' or '.join(wanted)}"
+# Groups
 
 
-def run(body: Callable[[], int]) -> int:
-    """The exit code of `body`; errors become one line on stderr, with `--debug` a traceback too."""
-    try:
-        return _run(body)
-    finally:
-        configure("text")  # a body may have chosen JSON
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions:
+    """Options of a command that reads DST."""
+
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """Folder given to splatshard convert, local or s3://."""
+    storage_options: Annotated[StorageOptions, USUAL_ENVIRONMENT] = ""
+    json: Json = False
+    debug: Debug = False
 
 
-def _run(body: Callable[[], int]) -> int:
-    try:
-        return body()
-    except SplatshardError as e:
-        complain(str(e))
-        return EXIT_ERROR
-    except Interrupted as e:
-        log("interrupted", f"splatshard: {e}", level="warning")
-        return e.code
-    except KeyboardInterrupt:
-        message = "splatshard: interrupted; run the same command again to continue"
-        log("interrupted", message, level="warning")
-        return EXIT_INTERRUPTED
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_ERROR
-    except Exception as e:
-        if isinstance(e, ModuleNotFoundError) and e.name in TRAIN_EXTRA:
-            complain(f"this needs {e.name}: install it, or splatshard with its extra `train`")
-        else:
-            complain(f"internal error, {type(e).__name__}: {e} (--debug shows where)")
-        return EXIT_ERROR
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of a command that converts: how it runs, whatever it converts."""
+
+    workers: Annotated[
+        int | Literal["auto"], tyro.conf.arg(metavar="N|auto", help_behavior_hint="(default: auto)")
+    ] = "auto"
+    """Worker processes. auto: one per GPU, or per core without GPUs, following the cluster as nodes
+    come and go."""
+    sample_timeout: Annotated[float, tyro.conf.arg(metavar="S")] = 300.0
+    """Seconds that one sample may keep a worker busy before it is taken for hung."""
+    storage_options: Annotated[
+        StorageOptions,
+        USUAL_ENVIRONMENT,
+        tyro.conf.arg(
+            help="""Options of the remote store, such as '{"anon": true}', as fsspec's driver """
+            "takes them;\nSPLATSHARD_STORAGE_OPTIONS does the same and shows in no process list."
+        ),
+    ] = ""
+    log_format: LogFormat = "text"
+    json: Json = False
+    debug: DebugRay = False
+
+    def __post_init__(self) -> None:
+        if self.workers != "auto" and self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: must be auto or at least 1")
+        if self.sample_timeout <= 0:
+            raise UsageError(f"--sample-timeout {self.sample_timeout}: must be above 0")
+        parse_storage_options(self.storage_options)
 
 
-def complain(message: str) -> None:
-    """`splatshard: error: message` on stderr, below the traceback when debugging."""
-    trace = traceback.format_exc() if debugging() else ""
-    log("error", f"splatshard: error: {message}", level="error", trace=trace)
+@dataclass(frozen=True, kw_only=True)
+class RedoOptions(RunOptions):
+    """Options of a command that redoes shards of DST."""
+
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """Folder given to splatshard convert."""
+    backend: Backend = "auto"
+    """Kernel backend; auto is triton on CUDA and cpu elsewhere."""
 
 
-def say(message: str = "") -> None:
-    """One line for people, on stderr."""
-    log("note", message)
-
-
-def answer(text: str, as_json: bool) -> None:
-    """A part of what was asked for, on standard output; on stderr where `--json` has that."""
-    if as_json:
-        say(text)
-        return
-    try:
-        print(redact(text), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; the exit code is still ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object as the last line of standard output."""
-    print(json.dumps(value, sort_keys=True), flush=True)
-
-
-def count(number: int, noun: str) -> str:
-    """`1 shard`, `1,288 shards`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def duration(seconds: float) -> str:
-    """`8.3 s`, `4 min 10 s`, `3 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(num_bytes: float) -> str:
-    """`6,400 B`, `12.3 MB`, decimal units."""
-    if num_bytes < 100_000:
-        return f"{num_bytes:,.0f} B"
-    for unit, scale in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)):
-        if num_bytes < 1000 * scale or unit == "TB":
-            return f"{num_bytes / scale:,.1f} {unit}"
-    raise AssertionError
+def prepare(options: RunOptions) -> None:
+    """What every command that converts does first: its log and its storage options."""
+    configure(options.log_format)
+    use_storage_options(options.storage_options)

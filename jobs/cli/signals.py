@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-from splatshard.jobs.cli.options import say
+from splatshard.jobs.cli.text import say
 
 MESSAGES = {
     signal.SIGINT: "interrupted; run the same command again to continue",

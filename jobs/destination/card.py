@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from splatshard.jobs.cli.options import size
+from splatshard.jobs.cli.text import size
 from splatshard.schemas.manifest import MANIFEST_FILE
 from splatshard.schemas.shard import OK, ShardManifest
 

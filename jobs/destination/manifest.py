@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from splatshard.jobs.cli.options import say
+from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.card import CARD_FILE, card
 from splatshard.jobs.destination.plan_file import put_file, write_lines, write_text
 from splatshard.jobs.driver.progress import dataset_figures

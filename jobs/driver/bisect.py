@@ -21,7 +21,7 @@ READ: Span = (0, 0)
 
 
 @dataclass(kw_only=True)
-class Hunt:
+class Bisection:
     """`todo`: spans to try. `trying`: handed out. `found`: number of a sample and its reason."""
 
     todo: list[Span] = field(default_factory=lambda: [READ])

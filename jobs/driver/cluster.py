@@ -68,6 +68,12 @@ def reservation(backend: str) -> dict[str, float]:
     return {"num_cpus": 1}
 
 
+def needs(reserved: dict[str, float]) -> str:
+    """`1 CPU and 1 GPU`."""
+    units = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    return " and ".join(f"{number:g} {units[name]}" for name, number in reserved.items())
+
+
 def room(workers: Workers, reserved: dict[str, float], leaving: set[str]) -> int:
     """How many workers there should be: the number that was asked for, else one per GPU (or core)
     that the cluster has at this moment, without the nodes that are `leaving`.

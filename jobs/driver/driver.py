@@ -28,7 +28,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from splatshard.jobs.cli.options import Interrupted
+from splatshard.jobs.cli.command import Interrupted
+from splatshard.jobs.cli.log import log_format
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan
@@ -36,6 +37,7 @@ from splatshard.jobs.driver.cluster import (
     Workers,
     cause_of_death,
     draining_nodes,
+    needs,
     reservation,
     room,
 )
@@ -63,8 +65,8 @@ START_DEATHS = 4
 """Workers in a row that may die before they have loaded."""
 BROKEN_SHARDS = 8
 """Shards that may fail in a row by errors that are not ours, with none done in between."""
-PATIENCE_S = 60.0
-"""Without any worker; then the user is told what the job waits for."""
+NO_WORKER_S = 60.0
+"""Without any worker; then the user hears what the job waits for."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -125,7 +127,7 @@ class Driver:
         self.reserved = reservation(config.backend)
         self.team: list[Worker] = []
         self.resized = float("-inf")
-        self.impatient = time.monotonic() + PATIENCE_S
+        self.complain_at = time.monotonic() + NO_WORKER_S
         self.start_deaths = 0
         self.in_vain = 0
         self.broken_shards = 0
@@ -182,9 +184,9 @@ class Driver:
         for _ in range(min(places, wanted) - len(staying)):
             self.hire()
         if any(worker.started is None for worker in self.team):
-            self.impatient = now + PATIENCE_S
-        elif now > self.impatient:
-            self.impatient = float("inf")
+            self.complain_at = now + NO_WORKER_S
+        elif now > self.complain_at:
+            self.complain_at = float("inf")
             self.progress.tell(
                 f"still no worker: each needs {needs(self.reserved)}, and the cluster has none free"
             )
@@ -197,7 +199,7 @@ class Driver:
             max_task_retries=0,
             **self.reserved,
         )
-        actor = remote(FitActor).remote(THREADS, self.storage_options)
+        actor = remote(FitActor).remote(THREADS, self.storage_options, log_format())
         self.team.append(Worker(actor=actor, started=actor.start.remote(self.config.backend)))
 
     def replace_broken(self) -> None:
@@ -205,7 +207,7 @@ class Driver:
         has loaded, and those that have not may be waiting for their places."""
         able = any(worker.able for worker in self.team)
         loading = any(worker.started is not None for worker in self.team)
-        since = time.monotonic() - PATIENCE_S
+        since = time.monotonic() - NO_WORKER_S
         for worker in [worker for worker in self.team if worker.broken is not None]:
             wait = able or (loading and worker.broken > since)
             if not (wait and self.schedule.suspects):
@@ -356,7 +358,7 @@ class Driver:
                 )
             elif node_gone:
                 self.schedule.innocent(task, kind)
-            elif reason := self.schedule.died(task, kind, told(error)):
+            elif reason := self.schedule.died(task, kind, first_line(error)):
                 if error is not None and kind == "application":
                     self.broke(task, error)
                 else:
@@ -369,8 +371,8 @@ class Driver:
         self.broken_shards += 1
         if self.broken_shards >= BROKEN_SHARDS:
             raise BackendError(
-                f"{told(error)} ({self.broken_shards} shards in a row failed like this, each in "
-                "several processes: is the machine in order? Finished shards are kept)"
+                f"{first_line(error)} ({self.broken_shards} shards in a row failed like this, each "
+                "in several processes: is the machine in order? Finished shards are kept)"
             )
 
     def give_up(self, task: Task, error: str, message: str, trace: str = "") -> None:
@@ -438,15 +440,9 @@ class Driver:
                 self.finish(task, outcome)
 
 
-def told(error: Outcome | None) -> str:
+def first_line(error: Outcome | None) -> str:
     """`RuntimeError: CUDA error: ...`, the first line of it."""
     return f"{error.error}: {error.message}".partition("\n")[0] if error else ""
-
-
-def needs(reserved: dict[str, float]) -> str:
-    """`1 CPU and 1 GPU`."""
-    units = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    return " and ".join(f"{number:g} {units[name]}" for name, number in reserved.items())
 
 
 def is_ready(ref: Any) -> bool:

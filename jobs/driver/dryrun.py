@@ -24,7 +24,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from splatshard.jobs.cli.options import EXIT_OK, count, duration, print_json, say, size
+from splatshard.jobs.cli.command import EXIT_OK
+from splatshard.jobs.cli.text import count, duration, print_json, say, size
 from splatshard.jobs.driver.worker import THREADS
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.shard import OK, ShardRef

@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from splatshard.jobs.cli.command import Interrupted
 from splatshard.jobs.cli.log import log, structured
-from splatshard.jobs.cli.options import Interrupted, count, duration
+from splatshard.jobs.cli.text import count, duration
 from splatshard.jobs.destination.plan_file import write_text
 from splatshard.jobs.driver.prometheus import Metrics
-from splatshard.jobs.driver.stats import RetryKind, Snapshot, Tally
+from splatshard.jobs.driver.stats import RetryKind, Snapshot, Stats
 from splatshard.jobs.driver.worker import Outcome, SkippedSample, WorkerState
 from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.schemas.config import CPU_BACKENDS
@@ -67,7 +68,7 @@ class Progress:
         self.state: State = "running"
         self.worker_s = 0.0
         self.stage_s: Counter[str] = Counter()
-        self._tally = Tally(work, done_before)
+        self._stats = Stats(work, done_before)
         self._started = started
         self._dst = dst
         self._file = ProgressFile(dst, time.monotonic() - started) if dst else None
@@ -107,12 +108,12 @@ class Progress:
     @property
     def retries(self) -> Counter[str]:
         """By kind."""
-        return self._tally.retries
+        return self._stats.retries
 
     def worker_ready(self, backend: str, **fields: Any) -> None:
         """A worker has loaded; `fields` (node, pid) go to the log."""
         self.backend = backend
-        self._tally.worker_ready(time.monotonic())
+        self._stats.worker_ready(time.monotonic())
         log("worker_ready", "a worker is ready", detail=True, backend=backend, **fields)
 
     def worker_left(self, message: str, stage_stats: StageStats, **fields: Any) -> None:
@@ -123,7 +124,7 @@ class Progress:
 
     def finished(self, ref: ShardRef, outcome: Outcome) -> None:
         """A shard was committed or marked failed."""
-        self._tally.finished(ref, outcome.manifest)
+        self._stats.finished(ref, outcome.manifest)
         room = MAX_NAMED - len(self.skipped)
         self.skipped += [(ref.name, sample) for sample in outcome.skipped[:room]]
         if structured():
@@ -147,7 +148,7 @@ class Progress:
 
     def retried(self, kind: RetryKind, shard: str, message: str, **fields: Any) -> None:
         """What was done of a shard is lost, and it will be tried again."""
-        self._tally.retried(kind, shard)
+        self._stats.retried(kind, shard)
         text = f"shard {shard} will be tried again ({kind.replace('_', ' ')}): {message}"
         log("retry", text, level="warning", shard=shard, kind=kind, **fields)
 
@@ -158,7 +159,7 @@ class Progress:
     def update(self, states: Sequence[WorkerState]) -> None:
         """Show the current state; `states` are those of all live workers, as last polled."""
         now = time.monotonic()
-        self._tally.update(states, now)
+        self._stats.update(states, now)
         snapshot = self._publish(now)
         if self._bar:
             completed = snapshot.fraction or 0.0
@@ -170,11 +171,11 @@ class Progress:
             log("progress", self._line(snapshot), **fields)
 
     def _line(self, snapshot: Snapshot) -> str:
-        return line(snapshot) if self._tally.ready else "starting workers ..."
+        return line(snapshot) if self._stats.ready else "starting workers ..."
 
     def _publish(self, now: float) -> Snapshot:
         """To `_progress.json` and the metrics."""
-        snapshot = self._tally.snapshot(now, self.workers, self.backend)
+        snapshot = self._stats.snapshot(now, self.workers, self.backend)
         self._metrics.publish(snapshot)
         if self._file:
             self._file.update(snapshot, self.state, now)

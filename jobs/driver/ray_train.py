@@ -22,8 +22,10 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.queue import Queue
 
-from splatshard.jobs.cli.options import Interrupted, say
+from splatshard.jobs.cli.command import Interrupted
+from splatshard.jobs.cli.log import configure, log_format
 from splatshard.jobs.cli.signals import StopSignals
+from splatshard.jobs.cli.text import say
 from splatshard.jobs.driver.cluster import ray_session
 from splatshard.pipeline.storage.fs import use_options
 from splatshard.pipeline.train.loop import TrainResult
@@ -58,8 +60,9 @@ def launch(
 
     with ray_session(workers):
         scaling = scaling_of(workers, config.device)
-        with tempfile.TemporaryDirectory(prefix="splatshard-ray-") as folder, told(shown) as queue:
-            run_all(config, scaling, folder, queue, storage_options or {})
+        folder = tempfile.TemporaryDirectory(prefix="splatshard-ray-")
+        with folder as path, record_queue(shown) as queue:
+            run_all(config, scaling, path, queue, storage_options or {})
     (end,) = ends[-1:] or [{"step": 0, "url": ""}]
     return TrainResult(end["step"], end["url"], {}, end.get("signal", 0))
 
@@ -85,7 +88,7 @@ def run_all(
 ) -> None:
     """All processes until they are through, started again where one dies. Raises as `launch`."""
     orders = ray.remote(num_cpus=0)(Orders).remote(storage_options)
-    settings = {"config": config, "queue": queue, "orders": orders}
+    settings = {"config": config, "queue": queue, "orders": orders, "log_format": log_format()}
     with StopSignals() as signals:  # after Ray has set a handler of its own
         for left in reversed(range(RESTARTS + 1)):
             trainer = TorchTrainer(
@@ -152,6 +155,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     """What each process runs."""
     from splatshard.pipeline.train.loop import train
 
+    configure(settings["log_format"], alone=True)  # not beside the handlers of Ray Train
     use_options(ray.get(settings["orders"].storage_options.remote()))
     config: TrainConfig = settings["config"]
     if config.device == "auto":
@@ -174,7 +178,7 @@ def looked_for(orders: Any) -> Callable[[], int]:
 
 
 @contextmanager
-def told(show: Show) -> Iterator[Queue]:
+def record_queue(show: Show) -> Iterator[Queue]:
     """A queue whose records are shown here, on a thread; None ends it."""
     queue = Queue(actor_options={"num_cpus": 0})
 

@@ -2,36 +2,24 @@
 share.
 
 A shard is redone from its source as it is now: where that has changed since, the new marker says
-so, as after a convert. One run of `jobs.convert.execute` for each recipe in the plan, which is
-nearly always one.
+so, as after a convert. One run of `execute` for each recipe in the plan, which is nearly always
+one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
-import tyro
-
-from splatshard.jobs.cli.options import EXIT_OK, say
-from splatshard.jobs.convert import RunOptions, execute
+from splatshard.jobs.cli.command import EXIT_OK
+from splatshard.jobs.cli.options import RedoOptions
+from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.plan import Marker, Plan, PlannedShard, status
+from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.storage.options import is_redacted
 from splatshard.schemas.config import ConvertConfig, config_from_output, recipe_digest
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardManifest, ShardRef, marker_digest
-
-
-@dataclass(frozen=True, kw_only=True)
-class RedoOptions(RunOptions):
-    """Options of a job that redoes shards of DST."""
-
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Folder given to splatshard convert."""
-    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
-    """Kernel backend; auto is triton on CUDA and cpu elsewhere."""
 
 
 def redo(

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from splatshard.jobs.driver.bisect import READ, Hunt
+from splatshard.jobs.driver.bisect import READ, Bisection
 from splatshard.jobs.driver.stats import RetryKind
 from splatshard.jobs.driver.worker import Task
 from splatshard.schemas.shard import ShardRef
@@ -36,7 +36,7 @@ DEATHS_ALONE = 2
 it, before the shard is given up."""
 MOST_DEATHS = 256
 """Workers that a shard may kill while it is alone: some 20 poison samples among 1,000."""
-FUTILE_HUNTS = 2
+FUTILE_BISECTS = 2
 """Searches that find no culprit before the shard is given up."""
 UNAVAILABLE = 8
 """Times a shard may find a store that does not answer."""
@@ -59,8 +59,8 @@ class Trouble:
     deaths: int = 0
     errors: int = 0
     unavailable: int = 0
-    futile_hunts: int = 0
-    hunt: Hunt = field(default_factory=Hunt)
+    futile_bisects: int = 0
+    bisection: Bisection = field(default_factory=Bisection)
     quarantine: dict[int, str] = field(default_factory=dict)
 
 
@@ -156,16 +156,16 @@ class Schedule:
                 "(is the machine in order?)"
             )
         elif task.span:
-            trouble.hunt.died(task.span, REASONS[kind])
-            self._hunt_on(task)
+            trouble.bisection.died(task.span, REASONS[kind])
+            self._bisect_on(task)
         elif trouble.deaths_alone + 1 < DEATHS_ALONE:
             trouble.deaths_alone += 1
             self._retried(kind, name, "once more, alone")
             self._back(self._again(task))
-        elif trouble.futile_hunts < FUTILE_HUNTS:
+        elif trouble.futile_bisects < FUTILE_BISECTS:
             self._retried(kind, name, "searching for the sample that does it")
-            trouble.hunt = Hunt()
-            self._hunt_on(task)
+            trouble.bisection = Bisection()
+            self._bisect_on(task)
         else:
             return (
                 f"shard {name} {REASONS[kind]}; no single sample does it alone (fewer --workers "
@@ -176,8 +176,8 @@ class Schedule:
     def survived(self, task: Task, tried: int) -> None:
         """A span of a shard, which has `tried` samples, did no harm."""
         assert task.span is not None
-        self._trouble(task).hunt.survived(task.span, tried)
-        self._hunt_on(task)
+        self._trouble(task).bisection.survived(task.span, tried)
+        self._bisect_on(task)
 
     def close(self, task: Task) -> None:
         """Its shard has come out, done or failed: no part of it is tried any more."""
@@ -187,18 +187,18 @@ class Schedule:
             self._alone = deque(other for other in self._alone if other.ref.name != name)
             self._later = [entry for entry in self._later if entry[1].ref.name != name]
 
-    def _hunt_on(self, task: Task) -> None:
+    def _bisect_on(self, task: Task) -> None:
         """Queue the next spans; once all were tried, the shard without the culprits."""
         trouble, name = self._trouble(task), task.ref.name
-        hunt = trouble.hunt
-        if not hunt.over:
-            self._alone += [self._again(task, span=span) for span in hunt.take()]
+        bisection = trouble.bisection
+        if not bisection.over:
+            self._alone += [self._again(task, span=span) for span in bisection.take()]
             return
-        for number, reason in sorted(hunt.found.items()):
+        for number, reason in sorted(bisection.found.items()):
             self._tell(f"shard {name}: sample {number} is quarantined: it {reason}")
-        trouble.quarantine |= hunt.found
-        trouble.futile_hunts += not hunt.found
-        trouble.deaths_alone = DEATHS_ALONE - 1 if hunt.found else 0
+        trouble.quarantine |= bisection.found
+        trouble.futile_bisects += not bisection.found
+        trouble.deaths_alone = DEATHS_ALONE - 1 if bisection.found else 0
         self._alone.append(self._again(task, span=None))
 
     def _back(self, task: Task) -> None:

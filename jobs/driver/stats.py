@@ -60,7 +60,7 @@ class Snapshot:
     backend: str = ""
 
 
-class Tally:
+class Stats:
     """Counts what workers and outcomes tell; times are monotonic seconds."""
 
     def __init__(self, work: Sequence[ShardRef], done_before: Sequence[ShardManifest]) -> None:

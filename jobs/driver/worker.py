@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from splatshard.jobs.cli.log import Format, configure
 from splatshard.jobs.driver.bisect import READ
 from splatshard.pipeline.runtime.stage_timer import StageStats, StageTimer
 from splatshard.schemas.config import ConvertConfig
@@ -32,7 +33,7 @@ IN_FLIGHT = 2
 """Shards that a worker is given at once."""
 
 MAX_SKIPPED = 100
-"""Skipped samples of one shard that are told to the driver; the rows hold them all."""
+"""Skipped samples of one shard that the driver is sent; the rows hold them all."""
 
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 """One worker per core: threads of its own would only fight the other workers."""
@@ -133,9 +134,15 @@ class FitActor:
     """Converts shards with one backend."""
 
     def __init__(
-        self, environment: Mapping[str, str], storage_options: Mapping[str, Any] | None = None
+        self,
+        environment: Mapping[str, str],
+        storage_options: Mapping[str, Any] | None = None,
+        log_format: Format | None = None,
     ) -> None:
+        """`log_format` is how the process logs; None leaves that as it is."""
         os.environ.update(environment)  # before torch and numba are imported
+        if log_format:
+            configure(log_format)
         self._storage_options = storage_options or {}
         self._stop = False
         self._timer = StageTimer()

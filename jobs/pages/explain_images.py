@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from splatshard.jobs.cli.options import say
+from splatshard.jobs.cli.text import say
 from splatshard.jobs.pages.explain_boxes import boxes_of, read_boxes
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import DecodeConfig, FitConfig

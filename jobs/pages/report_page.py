@@ -16,7 +16,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from splatshard.jobs.cli.options import count, duration, size
+from splatshard.jobs.cli.text import count, duration, size
 from splatshard.jobs.destination.plan import Status
 from splatshard.schemas.shard import OK
 

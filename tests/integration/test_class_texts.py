@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from splatshard.jobs import repair
-from splatshard.jobs.evaluate import lines_of
+from splatshard.jobs.destination.class_texts import lines_of
 from splatshard.pipeline.evaluation.class_texts import CLASSNAMES, TEMPLATES
 from tests.integration.running import assert_verified, convert_json, run_json, tars
 

@@ -170,7 +170,7 @@ def test_a_shard_that_kills_as_a_whole_fails_alone(
 ) -> None:
     src, dst = tars(tmp_path / "in", shards=4), tmp_path / "out"
     monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", DiesWhole)
-    monkeypatch.setattr("splatshard.jobs.driver.scheduler.FUTILE_HUNTS", 1)
+    monkeypatch.setattr("splatshard.jobs.driver.scheduler.FUTILE_BISECTS", 1)
     code, summary, err = convert_json(capsys, src, dst)
     assert (code, summary["shards_done"], summary["shards_failed"]) == (3, 3, 1), err
     assert "no single sample does it alone" in err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from splatshard.jobs import convert, embed, evaluate, explain, train
-from splatshard.jobs.cli.options import parse
+from splatshard.jobs.cli.command import parse
 from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.pipeline.train.loop import train as run_training
 from tests.training import make_shards, toy_config

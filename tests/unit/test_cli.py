@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from splatshard.jobs import convert, verify
 from splatshard.jobs.__main__ import JOBS, main
-from splatshard.jobs.cli.options import Interrupted, count, duration, one_line, run, size
+from splatshard.jobs.cli.command import Interrupted, one_line, run
+from splatshard.jobs.cli.text import count, duration, size
 from splatshard.pipeline.storage.fs import use_options
 from splatshard.pipeline.storage.options import options_of
 from splatshard.schemas.config import PRESETS, ConvertConfig
@@ -251,3 +253,56 @@ def test_words_for_numbers() -> None:
     assert [count(1, "shard"), count(1288, "shard")] == ["1 shard", "1,288 shards"]
     assert [duration(8.31), duration(250), duration(11100)] == ["8.3 s", "4 min 10 s", "3 h 05 min"]
     assert [size(6400), size(12_345_678), size(2.5e12)] == ["6,400 B", "12.3 MB", "2.5 TB"]
+
+
+# What commands share
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = sorted(path.stem for path in (ROOT / "jobs").glob("[a-z]*.py"))
+ONE_DECLARATION = {
+    "storage_options": "StorageOptions",
+    "log_format": "LogFormat",
+    "json": "Json",
+    "debug": "Debug",
+    "device": "Device",
+    "weights": "Weights",
+    "ckpt": "Checkpoint",
+    "workers": None,
+    "sample_timeout": None,
+}
+"""Options that commands share: the type in jobs/cli/options that declares it, or None where only a
+class there does."""
+
+
+def test_every_job_is_a_command() -> None:
+    assert {name.replace("-", "_") for name in JOBS} | {"demo"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
+def test_no_command_imports_another(command: str) -> None:
+    for node in ast.walk(ast.parse((ROOT / f"jobs/{command}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            modules = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            modules = {alias.name for alias in node.names}
+        else:
+            continue
+        assert not modules & {f"splatshard.jobs.{name}" for name in COMMANDS}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").rglob("*.py")), ids=lambda p: p.stem)
+def test_shared_options_are_declared_once(path: Path) -> None:
+    """Wherever a command has one, it is of the type in jobs/cli/options."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.ClassDef) and node.name.endswith("Options")):
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                name = field.target.id
+                if name not in ONE_DECLARATION:
+                    continue
+                declared = ONE_DECLARATION[name]
+                if declared is None:
+                    assert path.parts[-2:] == ("cli", "options.py"), f"{node.name}.{name}"
+                else:
+                    assert ast.unparse(field.annotation).find(declared) >= 0, f"{node.name}.{name}"

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import io
 import json
+import logging
+import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from splatshard.jobs.cli.log import configure, log, structured
-from splatshard.jobs.cli.options import Interrupted, run, say
+from splatshard.jobs.cli.command import Interrupted, run
+from splatshard.jobs.cli.log import configure, log, log_format, log_to_stderr, structured
+from splatshard.jobs.cli.text import say
+from splatshard.pipeline.data import ImageDataset
 from splatshard.schemas.errors import StorageError
+from tests.make import jpeg, write_tar
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -20,8 +31,8 @@ Capsys = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def text_afterwards(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> Iterator[None]:
     monkeypatch.delenv("SPLATSHARD_DEBUG", raising=False)
-    yield
-    configure("text")
+    with log_to_stderr():
+        yield
 
 
 def events(capsys: Capsys) -> list[dict[str, Any]]:
@@ -121,3 +132,129 @@ def test_a_trace_is_a_field(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> 
     assert run(body) == 1
     (event,) = events(capsys)
     assert "ValueError: a bug" in event["trace"]
+
+
+# What others say, through `logging` and `warnings`
+
+
+def test_records_of_others_are_written_as_they_were_without_a_handler(capsys: Capsys) -> None:
+    logger = logging.getLogger("splatshard.pipeline.some.module")
+    logger.info("not shown")
+    logger.warning("%d shards at %s", 2, "https://me:pw@host/")
+    try:
+        raise ValueError("a bug")
+    except ValueError:
+        logger.exception("it failed")
+    first, second, *trace = capsys.readouterr().err.splitlines()
+    assert (first, second) == ("2 shards at https://***@host/", "it failed")
+    assert (trace[0], trace[-1]) == ("Traceback (most recent call last):", "ValueError: a bug")
+
+
+def test_records_of_others_are_events(capsys: Capsys) -> None:
+    configure("json")
+    logging.getLogger("splatshard.pipeline.some.module").warning("at %s", "https://me:pw@host/")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)  # in this context, too
+        warnings.warn("old https://me:pw@host/", DeprecationWarning, stacklevel=1)
+    logging.getLogger("other").critical("worse than an error")
+    ours, warning, critical = events(capsys)
+    assert ours.pop("time")
+    assert ours == {
+        "level": "warning",
+        "event": "log",
+        "message": "at https://***@host/",
+        "logger": "splatshard.pipeline.some.module",
+    }
+    assert (warning["logger"], warning["level"]) == ("py.warnings", "warning")
+    assert "DeprecationWarning: old https://***@host/" in warning["message"]
+    assert (critical["logger"], critical["level"]) == ("other", "error")
+
+
+def test_a_job_leaves_logging_as_it_was() -> None:
+    root, before = logging.getLogger(), warnings.showwarning
+    with log_to_stderr():
+        pass
+    assert any(type(handler).__name__ == "StderrHandler" for handler in root.handlers)  # fixture's
+    handlers = list(root.handlers)
+
+    def body() -> int:
+        configure("json")
+        assert log_format() == "json"
+        return 0
+
+    assert run(body) == 0
+    assert (root.handlers, warnings.showwarning, log_format()) == (handlers, before, "text")
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_stream_that_is_gone_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone())
+    say("nobody reads this")
+
+
+@pytest.fixture
+def signed_url(tmp_path: Path) -> Iterator[str]:
+    """A tar on the web, behind a signature, with an image that does not decode."""
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", b"\xff\xd8 broken")])
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/a.tar?X-Amz-Signature=hunter2"
+        server.shutdown()
+        thread.join()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def read_images(url: str) -> int:
+    """Warns that a sample of `url` does not decode."""
+    assert len(list(ImageDataset(url, batch_size=2, image_size=32, shuffle=False))) == 1
+    return 0
+
+
+WORKER = """
+import sys, warnings
+from splatshard.jobs.driver.worker import FitActor
+from tests.unit.test_log import read_images
+url, log_format = sys.argv[1:]
+FitActor({}, None, log_format)
+read_images(url)
+warnings.warn(url)
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_warning_of_the_pipeline_hides_signatures(
+    log_format: Any, signed_url: str, capsys: Capsys
+) -> None:
+    """In the driver, and in a worker."""
+
+    def body() -> int:
+        configure(log_format)
+        return read_images(signed_url)
+
+    assert run(body) == 0
+    command = [sys.executable, "-c", WORKER, signed_url, log_format]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shown = signed_url.replace("X-Amz-Signature=hunter2", "***")
+    for err, loggers in (
+        (capsys.readouterr().err, ["splatshard.pipeline.data.images"]),
+        (done.stderr, ["splatshard.pipeline.data.images", "py.warnings"]),
+    ):
+        assert "hunter2" not in err
+        assert f"{shown} sample 1 does not decode" in err
+        assert err.count(shown) == len(loggers)
+        if log_format == "json":
+            assert [json.loads(line)["logger"] for line in err.splitlines()] == loggers

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from splatshard.jobs import convert
+from splatshard.jobs.cli.options import RunOptions
 from splatshard.jobs.destination import manifest as job
 from splatshard.jobs.destination.card import CARD_FILE
 from splatshard.jobs.destination.manifest import Catalog, psnr_quantiles
 from splatshard.jobs.destination.plan import Plan, make_plan
+from splatshard.jobs.driver import execute
 from splatshard.jobs.driver.worker import Outcome
 from splatshard.pipeline.shards import markers as readers
 from splatshard.pipeline.shards.commit import mark_failed, publish, staged_file
@@ -257,8 +258,8 @@ def test_a_stale_shard_whose_redo_failed_stays_in_it(
             catalog.add(publish(dst, path, refs[0], other, "cd" * 32, replaces=digest))
         return 1
 
-    monkeypatch.setattr(convert, "drive", drive)
-    code = convert.execute(plan, refs, other, str(dst), convert.RunOptions(), 0.0)
+    monkeypatch.setattr(execute, "drive", drive)
+    code = execute.execute(plan, refs, other, str(dst), RunOptions(), 0.0)
     assert (code, "1 shard failed" in capsys.readouterr().err) == (3, True)
     found = {name: entry.manifest for name, entry in read_manifest(url(dst)).items()}
     assert found == read_markers(str(dst), trust_manifest=False)

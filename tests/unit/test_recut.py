@@ -13,6 +13,7 @@ from splatshard.jobs import convert, verify
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan, status
 from splatshard.jobs.destination.plan_file import read_plan
+from splatshard.jobs.driver import execute
 from splatshard.jobs.driver.worker import Outcome
 from splatshard.pipeline.shards.commit import mark_failed, publish, remove, staged_file
 from splatshard.pipeline.shards.markers import read_manifest, read_markers
@@ -50,7 +51,7 @@ def no_fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 catalog.add(publish(dst, path, ref, config, "cd" * 32, replaces=replaces))
         return 1
 
-    monkeypatch.setattr(convert, "drive", drive)
+    monkeypatch.setattr(execute, "drive", drive)
     monkeypatch.setattr(convert, "source_sha256", lambda ref: "ab" * 32)
     return failing
 

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 
+from splatshard.jobs.destination.integrity import orphans
 from splatshard.jobs.destination.plan import (
     Marker,
     make_plan,
@@ -20,8 +21,7 @@ from splatshard.jobs.destination.plan import (
 )
 from splatshard.jobs.driver.redo import by_recipe, redo, redo_plan
 from splatshard.jobs.repair import RepairOptions, to_redo
-from splatshard.jobs.retry_failed import SkipStatus, samples, told, worth_retrying
-from splatshard.jobs.verify import orphans
+from splatshard.jobs.retry_failed import SkipStatus, failure_counts, samples, worth_retrying
 from splatshard.pipeline.source.listing import current, list_shards
 from splatshard.schemas.config import ConvertConfig, FitConfig
 from splatshard.schemas.errors import CorruptShardError, UsageError
@@ -148,8 +148,10 @@ def test_only_failed_shards_and_samples_worth_it_are_retried() -> None:
         "no_image": 1,
     }
     names = {"killed", "failed"}
-    assert told(markers, names, ("quarantined",)) == "1 failed shard, 1 quarantined sample"
-    assert told(markers, {"good"}, ("quarantined",)) == "nothing"
+    assert (
+        failure_counts(markers, names, ("quarantined",)) == "1 failed shard, 1 quarantined sample"
+    )
+    assert failure_counts(markers, {"good"}, ("quarantined",)) == "nothing"
 
 
 def test_every_skip_status_can_be_retried() -> None:

@@ -188,7 +188,7 @@ def test_a_broken_worker_does_not_keep_its_place_from_one_that_waits_for_it(
         device.spoilt |= task.ref.name == "01" and not task.alone
         return broken(task) if device.spoilt else done(task)
 
-    monkeypatch.setattr("splatshard.jobs.driver.driver.PATIENCE_S", 0.1)
+    monkeypatch.setattr("splatshard.jobs.driver.driver.NO_WORKER_S", 0.1)
     told = run(monkeypatch, tmp_path, convert, shards=3, devices=1, workers=3)
     assert len(told.outcomes) == 3
     assert told.kinds() == {"done"}

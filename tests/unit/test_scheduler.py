@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splatshard.jobs.driver.bisect import READ, Hunt
+from splatshard.jobs.driver.bisect import READ, Bisection
 from splatshard.jobs.driver.scheduler import (
     DEATHS_ALONE,
     MOST_DEATHS,
@@ -32,20 +32,20 @@ def schedule(names: list[str], replaces: dict[str, str] | None = None) -> Schedu
 
 
 @given(st.integers(0, 400), st.data())
-def test_a_hunt_finds_exactly_the_culprits(samples: int, data: st.DataObject) -> None:
+def test_bisection_finds_exactly_the_culprits(samples: int, data: st.DataObject) -> None:
     poison = data.draw(st.sets(st.integers(0, max(0, samples - 1)), max_size=4 if samples else 0))
     order = random.Random(data.draw(st.integers(0, 9)))
-    hunt, waiting, tries = Hunt(), [], 0
-    while not hunt.over:
-        waiting += hunt.take()
+    bisection, waiting, tries = Bisection(), [], 0
+    while not bisection.over:
+        waiting += bisection.take()
         span = start, stop = waiting.pop(order.randrange(len(waiting)))
         tries += 1
         if any(start <= number < stop for number in poison):
-            hunt.died(span, "crash")
+            bisection.died(span, "crash")
         else:
             assert span == READ or stop <= samples, "a part of the shard"
-            hunt.survived(span, samples if span == READ else stop - start)
-    assert set(hunt.found) == poison
+            bisection.survived(span, samples if span == READ else stop - start)
+    assert set(bisection.found) == poison
     assert tries <= 3 + 2 * len(poison) * samples.bit_length()
 
 

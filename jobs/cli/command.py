@@ -1,0 +1,138 @@
+"""What every command's `main` shares: flags from a dataclass, one-line errors, exit codes.
+
+    0 all done    1 usage, configuration or storage    3 finished with failed shards
+    130 interrupted (Ctrl-C)    143 terminated
+
+Commands import `pipeline.shards.commit` and what else brings torch inside functions, so that
+`--help` and usage errors take a tenth of a second instead of three.
+
+tyro derives the flags; its framed multi-line errors are folded into one line, since logs are read
+line by line, and its exit code 2 becomes 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from splatshard.jobs.cli.log import debugging, log, log_to_stderr
+from splatshard.schemas.errors import SplatshardError, UsageError
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_FAILED_SHARDS = 3
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+TRAIN_EXTRA = ("safetensors", "tensorboard", "transformers")
+"""Packages that only training, evaluation and teachers need."""
+
+Options = TypeVar("Options")
+
+
+class Interrupted(BaseException):
+    """The job was asked to stop; carries the exit code. No Exception: nothing may swallow it."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def parse(
+    options: type[Options], job: str, argv: list[str] | None, default: Options | None = None
+) -> Options:
+    """The options in `argv` (None: the process's); `debug` among them is in force from now on.
+
+    Raises UsageError with one readable line.
+    """
+    args = sys.argv[1:] if argv is None else argv
+    complaint = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            found = tyro.cli(
+                options,
+                args=args,
+                prog=f"splatshard {job}",
+                config=(tyro.conf.OmitArgPrefixes,),
+                **extra,
+            )
+    except SystemExit as e:
+        if e.code == 0:
+            raise
+        text = one_line(complaint.getvalue()) or "the options cannot be parsed"
+        raise UsageError(f"{text} (see splatshard {job} --help)") from None
+    if getattr(found, "debug", False):
+        os.environ["SPLATSHARD_DEBUG"] = "1"
+    return found
+
+
+def one_line(framed: str) -> str:
+    """tyro's framed message as one line, without its help footers."""
+    words: list[str] = []
+    for raw in framed.splitlines()[1:]:  # the first one is the frame's title
+        line = raw.strip("│ \t")
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        if not set(line) <= set("─╭╮╰╯│- "):  # dashes where the terminal knows ASCII only
+            words.append(line)
+    return plain(re.sub(r"^Error parsing (config[.\w]*|\w*Options|) ?: ", "", " ".join(words)))
+
+
+NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "int": "a whole number"}
+
+
+def plain(message: str) -> str:
+    """`--workers x: must be auto or a whole number`, where tyro tells in Python's words why a value
+    is none of the types; other messages as they are."""
+    several = r"Error parsing (\S+): no type matching (\S+) could be .* from \['(.*?)'\]"
+    one = r"Error parsing (\S+): (?:invalid literal for (int)\(\).*|could not convert .*): '(.*)'"
+    if not (found := re.match(several, message) or re.match(one, message)):
+        return message
+    flag, kinds, value = found.groups("FLOAT")
+    wanted = [NUMBERS.get(k, k.strip("{}").replace(",", " or ")) for k in kinds.split("|")]
+    wanted = [kind for kind in reversed(wanted) if kind != "None"]
+    return f"{flag} {value}: must be {' or '.join(wanted)}"
+
+
+def run(body: Callable[[], int]) -> int:
+    """The exit code of `body`; errors become one line on stderr, with `--debug` a traceback too."""
+    with log_to_stderr():
+        return _run(body)
+
+
+def _run(body: Callable[[], int]) -> int:
+    try:
+        return body()
+    except SplatshardError as e:
+        complain(str(e))
+        return EXIT_ERROR
+    except Interrupted as e:
+        log("interrupted", f"splatshard: {e}", level="warning")
+        return e.code
+    except KeyboardInterrupt:
+        message = "splatshard: interrupted; run the same command again to continue"
+        log("interrupted", message, level="warning")
+        return EXIT_INTERRUPTED
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_ERROR
+    except Exception as e:
+        if isinstance(e, ModuleNotFoundError) and e.name in TRAIN_EXTRA:
+            complain(f"this needs {e.name}: install it, or splatshard with its extra `train`")
+        else:
+            complain(f"internal error, {type(e).__name__}: {e} (--debug shows where)")
+        return EXIT_ERROR
+
+
+def complain(message: str) -> None:
+    """`splatshard: error: message` on stderr, below the traceback when debugging."""
+    trace = traceback.format_exc() if debugging() else ""
+    log("error", f"splatshard: error: {message}", level="error", trace=trace)
