@@ -97,7 +97,7 @@ class Server:
     def put(self, url: str, files: Mapping[str, bytes]) -> None:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         client = self.client()
-        for name, data in plan_file.items():
+        for name, data in files.items():
             client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=data)
 
     def names(self, url: str) -> list[str]:
