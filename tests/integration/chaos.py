@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -268,7 +268,7 @@ def verify(arena: Arena, dst: str) -> None:
 
 def tally_to_json() -> str:
     """The tally of this process, for the one that prints it."""
-    return json.dumps([asdict(moment) for moment in TALLY])
+    return json.dumps([vars(moment) for moment in TALLY])
 
 
 def add_to_tally(text: str) -> None:
