@@ -10,6 +10,9 @@ GPU_TESTS := \
 	tests/unit/test_kernels.py \
 	tests/unit/test_triton.py
 
+# Much of the time of tests with Ray is waiting: two of them run at a time, each file in one process.
+TWO_RAYS := --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/integration
+
 .DEFAULT_GOAL := help
 .PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo docs clean
 
@@ -40,14 +43,15 @@ check: install  ## lint, format and types, without changing anything
 	$(BIN)/pyright
 
 test: install .venv/triton-3.6.0  ## all tests that need neither a GPU nor many minutes
-	$(BIN)/pytest -m "not integration and not slow and not gpu" --numprocesses auto
-	$(BIN)/pytest -m "integration and not slow and not gpu"
+	$(BIN)/pytest -m "not ray and not slow and not gpu" --numprocesses auto
+	$(BIN)/pytest -m "ray and not slow and not gpu" $(TWO_RAYS)
 
 test-unit: install .venv/triton-3.6.0  ## the fast tests only
 	$(BIN)/pytest -m "not integration and not slow and not gpu" --numprocesses auto
 
-test-integration: install  ## the tests that start Ray
-	$(BIN)/pytest -m "integration and not slow and not gpu"
+test-integration: install  ## the tests that start other processes, servers and Ray
+	$(BIN)/pytest -m "integration and not ray and not slow and not gpu" --numprocesses auto tests/integration
+	$(BIN)/pytest -m "ray and not slow and not gpu" $(TWO_RAYS)
 
 test-slow: install .venv/triton-3.6.0  ## everything, also what takes minutes
 	$(BIN)/pytest -m "not gpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would onl
 def data_dir() -> Path:
     """The sample data (SPLATSHARD_DATA or ../shared/data); skips the test where it is absent."""
     return shared_data()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy dataset of tests/training.py in three shards of 40, 40 and 10 samples; who changes
+    something changes a copy."""
+    from tests.training import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As the other processes of a test have, so that sums are added up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,18 +1,42 @@
-"""One Ray and one S3 server for all tests that run in this process; the tally at their end."""
+"""One Ray and one S3 server for all tests that run in this process; the tally at their end.
+
+Tests that use a Ray are marked `ray`, by their fixtures or by hand where they start one of their
+own. Two processes run them at a time, each with its own Ray, servers and cluster; a file stays in
+one process (`--dist loadfile`), so that what it prepares is prepared once.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.integration.chaos import TALLY, Arena, open_arena, tally_lines
+from tests.integration.chaos import (
+    TALLY,
+    Arena,
+    add_to_tally,
+    open_arena,
+    tally_lines,
+    tally_to_json,
+)
 from tests.integration.faults import Proxy, fault_proxy
 from tests.integration.nodes import Nodes, ray_nodes
 from tests.integration.stores import Store, ceph_store, missing_ceph, moto_store
 
 Folders = pytest.TempPathFactory
+
+RAYS = {"shared_ray", "nodes", "arena"}
+"""Fixtures that start one."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a Ray."""
+    for item in items:
+        if not RAYS.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +102,18 @@ def ceph_arena(ceph: Store, proxy: Proxy, nodes: Nodes, tmp_path_factory: Folder
 def arena(request: pytest.FixtureRequest) -> Arena:
     """Conversions on a cluster, from S3 to S3."""
     return request.getfixturevalue(f"{request.param}_arena")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist tells its tally to the one that prints."""
+    told = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["tally"] = tally_to_json()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    add_to_tally(getattr(node, "workeroutput", {}).get("tally", "[]"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

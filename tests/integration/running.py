@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,38 @@ def files(dst: Path) -> dict[str, bytes]:
         for path in sorted(dst.rglob("*"))
         if path.is_file() and path.name not in PER_RUN
     }
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A conversion that many tests start from: made once, put back before each of them.
+
+    Plans hold absolute paths and modification times, so tests get not copies but the place itself,
+    `folder`, as it was.
+    """
+
+    folder: Path
+    src: str
+    saved: Path
+
+    @property
+    def dst(self) -> Path:
+        return self.folder / "out"
+
+    def put_back(self) -> tuple[str, Path, dict[str, bytes]]:
+        """SRC, DST and the files of DST, whatever was done to them."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.saved, self.folder)  # with modification times
+        return self.src, self.dst, files(self.dst)
+
+
+def convert_once(folder: Path, shards: int) -> Converted:
+    """`shards` tars in `folder`, converted."""
+    place = folder / "place"
+    src = tars(place / "in", shards)
+    assert convert.main([src, str(place / "out"), *SMALL]) == 0
+    shutil.copytree(place, folder / "saved")
+    return Converted(place, src, folder / "saved")
 
 
 def finished(dst: Path) -> dict[str, tuple[int, int]]:

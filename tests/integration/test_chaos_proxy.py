@@ -15,6 +15,7 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
+from tests.integration import chaos
 from tests.integration.faults import FAULTS, FaultPlan, Proxy, evenly
 from tests.integration.stores import Store
 
@@ -126,3 +127,15 @@ def test_a_plan_may_mean_some_requests_only(client: Any, moto: Store, proxy: Pro
     client.put_object(Bucket="proxy", Key=names[1], Body=b"")  # the same but for the attempt
     assert set(moto.objects("s3://proxy")) == {"marker", names[1]}
     assert proxy.counts == {"pass": 2, "slow_down": 1}
+
+
+def test_the_tally_goes_from_one_process_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = chaos.Moment(
+        what="worker", seed=1, store="moto", exits=[0], retries=Counter(crash=2), ok=True
+    )
+    monkeypatch.setattr(chaos, "TALLY", [killed])
+    told = chaos.tally_to_json()
+    monkeypatch.setattr(chaos, "TALLY", [])
+    chaos.add_to_tally(told)
+    assert [killed] == chaos.TALLY
+    assert "2 crash" in "\n".join(chaos.tally_lines())

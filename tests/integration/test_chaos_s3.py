@@ -1,6 +1,6 @@
 """S3 that fails: errors, throttling, cut connections, slow bytes, a clock that is wrong.
 
-All of it during whole conversions; what a single request does is tested in test_s3_commit.py.
+All of it during whole conversions; what a single request does is tested in s3/.
 """
 
 from __future__ import annotations

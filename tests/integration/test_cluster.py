@@ -45,7 +45,7 @@ def progress(dst: Path) -> dict[str, Any]:
 def test_workers_follow_the_nodes(
     nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    src, dst, log = tars(tmp_path / "in", shards=40, samples=8), tmp_path / "out", tmp_path / "log"
+    src, dst, log = tars(tmp_path / "in", shards=28, samples=8), tmp_path / "out", tmp_path / "log"
     command = [
         sys.executable,
         "-m",
@@ -76,5 +76,5 @@ def test_workers_follow_the_nodes(
         job.communicate()
     assert job.returncode == 0, log.read_text()
     found = json.loads(out.splitlines()[-1])
-    assert (found["shards_done"], found["retries"], found["workers"]) == (40, {}, 2)
-    assert assert_verified(capsys, dst)["shards_done"] == 40
+    assert (found["shards_done"], found["retries"], found["workers"]) == (28, {}, 2)
+    assert assert_verified(capsys, dst)["shards_done"] == 28

@@ -15,8 +15,10 @@ from splatshard.pipeline.shards.verify import survey
 from splatshard.schemas.splats import EXTENSIONS
 from tests.integration.running import (
     SMALL,
+    Converted,
     assert_verified,
     convert_json,
+    convert_once,
     files,
     finished,
     run_json,
@@ -27,6 +29,17 @@ from tests.make import image_folder, image_parquet, imagenet_tar
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
 
 Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, shared_ray: None) -> Converted:
+    return convert_once(tmp_path_factory.mktemp("converted"), 2)
+
+
+@pytest.fixture
+def made(converted: Converted) -> tuple[str, Path, dict[str, bytes]]:
+    """SRC, DST and the files of DST."""
+    return converted.put_back()
 
 
 def no_ray(*arguments: object) -> None:
@@ -99,9 +112,11 @@ def test_nested_budgets_end_to_end(format: str, codec: str, tmp_path: Path, caps
     assert files(dst) == before
 
 
-def test_report_of_a_conversion(tmp_path: Path, capsys: Capsys) -> None:
-    src, dst = tars(tmp_path / "in"), tmp_path / "out"
-    assert convert_json(capsys, src, dst)[0] == 0
+def test_report_of_a_conversion(
+    made: tuple[str, Path, dict[str, bytes]], tmp_path: Path, capsys: Capsys
+) -> None:
+    _, dst, _ = made
+    capsys.readouterr()
     assert report.main([str(dst), "--samples", "4"]) == 0
     assert capsys.readouterr().out.strip() == f"{dst}/report.html"
     html = (dst / "report.html").read_text()
@@ -111,7 +126,7 @@ def test_report_of_a_conversion(tmp_path: Path, capsys: Capsys) -> None:
     assert "JPEG q75" in html
     assert_verified(capsys, dst)
 
-    for path in (tmp_path / "in").iterdir():
+    for path in (dst.parent / "in").iterdir():
         path.unlink()
     assert report.main([str(dst), "--output", str(tmp_path / "page.html")]) == 0
     html = (tmp_path / "page.html").read_text()
@@ -130,10 +145,10 @@ def test_more_shards_with_the_same_recipe_are_added(tmp_path: Path, capsys: Caps
     assert assert_verified(capsys, dst)["shards_done"] == 2
 
 
-def test_stale_shards_are_refused_and_redone_on_request(tmp_path: Path, capsys: Capsys) -> None:
-    src, dst = tars(tmp_path / "in"), tmp_path / "out"
-    assert convert_json(capsys, src, dst)[0] == 0
-    before = files(dst)
+def test_stale_shards_are_refused_and_redone_on_request(
+    made: tuple[str, Path, dict[str, bytes]], capsys: Capsys
+) -> None:
+    src, dst, before = made
     code, _, err = convert_json(capsys, src, dst, "--steps=4")
     assert code == 1
     assert "2 shards of another configuration" in err
@@ -145,9 +160,10 @@ def test_stale_shards_are_refused_and_redone_on_request(tmp_path: Path, capsys: 
     assert assert_verified(capsys, dst)["shards_done"] == 2
 
 
-def test_missing_and_damaged_shards_are_named(tmp_path: Path, capsys: Capsys) -> None:
-    src, dst = tars(tmp_path / "in"), tmp_path / "out"
-    assert convert_json(capsys, src, dst)[0] == 0
+def test_missing_and_damaged_shards_are_named(
+    made: tuple[str, Path, dict[str, bytes]], capsys: Capsys
+) -> None:
+    src, dst, _ = made
     damaged = next(dst.glob("00000001-*.parquet"))
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1

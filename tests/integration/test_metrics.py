@@ -202,6 +202,7 @@ def check_log(log: Path, run: dict[str, Any]) -> None:
     assert events[-1]["message"].startswith("next: splatshard verify")
 
 
+@pytest.mark.ray
 def test_an_embedded_ray_can_be_scraped_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

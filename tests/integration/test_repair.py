@@ -20,8 +20,10 @@ from splatshard.schemas.config import config_from_output, output_config
 from splatshard.schemas.shard import ShardManifest, marker_digest
 from splatshard.schemas.splats import shard_metadata
 from tests.integration.running import (
+    Converted,
     assert_verified,
     convert_json,
+    convert_once,
     files,
     finished,
     run_json,
@@ -36,13 +38,15 @@ Capsys = pytest.CaptureFixture[str]
 SHARDS = 5
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, shared_ray: None) -> Converted:
+    return convert_once(tmp_path_factory.mktemp("converted"), SHARDS)
+
+
 @pytest.fixture
-def made(tmp_path: Path, capsys: Capsys) -> tuple[str, Path, dict[str, bytes]]:
+def made(converted: Converted) -> tuple[str, Path, dict[str, bytes]]:
     """SRC, DST and the files of DST."""
-    src, dst = tars(tmp_path / "in", SHARDS), tmp_path / "out"
-    code, _, err = convert_json(capsys, src, dst)
-    assert code == 0, err
-    return src, dst, files(dst)
+    return converted.put_back()
 
 
 def marker(dst: Path, name: str) -> ShardManifest:

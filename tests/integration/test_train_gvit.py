@@ -14,17 +14,14 @@ from tests.integration.test_train_processes import ONCE, close, run_script, writ
 from tests.training import curve, weights_of
 from tests.unit.test_train_gvit import gvit_config
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """In parts of 3 of 8 samples, too. Through the ramp into the second epoch."""
     write_tars(tmp_path / "images", list(shapes(90, 0)), 40)
     fields = {"steps": 7, "augment": AugmentConfig(height=32, width=32, rotation=15, shift=0.1)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the others have, so that sums are added up in the same order
     whole = train(gvit_config(tmp_path, tmp_path / "whole", **fields))
-    torch.set_num_threads(threads)
     config = gvit_config(tmp_path, tmp_path / "two", micro_batch=3, **fields)
     recipe = write_recipe(tmp_path / "recipe.py", config)
     (tmp_path / "once.py").write_text(ONCE)

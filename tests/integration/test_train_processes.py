@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,30 +26,15 @@ from tests.training import (
     curve,
     events,
     images_config,
-    make_shards,
     same_weights,
     toy_config,
     weights_of,
 )
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 ROOT = Path(__file__).parents[2]
 AUGMENT = AugmentConfig(height=32, width=32, rotation=15, dropout=0.2, crop_scale=(0.6, 1.0))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the other processes have, so that sums are added up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -178,14 +163,23 @@ train(load_recipe(sys.argv[1]))
 """
 
 
+CHECKPOINTED: dict[str, Any] = {"steps": 10, "augment": AUGMENT, "optim__ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody kills."""
+    dst = tmp_path_factory.mktemp("whole")
+    train(toy_config(shards, dst, **CHECKPOINTED))
+    return dst
+
+
 @pytest.mark.parametrize("moment", ["model.safetensors", "state.pt", "config.json"])
 def test_a_run_killed_while_it_writes_a_checkpoint(
-    shards: Path, tmp_path: Path, moment: str
+    shards: Path, whole: Path, tmp_path: Path, moment: str
 ) -> None:
     """It goes on from the one before, to the same weights."""
-    options = {"steps": 10, "augment": AUGMENT, "optim__ema": 0.9}
-    whole = train(toy_config(shards, tmp_path / "whole", **options))
-    config = toy_config(shards, tmp_path / "cut", **options)
+    config = toy_config(shards, tmp_path / "cut", **CHECKPOINTED)
     (tmp_path / "killed.py").write_text(KILLED)
     recipe = write_recipe(tmp_path / "recipe.py", config)
     done = run_script(f"{tmp_path}/killed.py", recipe, moment)
@@ -195,8 +189,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint(
     assert found.step == 4
     assert max(curve(tmp_path / "cut")) == 8
     result = train(config)
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    assert same_weights(weights_of(result.checkpoint), weights_of(whole.checkpoint))
+    assert curve(tmp_path / "cut") == curve(whole)
+    assert same_weights(weights_of(result.checkpoint), weights_of(f"{whole}/checkpoints/00000010"))
     names = sorted(p.name for p in (tmp_path / "cut/checkpoints").iterdir())
     assert names == ["00000004", "00000008", "00000010"]
     assert not list((tmp_path / "cut").rglob("_staging*"))

@@ -8,20 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from splatshard.pipeline.train.checkpoint import latest
 from splatshard.pipeline.train.log import read_log
 from splatshard.pipeline.train.loop import train
 from splatshard.schemas.train import TrainConfig
 from tests.integration.test_train_processes import AUGMENT, ROOT, close, write_recipe
-from tests.training import curve, events, make_shards, same_weights, toy_config
+from tests.training import curve, events, same_weights, toy_config
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 JOB = ("-m", "jobs.train")
 TORCHRUN = (
@@ -30,32 +28,15 @@ TORCHRUN = (
 )
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the other processes have, so that sums are added up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 STEPS = 130
 """Of which two processes do fewer in the second after which they agree on the last one."""
 
 
 @pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(shards: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     dst = tmp_path_factory.mktemp("whole")
     train(config_of(shards, dst, 0))
-    torch.set_num_threads(threads)
     return dst
 
 
@@ -145,6 +126,7 @@ def test_a_signal_to_torchrun(shards: Path, whole: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
 def test_a_signal_to_the_driver_of_ray(shards: Path, tmp_path: Path) -> None:
     steps = 300

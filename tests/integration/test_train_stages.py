@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from splatshard.pipeline.train.checkpoint import read_checkpoint
 from splatshard.pipeline.train.loop import train
 from tests.training import make_shards, toy_config
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +27,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         make_shards(f, n, 100, seed=s) for f, n, s in zip(folders, (400, 150), (0, 9), strict=True)
     )
     return train, val
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A toy is faster so, above all where other tests run beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()

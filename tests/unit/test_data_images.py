@@ -39,18 +39,12 @@ from tests.splat_shards import keys_of
 from tests.training import (
     curve,
     images_config,
-    make_shards,
     same_weights,
     toy_config,
 )
 
 SIDE = 32
 CPU = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("toy"))
 
 
 def images_of(src: Path | str, **options: Any) -> ImageDataset:

@@ -21,7 +21,7 @@ from splatshard.schemas.errors import SourceError, StaleShardError
 from splatshard.schemas.shard import FailedShard, ShardManifest
 from tests.make import image_folder
 from tests.rows import config_of, make_rows, write_shard
-from tests.unit.test_commit import commit_shard, die_at, snapshot
+from tests.unit.committing import commit_shard, die_at, snapshot
 
 CONFIG = config_of()
 

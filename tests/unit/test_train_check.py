@@ -30,7 +30,6 @@ from tests.training import (
     WIDTH,
     events,
     images_config,
-    make_shards,
     rewrite,
     toy_config,
     with_metadata,
@@ -38,12 +37,6 @@ from tests.training import (
 )
 
 HERE = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three of 40, 40 and 10 samples."""
-    return make_shards(tmp_path_factory.mktemp("toy"))
 
 
 def changed(shards: Path, tmp_path: Path, change: Callable[[pa.Table], pa.Table]) -> Path:

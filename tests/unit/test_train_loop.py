@@ -29,7 +29,6 @@ from splatshard.schemas.train import AugmentConfig
 from tests.training import (
     curve,
     events,
-    make_shards,
     rewrite,
     same_weights,
     toy_config,
@@ -40,11 +39,6 @@ from tests.training import (
 
 STAGES = ("classify", "distill", "contrast")
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture

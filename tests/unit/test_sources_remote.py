@@ -1,0 +1,105 @@
+"""SRC elsewhere than on the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pytest
+
+from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.read import read
+from splatshard.schemas.errors import SourceError, UsageError
+from tests.make import (
+    image_parquet,
+    imagenet_tar,
+    jpeg,
+    shared_data,
+)
+from tests.unit.test_sources import keys, names
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """fsspec's file system in memory, standing for any remote one."""
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.rm("/", recursive=True)
+
+
+# Elsewhere than on the disk
+
+
+def test_remote_file_system(memory, tmp_path):
+    for i in range(3):
+        path = imagenet_tar(tmp_path / f"{i}.tar", count=2)
+        memory.pipe(f"/bucket/{i}.tar", path.read_bytes())
+    memory.pipe("/bucket/list.txt", b"0.tar\n2.tar\n")
+    assert names(list_shards("memory://bucket")) == ["0", "1", "2"]
+    assert names(list_shards("memory://bucket/*.tar")) == ["0", "1", "2"]
+    assert names(list_shards("memory://bucket/{0..2}.tar")) == ["0", "1", "2"]
+    assert names(list_shards("memory://bucket/list.txt")) == ["0", "2"]
+    assert keys(list_shards("memory://bucket/1.tar", limit=1)) == ["n00000000"]
+    with pytest.raises(UsageError, match="matches nothing"):
+        list_shards("memory://bucket/3.tar")
+
+
+def test_remote_folders_that_cannot_be_listed(memory, monkeypatch):
+    for part in ("a", "b"):
+        memory.pipe(f"/bucket/{part}/{part}.tar", b"")
+    patterns = ("", "/*/*.tar", "/**/*.tar")
+    for pattern in patterns:
+        assert names(list_shards(f"memory://bucket{pattern}")) == ["a", "b"]
+    assert names(list_shards("memory://bucket/b*/b.tar")) == ["b"]
+    listing = type(memory).ls
+
+    def broken(self: Any, path: str, **options: Any) -> Any:
+        if path.endswith("/b"):
+            raise PermissionError(errno.EACCES, "denied")
+        return listing(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "ls", broken)
+    for pattern in patterns:
+        with pytest.raises(SourceError, match=r"cannot read memory:/+bucket/b: denied"):
+            list_shards(f"memory://bucket{pattern}")
+    assert names(list_shards("memory://bucket/a*/*.tar")) == ["a"]
+
+
+def test_remote_parquet_and_folder(memory, tmp_path):
+    path = image_parquet(tmp_path / "p.parquet", count=5)
+    memory.pipe("/bucket/p.parquet", path.read_bytes())
+    (ref,) = list_shards("memory://bucket")
+    digest = hashlib.sha256()
+    assert len(list(read(ref, digest))) == 5
+    assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    memory.pipe("/photos/a/1.jpg", jpeg())
+    memory.pipe("/photos/b/2.jpg", jpeg())
+    refs = list_shards("memory://photos")
+    assert (names(refs), refs[0].labels, keys(refs)) == (
+        ["photos-00000"],
+        ("a", "b"),
+        ["a/1", "b/2"],
+    )
+    assert refs[0].etag == ""  # this store has none, so that only a checksum tells
+
+
+def test_unknown_kind_of_address():
+    with pytest.raises(Exception, match="install its fsspec driver"):
+        list_shards("nosuch://bucket/a.tar")
+
+
+def test_real_data(tmp_path):
+    refs = list_shards(str(shared_data("datacomp-sample")), limit=250)
+    assert [(r.name, r.limit) for r in refs] == [
+        ("00000000", None),
+        ("00000001", None),
+        ("00000002", 50),
+    ]
+    assert len(list_shards(str(shared_data("tiny-imagenet-100")))) == 5
+    shutil.copytree(shared_data("kodak"), tmp_path / "kodak")
+    (ref,) = list_shards(str(tmp_path / "kodak"))
+    assert (ref.name, ref.kind, len(ref.urls), ref.labels) == ("kodak-00000", "folder", 12, ())
