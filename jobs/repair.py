@@ -18,11 +18,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
+from splatshard.jobs.cli.dataset import require_dataset
 from splatshard.jobs.cli.options import RedoOptions, Switch, prepare
 from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.integrity import orphans, verified
 from splatshard.jobs.destination.plan import Status, status
-from splatshard.jobs.destination.plan_file import read_plan, require_dataset
+from splatshard.jobs.destination.plan_file import read_plan
 from splatshard.jobs.driver.redo import redo
 
 MAX_NAMED = 20

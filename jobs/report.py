@@ -28,6 +28,7 @@ from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
 from splatshard.jobs.cli.options import Backend, DatasetOptions, Switch
 from splatshard.jobs.cli.text import print_json, say
+from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan import PlannedShard, status
 from splatshard.jobs.destination.plan_file import (
     REPORT_FILE,
@@ -36,7 +37,6 @@ from splatshard.jobs.destination.plan_file import (
     read_text,
     write_text,
 )
-from splatshard.jobs.driver.progress import dataset_figures
 from splatshard.jobs.pages.report_page import JpegFigures, Picture, ReportData, Skip, page
 from splatshard.pipeline.storage.fs import is_local
 from splatshard.schemas.config import DecodeConfig

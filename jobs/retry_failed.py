@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
+from splatshard.jobs.cli.dataset import require_dataset
 from splatshard.jobs.cli.options import RedoOptions, prepare
 from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.plan import Marker, status
-from splatshard.jobs.destination.plan_file import read_plan, require_dataset
+from splatshard.jobs.destination.plan_file import read_plan
 from splatshard.jobs.driver.redo import redo
 from splatshard.schemas.shard import FailedShard, ShardManifest
 

@@ -21,10 +21,11 @@ from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import answer, count, duration, print_json, size
+from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import Status, status
 from splatshard.jobs.destination.plan_file import read_plan, read_text
-from splatshard.jobs.driver.progress import PROGRESS_FILE, dataset_figures
+from splatshard.jobs.driver.progress import PROGRESS_FILE
 
 MAX_NAMED = 20
 

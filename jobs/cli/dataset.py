@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from splatshard.jobs.cli.options import DatasetOptions, use_storage_options
-from splatshard.jobs.destination.plan_file import require_dataset
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 from splatshard.schemas.shard import ShardManifest
 
@@ -42,3 +41,15 @@ def check_output(path: str) -> None:
         raise UsageError(f"--output {path}: is a folder; name a file in it")
     if not Path(path).parent.is_dir():
         raise UsageError(f"--output {path}: create the folder {Path(path).parent} first")
+
+
+def require_dataset(dst: str) -> str:
+    """`dst` without a closing slash. Raises UsageError when nothing is there, or a local file."""
+    from splatshard.pipeline.storage.fs import absolute, exists, is_local, local_path
+
+    dst = absolute(dst).rstrip("/") or "/"
+    is_file = is_local(dst) and local_path(dst).is_file()
+    if is_file or not exists(dst):
+        found = "is a file" if is_file else "no such folder"
+        raise UsageError(f"{dst}: {found}; give the DST of a splatshard convert")
+    return dst

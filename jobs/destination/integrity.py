@@ -23,7 +23,7 @@ def verified(
     dst: str, manifests: Sequence[ShardManifest]
 ) -> Iterator[tuple[ShardManifest, list[str]]]:
     """Each shard, re-read, with what is wrong with it; in order."""
-    from splatshard.pipeline.shards.rows import verify_shard
+    from splatshard.pipeline.shards.verify import verify_shard
     from splatshard.pipeline.storage.fs import is_local
 
     console = Console(stderr=True)

@@ -20,8 +20,8 @@ from typing import Any
 
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.card import CARD_FILE, card
+from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan_file import put_file, write_lines, write_text
-from splatshard.jobs.driver.progress import dataset_figures
 from splatshard.pipeline.storage.fs import exists, open_read
 from splatshard.pipeline.storage.options import redact
 from splatshard.schemas.config import ConvertConfig, output_config, recipe_digest

@@ -12,16 +12,12 @@ from pathlib import Path
 from splatshard.jobs.destination.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import (
-    absolute,
-    exists,
-    is_local,
-    local_path,
     open_read,
     read_bytes,
     stat,
     write_bytes,
 )
-from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
+from splatshard.schemas.errors import SourceError, UnavailableError
 
 RUN_FILE = "_run.json"
 REPORT_FILE = "report.html"
@@ -103,13 +99,3 @@ def _same(path: Path, url: str) -> bool:
     except SourceError:  # nothing there
         return False
     return True
-
-
-def require_dataset(dst: str) -> str:
-    """`dst` without a closing slash. Raises UsageError when nothing is there, or a local file."""
-    dst = absolute(dst).rstrip("/") or "/"
-    is_file = is_local(dst) and local_path(dst).is_file()
-    if is_file or not exists(dst):
-        found = "is a file" if is_file else "no such folder"
-        raise UsageError(f"{dst}: {found}; give the DST of a splatshard convert")
-    return dst

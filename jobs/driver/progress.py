@@ -24,6 +24,10 @@ from rich.progress import Progress as Bar
 from splatshard.jobs.cli.command import Interrupted
 from splatshard.jobs.cli.log import log, structured
 from splatshard.jobs.cli.text import count, duration
+from splatshard.jobs.destination.figures import (
+    dataset_figures,
+    total_samples,
+)
 from splatshard.jobs.destination.plan_file import write_text
 from splatshard.jobs.driver.prometheus import Metrics
 from splatshard.jobs.driver.stats import RetryKind, Snapshot, Stats
@@ -31,7 +35,7 @@ from splatshard.jobs.driver.worker import Outcome, SkippedSample, WorkerState
 from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import SplatshardError
-from splatshard.schemas.shard import OK, ShardManifest, ShardRef
+from splatshard.schemas.shard import ShardManifest, ShardRef
 
 PROGRESS_FILE = "_progress.json"
 LINE_EVERY_S = 5.0
@@ -266,43 +270,6 @@ def log_done(manifest: ShardManifest) -> None:
         psnr_mean=manifest.statistics.get("psnr_mean"),
         data_file=manifest.data_file,
     )
-
-
-def total_samples(manifests: Sequence[ShardManifest]) -> int:
-    return sum(m.samples for m in manifests)
-
-
-def total_ok(manifests: Sequence[ShardManifest]) -> int:
-    return sum(m.counts.get(OK, 0) for m in manifests)
-
-
-def psnr_sum(manifests: Sequence[ShardManifest]) -> float:
-    """Sum of the ok samples' PSNR in dB, from the markers' means."""
-    return weighted(manifests, "psnr_mean")
-
-
-def weighted(manifests: Sequence[ShardManifest], statistic: str) -> float:
-    """Sum over shards of a per-image mean times the number of ok images."""
-    pairs = [(m.statistics.get(statistic), m.counts.get(OK, 0)) for m in manifests]
-    return sum(mean * ok for mean, ok in pairs if mean is not None and ok)
-
-
-def dataset_figures(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
-    """The figures of a set of done shards, from their markers; None where there is no ok image."""
-    ok = total_ok(manifests)
-    skipped: Counter[str] = Counter()
-    for m in manifests:
-        skipped.update({reason: n for reason, n in m.counts.items() if reason != OK and n})
-    payload = sum(m.statistics.get("payload_bytes", 0) for m in manifests)
-    return {
-        "samples": total_samples(manifests),
-        "ok": ok,
-        "skipped": dict(sorted(skipped.items())),
-        "psnr_mean": psnr_sum(manifests) / ok if ok else None,
-        "num_gaussians_mean": weighted(manifests, "num_gaussians_mean") / ok if ok else None,
-        "bytes_per_image": payload / ok if ok else None,
-        "shard_bytes": sum(m.size_bytes for m in manifests),
-    }
 
 
 def run_summary(

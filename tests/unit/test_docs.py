@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from splatshard.jobs.cli import options
+from splatshard.jobs.cli import command
 from splatshard.schemas import errors
 from splatshard.schemas.shard import OK, SKIP_STATUSES
 
@@ -161,7 +161,7 @@ def test_statuses_are_the_codes() -> None:
 
 
 def test_exit_codes_are_the_codes() -> None:
-    known = {value for name, value in vars(options).items() if name.startswith("EXIT_")}
+    known = {value for name, value in vars(command).items() if name.startswith("EXIT_")}
     stopped = {128 + signal.SIGINT, 128 + signal.SIGTERM}
     rows = table_after("docs/errors.md", "## Exit codes")
     assert [int(row[0]) for row in rows] == sorted(known | stopped)

@@ -31,8 +31,8 @@ FLOORS = [  # rooms of one floor do not know each other; a room is a folder, or 
     ("pipeline/convert",),
     ("pipeline/embed", "pipeline/evaluation"),
     ("jobs/cli",),
-    ("jobs/destination", "jobs/pages"),
-    ("jobs/driver",),
+    ("jobs/destination",),
+    ("jobs/driver", "jobs/pages"),
     ("jobs",),
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import make_plan, plan_from_json, plan_lines, planned
-from splatshard.jobs.driver.progress import dataset_figures
 from splatshard.pipeline.shards.commit import publish, staged_file
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.schemas.config import fingerprint, inputs

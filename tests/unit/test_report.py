@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan import StaleShard, Status
-from splatshard.jobs.driver.progress import dataset_figures
 from splatshard.jobs.pages.report_page import MAX_ELLIPSES, Picture, ReportData, Skip, page
 from splatshard.jobs.report import ReportOptions, encode, jpeg_figures, main, spread, survey
 from splatshard.pipeline.shards.markers import read_markers

@@ -1,0 +1,46 @@
+"""Sums over the markers of done shards: what a dataset holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from splatshard.schemas.shard import OK, ShardManifest
+
+
+def total_samples(manifests: Sequence[ShardManifest]) -> int:
+    return sum(m.samples for m in manifests)
+
+
+def total_ok(manifests: Sequence[ShardManifest]) -> int:
+    return sum(m.counts.get(OK, 0) for m in manifests)
+
+
+def psnr_sum(manifests: Sequence[ShardManifest]) -> float:
+    """Sum of the ok samples' PSNR in dB, from the markers' means."""
+    return weighted(manifests, "psnr_mean")
+
+
+def weighted(manifests: Sequence[ShardManifest], statistic: str) -> float:
+    """Sum over shards of a per-image mean times the number of ok images."""
+    pairs = [(m.statistics.get(statistic), m.counts.get(OK, 0)) for m in manifests]
+    return sum(mean * ok for mean, ok in pairs if mean is not None and ok)
+
+
+def dataset_figures(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
+    """The figures of a set of done shards, from their markers; None where there is no ok image."""
+    ok = total_ok(manifests)
+    skipped: Counter[str] = Counter()
+    for m in manifests:
+        skipped.update({reason: n for reason, n in m.counts.items() if reason != OK and n})
+    payload = sum(m.statistics.get("payload_bytes", 0) for m in manifests)
+    return {
+        "samples": total_samples(manifests),
+        "ok": ok,
+        "skipped": dict(sorted(skipped.items())),
+        "psnr_mean": psnr_sum(manifests) / ok if ok else None,
+        "num_gaussians_mean": weighted(manifests, "num_gaussians_mean") / ok if ok else None,
+        "bytes_per_image": payload / ok if ok else None,
+        "shard_bytes": sum(m.size_bytes for m in manifests),
+    }
