@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy_data as data
+from benchmarks import accuracy_data
 from benchmarks.accuracy_train import Run
 from benchmarks.arms import (
     SIDES,
@@ -94,28 +94,30 @@ def config_of(args: Args, arm: str, seed: int, samples: int) -> TrainConfig:
     return args.training(args.dataset, samples, seed, stage="classify", model=model)
 
 
-def prepare(args: Args, folder: Path) -> dict[str, data.Inputs]:
+def prepare(args: Args, folder: Path) -> dict[str, accuracy_data.Inputs]:
     """All sets of inputs by arm and N, `A`, `B128`, ...; JPEG and WebP are arms E and e."""
-    source = data.write_source(folder / "source", args.dataset, args.classes)
+    source = accuracy_data.write_source(folder / "source", args.dataset, args.classes)
     found = {arm: source for arm in "AL" if arm in args.arms}
     for i, n in enumerate(args.gaussians):
         arms = args.arms if i == 0 else args.further
-        splats = data.convert(source, folder / f"splats{n}", n, args.side)
+        splats = accuracy_data.convert(source, folder / f"splats{n}", n, args.side)
         found |= {f"{arm}{n}": splats for arm in "CDPT" if arm in arms}
         if "B" in arms:
-            found[f"B{n}"] = data.render(source, splats, folder / f"rendered{n}")
+            found[f"B{n}"] = accuracy_data.render(source, splats, folder / f"rendered{n}")
         if "E" in arms:
             for arm, format in (("E", "JPEG"), ("e", "WEBP")):
                 place = folder / f"{format.lower()}{n}"
-                found[f"{arm}{n}"] = data.compress(source, splats, place, format, args.side)
+                found[f"{arm}{n}"] = accuracy_data.compress(
+                    source, splats, place, format, args.side
+                )
         if "F" in arms:
-            found[f"F{n}"] = data.shrink(source, splats, folder / f"tiny{n}", args.side)
+            found[f"F{n}"] = accuracy_data.shrink(source, splats, folder / f"tiny{n}", args.side)
         if "G" in arms:
-            found[f"G{n}"] = data.shuffle(splats, folder / f"shuffled{n}")
+            found[f"G{n}"] = accuracy_data.shuffle(splats, folder / f"shuffled{n}")
     return found
 
 
-def runs_of(args: Args, inputs: dict[str, data.Inputs], folder: Path) -> list[Run]:
+def runs_of(args: Args, inputs: dict[str, accuracy_data.Inputs], folder: Path) -> list[Run]:
     """Every arm with every seed."""
     samples = samples_in(folder / "source" / "train")
     runs = []
@@ -139,7 +141,7 @@ def runs_of(args: Args, inputs: dict[str, data.Inputs], folder: Path) -> list[Ru
 
 
 def rows_of(
-    args: Args, results: list[dict[str, Any]], inputs: dict[str, data.Inputs], samples: int
+    args: Args, results: list[dict[str, Any]], inputs: dict[str, accuracy_data.Inputs], samples: int
 ) -> list[dict[str, Any]]:
     """A row per arm and N: mean and deviation over seeds, and both ratios to arm A; `samples` of
     training."""

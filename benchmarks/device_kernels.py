@@ -30,8 +30,7 @@ from torch import Tensor
 
 from benchmarks.device_record import Size, Tell, pictures
 from benchmarks.gpu_fit import fill, mean_psnr, measure_ceilings, seconds, wait
-from splatshard.pipeline.fitting import fit as fitting
-from splatshard.pipeline.fitting.fit import fit, optimize
+from splatshard.pipeline.fitting.fit import RELOCATE_SHARE, fit, optimize, relocate
 from splatshard.pipeline.fitting.start import BLUR_PX, COLOR_STEPS, initial_splats, structure_tensor
 from splatshard.pipeline.kernels import reference, triton_backend, triton_kernels, voronoi
 from splatshard.pipeline.kernels.backend import Backend
@@ -152,7 +151,7 @@ def kernels_of(
     lists = tile_lists(splats, side, side, CUTOFF, True)
     field = torch.rand_like(residual)
     gain = torch.rand(batch, side * side, device=device)
-    moved = min(side * side, max(1, int(fitting.RELOCATE_SHARE * n)))
+    moved = min(side * side, max(1, int(RELOCATE_SHARE * n)))
     rates = ((side, side), 0.8, 1e-6, 0.9)  # steps so small that the splats stay
 
     def backward(order: Tensor) -> None:
@@ -167,7 +166,7 @@ def kernels_of(
         "order": lambda: triton_backend.by_window(splats, side, side, CUTOFF),
         "adam": lambda: triton_backend._adam(splats, gradient, moments, config, *rates),
         "start": lambda: initial_splats(target, config, backend),
-        "relocation": lambda: fitting.relocate(splats, target, moments, CUTOFF, backend),
+        "relocation": lambda: relocate(splats, target, moments, CUTOFF, backend),
         "colours": lambda: solve_colors(splats, target, COLOR_STEPS, CUTOFF, backend),
         "topk": lambda: gain.topk(moved),
     }

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks import accuracy_data as data
+from benchmarks import accuracy_data
 from benchmarks.arms import Options, samples_in, workspace
 from benchmarks.gvit import Args as GViTArgs
 from benchmarks.gvit import config_of
@@ -92,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with workspace(args.folder) as folder:
-        data.write_source(folder / "source", "tiny-imagenet", args.classes)
+        accuracy_data.write_source(folder / "source", "tiny-imagenet", args.classes)
         encoders = args.encoders or [trained_encoder(args, n, folder) for n in args.gaussians]
         target = held_out(folder, args.images)
         print(

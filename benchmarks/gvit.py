@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from benchmarks import accuracy_data as data
+from benchmarks import accuracy_data
 from benchmarks.accuracy_train import Run
 from benchmarks.arms import (
     SIDES,
@@ -123,10 +123,10 @@ def model_of(args: Args, arm: Arm, k: int) -> ModelConfig:
     return ModelConfig(encoder=encoder, num_classes=args.classes, gvit=gvit)
 
 
-def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]]:
+def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, accuracy_data.Inputs]]:
     """Every arm with every seed, and the inputs by their names; converts what offline fits need."""
     dataset = args.dataset
-    source = data.write_source(folder / "source", dataset, args.classes)
+    source = accuracy_data.write_source(folder / "source", dataset, args.classes)
     samples = samples_in(folder / "source" / "train")
     inputs = {dataset: source}
     runs: list[Run] = []
@@ -135,7 +135,7 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
         for arm in arms:
             given, name = source, dataset if arm == "patches" else f"{dataset}{k}"
             if arm == "offline":
-                given = data.convert(source, folder / f"splats{k}", k, SIDES[dataset])
+                given = accuracy_data.convert(source, folder / f"splats{k}", k, SIDES[dataset])
                 inputs[name] = given
             for seed in range(args.seeds):
                 runs.append(
@@ -153,7 +153,7 @@ def runs_of(args: Args, folder: Path) -> tuple[list[Run], dict[str, data.Inputs]
 
 
 def rows_of(
-    results: list[Result], dataset: Dataset, inputs: dict[str, data.Inputs]
+    results: list[Result], dataset: Dataset, inputs: dict[str, accuracy_data.Inputs]
 ) -> list[dict[str, Any]]:
     """A row per arm and k, and what it is above patches and unguided, in points of top-1."""
     rows = []

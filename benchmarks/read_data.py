@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from statistics import fmean as mean
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -293,7 +293,7 @@ def jpeg_tars(folder: Path, images: int, quality: int | None) -> Source:
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
         size = sum(path.stat().st_size for path in dst.glob("*.tar"))
-        write_note(note, len(payload), size, sum(payload), mean(quality_db))
+        write_note(note, len(payload), size, sum(payload), fmean(quality_db))
     return source_of(dst, note, images * copies)
 
 

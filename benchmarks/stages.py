@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils import logging
 
-from benchmarks import accuracy_data as data
+from benchmarks import accuracy_data
 from benchmarks.arms import Options, deviation, percent, samples_in, workspace
 from benchmarks.record import DATA, save
 from splatshard.jobs.recipes.toys import write_tokenizer
@@ -95,7 +95,7 @@ class Place:
 
 def prepare(args: Args, folder: Path) -> Place:
     """Images with captions, splats of them, a tokenizer of the captions' words."""
-    source = data.write_source(folder / "source", "tiny-imagenet", args.classes)
+    source = accuracy_data.write_source(folder / "source", "tiny-imagenet", args.classes)
     lines = (DATA / "tiny-imagenet-100" / "classnames.txt").read_text().splitlines()
     names = tuple(" ".join(name.replace("-", " ").replace("'", "").split()) for name in lines)
     names = names[: args.classes]
@@ -104,7 +104,7 @@ def prepare(args: Args, folder: Path) -> Place:
         table = pq.read_table(path)
         column = pa.array([captions[label] for label in table["label"].to_pylist()])
         pq.write_table(table.append_column("caption", column), path)
-    data.convert(source, folder / "splats", args.gaussians, SIDE)
+    accuracy_data.convert(source, folder / "splats", args.gaussians, SIDE)
     tokens = write_tokenizer(folder / "tokenizer", captions)
     return Place(folder, names, tokens, samples_in(folder / "source" / "train"))
 

@@ -206,7 +206,7 @@ def explained(
 
     from splatshard.jobs.pages.explain_picture import sheet
     from splatshard.pipeline.convert import planes
-    from splatshard.pipeline.evaluation import explain as stage
+    from splatshard.pipeline.evaluation import explain as explain_module
     from splatshard.pipeline.kernels.select import select_backend
     from splatshard.pipeline.psnr import psnr
 
@@ -216,19 +216,21 @@ def explained(
     pixels = planes(torch.from_numpy(decoded.pixels)[None]).to(trained.device)
     splats, rendering = take(pixels)
     size = pixels.shape[-1]
-    found = stage.explain(cast(Any, trained.model), splats, size, size, label)
+    found = explain_module.explain(cast(Any, trained.model), splats, size, size, label)
     if not bool(found.logits.isfinite().all()):
         raise UsageError(f"{trained.url}: the model's logits are not finite: its weights are bad")
     maps = {
-        name: stage.saliency_map(found.splats, getattr(found, name), size, size, cutoff, backend)
-        for name in stage.SCORES
+        name: explain_module.saliency_map(
+            found.splats, getattr(found, name), size, size, cutoff, backend
+        )
+        for name in explain_module.SCORES
     }
     result = figures(found, names) | {"psnr": psnr(rendering, pixels).item(), "size": size}
     result["maximum"] = {name: place_of(map_HW) for name, map_HW in maps.items()}
     if boxes:
         result["boxes"] = boxes
-        result["hit"] = {name: stage.pointing_hit(x, boxes) for name, x in maps.items()}
-        result["chance"] = stage.covered(boxes, size, size).float().mean().item()
+        result["hit"] = {name: explain_module.pointing_hit(x, boxes) for name, x in maps.items()}
+        result["chance"] = explain_module.covered(boxes, size, size).float().mean().item()
     image, rendered = (x[0].permute(1, 2, 0).cpu().numpy() for x in (pixels, rendering))
     result["picture"] = sheet(
         image,

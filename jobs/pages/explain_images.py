@@ -114,10 +114,10 @@ def fitted(pixels: Tensor, config: FitConfig, backend: Backend) -> tuple[Splats,
 def read_image(url: str, size: int) -> DecodedImage:
     """The crop that convert makes of an image file. Raises UsageError for what cannot be read."""
     from splatshard.pipeline.source.decode import decode
-    from splatshard.pipeline.storage import fs as storage
+    from splatshard.pipeline.storage import fs
 
     try:
-        with storage.open_read(absolute(url)) as stream:
+        with fs.open_read(absolute(url)) as stream:
             return decode(stream.read(), url, DecodeConfig(image_size=size))
     except (SourceError, SampleError, OSError) as e:
         raise UsageError(f"{e}: give an image file (JPEG, PNG, WebP, GIF, TIFF, BMP, PPM)") from e

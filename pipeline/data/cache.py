@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.staging import STAGING, is_from_here, staged, sweep
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
@@ -109,7 +109,7 @@ class ShardCache:
         with self._full_disk(), staged(self.folder, path.name) as new:
             self._take_room(new, size_bytes)
             digest, size = hashlib.sha256(), 0
-            with storage.open_read(url) as stream, new.open("r+b") as file:
+            with fs.open_read(url) as stream, new.open("r+b") as file:
                 while block := stream.read(1 << 20):
                     digest.update(block)
                     size += len(block)

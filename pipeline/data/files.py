@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from splatshard.pipeline.data.cache import ShardCache
 from splatshard.pipeline.data.catalog import Shard
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.errors import as_error
 from splatshard.pipeline.storage.fs import Stat
 from splatshard.schemas.errors import CorruptShardError, SourceError, SplatshardError
@@ -42,11 +42,11 @@ class ShardFiles:
         """Raises CorruptShardError for a file that is missing, truncated or another, naming it;
         UnavailableError, and what the cache raises."""
         found = look_for(shard)
-        if not storage.is_local(shard.url):
+        if not fs.is_local(shard.url):
             expected = shard.size_bytes, shard.sha256
             return self.cache.open(shard.url, found.etag, *expected, checksum=self.checksum)
         with ExitStack() as until_checked:
-            stream = until_checked.enter_context(storage.local_path(shard.url).open("rb"))
+            stream = until_checked.enter_context(fs.local_path(shard.url).open("rb"))
             version = (shard.url, os.fstat(stream.fileno()).st_mtime_ns)
             if self.checksum and version not in self._verified:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
@@ -62,7 +62,7 @@ class ShardFiles:
 def look_for(shard: Shard) -> Stat:
     """Raises CorruptShardError when the file is missing or has another size; UnavailableError."""
     try:
-        found = storage.stat(shard.url)
+        found = fs.stat(shard.url)
     except SourceError as e:
         if isinstance(e.__cause__, FileNotFoundError):
             raise CorruptShardError(

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from splatshard.pipeline.data.catalog import S, Shard, Source
 from splatshard.pipeline.data.files import ShardFiles, look_for, shard_errors
 from splatshard.pipeline.data.read_tar import tar_rows
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.shard import OK
 
@@ -118,7 +118,7 @@ def rows_left(shard: Shard, conditions: Filter, files: ShardFiles) -> NDArray[np
         _check_there(names, {name for row in rows for name in row} | {"caption"}, shard)
         return _left(_table_of(rows, names), conditions)
     look_for(shard)
-    with shard_errors(shard), storage.open_read(shard.url) as stream:
+    with shard_errors(shard), fs.open_read(shard.url) as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         if file.metadata.num_rows != shard.samples:
             raise CorruptShardError(

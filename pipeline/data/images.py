@@ -47,7 +47,7 @@ from splatshard.pipeline.shards.markers import DATA_FILE, DONE
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import count_samples, read, scan
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import DecodeConfig, source_of
 from splatshard.schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
 from splatshard.schemas.shard import ShardRef, manifest_from_json
@@ -204,16 +204,16 @@ def open_images(urls: Sequence[str], conditions: Filter) -> Source[ImageShard]:
 
 def refuse_splats(url: str) -> None:
     """Raises UsageError where the folder `url` is a destination of convert."""
-    if not storage.is_dir(url):
+    if not fs.is_dir(url):
         return
-    files = storage.list_folder(url)
+    files = fs.list_folder(url)
     names = (match[1] for match in map(DATA_FILE.fullmatch, files) if match)
     marker = next((f"{name}{DONE}" for name in names if f"{name}{DONE}" in files), None)
     if marker is None:
         return
     marker = f"{url.rstrip('/')}/{marker}"
     try:
-        source = manifest_from_json(storage.read_bytes(marker), marker).source_url
+        source = manifest_from_json(fs.read_bytes(marker), marker).source_url
     except CorruptShardError:
         return  # something else, called alike
     raise UsageError(

@@ -16,7 +16,7 @@ from splatshard.pipeline.data.batch import Position
 from splatshard.pipeline.data.catalog import Source
 from splatshard.pipeline.data.epoch_order import EpochOrder, Piece, Share, Span, WindowKey
 from splatshard.pipeline.runtime.prefetch import map_ahead, prefetch
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 
 FETCHERS = 8
 """Files of a window that are fetched at once from a remote store."""
@@ -109,7 +109,7 @@ class Loader(Generic[Block, Batch]):
     def _load(self, order: EpochOrder, key: WindowKey) -> Loaded[Block]:
         window = order.window(key)
         source = self.sources[window.source]
-        remote = not storage.is_local(source.urls[0])
+        remote = not fs.is_local(source.urls[0])
         read = partial(self.read, source)
         found = map_ahead(read, window.pieces, min(FETCHERS, len(window.pieces)) if remote else 0)
         with closing(found):

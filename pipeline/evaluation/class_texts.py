@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UnavailableError
 from splatshard.schemas.shard import ShardRef
 
@@ -23,7 +23,7 @@ def find(name: str, folders: Iterable[str]) -> str | None:
     for folder in folders:
         url = f"{folder.rstrip('/')}/{name}"
         try:
-            if storage.exists(url):
+            if fs.exists(url):
                 return url
         except SourceError:  # the source's store is not there any more
             continue
@@ -48,15 +48,15 @@ def copy_texts(refs: Iterable[ShardRef], dst: str) -> list[str]:
     copied: list[str] = []
     for name in (CLASSNAMES, TEMPLATES):
         target = f"{dst.rstrip('/')}/{name}"
-        if storage.exists(target):
+        if fs.exists(target):
             continue
         try:
             if (url := find(name, beside(*folders))) is None:
                 continue
-            with storage.open_read(url) as stream:
+            with fs.open_read(url) as stream:
                 text = stream.read()
         except (SourceError, UnavailableError):
             continue
-        storage.write_bytes(target, text)
+        fs.write_bytes(target, text)
         copied.append(url)
     return copied

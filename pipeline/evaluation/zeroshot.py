@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UsageError
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
@@ -25,7 +25,7 @@ def read_lines(url: str, *, numbered: bool = True) -> list[str]:
     """The lines of a text without blanks at its end. Raises UsageError where there is none, or one
     among them is blank though their numbers count."""
     try:
-        with storage.open_read(url) as stream:
+        with fs.open_read(url) as stream:
             text = stream.read().decode()
     except (SourceError, ValueError) as e:
         raise UsageError(f"{url} cannot be read: {e}") from e

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from splatshard.pipeline.kernels import triton_kernels as kernels
+from splatshard.pipeline.kernels import triton_kernels
 from splatshard.pipeline.kernels.backend import LossAndGrad
 from splatshard.pipeline.kernels.triton_launch import WARP, launch
 from splatshard.pipeline.kernels.triton_lists import RATIO, TILE, TileLists, tile_lists
@@ -156,18 +156,18 @@ def _forward(
     if not batch:
         return squares.sum(1)
     launch(
-        kernels.forward_kernel, batch * lists.tiles,
+        triton_kernels.forward_kernel, batch * lists.tiles,
         splats.means, splats.cholesky, splats.colors, splats.mask,
         out if target is None else target, out, squares, *lists.arguments,
         n, *size, cutoff,
         TILE=TILE, RATIO=RATIO, CAPACITY=lists.fine.shape[2], COARSE_CAPACITY=lists.coarse.shape[2],
-        GROUP=kernels.GROUP, RESIDUAL=target is not None, **WARP,
+        GROUP=triton_kernels.GROUP, RESIDUAL=target is not None, **WARP,
     )  # fmt: skip
     if target is None:
         return None
     loss = out.new_empty(batch)
     scale = 1 / target.shape[1:].numel()
-    launch(kernels.loss_kernel, batch, squares, loss, lists.tiles, scale, BLOCK=128, **WARP)
+    launch(triton_kernels.loss_kernel, batch, squares, loss, lists.tiles, scale, BLOCK=128, **WARP)
     return loss
 
 
@@ -205,12 +205,12 @@ def _backward(
     """scale * the vector-Jacobian product with `field` [B, H, W, 3] into `out` [B, N, 8]; `order`:
     see `by_window`."""
     batch, n = splats.mask.shape
-    groups = triton.cdiv(n, kernels.SHARED)
+    groups = triton.cdiv(n, triton_kernels.SHARED)
     launch(
-        kernels.backward_kernel, batch * groups,
+        triton_kernels.backward_kernel, batch * groups,
         splats.means, splats.cholesky, splats.colors, splats.mask, field, out, order,
         n, groups, *field.shape[1:3], cutoff, scale,
-        SHARED=kernels.SHARED, PIXELS=kernels.PIXELS, WHITENED=whitened, **WARP,
+        SHARED=triton_kernels.SHARED, PIXELS=triton_kernels.PIXELS, WHITENED=whitened, **WARP,
     )  # fmt: skip
 
 
@@ -229,11 +229,11 @@ def _adam(
     assert all(x.is_contiguous() for x in state)
     count = splats.mask.numel()
     launch(
-        kernels.adam_kernel, triton.cdiv(count, kernels.ADAM_BLOCK),
+        triton_kernels.adam_kernel, triton.cdiv(count, triton_kernels.ADAM_BLOCK),
         *state, count, beta1, config.beta2, correction2,
         rate * config.lr_means, rate * config.lr_shape, rate * config.lr_colors,
         config.l1_colors, *bounds(*size),
-        BLOCK=kernels.ADAM_BLOCK, WHITENED=config.whitened, **(WARP | {"num_warps": 4}),
+        BLOCK=triton_kernels.ADAM_BLOCK, WHITENED=config.whitened, **(WARP | {"num_warps": 4}),
     )  # fmt: skip
 
 

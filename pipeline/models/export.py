@@ -22,7 +22,7 @@ from splatshard.pipeline.models.encoder import vision_config
 from splatshard.pipeline.models.gvit import GViT
 from splatshard.pipeline.models.patches import PatchEncoder
 from splatshard.pipeline.models.pretrained import our_name, read_bytes, read_state
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import ModelConfig
 
@@ -38,9 +38,9 @@ def save_encoder(folder: str, model: SplatCLIP | SplatClassifier | GViT) -> None
         k: v.detach().cpu() for k, v in model.state_dict().items() if not k.startswith(dropped)
     }
     state = {k: v.contiguous() for k, v in state.items()}
-    storage.write_bytes(f"{folder}/model.safetensors", safetensors_bytes(state))
+    fs.write_bytes(f"{folder}/model.safetensors", safetensors_bytes(state))
     text = json.dumps(config.to_dict(), indent=1)
-    storage.write_bytes(f"{folder}/config.json", text.encode())
+    fs.write_bytes(f"{folder}/config.json", text.encode())
 
 
 def load_encoder(folder: str) -> SplatCLIP | SplatClassifier | GViT:

@@ -30,7 +30,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from splatshard.pipeline.models.clip import SplatCLIP
 from splatshard.pipeline.models.patches import PatchEncoder
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
 from splatshard.schemas.model import EncoderConfig, ModelConfig, TextConfig
 
@@ -61,7 +61,7 @@ def load_clip(
         model = from_open_clip(read_state(source), activation)
     elif (config := _open_clip_config(source)) is not None:
         quick = config.get("model_cfg", config).get("quick_gelu", False)
-        files = [f"{source}/{x}" for x in OPEN_CLIP_FILES if storage.exists(f"{source}/{x}")]
+        files = [f"{source}/{x}" for x in OPEN_CLIP_FILES if fs.exists(f"{source}/{x}")]
         if not files:
             raise UsageError(f"{source}: holds none of {', '.join(OPEN_CLIP_FILES)}")
         model = from_open_clip(read_state(files[0]), "quick_gelu" if quick else "gelu")
@@ -235,7 +235,7 @@ def read_state(path: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return read_safetensors(read_bytes(path))
-        with storage.open_read(path) as stream:
+        with fs.open_read(path) as stream:
             state = torch.load(stream, map_location="cpu", weights_only=True)
     except (SourceError, UnavailableError):
         raise
@@ -280,7 +280,7 @@ def init_from_clip(student: SplatCLIP, clip: SplatCLIP) -> None:
 
 
 def read_bytes(url: str) -> bytes:
-    with storage.open_read(url) as stream:
+    with fs.open_read(url) as stream:
         return stream.read()
 
 
@@ -297,7 +297,7 @@ def _load_transformers(source: str) -> CLIPModel:
 def _open_clip_config(folder: str) -> dict[str, Any] | None:
     """open_clip_config.json of a local folder."""
     path = f"{folder}/open_clip_config.json"
-    return json.loads(read_bytes(path)) if storage.exists(path) else None
+    return json.loads(read_bytes(path)) if fs.exists(path) else None
 
 
 def our_name(name: str) -> str:

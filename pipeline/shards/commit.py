@@ -38,8 +38,7 @@ from pathlib import Path
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE, FAILED, read_marker
 from splatshard.pipeline.shards.rows import is_shard
 from splatshard.pipeline.shards.verify import survey
-from splatshard.pipeline.storage import atomic
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import atomic, fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
 from splatshard.pipeline.storage.options import redact
@@ -161,7 +160,7 @@ def _verified(
         name=ref.name,
         data_file=f"{ref.name}-{digest[:8]}{unique}.{EXTENSIONS[config.pack.format]}",
         size_bytes=size_bytes,
-        sha256=storage.sha256(str(path)),
+        sha256=fs.sha256(str(path)),
         format=config.pack.format,
         samples=found.samples,
         counts=dict(found.counts),
@@ -385,7 +384,7 @@ def clean_attempts(
 
 def _names(dst: str) -> list[str]:
     if not is_local(dst):
-        return list(storage.list_folder(dst))
+        return list(fs.list_folder(dst))
     return sorted(os.listdir(local_path(dst))) if local_path(dst).is_dir() else []
 
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import Stat
 from splatshard.schemas.errors import CorruptShardError, SourceError
@@ -58,7 +58,7 @@ def read_markers(dst: str, *, trust_manifest: bool = True) -> dict[str, Marker]:
     when `dst` cannot be read.
     """
     with storage_errors(dst, "read"), _no_garbage():
-        listing = storage.list_folder(dst)
+        listing = fs.list_folder(dst)
         files = [f for f in listing if f.endswith(DONE) and f[0] not in "_."]
         done = {f.removesuffix(DONE): f for f in files if not f.endswith(FAILED)}
         failed = {f.removesuffix(FAILED): f for f in files if f.endswith(FAILED)}
@@ -110,7 +110,7 @@ def read_manifest(url: str) -> dict[str, Entry]:
 
     Raises CorruptShardError, FormatVersionError, SourceError and UnavailableError.
     """
-    with storage.open_read(url) as stream:
+    with fs.open_read(url) as stream:
         return read_entries(_lines(stream), url)
 
 
@@ -147,7 +147,7 @@ def _read_all(dst: str, files: Mapping[str, str]) -> Iterator[tuple[str, Marker]
         return marker
 
     names = list(files)
-    if not storage.is_local(dst):
+    if not fs.is_local(dst):
         with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, len(names), 10_000):  # futures of all would take 100 MB
                 some = names[start : start + 10_000]
@@ -178,7 +178,7 @@ def read_marker(dst: str, file: str) -> ShardManifest | FailedShard:
     parse, suffix = (
         (failed_from_json, FAILED) if file.endswith(FAILED) else (manifest_from_json, DONE)
     )
-    marker = parse(storage.read_bytes(url), url)
+    marker = parse(fs.read_bytes(url), url)
     if marker.name != file.removesuffix(suffix):
         raise CorruptShardError(
             f"marker {url} is that of shard {marker.name!r}; delete it and run convert again"

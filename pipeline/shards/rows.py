@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import (
     CorruptShardError,
     FormatVersionError,
@@ -94,7 +94,7 @@ def format_of(url: str, format: str | None) -> str:
 def reading(url: str) -> Iterator[BinaryIO]:
     """A stream over `url`; whatever the libraries raise on bad bytes becomes CorruptShardError."""
     try:
-        with storage.open_read(url) as stream:
+        with fs.open_read(url) as stream:
             yield stream
     except SourceError as e:
         raise CorruptShardError(str(e)) from e

@@ -21,7 +21,7 @@ from splatshard.pipeline.shards.rows import (
     tar_members,
     tar_metadata,
 )
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import fingerprint
 from splatshard.schemas.errors import (
     CorruptShardError,
@@ -175,9 +175,7 @@ def is_refused(url: str, error: BaseException) -> bool:
     while not isinstance(error, SourceError) and error.__cause__:
         error = error.__cause__
     refused = isinstance(error, SourceError)
-    return (
-        refused and not storage.is_local(url) and not isinstance(error.__cause__, FileNotFoundError)
-    )
+    return refused and not fs.is_local(url) and not isinstance(error.__cause__, FileNotFoundError)
 
 
 def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
@@ -208,11 +206,11 @@ def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:
 
 
 def _problems(url: str, manifest: ShardManifest) -> list[str]:
-    size = storage.stat(url).size_bytes
+    size = fs.stat(url).size_bytes
     if size != manifest.size_bytes:
         return [f"{size} bytes, its marker says {manifest.size_bytes}"]
     digest = hashlib.sha256()
-    with storage.local_copy(url, digest) as path:
+    with fs.local_copy(url, digest) as path:
         if digest.hexdigest() != manifest.sha256:
             return ["SHA-256 is not the one in its marker (damaged or replaced)"]
         try:

@@ -31,7 +31,7 @@ from posixpath import basename
 from splatshard.pipeline.source.parquet import has_images
 from splatshard.pipeline.source.read import count_samples, split_stem
 from splatshard.pipeline.source.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.fs import Stat
 from splatshard.pipeline.storage.options import redact, scheme_of
 from splatshard.schemas.errors import SourceError, UsageError
@@ -103,7 +103,7 @@ def check_apart(refs: Iterable[ShardRef], dst: str) -> None:
 
 def _check_outside(dst: str, source: str, is_glob: bool) -> None:
     """Raises UsageError where files of `dst` would be found in the folder or glob `source`."""
-    if dst and (storage.matches(source, dst) if is_glob else _lies_in(dst, source)):
+    if dst and (fs.matches(source, dst) if is_glob else _lies_in(dst, source)):
         raise UsageError(
             f"DST {dst} lies in SRC {source}, and the next run would take its shards for sources: "
             "choose a DST outside of SRC, or move this one there"
@@ -112,9 +112,9 @@ def _check_outside(dst: str, source: str, is_glob: bool) -> None:
 
 def _lies_in(url: str, folder: str) -> bool:
     """Whether `url` is the folder `folder`, or below it."""
-    if len({"" if storage.is_local(u) else scheme_of(u) for u in (url, folder)}) > 1:
+    if len({"" if fs.is_local(u) else scheme_of(u) for u in (url, folder)}) > 1:
         return False
-    return f"{storage.place(url)}/".startswith(f"{storage.place(folder).rstrip('/')}/")
+    return f"{fs.place(url)}/".startswith(f"{fs.place(folder).rstrip('/')}/")
 
 
 # From SRC to paths and globs
@@ -128,7 +128,7 @@ def _patterns(source: str, in_list: bool = False) -> list[str]:
         raise UsageError(f"{source}: a list file cannot name another list file")
     if source.endswith(".txt"):
         return _read_list(source)
-    if "{" not in source or storage.exists(source):
+    if "{" not in source or fs.exists(source):
         return [source]
     return _expand(source)
 
@@ -148,11 +148,11 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _read_list(url: str) -> list[str]:
-    if not storage.exists(url):
+    if not fs.exists(url):
         raise UsageError(f"{url}: no such list file")
-    with storage.open_read(url) as stream:
+    with fs.open_read(url) as stream:
         lines = stream.read().decode(errors="replace").splitlines()
-    folder = storage.absolute(url).rpartition("/")[0]
+    folder = fs.absolute(url).rpartition("/")[0]
     sources = [s.strip() for line in lines for s in line.partition("#")[0].split("::")]
     sources = [s if re.match(r"/|~|\w+://", s) else f"{folder}/{s}" for s in sources if s]
     if not sources:
@@ -166,7 +166,7 @@ def _refuse_compressed(url: str) -> None:
 
 
 def _is_glob(pattern: str) -> bool:
-    return bool(re.search(r"[*?\[]", _path(pattern))) and not storage.exists(pattern)
+    return bool(re.search(r"[*?\[]", _path(pattern))) and not fs.exists(pattern)
 
 
 # From paths to shards
@@ -174,7 +174,7 @@ def _is_glob(pattern: str) -> bool:
 
 def _resolve(src: str, patterns: list[str], samples_per_shard: int, dst: str) -> list[ShardRef]:
     globs = {p for p in patterns if _is_glob(p)}
-    found = storage.stats(p for p in patterns if _kind(p) and p not in globs)
+    found = fs.stats(p for p in patterns if _kind(p) and p not in globs)
     no_images = _without_images(found)
     refs, missing = [], []
     for pattern in patterns:
@@ -187,10 +187,10 @@ def _resolve(src: str, patterns: list[str], samples_per_shard: int, dst: str) ->
             refs.append(_shard(pattern, found[pattern]))
         elif _kind(pattern) and len(patterns) > 1:
             missing.append(pattern)
-        elif storage.is_dir(pattern):
+        elif fs.is_dir(pattern):
             _check_outside(dst, pattern, is_glob=False)
             refs += _from_folder(pattern, samples_per_shard)
-        elif storage.exists(pattern):
+        elif fs.exists(pattern):
             raise UsageError(
                 f"{pattern} is no .tar, .parquet, .txt list or folder; give one of these"
             )
@@ -206,7 +206,7 @@ def _resolve(src: str, patterns: list[str], samples_per_shard: int, dst: str) ->
 
 
 def _from_glob(pattern: str) -> list[ShardRef]:
-    matches = storage.glob(pattern)
+    matches = fs.glob(pattern)
     refs = _choose(matches)
     if not refs:
         for url in matches:
@@ -217,9 +217,9 @@ def _from_glob(pattern: str) -> list[ShardRef]:
 
 
 def _from_folder(url: str, samples_per_shard: int) -> list[ShardRef]:
-    root = storage.absolute(url).rstrip("/")
+    root = fs.absolute(url).rstrip("/")
     start = len(root) + 1
-    found = storage.find(root, lambda path: not _hidden(path.rpartition("/")[2]))
+    found = fs.find(root, lambda path: not _hidden(path.rpartition("/")[2]))
     files = {u: s for u, s in found.items() if not _hidden(u[start:])}
     refs = _choose(files) or _cut(root, files, samples_per_shard)
     if not refs:
@@ -255,7 +255,7 @@ def _shard(url: str, stat: Stat) -> ShardRef:
     return ShardRef(
         name=basename(_stem(url)),
         kind=_kind(url)[1:],
-        urls=(storage.absolute(url),),
+        urls=(fs.absolute(url),),
         size_bytes=stat.size_bytes,
         etag=stat.etag,
     )
@@ -303,7 +303,7 @@ def current(refs: Iterable[ShardRef]) -> list[ShardRef]:
     Raises SourceError when a place cannot be read, and UnavailableError.
     """
     refs = list(refs)
-    found = storage.stats(url for ref in refs for url in ref.urls)
+    found = fs.stats(url for ref in refs for url in ref.urls)
     return [_current(ref, found) if all(u in found for u in ref.urls) else ref for ref in refs]
 
 

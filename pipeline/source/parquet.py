@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.sample import RawSample
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SampleError, SourceError
 from splatshard.schemas.shard import ShardRef
 
@@ -74,7 +74,7 @@ def image_column(schema: pa.Schema) -> str | None:
 def read_parquet(ref: ShardRef, digest: hashlib._Hash) -> Iterator[RawSample]:
     (url,) = ref.urls
     if ref.limit is None:
-        with storage.local_copy(url, digest) as path:
+        with fs.local_copy(url, digest) as path:
             yield from _parquet_samples(ref, path)
     else:  # a trial of a few samples should not transfer the whole file
         for sample in _parquet_samples(ref, url):
@@ -139,7 +139,7 @@ def _open_parquet(url: str, path: str) -> Iterator[pq.ParquetFile]:
     try:
         # buffered and not pre-fetched: pages pass one by one, not whole row groups
         with (
-            storage.open_read(path) as stream,
+            fs.open_read(path) as stream,
             pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as file,
         ):
             yield file

@@ -18,7 +18,7 @@ from itertools import groupby, islice
 from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
 from splatshard.pipeline.source.sample import SIDECAR_EXTENSIONS, RawSample, assemble, storable
 from splatshard.pipeline.source.tar import MAX_SAMPLE_BYTES, Group, read_groups, scan_groups
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SampleError, SourceError
 from splatshard.schemas.shard import ShardRef
 
@@ -75,17 +75,17 @@ def scan(ref: ShardRef) -> Iterator[RawSample]:
 
 def _read_tar(ref: ShardRef, digest: hashlib._Hash) -> Samples:
     (url,) = ref.urls
-    with storage.open_read(url) as stream, closing(read_groups(url, stream, digest)) as groups:
+    with fs.open_read(url) as stream, closing(read_groups(url, stream, digest)) as groups:
         yield from map(assemble, groups)
 
 
 def _count_tar(ref: ShardRef) -> Iterator[Group]:
-    with storage.open_read(ref.urls[0]) as stream:
+    with fs.open_read(ref.urls[0]) as stream:
         yield from scan_groups(ref.urls[0], stream)
 
 
 def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
-    with storage.open_read(ref.urls[0]) as stream:
+    with fs.open_read(ref.urls[0]) as stream:
         yield from map(assemble, scan_groups(ref.urls[0], stream, SCANNED))
 
 
@@ -104,7 +104,7 @@ def _read_folder(ref: ShardRef, digest: hashlib._Hash) -> Samples:
     for key, urls in _folder_groups(ref):
         group = Group(storable(key))
         for url in urls:
-            with storage.open_read(url) as stream:
+            with fs.open_read(url) as stream:
                 data = stream.read(MAX_SAMPLE_BYTES + 1 - group.size_bytes)
             digest.update(f"{group.key}\0{split_stem(url)[1]}\0{len(data)}\0".encode() + data)
             group.size_bytes += len(data)
@@ -122,7 +122,7 @@ def _scan_folder(ref: ShardRef) -> Iterator[RawSample]:
         for url in urls:
             extension = split_stem(url)[1]
             wanted = extension.lower() in SCANNED
-            group.members[extension] = storage.read_bytes(url) if wanted else None
+            group.members[extension] = fs.read_bytes(url) if wanted else None
         yield assemble(group, label_of.get(key.partition("/")[0]))
 
 

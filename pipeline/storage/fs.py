@@ -1,11 +1,11 @@
 """All file access: reading sources and destinations, and writing small files, over fsspec URLs.
 
 The only module that imports fsspec. Paths without a scheme are local. What drivers raise becomes
-our errors here (store_errors.py says which); messages hold no secrets.
+our errors here (errors.py says which); messages hold no secrets.
 
 A process has one driver per kind of address, shared by its threads (`use_options` makes new ones).
 s3fs would retry a request five times in under two seconds, and requests inside of requests; here
-botocore alone retries requests, and patience.py what breaks while an answer is read.
+botocore alone retries requests, and retry.py what breaks while an answer is read.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from splatshard.pipeline.data.files import look_for, shard_errors
 from splatshard.pipeline.data.read_parquet import ok_rows, teacher_of
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import parquet_metadata
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.batches import Dataset
 from splatshard.pipeline.train.distributed import World, on_rank_zero
 from splatshard.schemas.errors import CorruptShardError, UsageError
@@ -147,7 +147,7 @@ def see(
     look_for(shard)
     if shard.format == "webdataset":
         return Seen(shard.url, samples, said.get(shard.url, {}), {})
-    with shard_errors(shard), storage.open_read(shard.url) as stream:
+    with shard_errors(shard), fs.open_read(shard.url) as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         metadata = parquet_metadata(file, shard.url)
         if file.metadata.num_rows != shard.samples:

@@ -33,8 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splatshard.pipeline.storage import atomic
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import atomic, fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
 from splatshard.pipeline.storage.staging import STAGING, scratch, staged, sweep
@@ -76,7 +75,7 @@ class Checkpoint:
         url = f"{self.url}/{name}"
         digest = hashlib.sha256()
         try:
-            with storage.local_copy(url, digest) as path:
+            with fs.local_copy(url, digest) as path:
                 if digest.hexdigest() == self.files.get(name, {}).get("sha256"):
                     return load(path)
         except SourceError as e:
@@ -136,7 +135,7 @@ def _put(url: str, name: str, write: Callable[[Path], None], aside: Path) -> dic
         with storage_errors(path):
             write(path)
             atomic.sync(path)
-            entry = {"size_bytes": path.stat().st_size, "sha256": storage.sha256(str(path))}
+            entry = {"size_bytes": path.stat().st_size, "sha256": fs.sha256(str(path))}
         atomic.upload(path, f"{url}/{name}")
     return entry
 
@@ -148,7 +147,7 @@ def _folder(dst: str, step: int) -> str:
 def saved_steps(dst: str) -> tuple[list[int], dict[int, list[str]]]:
     """Steps of the whole checkpoints in `dst`, in order; and the files of all, whole or not."""
     files: dict[int, list[str]] = {}
-    for url in storage.find(f"{dst.rstrip('/')}/checkpoints"):
+    for url in fs.find(f"{dst.rstrip('/')}/checkpoints"):
         place = re.search(r"/checkpoints/([0-9]{8,})/", url)
         if place:
             files.setdefault(int(place[1]), []).append(url)
@@ -186,7 +185,7 @@ def read_checkpoint(url: str) -> Checkpoint:
     url = url.rstrip("/")
     with storage_errors(url, "read"):
         try:
-            text = storage.read_bytes(f"{url}/{CONFIG}").decode()
+            text = fs.read_bytes(f"{url}/{CONFIG}").decode()
         except FileNotFoundError as e:
             raise UsageError(
                 f"{url} is no checkpoint, it has no {CONFIG}: give a folder of {{dst}}/checkpoints"
@@ -234,10 +233,10 @@ def initial_weights(url: str) -> tuple[Weights, Checkpoint | None]:
     url, name = url.rstrip("/"), ""
     if url.endswith(".safetensors"):
         url, _, name = url.rpartition("/")
-        if not storage.exists(f"{url}/{CONFIG}"):
-            with storage.local_copy(f"{url}/{name}", hashlib.sha256()) as path:
+        if not fs.exists(f"{url}/{CONFIG}"):
+            with fs.local_copy(f"{url}/{name}", hashlib.sha256()) as path:
                 return load_file(path), None
-    found = read_checkpoint(url) if storage.exists(f"{url}/{CONFIG}") else latest(url)
+    found = read_checkpoint(url) if fs.exists(f"{url}/{CONFIG}") else latest(url)
     if found is None:
         raise UsageError(f"init is {url}: no checkpoint is there; give the dst of another run")
     return found.weights(name or (AVERAGE if AVERAGE in found.files else MODEL)), found

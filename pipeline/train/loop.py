@@ -31,7 +31,7 @@ from splatshard.pipeline.models.gvit import guidance_at
 from splatshard.pipeline.models.pretrained import init_from_clip, load_clip
 from splatshard.pipeline.shards.commit import check_destination, check_scheme
 from splatshard.pipeline.storage.fs import absolute
-from splatshard.pipeline.train import checkpoint as checkpoints
+from splatshard.pipeline.train import checkpoint as checkpoint_module
 from splatshard.pipeline.train.batches import Feed, probe
 from splatshard.pipeline.train.check import check_data
 from splatshard.pipeline.train.checkpoint import Checkpoint, Weights
@@ -91,9 +91,9 @@ def train_here(
     feed = Feed(config, here)
     steps = total_steps(config.optim, feed.steps_per_epoch)
     stage = stage_of(config, here.device)
-    found = on_rank_zero(here, lambda: checkpoints.latest(config.dst))
+    found = on_rank_zero(here, lambda: checkpoint_module.latest(config.dst))
     if found:
-        checkpoints.refuse_changes(found, config)
+        checkpoint_module.refuse_changes(found, config)
         refuse_another_ramp(found, config)
     else:
         check_data(feed.dataset, config, here)
@@ -160,7 +160,7 @@ def save(
     }
     values = average.values if average else None
     keep = config.checkpoint.keep
-    return checkpoints.save(
+    return checkpoint_module.save(
         config.dst, done, model.state_dict(), values, state, config, feed.shards, keep
     )
 
@@ -207,9 +207,9 @@ def start_model(config: TrainConfig, found: Checkpoint | None, cutoff: float | N
                 raise UsageError(f"init_clip is {config.init_clip}: a classifier takes init alone")
             init_from_clip(model, load_clip(config.init_clip))
         if config.init:
-            weights, origin = checkpoints.initial_weights(config.init)
+            weights, origin = checkpoint_module.initial_weights(config.init)
             if origin:
-                checkpoints.refuse_other_inputs(origin, config, cutoff)
+                checkpoint_module.refuse_other_inputs(origin, config, cutoff)
             take(model, weights, config.init)
     if config.compile:
         others = (getattr(model, name, None) for name in ("text", "predictor"))
@@ -290,5 +290,5 @@ def resume(
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     if average:
-        average.load(found.weights(checkpoints.AVERAGE))
+        average.load(found.weights(checkpoint_module.AVERAGE))
     return found.step

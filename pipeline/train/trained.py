@@ -21,7 +21,7 @@ from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, Tra
 from splatshard.pipeline.models import build_model
 from splatshard.pipeline.models.classifier import image_config, reads_images
 from splatshard.pipeline.shards.rows import shard_metadata_of
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, latest, read_checkpoint
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.model import ModelConfig
@@ -81,7 +81,7 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
     where there is no such thing, CorruptShardError for a damaged one.
     """
     url = url.rstrip("/")
-    found = read_checkpoint(url) if storage.exists(f"{url}/{CONFIG}") else latest(url)
+    found = read_checkpoint(url) if fs.exists(f"{url}/{CONFIG}") else latest(url)
     if found is None:
         raise UsageError(f"{url} has no checkpoint: give the dst of a splatshard train")
     name = MODEL if weights == "model" else AVERAGE

@@ -27,8 +27,8 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 
-from splatshard.jobs import verify as verify_job
-from splatshard.pipeline.storage import fs as storage
+from splatshard.jobs import verify as verify_module
+from splatshard.pipeline.storage import fs
 from tests.integration.faults import FaultPlan, Proxy
 from tests.integration.nodes import Nodes
 from tests.integration.running import kill_tree, tars
@@ -259,10 +259,10 @@ def verify(arena: Arena, dst: str) -> None:
     """`splatshard verify` finds nothing wrong."""
     told = io.StringIO()
     with mock.patch.dict(os.environ, arena.store.environment()):
-        storage.use_options({})  # another store's clients are not to be met again
+        fs.use_options({})  # another store's clients are not to be met again
         with redirect_stdout(told), redirect_stderr(told):
-            code = verify_job.main([dst])
-    storage.use_options({})
+            code = verify_module.main([dst])
+    fs.use_options({})
     assert code == 0, told.getvalue()[-3000:]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from splatshard.pipeline.data import SplatDataset
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from tests.integration.stores import Store
 from tests.rows import FORMATS
@@ -28,9 +28,9 @@ buckets = itertools.count()
 def store(moto: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     for name, value in moto.environment().items():
         monkeypatch.setenv(name, value)
-    storage.use_options({})
+    fs.use_options({})
     yield moto
-    storage.use_options({})
+    fs.use_options({})
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from splatshard.jobs import embed, repair, status, verify
-from splatshard.pipeline import embed as stage
+from splatshard.pipeline import embed as embed_module
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.embed import pairs
 from splatshard.pipeline.kernels.select import select_backend
@@ -128,7 +128,7 @@ def test_interrupted_and_continued(
     src: str, clip: str, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dst = converted(src, tmp_path / "out")
-    publish = stage.publish
+    publish = embed_module.publish
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         if arguments[2].name == "00000001":
@@ -136,7 +136,7 @@ def test_interrupted_and_continued(
         return publish(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "publish", interrupted)
+        patch.setattr(embed_module, "publish", interrupted)
         assert run_json(capsys, embed, dst, src, "--teacher", clip)[0] == 130
     assert ["teacher" in rows[0] for _, _, rows in contents(dst).values()] == [True, False]
     assert list(run_json(capsys, status, dst)[1]["stale"]) == ["00000001"]
@@ -209,12 +209,12 @@ def test_a_source_image_that_no_longer_decodes(
     """An image that was fitted and is refused now, as by a newer decoder: no row is without its
     embedding."""
     dst = converted(src, tmp_path / "out")
-    decode = stage.decode
+    decode = embed_module.decode
 
     def stricter(data: bytes, name: str, config: DecodeConfig) -> Any:
         return decode(data, name, replace(config, max_image_pixels=10))
 
-    monkeypatch.setattr(stage, "decode", stricter)
+    monkeypatch.setattr(embed_module, "decode", stricter)
     code, summary, _ = run_json(capsys, embed, dst, src, "--teacher", clip)
     assert (code, summary["embedded"]) == (3, 0)
     assert "which was converted, has no image" in summary["failed"]["00000000"]

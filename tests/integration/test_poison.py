@@ -30,16 +30,16 @@ class Poisoned(FitActor):
     keys: tuple[str, ...] = ()
 
     def start(self, backend: str) -> Started:
-        import splatshard.pipeline.convert as stages
+        from splatshard.pipeline import convert
 
-        decode = stages.decode
+        decode = convert.decode
 
         def decode_or_die(image, name, config):
             if name.removesuffix(".jpg") in self.keys:
                 self.end()
             return decode(image, name, config)
 
-        stages.decode = decode_or_die
+        convert.decode = decode_or_die
         return super().start(backend)
 
     def end(self) -> None:
@@ -61,9 +61,9 @@ class DiesReading(FitActor):
     """Dies where shard 1 is read."""
 
     def start(self, backend: str) -> Started:
-        import splatshard.pipeline.convert as stages
+        from splatshard.pipeline import convert
 
-        read = stages.read
+        read = convert.read
 
         def read_or_die(ref, digest):
             for number, sample in enumerate(read(ref, digest)):
@@ -71,7 +71,7 @@ class DiesReading(FitActor):
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield sample
 
-        stages.read = read_or_die
+        convert.read = read_or_die
         return super().start(backend)
 
 

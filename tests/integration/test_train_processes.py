@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.checkpoint import latest
 from splatshard.pipeline.train.loop import train
 from splatshard.schemas.errors import UsageError
@@ -146,19 +146,19 @@ def test_two_processes_are_one_on_images(shards: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from splatshard.jobs.cli.recipe import load_recipe
-from splatshard.pipeline.storage import atomic as objects
+from splatshard.pipeline.storage import atomic
 from splatshard.pipeline.train.loop import train
 moment = sys.argv[2]
 def die(url):
     if "00000008" in url and url.endswith(moment):
         os.kill(os.getpid(), signal.SIGKILL)
-def upload(path, url, real=objects.upload):
+def upload(path, url, real=atomic.upload):
     die(url)
     real(path, url)
-def write(url, data, real=objects.write):
+def write(url, data, real=atomic.write):
     die(url)
     real(url, data)
-objects.upload, objects.write = upload, write
+atomic.upload, atomic.write = upload, write
 train(load_recipe(sys.argv[1]))
 """
 
@@ -247,11 +247,11 @@ def test_ray_workers_have_the_storage_options(shards: Path, moto: Store) -> None
         "client_kwargs": {"region_name": known["AWS_REGION"]},
     }
     launch(toy_config(shards, "s3://options/a", steps=2), 1, lambda _: None, options)
-    storage.use_options(options)
+    fs.use_options(options)
     try:
         assert list(curve("s3://options/a")) == [1, 2]
     finally:
-        storage.use_options({})
+        fs.use_options({})
 
 
 def test_checkpoints_and_log_in_a_bucket(
@@ -260,7 +260,7 @@ def test_checkpoints_and_log_in_a_bucket(
     """As on a local disk: it goes on where it was stopped, and its log has no step twice."""
     for name, value in moto.environment().items():
         monkeypatch.setenv(name, value)
-    storage.use_options({})
+    fs.use_options({})
     moto.client().create_bucket(Bucket="runs")
 
     def stop(record: Mapping[str, Any]) -> None:
@@ -280,4 +280,4 @@ def test_checkpoints_and_log_in_a_bucket(
     assert same_weights(found.weights(), weights_of(whole.checkpoint))
     keys = [o["Key"] for o in moto.client().list_objects_v2(Bucket="runs")["Contents"]]
     assert {key.split("/")[2] for key in keys if "checkpoints" in key} == {"00000009"}
-    storage.use_options({})
+    fs.use_options({})

@@ -82,8 +82,8 @@ def test_texts_that_cannot_be_read_are_passed_over(
 
     refs = list_shards(src)
     with monkeypatch.context() as patched:
-        patched.setattr(class_texts.storage, "open_read", unavailable)
+        patched.setattr(class_texts.fs, "open_read", unavailable)
         assert copy_texts(refs, f"{tmp_path}/out") == []
-    monkeypatch.setattr(class_texts.storage, "write_bytes", full)
+    monkeypatch.setattr(class_texts.fs, "write_bytes", full)
     with pytest.raises(StorageError):
         copy_texts(refs, f"{tmp_path}/out")

@@ -45,7 +45,7 @@ class Remote:
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
     found = Remote(tmp_path / "remote")
-    open_read = cache_module.storage.open_read
+    open_read = cache_module.fs.open_read
 
     @contextmanager
     def counted(url: str) -> Iterator[BinaryIO]:
@@ -53,7 +53,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
         with open_read(url) as stream:
             yield stream
 
-    monkeypatch.setattr(cache_module.storage, "open_read", counted)
+    monkeypatch.setattr(cache_module.fs, "open_read", counted)
     return found
 
 
@@ -268,7 +268,7 @@ SCRIPT = """
 import sys, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.data.cache import ShardCache
 
 folder, url, size, digest, stall = sys.argv[1:]
@@ -285,7 +285,7 @@ class Slow:
             return data
         return self.stream.read(size)
 
-open_read = storage.open_read
+open_read = fs.open_read
 
 @contextmanager
 def slow(url):
@@ -293,7 +293,7 @@ def slow(url):
     with open_read(url) as stream:
         yield Slow(stream)
 
-storage.open_read = slow
+fs.open_read = slow
 with ShardCache(Path(folder), 1000).open(url, "", int(size), digest) as stream:
     print(len(stream.read()), flush=True)
 """
@@ -410,7 +410,7 @@ def test_a_lock_is_not_held_while_another_file_is_fetched(tmp_path: Path, remote
     ]
     if names[0] == names[1]:
         pytest.skip("by chance they share a lock")
-    release, counted = threading.Event(), cache_module.storage.open_read
+    release, counted = threading.Event(), cache_module.fs.open_read
 
     @contextmanager
     def stalled(url: str) -> Iterator[BinaryIO]:
@@ -419,7 +419,7 @@ def test_a_lock_is_not_held_while_another_file_is_fetched(tmp_path: Path, remote
         with counted(url) as stream:
             yield stream
 
-    cache_module.storage.open_read = stalled
+    cache_module.fs.open_read = stalled
     try:
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(read, cache, slow)
@@ -429,4 +429,4 @@ def test_a_lock_is_not_held_while_another_file_is_fetched(tmp_path: Path, remote
             assert waiting.result() == b"s" * 40
     finally:
         release.set()
-        cache_module.storage.open_read = counted
+        cache_module.fs.open_read = counted

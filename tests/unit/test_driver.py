@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from splatshard.jobs.destination.plan import make_plan
-from splatshard.jobs.driver import driver as drive
+from splatshard.jobs.driver import driver as driver_module
 from splatshard.jobs.driver.worker import Outcome, Started, Task, WorkerState
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import BackendError
@@ -139,7 +139,7 @@ def run(
     refs = [ShardRef(name=n, kind="tar", urls=(n,), size_bytes=1, etag="1") for n in names]
     plan = make_plan(refs, {}, ConvertConfig(), lambda ref: "")
     signals: Any = SimpleNamespace(received=0)
-    driver = drive.Driver(
+    driver = driver_module.Driver(
         plan,
         ConvertConfig(),
         str(dst),
@@ -241,7 +241,7 @@ def test_a_machine_that_fails_everything_ends_the_job(
 ) -> None:
     with pytest.raises(BackendError, match=r"RuntimeError: CUDA error.* in a row"):
         run(monkeypatch, tmp_path, lambda _, task: broken(task), shards=50, devices=2)
-    assert len(list(tmp_path.glob("*.failed.json"))) == drive.BROKEN_SHARDS
+    assert len(list(tmp_path.glob("*.failed.json"))) == driver_module.BROKEN_SHARDS
 
 
 def test_a_sample_that_takes_all_memory_is_found_like_one_that_kills(

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from splatshard.jobs.cli.options import RunOptions
-from splatshard.jobs.destination import manifest as job
+from splatshard.jobs.destination import manifest as manifest_module
 from splatshard.jobs.destination.card import CARD_FILE
 from splatshard.jobs.destination.manifest import Catalog, psnr_quantiles
 from splatshard.jobs.destination.plan import Plan, make_plan
 from splatshard.jobs.driver import execute
 from splatshard.jobs.driver.worker import Outcome
-from splatshard.pipeline.shards import markers as readers
+from splatshard.pipeline.shards import markers
 from splatshard.pipeline.shards.commit import mark_failed, publish, staged_file
 from splatshard.pipeline.shards.markers import data_files_by_shard, read_manifest, read_markers
 from splatshard.pipeline.storage.fs import use_options
@@ -48,13 +48,13 @@ def dst(tmp_path: Path) -> Path:
 def markers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the marker files that are read from now on."""
     read: list[str] = []
-    original = readers.read_marker
+    original = markers.read_marker
 
     def counting(dst: str, file: str) -> ShardManifest | FailedShard:
         read.append(file)
         return original(dst, file)
 
-    monkeypatch.setattr(readers, "read_marker", counting)
+    monkeypatch.setattr(markers, "read_marker", counting)
     return read
 
 
@@ -174,7 +174,7 @@ def test_a_failed_marker_that_a_running_job_deletes(
     mark_failed(str(dst), make_ref("z"), config_of(), ValueError("no"))
     mark_failed(str(dst), make_ref("y"), config_of(), ValueError("no"))
     done: list[ShardManifest] = []
-    original = readers.read_marker
+    original = markers.read_marker
 
     def meanwhile(folder: str, file: str) -> ShardManifest | FailedShard:
         if file == "z.failed.json":
@@ -183,7 +183,7 @@ def test_a_failed_marker_that_a_running_job_deletes(
             (dst / file).unlink()
         return original(folder, file)
 
-    monkeypatch.setattr(readers, "read_marker", meanwhile)
+    monkeypatch.setattr(markers, "read_marker", meanwhile)
     found = read_markers(str(dst))
     assert found["z"] == done[0]
     assert "y" not in found
@@ -292,7 +292,7 @@ def test_it_is_written_once_a_minute_and_seldom_when_it_takes_long(
 ) -> None:
     now = 100.0
     writes: list[float] = []
-    monkeypatch.setattr(job.time, "monotonic", lambda: now)
+    monkeypatch.setattr(manifest_module.time, "monotonic", lambda: now)
     shard = commit(tmp_path, "a")
     catalog = Catalog(str(tmp_path), [])
 
@@ -334,7 +334,7 @@ def test_a_store_that_does_not_answer_is_asked_again(
         def unavailable(head: Any, entries: Any) -> Any:
             raise UnavailableError("no answer")
 
-        patch.setattr(job, "manifest_lines", unavailable)
+        patch.setattr(manifest_module, "manifest_lines", unavailable)
         catalog.write_if_due()
     assert "no answer" in capsys.readouterr().err
     assert not (tmp_path / MANIFEST_FILE).exists()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splatshard.jobs.convert import main as convert
 from splatshard.jobs.recipes.toys import shapes, write_tars
-from splatshard.pipeline.fitting import encoder_start as prediction
+from splatshard.pipeline.fitting import encoder_start
 from splatshard.pipeline.fitting.encoder_start import predict, resolve_encoder
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.start import initial_splats
@@ -68,7 +68,7 @@ def test_it_is_what_the_model_says(folder: Path, count: int) -> None:
 def test_parts_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     init = resolve_encoder(f"encoder:{folder}/run", 9)
     whole = predict(pictures(), init, 9)
-    monkeypatch.setattr(prediction, "ATTENTION", 1)
+    monkeypatch.setattr(encoder_start, "ATTENTION", 1)
     assert torch.allclose(values(predict(pictures(), init, 9)), values(whole), atol=1e-5)
 
 

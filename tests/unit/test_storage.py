@@ -22,8 +22,7 @@ from botocore.parsers import ResponseParserError
 
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.tar import read_groups
-from splatshard.pipeline.storage import fs as storage
-from splatshard.pipeline.storage import retry
+from splatshard.pipeline.storage import fs, retry
 from splatshard.pipeline.storage.errors import is_absent, source_errors, storage_errors
 from splatshard.pipeline.storage.options import is_redacted, options_of, redact, redact_urls
 from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
@@ -32,9 +31,9 @@ from tests.make import datacomp_tar
 
 @pytest.fixture(autouse=True)
 def no_options() -> Iterator[None]:
-    storage.use_options({})
+    fs.use_options({})
     yield
-    storage.use_options({})
+    fs.use_options({})
 
 
 # Errors
@@ -182,7 +181,7 @@ def test_secrets_of_the_options_and_the_environment(monkeypatch: pytest.MonkeyPa
     options: dict[str, Any] = {"key": "AKIA1", "secret": "hunter2", "endpoint_url": "http://host"}
     options["client_kwargs"] = {"aws_secret_access_key": "hunter3", "region_name": "moon-1"}
     options["gs"] = {"token": {"private_key": "BEGIN", "project": "mine"}}
-    storage.use_options(options)
+    fs.use_options(options)
     text = redact("AKIA1 hunter2 hunter3 BEGIN wJalr FwoG http://host moon-1")
     assert text == "*** *** *** *** *** *** http://host moon-1"
     with (
@@ -198,7 +197,7 @@ def test_secrets_of_the_options_and_the_environment(monkeypatch: pytest.MonkeyPa
 def test_options_of_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"):
         monkeypatch.delenv(name, raising=False)
-    storage.use_options(
+    fs.use_options(
         {
             "config_kwargs": {"retries": {"total_max_attempts": 2}, "read_timeout": 7},
             "anon": True,
@@ -217,7 +216,7 @@ def test_options_of_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "anon" not in web  # http's driver would send it
     assert options_of("gs")["anon"] is True
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
-    storage.use_options({})
+    fs.use_options({})
     assert options_of("s3")["config_kwargs"]["retries"] == {"mode": "adaptive"}
 
 
@@ -242,10 +241,10 @@ def test_an_unknown_scheme() -> None:
 
 
 def test_a_driver_is_made_once() -> None:
-    first = storage.driver("memory://a")[0]
-    assert storage.driver("memory://b")[0] is first
-    storage.use_options({})
-    assert storage.driver("memory://a")[0] is not first
+    first = fs.driver("memory://a")[0]
+    assert fs.driver("memory://b")[0] is first
+    fs.use_options({})
+    assert fs.driver("memory://a")[0] is not first
 
 
 # Writing
@@ -256,9 +255,9 @@ def test_small_files_are_replaced_as_a_whole(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for url in (f"{tmp_path}/{name}", f"file://{tmp_path}/{name}", f"memory://b/{name}"):
-        storage.write_bytes(url, b"one")
-        storage.write_bytes(url, b"two")
-        assert storage.read_bytes(url) == b"two"
+        fs.write_bytes(url, b"one")
+        fs.write_bytes(url, b"two")
+        assert fs.read_bytes(url) == b"two"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
     def refuse(*_: object) -> None:
@@ -266,7 +265,7 @@ def test_small_files_are_replaced_as_a_whole(
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/{name}: no space left"):
-        storage.write_bytes(f"{tmp_path}/{name}", b"three")
+        fs.write_bytes(f"{tmp_path}/{name}", b"three")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes() == b"two"
 
@@ -276,9 +275,9 @@ def test_ways_to_name_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").write_bytes(b"x")
     for url in ("a", "~/a", f"{tmp_path}/a", f"file://{tmp_path}/a"):
-        assert storage.exists(url)
-        assert storage.read_bytes(url) == b"x"
-        assert not storage.exists(f"{url}b")
+        assert fs.exists(url)
+        assert fs.read_bytes(url) == b"x"
+        assert not fs.exists(f"{url}b")
 
 
 # HTTP sources
@@ -335,7 +334,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     thread.start()
     monkeypatch.setattr(retry, "PATIENCE_S", 0)
     yield server
-    storage.use_options({})
+    fs.use_options({})
     server.shutdown()
     thread.join()
     server.server_close()
@@ -349,7 +348,7 @@ def test_a_tar_on_the_web(web: Any, tmp_path: Path, ranges: bool) -> None:
     assert [ref.name for ref in refs] == ["00", "01"]
     assert [ref.size_bytes for ref in refs] == [len(data)] * 2
     digest = hashlib.sha256()
-    with storage.open_read(refs[0].urls[0]) as stream:
+    with fs.open_read(refs[0].urls[0]) as stream:
         assert len(list(read_groups("x", stream, digest))) == 3
     assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
     with pytest.raises(UsageError, match=r"matches nothing at 1 of 2 places: \S+/02\.tar"):
@@ -364,7 +363,7 @@ def test_a_tar_that_is_cut_on_its_way(
     web.files, web.ranges, web.cuts = {"/a.tar": data}, ranges, 100
 
     def groups() -> int:
-        with storage.open_read(f"{web.url}/a.tar") as stream:
+        with fs.open_read(f"{web.url}/a.tar") as stream:
             return len(list(read_groups(f"{web.url}/a.tar", stream, hashlib.sha256())))
 
     with pytest.raises(UnavailableError, match=r"cannot read http://\S+/a\.tar at byte \d+"):
@@ -382,10 +381,10 @@ def test_a_store_that_calls_a_part_the_whole(tmp_path: Path) -> None:
     class Short(fsspec.implementations.memory.MemoryFile):
         size = len(data)
 
-    storage.write_bytes("memory://b/short.tar", data[:-10240])
-    fs = storage.driver("memory://b/short.tar")[0]
-    with fs.open("/b/short.tar") as raw:
-        short = Short(fs, "/b/short.tar", raw.read())
+    fs.write_bytes("memory://b/short.tar", data[:-10240])
+    memory = fs.driver("memory://b/short.tar")[0]
+    with memory.open("/b/short.tar") as raw:
+        short = Short(memory, "/b/short.tar", raw.read())
     stream = retry.RetryingStream("memory://b/short.tar", short)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry, "PATIENCE_S", 0)
@@ -407,8 +406,8 @@ def test_refusals_of_a_web_server(web: Any, status: int, error: type[Exception],
     web.refuse = lambda path: status
     url = f"{web.url.replace('://', '://me:hunter2@')}/a.tar?X-Amz-Signature=hunter3"
     calls: list[Callable[[], object]] = [
-        lambda: storage.stat(url),
-        lambda: storage.open_read(url).__enter__(),
+        lambda: fs.stat(url),
+        lambda: fs.open_read(url).__enter__(),
         lambda: list_shards(url),
     ]
     for call in calls:
@@ -432,7 +431,7 @@ def test_the_time_of_a_file_on_the_web_stands_in_for_an_etag(
     web: Any, headers: dict[str, str], etag: str
 ) -> None:
     web.files, web.headers = {"/00.tar": b"x" * 10240, "/01.tar": b""}, headers
-    assert storage.stat(f"{web.url}/00.tar") == storage.Stat(10240, etag)
+    assert fs.stat(f"{web.url}/00.tar") == fs.Stat(10240, etag)
     assert {ref.etag for ref in list_shards(f"{web.url}/{{00..01}}.tar")} == {etag}
 
 

@@ -14,8 +14,7 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
-from splatshard.pipeline.storage import fs as storage
-from splatshard.pipeline.storage import retry
+from splatshard.pipeline.storage import fs, retry
 from tests.integration.s3.faulty import SECRET, Server, faulty
 
 
@@ -44,10 +43,10 @@ def server(
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(retry, "PATIENCE_S", 0)
-    storage.use_options({})
+    fs.use_options({})
     yield running
     running.fault = lambda _: ""
-    storage.use_options({})
+    fs.use_options({})
 
 
 buckets = itertools.count()

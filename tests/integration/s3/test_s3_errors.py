@@ -16,7 +16,7 @@ from splatshard.pipeline.shards.commit import (
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
 from tests.integration.s3.faulty import OTHER_JOB, SECRET, Server, assert_one_shard, commit_shard
 from tests.rows import config_of, make_ref
@@ -64,12 +64,12 @@ def test_refusals_name_the_remedy(server: Server, dst: str, code: str, remedy: s
         list_shards(f"{dst}/{{0..9}}.tar")
     with (
         pytest.raises(SourceError, match=f"cannot open {dst}/a: {code}.*{remedy}"),
-        storage.open_read(f"{dst}/a"),
+        fs.open_read(f"{dst}/a"),
     ):
         pass
     server.fault = lambda request: "AccessDenied" if request.method == "HEAD" else ""
     with pytest.raises(SourceError, match="403 Forbidden; check the credentials"):
-        storage.stat(f"{dst}/a")
+        fs.stat(f"{dst}/a")
 
 
 @pytest.mark.parametrize("code", ["InternalError", "SlowDown"])
@@ -81,11 +81,11 @@ def test_troubles_that_pass_are_unavailable(server: Server, dst: str, code: str)
         lambda: list_shards(f"{dst}/{{0..9}}.tar"),
         lambda: list_shards(f"{dst}/*.tar"),
         lambda: list_shards(dst),
-        lambda: storage.exists(f"{dst}/a"),
+        lambda: fs.exists(f"{dst}/a"),
         lambda: list(read(ref, hashlib.sha256())),
         lambda: commit_shard(dst),
         lambda: mark_failed(dst, make_ref(), config_of(), SourceError("cut")),
-        lambda: storage.write_bytes(f"{dst}/_progress.json", b"{}"),
+        lambda: fs.write_bytes(f"{dst}/_progress.json", b"{}"),
     ]
     for call in calls:
         with pytest.raises(UnavailableError, match="store does not answer as it should"):
@@ -108,14 +108,14 @@ def test_an_endpoint_that_nobody_listens_at(
 ) -> None:
     """It comes from the environment, and an option goes over it."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    storage.use_options({})
+    fs.use_options({})
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
         check_destination(dst)
-    storage.use_options({"endpoint_url": server.endpoint})
+    fs.use_options({"endpoint_url": server.endpoint})
     check_destination(dst)
-    storage.use_options({"s3": {"endpoint_url": "http://127.0.0.1:9"}})
+    fs.use_options({"s3": {"endpoint_url": "http://127.0.0.1:9"}})
     with pytest.raises(UnavailableError):
-        storage.stat(f"{dst}/_probe")
+        fs.stat(f"{dst}/_probe")
 
 
 def test_without_credentials(
@@ -125,22 +125,22 @@ def test_without_credentials(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    storage.use_options({})
+    fs.use_options({})
     with pytest.raises(StorageError, match=r"credentials.*AWS_ACCESS_KEY_ID.*anon"):
         check_destination(dst)
     with pytest.raises(SourceError, match=r"credentials.*AWS_ACCESS_KEY_ID.*anon"):
-        storage.stat(f"{dst}/a")
+        fs.stat(f"{dst}/a")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    storage.use_options({})
+    fs.use_options({})
     with pytest.raises(UsageError, match="nobody"):
         check_destination(dst)
     monkeypatch.delenv("AWS_PROFILE")
-    storage.use_options({"key": "access", "secret": "another secret"})
+    fs.use_options({"key": "access", "secret": "another secret"})
     check_destination(dst)
 
 
 def test_options_that_the_driver_does_not_know(server: Server, dst: str) -> None:
-    storage.use_options({"secrt": SECRET})
+    fs.use_options({"secrt": SECRET})
     with pytest.raises(UsageError, match=r"--storage-options.*secrt") as caught:
         check_destination(dst)
     assert SECRET not in str(caught.value)
@@ -150,7 +150,7 @@ def test_secrets_are_seen_nowhere(
     server: Server, dst: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     caplog.set_level("DEBUG", "pipeline")
-    storage.use_options({"key": "access-never-seen", "secret": f"{SECRET}-2"})
+    fs.use_options({"key": "access-never-seen", "secret": f"{SECRET}-2"})
     texts = []
     for code in ("SignatureDoesNotMatch", "AccessDenied", "InternalError"):
         server.fault = lambda _, code=code: f"{code}"
@@ -162,7 +162,7 @@ def test_secrets_are_seen_nowhere(
     secret = f"cannot read it with access-never-seen and {SECRET}-2 or {SECRET}"
     mark_failed(dst, make_ref(), config_of(), SourceError(secret))
     commit_shard(dst, config=config_of("webdataset"))
-    texts += [storage.read_bytes(f"{dst}/{n}").decode() for n in server.names(dst) if "json" in n]
+    texts += [fs.read_bytes(f"{dst}/{n}").decode() for n in server.names(dst) if "json" in n]
     assert len(texts) == 10
     for text in (*texts, caplog.text):
         assert "never" not in text, text

@@ -18,8 +18,7 @@ from splatshard.pipeline.shards.commit import (
 )
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.verify import verify_shard
-from splatshard.pipeline.storage import atomic
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import atomic, fs
 from splatshard.schemas.errors import SourceError, UnavailableError
 from splatshard.schemas.shard import ShardManifest
 from tests.integration.s3.faulty import (
@@ -43,7 +42,7 @@ def test_the_lost_answer_of_a_marker_is_recognised(
     old = commit_shard(dst, config=config_of("webdataset")) if stale else None
     atomic.keeps_conditions(dst)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
-    storage.use_options({})
+    fs.use_options({})
     lost: list[Request] = []
 
     def lose(request: Request) -> str:
@@ -139,7 +138,7 @@ def test_an_upload_that_breaks_leaves_nothing(
         assert server.names(dst) == []
         assert uploads() == []
     atomic.upload(path, f"{dst}/a")
-    assert storage.read_bytes(f"{dst}/a") == path.read_bytes()
+    assert fs.read_bytes(f"{dst}/a") == path.read_bytes()
 
 
 def test_an_upload_that_arrives_short_is_deleted(server: Server, dst: str) -> None:

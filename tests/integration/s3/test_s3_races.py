@@ -19,8 +19,7 @@ from splatshard.pipeline.shards.commit import (
 )
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.verify import verify_shard
-from splatshard.pipeline.storage import atomic
-from splatshard.pipeline.storage import fs as storage
+from splatshard.pipeline.storage import atomic, fs
 from splatshard.schemas.errors import SourceError, StorageError, UnavailableError
 from splatshard.schemas.shard import ShardManifest, to_json
 from tests.integration.s3.faulty import (
@@ -171,7 +170,7 @@ def test_two_jobs_at_once_keep_each_others_plans(
     monkeypatch.setattr(plan_file, "read_plan", read_plan)
     if fault == "lost":
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
-        storage.use_options({})
+        fs.use_options({})
         once = iter(["lost"])
         server.fault = lambda request: next(once, "") if request.conditional else ""
     plan_file.write_plan(dst, of["c" * 200])

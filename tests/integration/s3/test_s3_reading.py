@@ -12,8 +12,7 @@ import pytest
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.source.listing import list_shards
-from splatshard.pipeline.storage import fs as storage
-from splatshard.pipeline.storage import retry
+from splatshard.pipeline.storage import fs, retry
 from splatshard.schemas.errors import UnavailableError
 from tests.integration.s3.faulty import CONFIG, Server
 from tests.make import datacomp_tar, image_parquet
@@ -29,7 +28,7 @@ def test_a_stream_goes_on_where_it_was_cut(
     monkeypatch.setattr(retry, "PATIENCE_S", 60)
     cuts = itertools.count()
     server.fault = lambda request: "cut" if request.method == "GET" and next(cuts) in (0, 1) else ""
-    with storage.open_read(f"{dst}/a.tar") as stream:
+    with fs.open_read(f"{dst}/a.tar") as stream:
         assert stream.read(1000) == data[:1000]
         assert stream.read() == data[1000:]
     assert next(cuts) == 3
@@ -51,9 +50,9 @@ def test_a_source_that_is_cut_for_good_is_unavailable(
 
 
 def test_an_object_that_changes_while_it_is_read(server: Server, dst: str, tmp_path: Path) -> None:
-    storage.use_options({"default_block_size": 1 << 16})
+    fs.use_options({"default_block_size": 1 << 16})
     server.put(dst, {"a": os.urandom(1 << 18)})
-    with storage.open_read(f"{dst}/a") as stream:
+    with fs.open_read(f"{dst}/a") as stream:
         stream.read(1000)
         server.put(dst, {"a": os.urandom(1 << 17)})
         with pytest.raises(UnavailableError, match="at byte 1000"):
@@ -65,25 +64,25 @@ def test_long_listings_and_folders_of_web_consoles(server: Server, dst: str) -> 
     server.put(dst, dict.fromkeys(names, b"x") | {"": b"", "sub/x": b""})
     server.asked.clear()
     server.fault = lambda _: "paged"
-    assert list(storage.list_folder(dst)) == names
+    assert list(fs.list_folder(dst)) == names
     assert len(server.asked) == 8
-    assert storage.list_folder(f"{dst}/none") == {}
-    assert storage.is_dir(dst)
-    assert not storage.is_dir(f"{dst}/none")
-    assert not storage.exists(f"{dst}/none")
-    assert storage.exists(dst)
+    assert fs.list_folder(f"{dst}/none") == {}
+    assert fs.is_dir(dst)
+    assert not fs.is_dir(f"{dst}/none")
+    assert not fs.exists(f"{dst}/none")
+    assert fs.exists(dst)
 
 
 def test_threads_share_one_driver(server: Server, dst: str) -> None:
     urls = [f"{dst}/{i}" for i in range(64)]
-    storage.use_options({})
+    fs.use_options({})
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda url: storage.write_bytes(url, url.encode()), urls))
-        assert list(pool.map(storage.read_bytes, urls)) == [url.encode() for url in urls]
-        drivers = set(pool.map(lambda url: id(storage.driver(url)[0]), urls))
+        list(pool.map(lambda url: fs.write_bytes(url, url.encode()), urls))
+        assert list(pool.map(fs.read_bytes, urls)) == [url.encode() for url in urls]
+        drivers = set(pool.map(lambda url: id(fs.driver(url)[0]), urls))
     assert len(drivers) == 1
     # a child has one of its own
     child = os.fork()
     if child == 0:
-        os._exit(0 if storage.read_bytes(urls[0]) == urls[0].encode() else 1)
+        os._exit(0 if fs.read_bytes(urls[0]) == urls[0].encode() else 1)
     assert os.waitpid(child, 0)[1] == 0
