@@ -32,8 +32,8 @@ SKIP_STATUSES = (
     "duplicate_key",  # a second sample with a key already seen in this shard
     "unsafe_path",  # absolute or ../ member path
     "empty_image",  # zero bytes
-    "not_an_image",  # no known image header
-    "corrupt_image",  # header fine, pixels not
+    "not_an_image",  # no image format that is read
+    "corrupt_image",  # header fine, pixels not, or in a layout that is not read
     "too_large",  # the header promises more pixels than allowed
     "animated_image",  # more than one frame
     "bad_metadata",  # .cls or .json that cannot be parsed

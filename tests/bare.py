@@ -20,7 +20,7 @@ ABSENT = (
     *("ray", "tyro", "braceexpand", "s3fs", "webdataset", "gsplat", "hypothesis"),
     *("simplejpeg", "tensorboard", "moto", "duckdb", "xdist", "pytest-xdist"),
     *("aiobotocore", "aiohttp", "boto3", "botocore", "datasets", "polars", "torchdata"),
-    *("skimage", "scikit-image", "sklearn", "scikit-learn"),
+    *("skimage", "scikit-image", "sklearn", "scikit-learn", "imagecodecs", "tifffile"),
 )
 """Names for import, and for pip where that is another."""
 

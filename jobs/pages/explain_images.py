@@ -114,13 +114,14 @@ def fitted(pixels: Tensor, config: FitConfig, backend: Backend) -> tuple[Splats,
 def read_image(url: str, size: int) -> DecodedImage:
     """The crop that convert makes of an image file. Raises UsageError for what cannot be read."""
     from splatshard.pipeline.source.decode import decode
+    from splatshard.pipeline.source.formats import READ
     from splatshard.pipeline.storage import fs
 
     try:
         with fs.open_read(absolute(url)) as stream:
             return decode(stream.read(), url, DecodeConfig(image_size=size))
     except (SourceError, SampleError, OSError) as e:
-        raise UsageError(f"{e}: give an image file (JPEG, PNG, WebP, GIF, TIFF, BMP, PPM)") from e
+        raise UsageError(f"{e}: give an image file ({', '.join(f.name for f in READ)})") from e
 
 
 def boxes_in_crops(url: str, images: dict[str, DecodedImage], size: int) -> dict[str, list[Box]]:

@@ -1,6 +1,7 @@
 """Image bytes to a square RGB crop, by Pillow.
 
-    bytes -> header (format, size, frames) -> pixels -> 8-bit RGB -> square crop -> EXIF orientation
+    bytes -> format -> bare file -> header (size, frames) -> pixels -> 8-bit RGB -> square crop
+    -> orientation
 
 Files met in the wild lie, so nothing is decoded before the header has been checked. The formats are
 opened through Pillow's registry, not `Image.open`, whose size check is a process-wide warning.
@@ -9,8 +10,8 @@ The crop is the centred square over the short side, resized in one antialiased b
 "resize the short side, then centre-crop" up to the rounding of the long side, but a 1x5000 px image
 does not become 224x1,120,000 px on the way, and the orientation can wait for the small result.
 
-Left out: ICC profiles and gamma-correct resizing (the pipelines we compare with ignore both); AVIF,
-JPEG 2000 and the rest of Pillow's formats (not in these datasets, and each is attack surface).
+Left out: ICC profiles and gamma-correct resizing (the pipelines we compare with ignore both); the
+rest of Pillow's formats (not in these datasets, and each is attack surface).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,31 +35,53 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from splatshard.pipeline.source import containers
+from splatshard.pipeline.source.containers import Bare, orientation_of
+from splatshard.pipeline.source.formats import (
+    CONVERT,
+    WEAK_MAGIC,
+    NotSupported,
+    format_of,
+    not_read,
+)
+from splatshard.pipeline.source.rgb import to_rgb
+from splatshard.pipeline.source.tiff import bare_tiff
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import SampleError
 
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,  # also opens MPO
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        GifImagePlugin.GifImageFile,
-        TiffImagePlugin.TiffImageFile,
-        BmpImagePlugin.BmpImageFile,
-        PpmImagePlugin.PpmImageFile,
-    )
-)
+try:
+    from PIL import AvifImagePlugin
+except ImportError:  # Pillow before 11.3
+    AvifImagePlugin = None
+else:
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded on as many threads as there are
 
-WEAK_MAGIC = ("BMP", "PPM")
-"""Two letters that a text can begin with by chance: a bad header then means "not an image"."""
+PLUGINS = {
+    "JPEG": JpegImagePlugin,
+    "PNG": PngImagePlugin,
+    "WEBP": WebPImagePlugin,
+    "GIF": GifImagePlugin,
+    "BMP": BmpImagePlugin,
+    "TIFF": TiffImagePlugin,
+    "PPM": PpmImagePlugin,
+    "AVIF": AvifImagePlugin,
+}
+"""Pillow's readers. A Pillow may be without AVIF or WebP: `readable` tells."""
+
+BARE: dict[str, Callable[[bytes], Bare]] = {
+    "JPEG": containers.bare_jpeg,
+    "PNG": containers.bare_png,
+    "WEBP": containers.bare_webp,
+    "AVIF": containers.bare_avif,
+    "BMP": containers.bare_bmp,
+    "TIFF": bare_tiff,
+}
 
 DRAFT_FACTOR = 3
 """JPEGs are decoded at 1/2, 1/4 or 1/8 when that keeps this many times the target size. The crop
 then agrees with that of a full decode to 51 dB PSNR or better on 12 Kodak images, near the rounding
 to 8 bits; keeping only 2x gives 42 dB, which would show in a fit at 40 dB."""
 
-ORIENTATION_TAG = 0x0112
 QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The warning filter that `silence_pillow` wants in front."""
 
@@ -93,24 +117,29 @@ def decode(image: bytes, name: str, config: DecodeConfig) -> DecodedImage:
     if not image:
         raise SampleError("empty_image", f"{name} has zero bytes")
     silence_pillow()
-    with open_header(image, name) as source:
-        width, height = source.size
-        check_size(width, height, name, config.max_image_pixels)
-        try:
-            if source.format in ("GIF", "WEBP", "PNG") and getattr(source, "is_animated", 0):
-                raise SampleError("animated_image", f"{name} has more than one frame")
-            crop = square(source, config.image_size)
-            orientation = read_orientation(source)  # a PNG's may come after its pixels
-            if orientation in TRANSPOSE:
-                crop = crop.transpose(TRANSPOSE[orientation])
-        except (SampleError, MemoryError):
-            raise
-        except Image.DecompressionBombError as e:
-            raise SampleError("too_large", f"{name}: {e}") from e
-        except Exception as e:
-            raise SampleError(
-                "corrupt_image", f"{name} does not decode: {type(e).__name__}: {e}"
-            ) from e
+    kind = format_of(image, name)
+    if not readable(kind):
+        raise not_read(name, kind, f"update Pillow to one that has {kind}, or {CONVERT}")
+    try:
+        bare = BARE.get(kind, Bare)(image)
+        with open_header(bare, kind, name) as source:
+            width, height = source.size
+            check_size(width, height, name, config.max_image_pixels)
+            check_opened(source, bare, name)
+            orientation = orientation_of(bare)
+            crop = square(source, config.image_size, bare)
+    except (SampleError, MemoryError):
+        raise
+    except NotSupported as e:
+        raise SampleError("corrupt_image", f"{name}: {e}") from e
+    except Image.DecompressionBombError as e:
+        raise SampleError("too_large", f"{name}: {e}") from e
+    except Exception as e:
+        raise SampleError(
+            "corrupt_image", f"{name} does not decode: {type(e).__name__}: {e}"
+        ) from e
+    if orientation in TRANSPOSE:
+        crop = crop.transpose(TRANSPOSE[orientation])
     if orientation >= 5:
         width, height = height, width
     return DecodedImage(np.array(crop), width, height)
@@ -126,27 +155,34 @@ def silence_pillow() -> None:
         warnings.filterwarnings("ignore", module=QUIET[3].pattern)
 
 
-def open_header(image: bytes, name: str) -> ImageFile.ImageFile:
+def readable(kind: str) -> bool:
+    """Whether this Pillow has the format's library."""
+    return getattr(PLUGINS[kind], "SUPPORTED", kind not in ("AVIF", "WEBP"))
+
+
+def open_header(bare: Bare, kind: str, name: str) -> ImageFile.ImageFile:
     """The file with its header parsed and no pixel decoded.
 
-    Raises SampleError with status not_an_image, corrupt_image or too_large, and MemoryError.
+    Raises SampleError with status not_an_image or corrupt_image, what Pillow says of sizes, and
+    MemoryError.
     """
-    for kind in FORMATS:
-        factory, accept = Image.OPEN[kind]
-        if accept(image[:16].ljust(16, b"\0")) is not True:
-            continue
-        try:
-            return factory(io.BytesIO(image), "")
-        except MemoryError:
-            raise
-        except Image.DecompressionBombError as e:
-            raise SampleError("too_large", f"{name}: {e}") from e
-        except Exception as e:
-            if kind not in WEAK_MAGIC:
-                raise SampleError(
-                    "corrupt_image", f"{name}: bad {kind} header: {type(e).__name__}: {e}"
-                ) from e
-    raise SampleError("not_an_image", f"{name} begins with {image[:12]!r}, no known image format")
+    factory, _ = Image.OPEN[kind]
+    try:
+        source = factory(io.BytesIO(bare.data), "")
+    except (MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception as e:
+        if bare.parts:
+            bare.data, bare.parts = b"".join(bare.parts), ()
+            return open_header(bare, kind, name)
+        if kind in WEAK_MAGIC:
+            text = f"{name} begins with {bare.data[:12]!r}, no known image format"
+            raise SampleError("not_an_image", text) from e
+        text = f"{name}: bad {kind} header: {type(e).__name__}: {e}"
+        raise SampleError("corrupt_image", text) from e
+    if kind == "AVIF":  # its own orientation, as Pillow words it
+        bare.exif = source.info.get("exif", b"")
+    return source
 
 
 def check_size(width: int, height: int, name: str, max_image_pixels: int) -> None:
@@ -159,61 +195,40 @@ def check_size(width: int, height: int, name: str, max_image_pixels: int) -> Non
         )
 
 
-def read_orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; unreadable EXIF counts as upright, as in every viewer."""
+def check_opened(source: ImageFile.ImageFile, bare: Bare, name: str) -> None:
+    """Raises SampleError animated_image, and NotSupported for what only an opened file shows."""
+    animated = source.format in ("GIF", "WEBP", "AVIF") and has_frames(source)
+    if animated or bare.animated:
+        raise SampleError("animated_image", f"{name} has more than one frame")
+    if source.format == "GIF":
+        canvas = (0, 0, *source.size)
+        if source.tile[0][1] != canvas and "transparency" not in source.info:
+            raise NotSupported("a GIF whose picture does not fill its canvas")
+    if source.format == "BMP":
+        at = 24 if bare.data[14] == 12 else 28
+        if bare.data[at] == 4 and source.tile[0][3][0] != "P;4":
+            raise NotSupported("a BMP of 4 bits with the first grey levels as its palette")
+
+
+def has_frames(source: ImageFile.ImageFile) -> bool:
+    """Whether there is a second frame; broken bytes behind the first are none."""
     try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        return bool(getattr(source, "is_animated", False))
     except MemoryError:
         raise
     except Exception:
-        return 1
-    return orientation if orientation in TRANSPOSE else 1
+        return False
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
+def square(image: ImageFile.ImageFile, size: int, bare: Bare) -> Image.Image:
     """The centred square over the short side as RGB, size x size px. Decodes the pixels."""
     width, height = image.size
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         drafted = image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
         if drafted:
             _, (_, _, width, height) = drafted  # reduced size, fractional where it was rounded up
-    rgb = to_rgb(image)
+    rgb = to_rgb(image, bare)
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
     return rgb.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=None)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow to RGB.
-
-    Transparency over white; 16 and 32 bit and float by value. Pillow reads every CMYK JPEG as
-    Adobe's inverted kind, as browsers do.
-    """
-    image.load()
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(to_8_bits(np.asarray(image)))
-    if image.has_transparency_data:
-        foreground = image.convert("RGBA")
-        image = Image.new("RGB", image.size, "white")
-        image.paste(foreground, mask=foreground)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-@np.errstate(over="ignore", invalid="ignore")  # floats at the end of their range
-def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values [H, W] of more than 8 bits to uint8 of that shape, scaled and not clipped.
-
-    Integers are read as 0..65535 and floats as 0..1, or 0..255 where they exceed 1. Files beyond
-    that do not say what their white is, so minimum..maximum becomes 0..255. NaN is black.
-    """
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values.astype(np.float32))
-    low, high = values.min(), values.max()
-    if values.dtype.kind != "f" and low >= 0 and high <= 65535:
-        table = np.round(np.arange(65536) / 257).astype(np.uint8)  # a look-up: no float copy
-        return table[values]
-    if low >= 0 and high <= 255 and values.dtype.kind == "f":
-        return np.round(values * (255 if high <= 1 else 1)).astype(np.uint8)
-    span = max(float(high) - float(low), 1e-9)  # a constant image becomes black
-    return np.round((values - float(low)) / span * 255).astype(np.uint8)

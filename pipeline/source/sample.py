@@ -12,11 +12,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from splatshard.pipeline.source.formats import EXTENSIONS, NAMED_EXTENSIONS
 from splatshard.pipeline.source.tar import Group
 from splatshard.schemas.errors import SampleError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-"""Extensions of images, any case; of several in one sample the first of this list is the image."""
+IMAGE_EXTENSIONS = (*EXTENSIONS, *NAMED_EXTENSIONS)
+"""Extensions of images, any case; of several in one sample the first of this list is the image.
+Formats that can be named, but not read, become rows that say so."""
 
 SIDECAR_EXTENSIONS = ("txt", "json", "cls")
 """What joins an image of the same stem in a folder."""
@@ -50,7 +52,7 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     error, fields, kept = group.error, {}, []
     if image is None:
         found = ", ".join(group.members)
-        text = f"key {group.key} has no image ({' '.join(IMAGE_EXTENSIONS)}), only: {found}"
+        text = f"key {group.key} has no image ({' '.join(EXTENSIONS)}), only: {found}"
         error = error or SampleError("no_image", text)
     for extension, data in group.members.items():
         if extension == image or data is None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from splatshard.pipeline.source.decode import DecodedImage, decode, to_8_bits
+from splatshard.pipeline.source.decode import DecodedImage, decode
+from splatshard.pipeline.source.rgb import to_8_bits
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import SampleError
 from splatshard.schemas.shard import SKIP_STATUSES
@@ -127,15 +128,51 @@ def test_16_bit_png_is_scaled_not_clipped():
     assert len(np.unique(result)) == 64
 
 
+def test_to_8_bits_of_known_levels():
+    values = np.array([[0, 257, 4095, 65535]], np.uint16)
+    assert to_8_bits(values, (0, 65535)).tolist() == [[0, 1, 16, 255]]
+    assert to_8_bits(values, (65535, 0)).tolist() == [[255, 254, 239, 0]]
+    assert to_8_bits(values, (0, 4095)).tolist() == [[0, 16, 255, 255]]
+
+
 def test_to_8_bits_by_range():
     f = np.float32
     assert to_8_bits(np.array([[0, 65535]], np.int32)).tolist() == [[0, 255]]
-    assert to_8_bits(np.array([[-10, 0, 10]], np.int32)).tolist() == [[0, 128, 255]]
+    assert to_8_bits(np.array([[-10, 0, 200]], np.int32)).tolist() == [[0, 0, 200]]
+    assert to_8_bits(np.array([[0, 0]], np.int32)).tolist() == [[0, 0]]
     assert to_8_bits(np.array([[0, 0.5, 1]], f)).tolist() == [[0, 128, 255]]
     assert to_8_bits(np.array([[0, 100, 255]], f)).tolist() == [[0, 100, 255]]
-    assert to_8_bits(np.array([[0, 1000]], f)).tolist() == [[0, 255]]
-    assert to_8_bits(np.array([[np.nan, 1]], f)).tolist() == [[0, 255]]
-    assert to_8_bits(np.array([[-3, -3]], f)).tolist() == [[0, 0]]
+    assert to_8_bits(np.array([[np.nan, np.inf, -np.inf, 1]], f)).tolist() == [[0, 255, 0, 255]]
+    assert to_8_bits(np.array([[0, 3]], f)).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize("odd", [1.004, 3, 255, 1000, 3e38, np.inf, -0.004, -300, -np.inf, np.nan])
+@pytest.mark.parametrize("white", [1, 255])
+def test_one_pixel_does_not_decide(white, odd):
+    """It is clipped; the others are what they are without it."""
+    grey = photo()[..., 0]
+    values = grey.astype(np.float32) / np.float32(255 / white)
+    values[0, 0] = odd
+    found = to_8_bits(values)
+    expected = grey.copy()
+    expected[0, 0] = 255 * np.clip(np.nan_to_num(odd) / white, 0, 1) + 0.5
+    assert difference(found, expected) <= 1
+    assert decode_at(encode(Image.fromarray(values), "TIFF")).pixels.mean() > 60
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "dtype"),
+    [
+        *((scale, 0, "f4") for scale in (8, 100, 1000, 65535)),
+        *((scale, 0, "i4") for scale in (100, 4095, 10**6)),
+        *((2, -1, "f4"), (1, -5, "f4"), (65535, -32768, "i4")),
+    ],
+)
+def test_grey_of_unknown_white_is_a_row(scale, shift, dtype):
+    values = (photo()[..., 0] / np.float32(255) * scale + shift).astype(dtype)
+    with pytest.raises(SampleError, match="not known what is white: convert it to a PNG") as caught:
+        decode_at(encode(Image.fromarray(values), "TIFF"))
+    assert caught.value.status == "corrupt_image"
 
 
 def test_draft_keeps_the_picture_of_a_full_decode():
@@ -231,12 +268,16 @@ def test_animations(format):
     assert decode_at(animation(format, frames=1)).pixels.shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("where", ["decode.to_rgb", "decode.io.BytesIO", "decode.Image.Exif.get"])
+@pytest.mark.parametrize(
+    "where", ["decode.to_rgb", "decode.io.BytesIO", "containers.Image.Exif.get"]
+)
 def test_out_of_memory_says_nothing_of_the_sample(monkeypatch, where):
     def fail(*_: object) -> None:
         raise MemoryError
 
-    image = jpeg()
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    image = encode(photo(), "JPEG", exif=exif)
     monkeypatch.setattr(f"splatshard.pipeline.source.{where}", fail)
     with pytest.raises(MemoryError):
         decode_at(image)
@@ -259,8 +300,3 @@ def test_several_threads_decode_odd_files_in_silence():
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: decode_at(odd).pixels, range(64)))
     assert all(np.array_equal(pixels, results[0]) for pixels in results)
-
-
-def test_floats_at_the_end_of_their_range_decode():
-    wide = np.array([[-3e38, 0], [1, 3e38]], np.float32).repeat(8, 0).repeat(8, 1)
-    assert decode_at(encode(Image.fromarray(wide), "TIFF")).pixels.shape == (32, 32, 3)
