@@ -273,7 +273,7 @@ BMP_MASKS = {
 
 def bare_bmp(image: bytes) -> Bare:
     """The file itself, if it is stored without compression, in a common order of bits."""
-    if len(image) < 54 or image[14] not in (40, 52, 56, 64, 108, 124):
+    if len(image) < 54 or image[14] < 40:
         return Bare(image)
     header, bits = struct.unpack_from("<14xI10xH", image)
     compression, colors = struct.unpack_from("<30xI12xI", image)

@@ -40,24 +40,25 @@ READ = (
     _format("PNG", rb"\x89PNG\r\n\x1a\n", "png apng"),
     _format("WEBP", rb"RIFF....WEBP", "webp"),
     _format("GIF", rb"GIF8[79]a", "gif"),
-    _format("BMP", rb"BM", "bmp"),
+    _format("BMP", rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", "bmp"),
     _format("TIFF", rb"II[*+]\0(?!....CR)|MM\0[*+]", "tif tiff"),
     _format("PPM", rb"P[1-6f][\s#]", "ppm pgm pbm pnm pfm"),
     _format("AVIF", rb"....ftyp(?:avi[fs]|(?:mi|ms)f1.{4}(?:.{4})*?avi[fs])", "avif"),
 )
 """By Pillow's names."""
 
-WEAK_MAGIC = ("BMP", "PPM")
-"""Two letters that a text can begin with by chance: a bad header then means "not an image"."""
+WEAK_MAGIC = ("PPM",)
+"""What a text can begin with by chance: a bad header then means "not an image"."""
 
 CONVERT = "convert it to PNG or JPEG"
 DEVELOP = "develop it to JPEG or 16-bit TIFF, for instance with RawTherapee or darktable"
 TONE_MAP = "map its range to 8 bits and save it as PNG"
 RENDER = "render it to PNG"
-FRAMES = "extract the frames that you want, for instance with ffmpeg"
+FRAMES = "extract its frames, for instance with ffmpeg"
 FETCH = "download it again"
 FTYP = rb"....ftyp(?:%b)"
 RAW = rb"II\*\0....CR|....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0|FOVb|\0MRM"
+OTHER_VIDEO = rb"FLV\x01|OggS|\x30\x26\xb2\x75|....[\x11\x12]\xaf"
 
 NAMED = (
     _format("HEIC", FTYP % rb"he[iv][cxms]|(?:mi|ms)f1|heif", "heic heif hif", CONVERT),
@@ -74,6 +75,7 @@ NAMED = (
     _format("GIMP", rb"gimp xcf", "xcf", CONVERT),
     _format("icon (ICO, CUR)", rb"\0\0[\x01\x02]\0[^\0]\0", "ico cur", CONVERT),
     _format("icon (ICNS)", rb"icns", "icns", CONVERT),
+    _format("BLP", rb"BLP[12]", "blp", CONVERT),
     _format("DDS", rb"DDS ", "dds", CONVERT),
     _format("QOI", rb"qoif", "qoi", CONVERT),
     _format("PCX", rb"\x0a[\0\x02-\x05]\x01[\x01\x02\x04\x08]", "pcx", CONVERT),
@@ -95,7 +97,7 @@ NAMED = (
     _format("video (AVI)", rb"RIFF....AVI ", "", FRAMES),
     _format("video (Matroska, WebM)", rb"\x1aE\xdf\xa3", "", FRAMES),
     _format("video (MPEG)", rb"\0\0\x01[\xba\xb3]", "", FRAMES),
-    _format("video (Flash, Ogg, WMV)", rb"FLV\x01|OggS|\x30\x26\xb2\x75", "", FRAMES),
+    _format("video (Flash, Ogg, WMV, FLI)", OTHER_VIDEO, "", FRAMES),
     _format("NumPy array", rb"\x93NUMPY", "", "save it as an image"),
     _format("HDF5", rb"\x89HDF\r\n", "", "save its arrays as images"),
     _format("ZIP archive", rb"PK\x03\x04", "", "unpack it"),

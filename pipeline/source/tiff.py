@@ -18,7 +18,8 @@ INTEGERS = {1: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q"}
 """Bytes of a tag's types, and struct's letters of those that are numbers from 0 on."""
 
 BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, SAMPLES = 258, 259, 262, 266, 277
-PLANAR, COLOR_MAP, INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT = 284, 320, 332, 338, 339
+PLANAR, PREDICTOR, COLOR_MAP, INK_SET = 284, 317, 320, 332
+EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
 COEFFICIENTS, SUBSAMPLING, REFERENCE = 529, 530, 532
 MOST_VALUES = 1 << 20
 """More strips than any picture has: lists of numbers take many times their bytes."""
@@ -28,7 +29,7 @@ FULL = (0, 255, 128, 255, 128, 255)
 SUBFILE, OLD_SUBFILE, XMP, DNG_VERSION, JPEG_TABLES = 254, 255, 700, 50706, 347
 
 SHORTS = (BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, COLOR_MAP)
-SHORTS += (317, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING)
+SHORTS += (PREDICTOR, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING)
 LONGS = (256, 257, 273, 278, 279, 292, 293, 322, 323, 324, 325)
 """What the pixels need: layout and predictor; size, strips, options of fax, tiles."""
 
@@ -53,6 +54,8 @@ NONE, JPEG = 1, 7
 FAX = (2, 3, 4)
 LOSSLESS = (NONE, 5, 8, 32946, 32773, 34925, 50000)
 """None, LZW, Deflate, Deflate of old, PackBits, LZMA, Zstandard."""
+PREDICTED = (5, 8, 32946, 50000)
+"""Those with a predictor."""
 
 ALONE = ((),)
 BESIDE = ((), (0,), (1,), (2,))
@@ -163,6 +166,10 @@ def check_layout(page: Directory) -> None:
     fits |= compression in FAX and bits[0] == 1 and photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)
     fits |= compression == JPEG and bits[0] == 8 and photometric in (BLACK_IS_ZERO, RGB, YCBCR)
     fits &= not (compression == JPEG and extra)
+    if page.value(PREDICTOR, 1) != 1 and (
+        compression not in PREDICTED or bits[0] not in (8, 16, 32)
+    ):
+        raise NotSupported(f"{what}, Compression {compression}, Predictor {page.value(PREDICTOR)}")
     if not fits:
         raise NotSupported(f"{what}, Compression {compression}")
     if bits[0] == 32 and compression != NONE and page.order == ">":

@@ -128,12 +128,17 @@ def test_floats_and_integers_of_32_bits(compression: int) -> None:
             assert np.array_equal(pixels_of(image), grey.repeat(3, 2))
 
 
-def test_predictor_of_floats() -> None:
+def test_predictors() -> None:
     grey = samples(1, 8)[..., 0]
     stream = io.BytesIO()
     values = (grey / np.float32(255)).astype(np.float32)
     tifffile.imwrite(stream, values, compression="deflate", predictor=3)
     assert np.array_equal(pixels_of(stream.getvalue()), grey[..., None].repeat(3, 2))
+    wide = tiff(samples(1, 8).astype(np.int32), 32, 1, compression=8, predictor=2)
+    assert np.array_equal(pixels_of(wide), grey[..., None].repeat(3, 2))
+    for bits, compression in ((4, 5), (12, 5), (8, 1), (8, 32773)):
+        image = tiff(samples(1, bits), bits, 1, compression=compression, tags={317: (3, [2])})
+        assert f"Compression {compression}, Predictor 2" in reason(image)
 
 
 def test_numbers_that_are_no_grey_are_rows() -> None:
