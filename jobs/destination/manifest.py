@@ -3,7 +3,9 @@
     catalog = Catalog(dst, done)        the done shards that are there before this run
     catalog.add(manifest)               one more, or one that replaces another
     catalog.write_if_due()              once a minute at most, and at most 3 % of the time
-    catalog.write()                     at the end, with the dataset card
+    catalog.write()                     at the end
+
+The dataset card is written before it, each time, so that the card is never older.
 
 All of it but `provenance` is a pure function of the markers. The file may lag behind them, so
 nothing is lost when it is not written; see `pipeline.shards.markers` for how it is believed.
@@ -100,13 +102,11 @@ class Catalog:
         Raises StorageError, UnavailableError and SourceError.
         """
         if self._changed or not self._is_written():
-            now = head(self.manifests)
-            self._write(now)
-            write_text(self._dst, CARD_FILE, card(self._dst, now, self.manifests))
+            self._write(head(self.manifests))
 
     def _is_written(self) -> bool:
         url = f"{self._dst}/{MANIFEST_FILE}"
-        if not exists(url):
+        if not exists(url) or not exists(f"{self._dst}/{CARD_FILE}"):
             return False
         with open_read(url) as stream:
             before = read_head(stream.read(1 << 20).partition(b"\n")[0])
@@ -121,6 +121,7 @@ class Catalog:
             name: Entry(manifest, self._marker_bytes[name])
             for name, manifest in self._manifests.items()
         }
+        write_text(self._dst, CARD_FILE, card(self._dst, now, self.manifests))
         with staged_file(self._dst, "manifest") as path:
             write_lines(path, manifest_lines(now, entries))
             put_file(path, f"{self._dst}/{MANIFEST_FILE}")

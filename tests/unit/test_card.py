@@ -48,6 +48,32 @@ def test_the_card_tells_figures_source_and_recipe(tmp_path: Path) -> None:
     assert text.count("```json") == 1
 
 
+def test_the_card_is_there_when_the_manifest_takes_in_the_last_shard_early(tmp_path: Path) -> None:
+    """As in each conversion of more than a minute whose last shard comes as the minute ends."""
+    catalog = Catalog(str(tmp_path), [])
+    catalog.add(commit(tmp_path, "a", "parquet"))
+    catalog._due = 0.0
+    catalog.write_if_due()
+    catalog.write()
+    assert "| shards | 1 |" in (tmp_path / CARD_FILE).read_text()
+
+
+@pytest.mark.parametrize("old", [None, "an older card\n"])
+def test_a_job_that_finds_all_done_leaves_a_card_of_it(tmp_path: Path, old: str | None) -> None:
+    """A killed job's manifest has its card already; without any the next job writes one."""
+    manifests = [commit(tmp_path, name, "parquet") for name in "ab"]
+    if old:
+        (tmp_path / CARD_FILE).write_text(old)
+    catalog = Catalog(str(tmp_path), manifests[:1])
+    catalog.add(manifests[1])
+    catalog._due = 0.0
+    catalog.write_if_due()  # then it is killed
+    assert "| shards | 2 |" in (tmp_path / CARD_FILE).read_text()
+    (tmp_path / CARD_FILE).unlink()
+    Catalog(str(tmp_path), manifests).write()
+    assert "| shards | 2 |" in (tmp_path / CARD_FILE).read_text()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_code_on_the_card_reads_the_dataset(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
