@@ -18,6 +18,9 @@ import tyro
 
 from splatshard.jobs.cli.command import parse, run
 from splatshard.jobs.cli.options import RunOptions, Switch, prepare
+from splatshard.jobs.cli.text import say
+from splatshard.jobs.destination.class_texts import read_classes
+from splatshard.jobs.destination.figures import left_out_line
 from splatshard.jobs.destination.plan import make_plan, refuse_stale
 from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.storage.fs import absolute
@@ -33,7 +36,8 @@ class ConvertOptions(RunOptions):
     """Convert an image dataset into shards of 2D Gaussians.
 
     Run the same command again to continue after any interruption; finished shards are kept.
-    Exit codes: 0 all done, 1 usage, configuration or storage, 3 finished with failed shards.
+    Exit codes: 0 all done, 1 usage, configuration or storage, 3 finished with failed shards, or
+    without a single good sample.
     """
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -47,6 +51,9 @@ class ConvertOptions(RunOptions):
     """Convert only the first N samples."""
     samples_per_shard: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
     """Samples per shard when SRC is a folder; other sources keep their shards."""
+    classes: Annotated[str, tyro.conf.arg(metavar="LIST|DST", help_behavior_hint="")] = ""
+    """Numbers of a folder's classes: a text file with a class folder's name per line, or the DST of
+    another split, whose numbers are taken. Default: the class folders of SRC by name."""
     teacher: Annotated[str, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")] = ""
     """Store this CLIP's embedding of each image, for distillation: a local folder, or a name on the
     Hugging Face hub."""
@@ -109,13 +116,17 @@ def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
     from splatshard.pipeline.shards.commit import check_destination, check_scheme
     from splatshard.pipeline.shards.markers import read_markers
-    from splatshard.pipeline.source.listing import list_shards
+    from splatshard.pipeline.source.listing import list_source
 
     prepare(options)
     check_scheme(options.dst)
     config = with_teacher(with_encoder(options.config), options.teacher)
     dst = absolute(options.dst).rstrip("/")
-    refs = list_shards(options.src, options.limit, options.samples_per_shard, dst)
+    classes = read_classes(options.classes) if options.classes else ()
+    found = list_source(options.src, options.limit, options.samples_per_shard, dst, classes)
+    refs = found.refs
+    for note in found.notes:
+        say(note)
     if not options.dry_run:
         check_destination(dst)
     markers = read_markers(dst)
@@ -125,9 +136,10 @@ def convert(options: ConvertOptions, started: float) -> int:
     if options.dry_run:
         from splatshard.jobs.driver.dryrun import dry_run
 
+        say(left_out_line(found.left_out) or "all files of SRC are converted")
         workers = None if options.workers == "auto" else options.workers
         return dry_run(plan.work, config, workers, options.json)
-    return execute(plan, refs, config, dst, options, started)
+    return execute(plan, refs, config, dst, options, started, found.left_out)
 
 
 def with_teacher(config: ConvertConfig, model: str) -> ConvertConfig:

@@ -21,6 +21,7 @@ from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import open_dataset
 from splatshard.jobs.cli.options import DatasetOptions, Device, torch_device
 from splatshard.jobs.cli.text import count, duration, print_json, say
+from splatshard.jobs.destination.class_texts import planned_classes
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import PlannedShard
 from splatshard.jobs.destination.plan_file import read_plan, write_plan
@@ -131,12 +132,15 @@ def sources_of(
     dst: str, done: Mapping[str, ShardManifest], options: EmbedOptions
 ) -> dict[str, ShardRef]:
     """The source of each shard. Raises UsageError where one is missing or of another size."""
-    from splatshard.pipeline.source.listing import current, list_shards
+    from splatshard.pipeline.source.listing import current, list_source
 
+    plan = read_plan(dst)
     if options.src:
-        refs = list_shards(options.src, None, options.samples_per_shard, dst)
+        lists = planned_classes(plan)
+        classes = lists.pop() if len(lists) == 1 else ()
+        refs = list_source(options.src, None, options.samples_per_shard, dst, classes).refs
     else:
-        refs = current(shard.ref for name, shard in read_plan(dst).items() if name in done)
+        refs = current(shard.ref for name, shard in plan.items() if name in done)
     found = {ref.name: ref for ref in refs}
     matched: dict[str, ShardRef] = {}
     for name, manifest in done.items():

@@ -1,4 +1,5 @@
-"""The status job: what is done, failed, missing and stale in DST, from `_plan.json` and markers.
+"""The status job: what is done, failed, missing and stale in DST, from `_plan.json` and markers,
+and what of SRC was left out, from `_run.json`.
 
 One listing, `_manifest.json` in place of the markers it stands for, and the rest of the markers; no
 shard is opened, so it is quick on a large DST and may run beside a conversion, whose
@@ -21,10 +22,10 @@ from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import answer, count, duration, print_json, size
-from splatshard.jobs.destination.figures import dataset_figures
+from splatshard.jobs.destination.figures import dataset_figures, left_out_line, left_out_of
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import Status, status
-from splatshard.jobs.destination.plan_file import read_plan, read_text
+from splatshard.jobs.destination.plan_file import read_plan, read_run, read_text
 from splatshard.jobs.driver.progress import PROGRESS_FILE
 
 MAX_NAMED = 20
@@ -52,11 +53,14 @@ def show(options: StatusOptions) -> int:
     state = status(read_plan(dst), read_markers(dst))
     figures = dataset_figures(state.done) | {"psnr_quantiles": psnr_quantiles(state.done)}
     progress = read_progress(dst)
+    left_out = left_out_of(read_run(dst))
     answer(table_of(dst, state, figures, sys.stderr if options.json else sys.stdout), options.json)
+    if line := left_out_line(left_out):
+        answer(line, options.json)
     if progress.get("state") == "running":
         answer(running(progress, datetime.now(UTC)), options.json)
     if options.json:
-        print_json(as_dict(state, figures) | {"progress": progress or None})
+        print_json(as_dict(state, figures) | {"progress": progress or None, "left_out": left_out})
     return EXIT_OK
 
 

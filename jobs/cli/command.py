@@ -1,6 +1,7 @@
 """What every command's `main` shares: flags from a dataclass, one-line errors, exit codes.
 
-    0 all done    1 usage, configuration or storage    3 finished with failed shards
+    0 all done    1 usage, configuration or storage
+    3 finished with failed shards, or without an ok sample
     130 interrupted (Ctrl-C)    143 terminated
 
 Commands import `pipeline.shards.commit` and what else brings torch inside functions, so that

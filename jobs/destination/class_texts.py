@@ -1,8 +1,16 @@
-"""Where the class names and prompts of a dataset are: what `evaluate` and `explain` share."""
+"""The classes of a dataset: their names and prompts, which `evaluate` and `explain` share, and the
+folders by which they are numbered."""
 
 from __future__ import annotations
 
-from splatshard.schemas.shard import ShardManifest
+from collections.abc import Mapping, Sequence
+
+from splatshard.jobs.cli.log import log
+from splatshard.jobs.cli.text import count, say
+from splatshard.jobs.destination.plan import PlannedShard
+from splatshard.jobs.destination.plan_file import read_plan
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.shard import ShardManifest, ShardRef
 
 
 def lines_of(given: str, name: str, src: str) -> list[str]:
@@ -26,3 +34,66 @@ def folders_of(src: str) -> list[str]:
     is_file = source.endswith((".tar", ".parquet"))
     folders = [src, source.rpartition("/")[0] if is_file else source]
     return [place for folder in folders for place in beside(folder)]
+
+
+def read_classes(place: str) -> tuple[str, ...]:
+    """Class folders in the order of their numbers: the lines of a file, or what the folder `place`,
+    a DST, was numbered by. Raises UsageError where there are none, or several lists."""
+    from splatshard.pipeline.evaluation.class_texts import CLASSNAMES
+    from splatshard.pipeline.evaluation.zeroshot import read_lines
+    from splatshard.pipeline.storage.fs import absolute, exists, is_dir
+
+    url = absolute(place).rstrip("/")
+    if is_dir(url):
+        found = planned_classes(read_plan(url))
+        if len(found) > 1:
+            raise UsageError(
+                f"--classes {place}: its shards are numbered by {len(found)} lists of classes; "
+                "give the one that you mean as a file"
+            )
+        if found:
+            return found.pop()
+        url = f"{url}/{CLASSNAMES}"
+        if not exists(url):
+            raise UsageError(f"--classes {place}: the shards there have no classes by folder")
+    names = tuple(read_lines(url))
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{url}: {twice[0]} is there twice, and the lines are numbered")
+    return names
+
+
+def planned_classes(shards: Mapping[str, PlannedShard]) -> set[tuple[str, ...]]:
+    """The lists of class folders by which the labels of `shards` are numbered."""
+    return {shard.ref.labels for shard in shards.values() if shard.ref.labels}
+
+
+def place_texts(refs: Sequence[ShardRef], dst: str) -> None:
+    """Put the class names and prompts of the images `refs` beside their shards, and tell where
+    numbers and names do not fit. Raises StorageError and UnavailableError."""
+    from splatshard.pipeline.evaluation.class_texts import CLASSNAMES, copy_texts, write_names
+    from splatshard.pipeline.evaluation.zeroshot import read_lines
+
+    for url in copy_texts(refs, dst):
+        say(f"copied for evaluation: {url}")
+    classes = next((ref.labels for ref in refs if ref.labels), ())
+    if not classes:
+        return
+    url = f"{dst}/{CLASSNAMES}"
+    if write_names(classes, url):
+        say(f"the classes' names, in the order of their numbers: {url}")
+    elif (lines := len(read_lines(url, numbered=False))) != len(classes):
+        log(
+            "classes",
+            f"warning: {url} has {count(lines, 'name')} for {len(classes):,} classes: delete it, "
+            "the next convert writes it anew",
+            level="warning",
+        )
+    names = {ref.name for ref in refs}
+    others = {name: shard for name, shard in read_plan(dst).items() if name not in names}
+    if planned_classes(others) - {classes}:
+        log(
+            "classes",
+            "warning: DST also holds shards whose labels are numbered by other classes, and "
+            "readers will take both; choose another DST, or give both the same --classes",
+            level="warning",
+        )

@@ -6,8 +6,10 @@ to one plan at a time: under a lock on a local disk, by conditional writes on S3
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from splatshard.jobs.destination.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
 from splatshard.pipeline.storage.errors import storage_errors
@@ -36,6 +38,15 @@ def read_text(dst: str, name: str) -> str | None:
 def write_text(dst: str, name: str, text: str) -> None:
     """Write `dst/name` atomically. Raises StorageError and UnavailableError."""
     write_bytes(f"{dst}/{name}", text.encode())
+
+
+def read_run(dst: str) -> dict[str, Any]:
+    """The figures of the last run in `dst`; empty when there are none that can be understood."""
+    try:
+        run = json.loads(read_text(dst, RUN_FILE) or "{}")
+    except ValueError:
+        return {}
+    return run if isinstance(run, dict) else {}
 
 
 def read_plan(dst: str) -> dict[str, PlannedShard]:

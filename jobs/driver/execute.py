@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, Interrupted
@@ -11,9 +11,11 @@ from splatshard.jobs.cli.log import log
 from splatshard.jobs.cli.options import RunOptions, parse_storage_options
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.cli.text import count, duration, print_json, say, size
+from splatshard.jobs.destination.class_texts import place_texts
+from splatshard.jobs.destination.figures import left_out_line, left_out_of, total_ok
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan, mixed, planned
-from splatshard.jobs.destination.plan_file import RUN_FILE, write_plan, write_text
+from splatshard.jobs.destination.plan_file import RUN_FILE, read_run, write_plan, write_text
 from splatshard.jobs.driver.progress import Progress, run_summary
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import StorageError, UnavailableError
@@ -27,17 +29,17 @@ def execute(
     dst: str,
     options: RunOptions,
     started: float,
+    left_out: Mapping[str, Mapping[str, int]] | None = None,
 ) -> int:
-    """Convert what is left to do of `plan`, tell the result; returns the exit code."""
-    from splatshard.pipeline.evaluation.class_texts import copy_texts
+    """Convert what is left to do of `plan`, tell the result; returns the exit code. `left_out` are
+    files of SRC that are not converted, as `Listing` has them; None: as the last run had them."""
     from splatshard.pipeline.shards.commit import clean_staging, remove
 
     say(describe(plan, len(refs)))
     if warning := mixed(plan, config):
         log("mixed", f"warning: {warning}", level="warning")
     write_plan(dst, planned(refs, plan, config), plan.folders)
-    for url in copy_texts(refs, dst):
-        say(f"copied for evaluation: {url}")
+    place_texts(refs, dst)
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started, dst)
     catalog = Catalog(dst, [*plan.done, *plan.others])  # what is replaced stays until it is
@@ -50,12 +52,15 @@ def execute(
         say(f"{count(len(removed), 'shard')} deleted that SRC no longer has")
     catalog.write()
     summary = run_summary(progress, plan.done, started, workers)
-    if plan.work:
-        write_text(dst, RUN_FILE, json.dumps(summary, sort_keys=True, indent=2) + "\n")
+    last = read_run(dst)
+    summary["left_out"] = left_out_of(last) if left_out is None else left_out
+    run = summary if plan.work else last | {"left_out": summary["left_out"]}
+    if run != last and (plan.work or last):
+        write_text(dst, RUN_FILE, json.dumps(run, sort_keys=True, indent=2) + "\n")
     tell_summary(summary, progress, dst)
     if options.json:
         print_json(summary)
-    return EXIT_FAILED_SHARDS if progress.failures else EXIT_OK
+    return EXIT_FAILED_SHARDS if progress.failures or not summary["ok"] else EXIT_OK
 
 
 def drive(
@@ -120,12 +125,19 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
         f"{count(summary['samples'], 'sample')}: {summary['ok']:,} ok"
         + (f", skipped: {skipped}" if skipped else "")
     )
+    if left_out := left_out_line(left_out_of(summary)):
+        say(f"  {left_out}")
     for shard, sample in progress.skipped:
         say(f"  {sample.key} in shard {shard}: {sample.status}: {sample.error}")
     if sum(summary["skipped"].values()) > len(progress.skipped):
         what = "... the others" if progress.skipped else "which"
         say(f"  {what}: splatshard report {dst}")
-    if summary["ok"]:
+    if bare := sorted(m.name for m in progress.manifests if not total_ok([m])):
+        some = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
+        say(f"  without any ok sample: {count(len(bare), 'shard')}: {some}")
+    if not summary["ok"]:
+        say("no sample of SRC has splats: what the lines above name is to be mended first")
+    else:
         say(
             f"  PSNR {summary['psnr_mean']:.2f} dB   "
             f"{summary['num_gaussians_mean']:,.0f} Gaussians and "

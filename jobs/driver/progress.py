@@ -26,6 +26,7 @@ from splatshard.jobs.cli.log import log, structured
 from splatshard.jobs.cli.text import count, duration
 from splatshard.jobs.destination.figures import (
     dataset_figures,
+    total_ok,
     total_samples,
 )
 from splatshard.jobs.destination.plan_file import write_text
@@ -73,6 +74,7 @@ class Progress:
         self.worker_s = 0.0
         self.stage_s: Counter[str] = Counter()
         self._stats = Stats(work, done_before)
+        self._ok_before = total_ok(done_before)
         self._started = started
         self._dst = dst
         self._file = ProgressFile(dst, time.monotonic() - started) if dst else None
@@ -103,7 +105,8 @@ class Progress:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             self.state = "interrupted"
         else:
-            self.state = "failed" if error or self.failures else "done"
+            bare = self.manifests and not (self._ok_before or total_ok(self.manifests))
+            self.state = "failed" if error or self.failures or bare else "done"
         snapshot = self._publish(time.monotonic())
         message = f"job into {self._dst} ends: {self.state}"
         fields = asdict(snapshot) if structured() else {}

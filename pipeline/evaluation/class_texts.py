@@ -3,13 +3,15 @@
 CLIP_benchmark's layout keeps both with the tars of a split or one folder up: classnames.txt, a name
 per line in the order of the labels, and zeroshot_classification_templates.txt, prompts with {c} in
 place of the name. Copies beside the shards are what zero-shot evaluation needs once the images are
-elsewhere. They are no part of the shards: nothing depends on them, and a copy may be edited.
+elsewhere. They are no part of the shards: nothing depends on them, and a copy may be edited. Where
+there are none, the names are those of the class folders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from splatshard.pipeline.source.sample import storable
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UnavailableError
 from splatshard.schemas.shard import ShardRef
@@ -60,3 +62,13 @@ def copy_texts(refs: Iterable[ShardRef], dst: str) -> list[str]:
         fs.write_bytes(target, text)
         copied.append(url)
     return copied
+
+
+def write_names(names: Iterable[str], url: str) -> bool:
+    """Write class names to the file `url`, a line each, unless it is there. Raises StorageError and
+    UnavailableError."""
+    if fs.exists(url):
+        return False
+    lines = (" ".join(storable(name).split()) for name in names)
+    fs.write_bytes(url, "".join(f"{line}\n" for line in lines).encode())
+    return True

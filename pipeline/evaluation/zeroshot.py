@@ -26,7 +26,7 @@ def read_lines(url: str, *, numbered: bool = True) -> list[str]:
     among them is blank though their numbers count."""
     try:
         with fs.open_read(url) as stream:
-            text = stream.read().decode()
+            text = stream.read().decode("utf-8-sig")
     except (SourceError, ValueError) as e:
         raise UsageError(f"{url} cannot be read: {e}") from e
     lines = [line.strip() for line in text.rstrip().splitlines()]

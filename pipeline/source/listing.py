@@ -6,14 +6,24 @@ SRC is one of, or several joined by `::` of
     a brace pattern  shards/{00000000..00001287}.tar      every file must exist
     a glob           shards/*.tar
     a folder         its .tar and image .parquet files, at any depth; where there are none, its
-                     images, cut into shards by sorted path
+                     images, cut into shards by sorted path (folder.py)
     a list file      files.txt: one source per line, # comments, relative to the list's folder
 
 on a local disk or any fsspec URL. Links are followed; one that leads nowhere is an error, as is a
-folder that cannot be listed. Of a folder, hidden files and folders are left out.
+folder that cannot be listed. Hidden folders are not looked into.
 
 Beside each `00000000.tar` img2dataset leaves a metadata file `00000000.parquet`: where both are in
 one folder the tar is meant, and Parquet files without images are passed over.
+
+What was listed and is not converted is counted in `Listing.left_out`, by reason and extension:
+
+    beside_shards   images in a folder or glob that has tars or Parquet files with images
+    same_name       Parquet files beside a tar of their name
+    no_image_column Parquet files without images
+    no_image        .txt, .json, .cls without an image of their name
+    compressed      compressed archives
+    hidden          images, tars and Parquet files whose name begins with a dot
+    other           all else: no extension that is known
 
 Left out: compressed tars; list files inside list files; fsspec's chained URLs (`::` joins here).
 """
@@ -21,54 +31,105 @@ Left out: compressed tars; list files inside list files; fsspec's chained URLs (
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from posixpath import basename
 
+from splatshard.pipeline.source.folder import (
+    class_of,
+    classes_in,
+    cut,
+    few,
+    is_image,
+    is_sidecar,
+    split_stem,
+    with_images,
+)
 from splatshard.pipeline.source.parquet import has_images
-from splatshard.pipeline.source.read import count_samples, split_stem
-from splatshard.pipeline.source.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS
+from splatshard.pipeline.source.patterns import (
+    COMPRESSED,
+    is_glob,
+    is_hidden,
+    kind_of,
+    path_of,
+    patterns_of,
+    refuse_compressed,
+    stem_of,
+)
+from splatshard.pipeline.source.read import count_samples
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.fs import Stat
 from splatshard.pipeline.storage.options import redact, scheme_of
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.shard import ShardRef
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+
+@dataclass
+class Listing:
+    """What is at SRC: its shards, what of it is left out (by reason, then extension), and what the
+    user should know of it, in lines."""
+
+    refs: list[ShardRef] = field(default_factory=list)
+    left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class folders in the order of their numbers."""
+        return next((ref.labels for ref in self.refs if ref.labels), ())
+
+    def leave_out(self, reason: str, urls: Iterable[str]) -> None:
+        if found := Counter(split_stem(path_of(url))[1].lower() for url in urls):
+            self.left_out[reason].update(found)
 
 
 def list_shards(
     src: str, limit: int | None = None, samples_per_shard: int = 1000, dst: str = ""
 ) -> list[ShardRef]:
+    """The shards alone of `list_source`."""
+    return list_source(src, limit, samples_per_shard, dst).refs
+
+
+def list_source(
+    src: str,
+    limit: int | None = None,
+    samples_per_shard: int = 1000,
+    dst: str = "",
+    classes: Sequence[str] = (),
+) -> Listing:
     """The shards of `src` in order; with `limit`, those that hold its first `limit` samples.
 
     The last shard then has a limit of its own, unless all of it is wanted. `samples_per_shard` cuts
-    a folder of images. Raises UsageError when there is nothing at `src`, part of it is missing, two
-    shards would have one name, or what is converted into `dst` and its sources would mix;
-    SourceError when a place cannot be read; UnavailableError.
+    a folder of images, whose class folders have the numbers that they have among `classes`, where
+    these are given. Raises UsageError when there is nothing at `src`, part of it is missing, two
+    shards would have one name, a class is none of `classes`, or what is converted into `dst` and
+    its sources would mix; SourceError when a place cannot be read; UnavailableError.
     """
     for name, value in (("limit", limit), ("samples-per-shard", samples_per_shard)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be 1 or more")
     try:
-        refs = _list(src, samples_per_shard, dst)
+        found = _list(src, samples_per_shard, dst, tuple(classes))
     except UsageError as e:  # messages name URLs, and a signed URL is a secret
         raise UsageError(redact(str(e))) from e
-    return refs if limit is None else _take(refs, limit)
+    if limit is not None:
+        found.refs = _take(found.refs, limit)
+    return found
 
 
-def _list(src: str, samples_per_shard: int, dst: str) -> list[ShardRef]:
-    patterns = [pattern for source in src.split("::") for pattern in _patterns(source.strip())]
+def _list(src: str, samples_per_shard: int, dst: str, classes: tuple[str, ...]) -> Listing:
+    patterns = [pattern for source in src.split("::") for pattern in patterns_of(source.strip())]
     for pattern in patterns:
-        _refuse_compressed(pattern)
-    refs = _resolve(src, patterns, samples_per_shard, dst)
-    _check_names(refs)
+        refuse_compressed(pattern)
+    found = _resolve(src, patterns, samples_per_shard, dst, classes)
+    _number_classes(found, classes)
+    _check_names(found.refs)
     if dst:
-        check_apart(refs, dst)
-    return refs
+        check_apart(found.refs, dst)
+    return found
 
 
 def _take(refs: list[ShardRef], limit: int) -> list[ShardRef]:
@@ -101,9 +162,9 @@ def check_apart(refs: Iterable[ShardRef], dst: str) -> None:
             raise UsageError(redact(f"{url} of SRC lies in DST {dst}: choose another DST"))
 
 
-def _check_outside(dst: str, source: str, is_glob: bool) -> None:
+def _check_outside(dst: str, source: str, as_glob: bool) -> None:
     """Raises UsageError where files of `dst` would be found in the folder or glob `source`."""
-    if dst and (fs.matches(source, dst) if is_glob else _lies_in(dst, source)):
+    if dst and (fs.matches(source, dst) if as_glob else _lies_in(dst, source)):
         raise UsageError(
             f"DST {dst} lies in SRC {source}, and the next run would take its shards for sources: "
             "choose a DST outside of SRC, or move this one there"
@@ -117,79 +178,29 @@ def _lies_in(url: str, folder: str) -> bool:
     return f"{fs.place(url)}/".startswith(f"{fs.place(folder).rstrip('/')}/")
 
 
-# From SRC to paths and globs
-
-
-def _patterns(source: str, in_list: bool = False) -> list[str]:
-    """Paths and globs: lists read, braces expanded."""
-    if not source:
-        raise UsageError("SRC is empty: give a tar, a pattern, a folder or a list file")
-    if source.endswith(".txt") and in_list:
-        raise UsageError(f"{source}: a list file cannot name another list file")
-    if source.endswith(".txt"):
-        return _read_list(source)
-    if "{" not in source or fs.exists(source):
-        return [source]
-    return _expand(source)
-
-
-def _expand(pattern: str) -> list[str]:
-    try:
-        from braceexpand import UnbalancedBracesError, braceexpand
-    except ImportError as e:
-        raise UsageError(
-            f"{pattern}: braces are expanded by braceexpand, which is not installed: pip install "
-            "braceexpand, or give a glob (*.tar), a folder or a list file"
-        ) from e
-    try:
-        return list(braceexpand(pattern))
-    except UnbalancedBracesError as e:
-        raise UsageError(f"{pattern}: unbalanced braces; write {{00000..00009}}.tar") from e
-
-
-def _read_list(url: str) -> list[str]:
-    if not fs.exists(url):
-        raise UsageError(f"{url}: no such list file")
-    with fs.open_read(url) as stream:
-        lines = stream.read().decode(errors="replace").splitlines()
-    folder = fs.absolute(url).rpartition("/")[0]
-    sources = [s.strip() for line in lines for s in line.partition("#")[0].split("::")]
-    sources = [s if re.match(r"/|~|\w+://", s) else f"{folder}/{s}" for s in sources if s]
-    if not sources:
-        raise UsageError(f"{url}: the list names no source; write one per line")
-    return [pattern for source in sources for pattern in _patterns(source, in_list=True)]
-
-
-def _refuse_compressed(url: str) -> None:
-    if url.endswith(COMPRESSED):
-        raise UsageError(f"{url}: compressed archives are not read; unpack it to a .tar first")
-
-
-def _is_glob(pattern: str) -> bool:
-    return bool(re.search(r"[*?\[]", _path(pattern))) and not fs.exists(pattern)
-
-
 # From paths to shards
 
 
-def _resolve(src: str, patterns: list[str], samples_per_shard: int, dst: str) -> list[ShardRef]:
-    globs = {p for p in patterns if _is_glob(p)}
-    found = fs.stats(p for p in patterns if _kind(p) and p not in globs)
-    no_images = _without_images(found)
-    refs, missing = [], []
+def _resolve(
+    src: str, patterns: list[str], samples_per_shard: int, dst: str, classes: tuple[str, ...]
+) -> Listing:
+    globs = {p for p in patterns if is_glob(p)}
+    files = fs.stats(p for p in patterns if kind_of(p) and p not in globs)
+    no_images = _without_images(files)
+    found, missing = Listing(), []
     for pattern in patterns:
         if pattern in no_images:
             raise UsageError(f"{pattern} has no image column; is it img2dataset's metadata?")
         if pattern in globs:
-            _check_outside(dst, pattern, is_glob=True)
-            refs += _from_glob(pattern)
-        elif pattern in found:
-            refs.append(_shard(pattern, found[pattern]))
-        elif _kind(pattern) and len(patterns) > 1:
+            _check_outside(dst, pattern, as_glob=True)
+            _add_glob(found, pattern)
+        elif pattern in files:
+            found.refs.append(_shard(pattern, files[pattern]))
+        elif kind_of(pattern) and len(patterns) > 1:
             missing.append(pattern)
         elif fs.is_dir(pattern):
-            _check_outside(dst, pattern, is_glob=False)
-            refs += _from_folder(pattern, samples_per_shard)
+            _check_outside(dst, pattern, as_glob=False)
+            _add_folder(found, pattern, samples_per_shard, classes)
         elif fs.exists(pattern):
             raise UsageError(
                 f"{pattern} is no .tar, .parquet, .txt list or folder; give one of these"
@@ -202,39 +213,115 @@ def _resolve(src: str, patterns: list[str], samples_per_shard: int, dst: str) ->
             f"SRC {src} matches nothing at {len(missing)} of {len(patterns)} places: {some}; "
             "correct the path or pattern, or fetch what is missing"
         )
-    return refs
+    return found
 
 
-def _from_glob(pattern: str) -> list[ShardRef]:
+def _add_glob(found: Listing, pattern: str) -> None:
     matches = fs.glob(pattern)
-    refs = _choose(matches)
-    if not refs:
+    if not _add_shards(found, matches):
         for url in matches:
-            _refuse_compressed(url)
+            refuse_compressed(url)
         what = f"{len(matches)} files, but no .tar or image .parquet" if matches else "nothing"
         raise UsageError(f"SRC {pattern} matches {what}; correct the pattern")
-    return refs
 
 
-def _from_folder(url: str, samples_per_shard: int) -> list[ShardRef]:
+def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple[str, ...]) -> None:
     root = fs.absolute(url).rstrip("/")
+    place = fs.driver(root)[1].rstrip("/")
+    hidden, below = list[str](), set[str]()
+
+    def wanted(path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        if is_hidden(name):
+            hidden.append(path)
+        elif folder == place:
+            below.add(name)
+        return not is_hidden(name)
+
     start = len(root) + 1
-    found = fs.find(root, lambda path: not _hidden(path.rpartition("/")[2]))
-    files = {u: s for u, s in found.items() if not _hidden(u[start:])}
-    refs = _choose(files) or _cut(root, files, samples_per_shard)
-    if not refs:
+    listed = {u[start:]: s for u, s in fs.find(root, wanted).items()}
+    hidden += [path for path in listed if is_hidden(path)]  # where a store lists all at once
+    files = {f"{root}/{p}": s for p, s in listed.items() if not is_hidden(p)}
+    found.leave_out("hidden", {p for p in hidden if is_image(p) or kind_of(p)})
+    if _add_shards(found, files):
+        return
+    folders = {class_of(u[start:]) for u in files} - {""} | (below - listed.keys())
+    if not _add_images(found, root, files, folders, samples_per_shard, classes):
         for file in files:
-            _refuse_compressed(file)
+            refuse_compressed(file)
         raise UsageError(f"SRC {url} has no .tar, no image .parquet and no images in it")
-    return refs
 
 
-def _choose(files: dict[str, Stat]) -> list[ShardRef]:
-    """The shards among `files`: tars, and Parquet files with images and no tar beside them."""
-    tars = {_stem(url) for url in files if _kind(url) == ".tar"}
-    shards = [u for u in files if _kind(u) == ".tar" or (_kind(u) and _stem(u) not in tars)]
+def _add_shards(found: Listing, files: dict[str, Stat]) -> bool:
+    """The tars, and Parquet files with images and no tar beside them, among `files`; whether there
+    are any. Then all others are left out."""
+    tars = {stem_of(url) for url in files if kind_of(url) == ".tar"}
+    shards = [u for u in files if kind_of(u) == ".tar" or (kind_of(u) and stem_of(u) not in tars)]
     no_images = _without_images(shards)
-    return [_shard(url, files[url]) for url in shards if url not in no_images]
+    shards = [url for url in shards if url not in no_images]
+    if not shards:
+        return False
+    found.refs += [_shard(url, files[url]) for url in shards]
+    rest = files.keys() - set(shards)
+    found.leave_out("no_image_column", no_images)
+    found.leave_out("same_name", {u for u in rest - no_images if kind_of(u)})
+    images = sorted(filter(is_image, rest))
+    found.leave_out("beside_shards", images)
+    _leave_out_others(found, rest - set(images))
+    if images:
+        found.notes.append(
+            f"{len(images):,} images are left out, since tars or Parquet files lie beside them, "
+            f"such as {shards[0]}: give the images in a folder of their own ({images[0]}, ...)"
+        )
+    return True
+
+
+def _add_images(
+    found: Listing,
+    root: str,
+    files: dict[str, Stat],
+    folders: set[str],
+    samples_per_shard: int,
+    classes: tuple[str, ...],
+) -> bool:
+    """Shards of the images among `files`; whether there are any. `folders` are those directly below
+    `root`."""
+    paths = [url[len(root) + 1 :] for url in files]
+    stems = with_images(paths)
+    if not stems:
+        return False
+    used = {path for files in stems.values() for path in files}
+    images = sorted(filter(is_image, used))
+    labels, notes = classes_in(root, images, folders, classes)
+    refs = _cut(root, stems, files, samples_per_shard)
+    found.refs += [replace(ref, labels=labels) for ref in refs]
+    found.notes += notes
+    rest = set(paths) - used
+    found.leave_out("no_image_column", {p for p in rest if kind_of(p)})
+    alone = {p for p in rest if is_sidecar(p)}
+    found.leave_out("no_image", alone)
+    _leave_out_others(found, rest - alone)
+    return True
+
+
+def _leave_out_others(found: Listing, urls: set[str]) -> None:
+    others = {url for url in urls if not kind_of(url)}
+    found.leave_out("compressed", {u for u in others if u.endswith(COMPRESSED)})
+    found.leave_out("other", {u for u in others if not u.endswith(COMPRESSED)})
+
+
+def _number_classes(found: Listing, classes: tuple[str, ...]) -> None:
+    """One number for a class in all folders of SRC. Raises UsageError for `classes` of nothing."""
+    labelled = [ref for ref in found.refs if ref.labels]
+    if classes and not labelled:
+        raise UsageError(
+            "--classes is for folders of images whose folders are classes; SRC has none"
+        )
+    names = classes or tuple(sorted({name for ref in labelled for name in ref.labels}))
+    if names:
+        found.refs = [replace(r, labels=names) if r.labels else r for r in found.refs]
+        some = "1 class" if len(names) == 1 else f"{len(names):,} classes"
+        found.notes.insert(0, f"{some} by folder: {few(names)}")
 
 
 def _without_images(urls: Iterable[str]) -> set[str]:
@@ -246,34 +333,28 @@ def _without_images(urls: Iterable[str]) -> set[str]:
         except SourceError:
             return False
 
-    parquet = [url for url in urls if _kind(url) == ".parquet"]
+    parquet = [url for url in urls if kind_of(url) == ".parquet"]
     with ThreadPoolExecutor(16) as pool:
         return set(compress(parquet, pool.map(lacks_images, parquet)))
 
 
 def _shard(url: str, stat: Stat) -> ShardRef:
     return ShardRef(
-        name=basename(_stem(url)),
-        kind=_kind(url)[1:],
+        name=basename(stem_of(url)),
+        kind=kind_of(url)[1:],
         urls=(fs.absolute(url),),
         size_bytes=stat.size_bytes,
         etag=stat.etag,
     )
 
 
-def _cut(root: str, files: dict[str, Stat], samples_per_shard: int) -> list[ShardRef]:
-    """Shards of a folder of images: samples by sorted key, each with its sidecar files."""
-    samples: dict[str, list[str]] = {}
-    for url in files:
-        key, extension = split_stem(url[len(root) + 1 :])
-        if extension.lower() in (*IMAGE_EXTENSIONS, *SIDECAR_EXTENSIONS):
-            samples.setdefault(key, []).append(url)
-    keys = sorted(k for k, urls in samples.items() if any(_is_image(u) for u in urls))
-    in_folders = all("/" in key for key in keys)
-    labels = sorted({key.partition("/")[0] for key in keys}) if in_folders else ()
+def _cut(
+    root: str, stems: dict[str, list[str]], files: dict[str, Stat], size: int
+) -> list[ShardRef]:
+    """Shards of `size` samples of a folder of images; `stems` are paths below `root`."""
     refs = []
-    for number, start in enumerate(range(0, len(keys), samples_per_shard)):
-        urls = [u for key in keys[start : start + samples_per_shard] for u in samples[key]]
+    for number, paths in enumerate(cut(stems, size)):
+        urls = [f"{root}/{path}" for path in paths]
         refs.append(
             ShardRef(
                 name=f"{basename(root)}-{number:05d}",
@@ -282,7 +363,6 @@ def _cut(root: str, files: dict[str, Stat], samples_per_shard: int) -> list[Shar
                 size_bytes=sum(files[u].size_bytes for u in urls),
                 etag=_etag_of(root, urls, files),
                 root=root,
-                labels=tuple(labels),
             )
         )
     return refs
@@ -312,25 +392,3 @@ def _current(ref: ShardRef, found: dict[str, Stat]) -> ShardRef:
     if ref.kind == "folder":
         return replace(ref, size_bytes=size_bytes, etag=_etag_of(ref.root, ref.urls, found))
     return replace(ref, size_bytes=size_bytes, etag=found[ref.urls[0]].etag)
-
-
-def _is_image(url: str) -> bool:
-    return split_stem(url)[1].lower() in IMAGE_EXTENSIONS
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
-
-
-def _path(url: str) -> str:
-    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
-
-
-def _kind(url: str) -> str:
-    """ ".tar", ".parquet" or empty."""
-    path = _path(url)
-    return ".tar" if path.endswith(".tar") else ".parquet" if path.endswith(".parquet") else ""
-
-
-def _stem(url: str) -> str:
-    return _path(url).removesuffix(_kind(url))

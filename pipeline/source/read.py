@@ -13,8 +13,9 @@ import hashlib
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import islice
 
+from splatshard.pipeline.source.folder import class_of, folder_samples, is_image, split_stem
 from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
 from splatshard.pipeline.source.sample import SIDECAR_EXTENSIONS, RawSample, assemble, storable
 from splatshard.pipeline.source.tar import MAX_SAMPLE_BYTES, Group, read_groups, scan_groups
@@ -92,16 +93,9 @@ def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
 # Folder
 
 
-def split_stem(path: str) -> tuple[str, str]:
-    """Key and extension of a file in a folder, parted at the last dot: names there hold dates."""
-    folder, slash, base = path.rpartition("/")
-    stem, _, extension = base.rpartition(".")
-    return folder + slash + stem, extension
-
-
 def _read_folder(ref: ShardRef, digest: hashlib._Hash) -> Samples:
     label_of = {name: i for i, name in enumerate(ref.labels)}
-    for key, urls in _folder_groups(ref):
+    for key, urls in folder_samples(ref):
         group = Group(storable(key))
         for url in urls:
             with fs.open_read(url) as stream:
@@ -112,24 +106,21 @@ def _read_folder(ref: ShardRef, digest: hashlib._Hash) -> Samples:
         if group.size_bytes > MAX_SAMPLE_BYTES:
             text = f"the files of {group.key} exceed {MAX_SAMPLE_BYTES} bytes"
             group = Group(group.key, error=SampleError("too_large", text))
-        yield assemble(group, label_of.get(key.partition("/")[0]))
+        path = next(filter(is_image, urls))[len(ref.root) :].lstrip("/")
+        yield replace(assemble(group, label_of.get(class_of(key))), image_name=storable(path))
 
 
 def _scan_folder(ref: ShardRef) -> Iterator[RawSample]:
     label_of = {name: i for i, name in enumerate(ref.labels)}
-    for key, urls in _folder_groups(ref):
+    for key, urls in folder_samples(ref):
         group = Group(storable(key))
         for url in urls:
             extension = split_stem(url)[1]
             wanted = extension.lower() in SCANNED
             group.members[extension] = fs.read_bytes(url) if wanted else None
-        yield assemble(group, label_of.get(key.partition("/")[0]))
-
-
-def _folder_groups(ref: ShardRef) -> Iterator[tuple[str, Iterator[str]]]:
-    return groupby(ref.urls, lambda url: split_stem(url[len(ref.root) :].lstrip("/"))[0])
+        yield assemble(group, label_of.get(class_of(key)))
 
 
 _READERS = {"tar": _read_tar, "parquet": read_parquet, "folder": _read_folder}
 _SCANNERS = {"tar": _scan_tar, "parquet": scan_parquet, "folder": _scan_folder}
-_COUNTERS = {"tar": _count_tar, "parquet": count_parquet, "folder": _folder_groups}
+_COUNTERS = {"tar": _count_tar, "parquet": count_parquet, "folder": folder_samples}

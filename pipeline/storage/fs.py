@@ -249,9 +249,9 @@ def _s3_listing(
     while True:
         page = fs.call_s3("list_objects_v2", **request)
         for entry in page.get("Contents", ()):
-            if not entry["Key"].endswith("/"):  # a "folder" made in a web console
-                info = {"name": f"{bucket}/{entry['Key']}", "type": "file"}
-                yield info | {"size": entry["Size"], "ETag": entry["ETag"]}
+            kind = "directory" if entry["Key"].endswith("/") else "file"  # made in a web console
+            info = {"name": f"{bucket}/{entry['Key']}", "type": kind}
+            yield info | {"size": entry["Size"], "ETag": entry["ETag"]}
         for entry in page.get("CommonPrefixes", ()):
             yield {"name": f"{bucket}/{entry['Prefix']}", "type": "directory"}
         if not page.get("IsTruncated"):
@@ -382,7 +382,7 @@ def _walk(
                 continue
             if info["type"] == "file":
                 yield name, _stat(info)
-            elif info["type"] == "directory" and depth != 1 and wanted(name):
+            elif depth != 1 and wanted(name) and (depth or not _is_s3(fs)):
                 yield from _walk(fs, info["name"], wanted, depth and depth - 1)
 
 

@@ -37,7 +37,7 @@ def test_folder_labels_only_when_all_images_are_in_folders(tmp_path):
     (root / "cat" / "deep" / "a.jpg").write_bytes(jpeg())
     (root / "empty").mkdir()
     (ref,) = list_shards(str(root))
-    assert ref.labels == ("cat", "dog")
+    assert ref.labels == ("cat", "dog", "empty")
     assert [s.label for s in read(ref, hashlib.sha256())] == [0, 0, 0, 0, 1, 1, 1]
     (root / "top.jpg").write_bytes(jpeg())
     assert list_shards(str(root))[0].labels == ()

@@ -1,0 +1,131 @@
+"""A folder of images: which of its files are samples, under which keys, of which classes.
+
+Each image is a sample; sidecar files of its stem (`cat.txt` of `cat.jpg`) belong to it. Its key is
+the path without the extension, unless that were the key of two: `cat.jpg` and `cat.png` are the
+keys of those two, and `cat.txt` belongs to both.
+
+Classes are the folders directly below, whether or not they hold an image, if no image lies beside
+them; a label is the position of its name among the sorted ones. So two splits with the same folders
+have the same numbers. Folders whose names are digits, two or more and of one length, are shards of
+img2dataset and no classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+
+from splatshard.pipeline.source.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS, storable
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.shard import ShardRef
+
+
+def split_stem(path: str) -> tuple[str, str]:
+    """Stem and extension of a file in a folder, parted at the last dot: names there hold dates."""
+    folder, slash, base = path.rpartition("/")
+    stem, dot, extension = base.rpartition(".")
+    return (folder + slash + stem, extension) if dot else (path, "")
+
+
+def is_image(path: str) -> bool:
+    """By its extension."""
+    return split_stem(path)[1].lower() in IMAGE_EXTENSIONS
+
+
+def is_sidecar(path: str) -> bool:
+    """Whether a file belongs to the image of its stem, if there is one."""
+    return split_stem(path)[1].lower() in SIDECAR_EXTENSIONS
+
+
+def with_images(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Images and their sidecars by stem, sorted; stems without an image are left out."""
+    stems: dict[str, list[str]] = {}
+    for path in paths:
+        if is_image(path) or is_sidecar(path):
+            stems.setdefault(split_stem(path)[0], []).append(path)
+    return {stem: stems[stem] for stem in sorted(stems) if any(map(is_image, stems[stem]))}
+
+
+def cut(stems: Mapping[str, Sequence[str]], samples_per_shard: int) -> list[list[str]]:
+    """Their files in pieces of `samples_per_shard` images, the last one smaller. Images of one stem
+    stay together."""
+    pieces: list[list[str]] = []
+    room = 0
+    for files in stems.values():
+        images = sum(map(is_image, files))
+        if images > room:
+            pieces.append([])
+            room = max(samples_per_shard, images)
+        pieces[-1] += files
+        room -= images
+    return pieces
+
+
+def image_keys(images: Collection[str]) -> dict[str, str]:
+    """The key of each image by its path, no two alike."""
+    keys = {path: split_stem(path)[0] for path in images}
+    while True:
+        wanted = Counter(keys.values())
+        clashing = [path for path, key in keys.items() if wanted[key] > 1 and key != path]
+        if not clashing:
+            return keys
+        keys |= {path: path for path in clashing}
+
+
+def folder_samples(ref: ShardRef) -> Iterator[tuple[str, list[str]]]:
+    """The key of each sample, and its files."""
+    paths = {url: url[len(ref.root) :].lstrip("/") for url in ref.urls}
+    keys = image_keys([path for path in paths.values() if is_image(path)])
+    for _, group in groupby(ref.urls, lambda url: split_stem(paths[url])[0]):
+        files = list(group)
+        for image in filter(is_image, files):
+            yield keys[paths[image]], [f for f in files if f == image or not is_image(f)]
+
+
+def class_of(path: str) -> str:
+    """The class folder of an image, empty where it lies in none."""
+    return path.partition("/")[0] if "/" in path else ""
+
+
+def classes_in(
+    root: str, images: Collection[str], folders: Collection[str], wanted: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[str]]:
+    """The classes of the folder `root` in the order of their numbers, and what to say of them.
+
+    `images` are paths below `root`, `folders` the names directly below it, empty ones too; `wanted`
+    are the classes that were asked for, if they were. Raises UsageError for a folder of images that
+    is none of these.
+    """
+    held = {class_of(path) for path in images} - {""}
+    beside = [path for path in images if not class_of(path)]
+    names = wanted or tuple(sorted(folders))
+    if unknown := sorted(held - set(names)):
+        raise UsageError(
+            f"{root} has images in {few(unknown)}, which the classes of --classes do not name: add "
+            "them there, or move these folders away"
+        )
+    lie = f"{len(beside):,} of the images of {root} lie beside its folders ({few(beside, 2)})"
+    if not held:
+        return (), []
+    if beside and not wanted:
+        return (), [f"no labels: {lie}; move them, or name the classes with --classes"]
+    if are_numbers(names) and not wanted:
+        text = "are numbers of one length and taken for no classes; if they are, name them with"
+        return (), [f"no labels: the folders {few(names)} of {root} {text} --classes"]
+    notes = [f"without a label: {lie}"] if beside else []
+    if empty := [name for name in names if name not in held]:
+        notes.append(f"no image in {len(empty):,} of the class folders of {root}: {few(empty)}")
+    return names, notes
+
+
+def are_numbers(folders: Collection[str]) -> bool:
+    """Whether folders are named as those of img2dataset: `00000`, `00001`."""
+    alike = len({len(name) for name in folders}) == 1
+    return alike and all(re.fullmatch("[0-9]{2,}", name) for name in folders)
+
+
+def few(names: Sequence[str], number: int = 10) -> str:
+    """The first of them in a line."""
+    return ", ".join(map(storable, names[:number])) + (", ..." if len(names) > number else "")

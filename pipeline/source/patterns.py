@@ -1,0 +1,80 @@
+"""SRC as text to paths and globs, and what a path says by its name.
+
+`::` joins sources, braces are expanded, list files (.txt) are read.
+"""
+
+from __future__ import annotations
+
+import re
+
+from splatshard.pipeline.storage import fs
+from splatshard.schemas.errors import UsageError
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+
+
+def patterns_of(source: str, in_list: bool = False) -> list[str]:
+    """Paths and globs: lists read, braces expanded."""
+    if not source:
+        raise UsageError("SRC is empty: give a tar, a pattern, a folder or a list file")
+    if source.endswith(".txt") and in_list:
+        raise UsageError(f"{source}: a list file cannot name another list file")
+    if source.endswith(".txt"):
+        return _read_list(source)
+    if "{" not in source or fs.exists(source):
+        return [source]
+    return _expand(source)
+
+
+def _expand(pattern: str) -> list[str]:
+    try:
+        from braceexpand import UnbalancedBracesError, braceexpand
+    except ImportError as e:
+        raise UsageError(
+            f"{pattern}: braces are expanded by braceexpand, which is not installed: pip install "
+            "braceexpand, or give a glob (*.tar), a folder or a list file"
+        ) from e
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError as e:
+        raise UsageError(f"{pattern}: unbalanced braces; write {{00000..00009}}.tar") from e
+
+
+def _read_list(url: str) -> list[str]:
+    if not fs.exists(url):
+        raise UsageError(f"{url}: no such list file")
+    with fs.open_read(url) as stream:
+        lines = stream.read().decode("utf-8-sig", errors="replace").splitlines()
+    folder = fs.absolute(url).rpartition("/")[0]
+    sources = [s.strip() for line in lines for s in line.partition("#")[0].split("::")]
+    sources = [s if re.match(r"/|~|\w+://", s) else f"{folder}/{s}" for s in sources if s]
+    if not sources:
+        raise UsageError(f"{url}: the list names no source; write one per line")
+    return [pattern for source in sources for pattern in patterns_of(source, in_list=True)]
+
+
+def refuse_compressed(url: str) -> None:
+    if url.endswith(COMPRESSED):
+        raise UsageError(f"{url}: compressed archives are not read; unpack it to a .tar first")
+
+
+def is_glob(pattern: str) -> bool:
+    return bool(re.search(r"[*?\[]", path_of(pattern))) and not fs.exists(pattern)
+
+
+def is_hidden(path: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def path_of(url: str) -> str:
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
+
+
+def kind_of(url: str) -> str:
+    """ ".tar", ".parquet" or empty."""
+    path = path_of(url)
+    return ".tar" if path.endswith(".tar") else ".parquet" if path.endswith(".parquet") else ""
+
+
+def stem_of(url: str) -> str:
+    return path_of(url).removesuffix(kind_of(url))

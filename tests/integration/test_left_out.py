@@ -1,0 +1,67 @@
+"""Folders as users have them: classes, files that are left out, and nothing that is good."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from splatshard.jobs import status
+from splatshard.pipeline.shards.rows import read_rows
+from tests.integration.running import assert_verified, convert_json, run_json
+from tests.make import image_folder, jpeg, write_tar
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
+
+Capsys = pytest.CaptureFixture[str]
+
+
+def test_a_folder_with_classes_and_other_files(tmp_path: Path, capsys: Capsys) -> None:
+    src = image_folder(tmp_path / "val", ("ant", "dog"), per_class=1)
+    (src / "bee").mkdir()
+    (src / "dog" / "0000.JPG").write_bytes(jpeg(seed=7))
+    (src / "notes.md").write_text("x")
+    dst = tmp_path / "out"
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["ok"]) == (0, 3), err
+    assert "3 classes by folder: ant, bee, dog\n" in err
+    assert f"no image in 1 of the class folders of {src}: bee\n" in err
+    assert "left out of SRC: 1 file: 1 of no known kind (1 md)\n" in err
+    assert summary["left_out"] == {"other": {"md": 1}}
+    assert (dst / "classnames.txt").read_text() == "ant\nbee\ndog\n"
+    (data,) = dst.glob("*.parquet")
+    assert {row["key"]: row["label"] for row in read_rows(str(data))} == {
+        "ant/0000": 0,
+        "dog/0000.JPG": 2,
+        "dog/0000.jpg": 2,
+    }
+    assert assert_verified(capsys, dst)["left_out"] == summary["left_out"]
+
+    (src / "notes.md").unlink()  # a run without work corrects it, and keeps the last one's figures
+    code, summary, err = convert_json(capsys, src, dst)
+    assert (code, summary["left_out"], summary["images_converted"]) == (0, {}, 0)
+    assert run_json(capsys, status, dst)[1]["left_out"] == {}
+    assert json.loads((dst / "_run.json").read_text())["images_converted"] == 3
+
+    other = image_folder(tmp_path / "test", ("dog",), per_class=1)
+    code, _, err = convert_json(capsys, other, tmp_path / "test-out", f"--classes={dst}")
+    assert code == 0, err
+    (data,) = (tmp_path / "test-out").glob("*.parquet")
+    assert [row["label"] for row in read_rows(str(data))] == [2]
+
+
+def test_no_good_sample_is_no_success(tmp_path: Path, capsys: Capsys) -> None:
+    write_tar(tmp_path / "in" / "a.tar", [("a.jpg", b"<html>"), ("b.txt", b"a cat")])
+    write_tar(tmp_path / "in" / "b.tar", [])
+    dst = tmp_path / "out"
+    code, summary, err = convert_json(capsys, tmp_path / "in", dst)
+    assert (code, summary["ok"], summary["shards_done"]) == (3, 0, 2)
+    assert "without any ok sample: 2 shards: a, b\n" in err
+    assert "no sample of SRC has splats" in err
+    assert json.loads((dst / "_progress.json").read_text())["state"] == "failed"
+    assert convert_json(capsys, tmp_path / "in", dst)[0] == 3
+    write_tar(tmp_path / "in" / "c.tar", [("c.jpg", jpeg())])
+    code, _, err = convert_json(capsys, tmp_path / "in", dst)
+    assert (code, "without any ok sample" in err) == (0, False), err
+    assert json.loads((dst / "_progress.json").read_text())["state"] == "done"

@@ -1,0 +1,194 @@
+"""Class folders: their numbers are those of the folders that exist, named, kept and comparable."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from splatshard.jobs.destination.class_texts import lines_of, place_texts, read_classes
+from splatshard.jobs.destination.plan import make_plan, planned
+from splatshard.jobs.destination.plan_file import write_plan
+from splatshard.pipeline.evaluation.class_texts import CLASSNAMES
+from splatshard.pipeline.source.listing import list_source
+from splatshard.pipeline.source.read import read, scan
+from splatshard.schemas.config import source_of
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.shard import ShardRef
+from tests.make import image_folder, imagenet_tar, jpeg
+from tests.rows import config_of
+
+Capsys = pytest.CaptureFixture[str]
+ANIMALS = ("ant", "bee", "cat", "dog")
+
+
+def labels(refs: list[ShardRef]) -> dict[str, int | None]:
+    """By key; the same with and without the images."""
+    found = {s.key: s.label for ref in refs for s in read(ref, hashlib.sha256())}
+    assert found == {s.key: s.label for ref in refs for s in scan(ref)}
+    return found
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> Path:
+    """Four class folders: one is empty, one holds a file of an unknown kind only."""
+    root = image_folder(tmp_path / "val", ("ant", "dog"), per_class=1)
+    (root / "bee").mkdir()
+    (root / "cat").mkdir()
+    (root / "cat" / "0.xyz").write_bytes(jpeg())
+    return root
+
+
+def test_folders_without_images_have_numbers_too(val: Path, tmp_path: Path) -> None:
+    train = list_source(str(image_folder(tmp_path / "train", ANIMALS, per_class=1)))
+    found = list_source(str(val))
+    assert labels(train.refs) == {f"{name}/0000": i for i, name in enumerate(ANIMALS)}
+    assert labels(found.refs) == {"ant/0000": 0, "dog/0000": 3}
+    assert found.classes == train.classes == ANIMALS
+    assert train.notes == ["4 classes by folder: ant, bee, cat, dog"]
+    assert found.notes[0] == train.notes[0]
+    assert found.notes[1] == f"no image in 2 of the class folders of {val}: bee, cat"
+    assert found.left_out == {"other": {"xyz": 1}}
+
+
+def test_hidden_folders_are_no_classes(val: Path) -> None:
+    for name in (".git", ".ipynb_checkpoints", "__MACOSX"):
+        (val / name).mkdir()
+    assert list_source(str(val)).classes == ANIMALS
+
+
+def test_empty_folders_elsewhere(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/val/ant/0.jpg", jpeg())
+    fs.makedirs("/val/bee")
+    fs.pipe("/val/cat/0.jpg", jpeg())
+    try:
+        assert labels(list_source("memory://val").refs) == {"ant/0": 0, "cat/0": 2}
+    finally:
+        fs.rm("/", recursive=True)
+
+
+def test_several_folders_share_their_numbers(tmp_path: Path) -> None:
+    first = image_folder(tmp_path / "first", ("bee", "cat"), per_class=1)
+    second = image_folder(tmp_path / "second", ("ant", "cat"), per_class=1)
+    found = list_source(f"{first}::{second}")
+    assert found.notes[0] == "3 classes by folder: ant, bee, cat"
+    assert [labels([ref]) for ref in found.refs] == [
+        {"bee/0000": 1, "cat/0000": 2},
+        {"ant/0000": 0, "cat/0000": 2},
+    ]
+
+
+def test_images_beside_the_folders_are_told(val: Path) -> None:
+    (val / "top.jpg").write_bytes(jpeg())
+    found = list_source(str(val))
+    assert set(labels(found.refs).values()) == {None}
+    (note,) = found.notes
+    assert note.startswith(f"no labels: 1 of the images of {val} lie beside its folders (top.jpg)")
+    found = list_source(str(val), classes=ANIMALS)
+    assert labels(found.refs) == {"ant/0000": 0, "dog/0000": 3, "top": None}
+    assert "without a label: 1 of the images" in found.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "are_classes"),
+    [
+        (("00000", "00001"), False),
+        (("07", "42"), False),
+        (("0", "1", "2"), True),  # digits
+        (("9", "10"), True),
+        (("00000", "cat"), True),
+        (("n01440764", "n01443537"), True),
+    ],
+)
+def test_numbers_of_shards_are_no_classes(
+    folders: tuple[str, ...], are_classes: bool, tmp_path: Path
+) -> None:
+    root = image_folder(tmp_path / "files", folders, per_class=1)
+    found = list_source(str(root))
+    assert found.classes == (tuple(sorted(folders)) if are_classes else ())
+    assert any("numbers of one length" in note for note in found.notes) != are_classes
+    assert list_source(str(root), classes=folders).classes == folders
+
+
+def test_a_list_of_classes_is_followed(val: Path) -> None:
+    found = list_source(str(val), classes=("dog", "owl", "ant"))
+    assert labels(found.refs) == {"ant/0000": 2, "dog/0000": 0}
+    assert found.notes == [
+        "3 classes by folder: dog, owl, ant",
+        f"no image in 1 of the class folders of {val}: owl",
+    ]
+    assert source_of(found.refs[0]) != source_of(list_source(str(val)).refs[0])
+    with pytest.raises(UsageError, match=r"images in dog, which the classes of --classes do not"):
+        list_source(str(val), classes=("ant", "bee"))
+
+
+def test_a_list_of_classes_needs_class_folders(tmp_path: Path) -> None:
+    tar = imagenet_tar(tmp_path / "tars" / "a.tar")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "0.jpg").write_bytes(jpeg())
+    for src in (tar, tmp_path / "flat"):
+        with pytest.raises(UsageError, match="--classes is for folders of images"):
+            list_source(str(src), classes=("ant",))
+
+
+# Kept beside the shards
+
+
+def write_plan_of(refs: list[ShardRef], dst: Path) -> None:
+    dst.mkdir(exist_ok=True)
+    write_plan(str(dst), planned(refs, make_plan(refs, {}, config_of(), str), config_of()))
+
+
+def test_names_are_kept_beside_the_shards(val: Path, tmp_path: Path, capsys: Capsys) -> None:
+    refs, dst = list_source(str(val)).refs, tmp_path / "out"
+    write_plan_of(refs, dst)
+    place_texts(refs, str(dst))
+    assert (dst / CLASSNAMES).read_text() == "ant\nbee\ncat\ndog\n"
+    assert lines_of("", CLASSNAMES, str(dst)) == list(ANIMALS)
+    (dst / CLASSNAMES).write_text("an ant\na bee\na cat\na dog\n")  # edited: stays
+    place_texts(refs, str(dst))
+    assert (dst / CLASSNAMES).read_text().startswith("an ant\n")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_names_that_do_not_fit_are_told(val: Path, tmp_path: Path, capsys: Capsys) -> None:
+    refs, dst = list_source(str(val)).refs, tmp_path / "out"
+    write_plan_of(refs, dst)
+    (dst / CLASSNAMES).write_text("ant\nbee\n")
+    place_texts(refs, str(dst))
+    err = capsys.readouterr().err
+    assert f"{dst}/{CLASSNAMES} has 2 names for 4 classes: delete it" in err
+    assert "numbered by other classes" not in err
+    write_plan_of([replace(refs[0], name="other", labels=("ant", "dog"))], dst)
+    place_texts(refs, str(dst))
+    assert "numbered by other classes" in capsys.readouterr().err
+
+
+def test_the_classes_of_another_split(val: Path, tmp_path: Path) -> None:
+    train = list_source(str(image_folder(tmp_path / "train", ("ant", "dog", "bee"))))
+    dst = tmp_path / "splats"
+    write_plan_of(train.refs, dst)
+    (dst / CLASSNAMES).write_text("names\nfor\npeople\n")
+    assert read_classes(str(dst)) == ("ant", "bee", "dog")
+    found = list_source(str(val), classes=read_classes(str(dst)))
+    assert labels(found.refs) == {"ant/0000": 0, "dog/0000": 2}
+    write_plan_of([replace(train.refs[0], name="other", labels=("ant",))], dst)
+    with pytest.raises(UsageError, match=r"--classes \S+: its shards are numbered by 2 lists"):
+        read_classes(str(dst))
+
+
+def test_a_file_of_classes(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffbee\nant\n".encode())
+    assert read_classes(str(path)) == ("bee", "ant")
+    path.write_text("bee\nbee\n")
+    with pytest.raises(UsageError, match="bee is there twice"):
+        read_classes(str(path))
+    with pytest.raises(UsageError, match="no classes by folder"):
+        read_classes(str(tmp_path))
+    with pytest.raises(UsageError, match="nothing"):
+        read_classes(str(tmp_path / "nothing"))

@@ -1,0 +1,173 @@
+"""What is listed and not converted is counted, by reason and extension; nothing vanishes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from splatshard.jobs import status
+from splatshard.jobs.destination.figures import LEFT_OUT, left_out_line
+from splatshard.jobs.destination.plan import make_plan, planned
+from splatshard.jobs.destination.plan_file import write_plan
+from splatshard.pipeline.source import listing
+from splatshard.pipeline.source.folder import image_keys
+from splatshard.pipeline.source.listing import list_shards, list_source
+from splatshard.pipeline.source.read import count_samples, read, scan
+from tests.make import encode, image_parquet, imagenet_tar, jpeg, photo, write_parquet
+from tests.rows import config_of
+from tests.unit.test_sources import keys, names
+
+
+def put(folder: Path, *files: str) -> Path:
+    """Files in `folder`; images are images."""
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg() if name.lower().endswith("jpg") else b"{}")
+    return folder
+
+
+def test_every_reason_is_known_and_documented() -> None:
+    reasons = [line.split()[0] for line in listing.__doc__.split("reason and extension:")[1]
+               .split("Left out:")[0].strip().splitlines()]  # fmt: skip
+    assert reasons == list(LEFT_OUT)
+
+
+def test_a_stray_tar_among_images(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{i}.jpg" for i in range(5)), "deep/6.JPG", "notes.md")
+    imagenet_tar(tmp_path / "originals.tar", count=1)
+    found = list_source(str(tmp_path))
+    assert names(found.refs) == ["originals"]
+    assert found.left_out == {"beside_shards": {"jpg": 6}, "other": {"md": 1}}
+    (note,) = found.notes
+    assert (
+        f"6 images are left out, since tars or Parquet files lie beside them, such as {tmp_path}"
+        in note
+    )
+    assert list_source(f"{tmp_path}/*").left_out["beside_shards"] == {"jpg": 5}
+    assert list_source(f"{tmp_path}/*.tar").left_out == {}
+
+
+def test_a_stray_parquet_among_images(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "b.jpg")
+    write_parquet(tmp_path / "urls.parquet", {"url": ["x"]})
+    found = list_source(str(tmp_path))
+    assert keys(found.refs) == ["a", "b"]
+    assert (found.left_out, found.notes) == ({"no_image_column": {"parquet": 1}}, [])
+    image_parquet(tmp_path / "images.parquet")
+    found = list_source(str(tmp_path))
+    assert names(found.refs) == ["images"]
+    assert found.left_out == {"no_image_column": {"parquet": 1}, "beside_shards": {"jpg": 2}}
+    assert "2 images are left out" in found.notes[0]
+
+
+def test_what_lies_beside_tars(tmp_path: Path) -> None:
+    put(tmp_path, "0.json", "more.tar.gz", "readme", ".hidden.jpg", ".hidden.txt", "._0.tar")
+    for i in range(2):
+        imagenet_tar(tmp_path / f"{i}.tar", count=1)
+    write_parquet(tmp_path / "0.parquet", {"url": ["x"]})
+    image_parquet(tmp_path / "1.parquet")
+    found = list_source(str(tmp_path))
+    assert names(found.refs) == ["0", "1"]
+    assert found.left_out == {
+        "same_name": {"parquet": 2},
+        "compressed": {"gz": 1},
+        "hidden": {"jpg": 1, "tar": 1},
+        "other": {"json": 1, "": 1},
+    }
+
+
+def test_what_lies_beside_images(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "a.txt", "b.txt", "c.json", "d.csv", "old.zip", ".e.jpg", ".d/f.jpg")
+    found = list_source(str(tmp_path))
+    assert keys(found.refs) == ["a"]
+    assert found.left_out == {
+        "no_image": {"txt": 1, "json": 1},
+        "compressed": {"zip": 1},
+        "hidden": {"jpg": 1},
+        "other": {"csv": 1},
+    }
+
+
+def test_hidden_files_where_a_store_lists_them(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe({"/p/a.jpg": jpeg(), "/p/.b.jpg": jpeg(), "/p/x/.c.png": jpeg()})
+    try:
+        found = list_source("memory://p")
+        assert (keys(found.refs), found.left_out) == (["a"], {"hidden": {"jpg": 1, "png": 1}})
+    finally:
+        fs.rm("/", recursive=True)
+
+
+# One stem
+
+
+def test_images_of_one_stem_are_samples(tmp_path: Path) -> None:
+    put(tmp_path, "cat.jpg", "cat.JPG", "dog.jpg")
+    (tmp_path / "cat.png").write_bytes(encode(photo(seed=1), "PNG"))
+    (tmp_path / "cat.txt").write_text("a cat")
+    (ref,) = list_shards(str(tmp_path))
+    samples = list(read(ref, hashlib.sha256()))
+    assert [s.key for s in samples] == ["cat.JPG", "cat.jpg", "cat.png", "dog"]
+    assert [s.image_name for s in samples] == ["cat.JPG", "cat.jpg", "cat.png", "dog.jpg"]
+    assert [s.caption for s in samples] == ["a cat"] * 3 + [None]
+    assert samples[2].image == (tmp_path / "cat.png").read_bytes()
+    assert all(s.error is None and s.members == () for s in samples)
+    assert [s.key for s in scan(ref)] == [s.key for s in samples]
+    assert count_samples(ref, 9) == 4
+
+
+def test_images_of_one_stem_stay_in_one_shard(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "b.jpg", "b.JPG", "b.jpeg.jpg", "c.jpg", "d.jpg")
+    refs = list_shards(str(tmp_path), samples_per_shard=2)
+    assert [keys([ref]) for ref in refs] == [["a"], ["b.JPG", "b.jpg"], ["b.jpeg", "c"], ["d"]]
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["a.jpg", "b.jpg"], ["a", "b"]),
+        (["x/a.jpg", "y/a.jpg"], ["x/a", "y/a"]),
+        (["a.jpg", "a.png", "a.jpg.png"], ["a.jpg", "a.png", "a.jpg.png"]),
+        (["a.jpg", "a.jpg.png"], ["a", "a.jpg"]),
+        (
+            ["a.jpg", "a.png", "a.jpg.png", "a.jpg.png.gif"],
+            ["a.jpg", "a.png", "a.jpg.png", "a.jpg.png.gif"],
+        ),
+    ],
+)
+def test_no_two_images_have_one_key(paths: list[str], expected: list[str]) -> None:
+    assert list(image_keys(paths).values()) == expected
+
+
+# Told
+
+
+def test_the_line() -> None:
+    assert left_out_line({}) == ""
+    found = {"beside_shards": {"png": 1, "jpg": 5}, "other": {"": 1}}
+    assert left_out_line(found) == (
+        "left out of SRC: 7 files: 6 images beside tars or Parquet files (5 jpg, 1 png), "
+        "1 of no known kind (1 without extension)"
+    )
+
+
+def test_status_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src, dst = put(tmp_path / "in", "a.jpg", "b.md"), tmp_path / "out"
+    found = list_source(str(src))
+    dst.mkdir()
+    plan = make_plan(found.refs, {}, config_of(), str)
+    write_plan(str(dst), planned(found.refs, plan, config_of()))
+    for text in ("", "[]", '{"left_out": 1}'):
+        (dst / "_run.json").write_text(text)
+        assert status.main([str(dst), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["left_out"] == {}
+    (dst / "_run.json").write_text(json.dumps({"left_out": found.left_out}))
+    assert status.main([str(dst), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["left_out"] == {"other": {"md": 1}}
+    assert "left out of SRC: 1 file: 1 of no known kind (1 md)" in err
