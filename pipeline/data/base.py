@@ -39,6 +39,7 @@ from splatshard.pipeline.data.epoch_order import (
     shares,
 )
 from splatshard.pipeline.data.filters import Filter, checked_filter
+from splatshard.pipeline.data.place import Place, doubts, place_of
 from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
 from splatshard.pipeline.data.windows import Choice, Loader
 from splatshard.schemas.errors import UsageError
@@ -60,8 +61,8 @@ class Ordering(TypedDict, total=False):
     """Arguments of OrderedDataset that its kinds pass on."""
 
     batch_size: int
-    rank: int
-    world_size: int
+    rank: int | None
+    world_size: int | None
     seed: int
     shuffle: bool
     shuffle_shards: int
@@ -79,7 +80,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     src             one source or several (a sequence, or joined by `::`), which are one pool; a
                     mapping from each to its weight is a mixture
     batch_size      samples per batch of one rank
-    rank, world_size  which of all batches are this process's
+    rank, world_size  which of all batches are this process's; None: as torch.distributed says where
+                    it runs, or torchrun's environment, else one process has them all (place.py)
     seed            of the order, which is a function of seed and epoch
     shuffle         False for evaluation: shards by name, samples as they were
     shuffle_shards  shards whose samples are mixed. They are in memory together, beside the next as
@@ -105,8 +107,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         src: str | Sequence[str] | Mapping[str, float],
         *,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
         shuffle_shards: int = 2,
@@ -120,17 +122,18 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         super().__init__()
         _check_counts(
             batch_size=(batch_size, 1),
-            world_size=(world_size, 1),
-            rank=(rank, 0),
+            world_size=(1 if world_size is None else world_size, 1),
+            rank=(rank or 0, 0),
             shuffle_shards=(shuffle_shards, 1),
             lanes=(lanes, 1),
             prefetch_windows=(prefetch_windows, 0),
         )
-        if rank >= world_size:
+        self._given = rank, world_size
+        self._parent: Place | None = None  # of a DataLoader worker
+        if self.rank >= self.world_size:
             raise UsageError(f"rank is {rank}: it must be below world_size, {world_size}")
         conditions = checked_filter(filter)
         self.batch_size = batch_size
-        self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.shuffle_shards = seed, shuffle, shuffle_shards
         self.lanes, self.drop_last = lanes, drop_last
         self.prefetch_windows = prefetch_windows
@@ -158,6 +161,10 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self._progress: dict[str, Any] | None = None
         self._begin(Start(0, 0, lanes, batch_size))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A DataLoader worker that is not forked knows nothing of its parent's process group."""
+        return self.__dict__ | {"_parent": self.place}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy shares its place with DataLoader workers, too; neither copy.deepcopy nor pickle
         keeps a tensor in shared memory."""
@@ -179,6 +186,19 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     @abstractmethod
     def keys_of(self, shard: S) -> Iterator[str]:
         """The keys in a shard, to say which one has a bad sample."""
+
+    @property
+    def place(self) -> Place:
+        """Which of all processes this one is, now. Raises UsageError where only half is known."""
+        return place_of(*self._given, self._parent)
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
 
     @property
     def epoch(self) -> int:
@@ -203,8 +223,10 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         return epoch_steps(left, self.batch_size, self.world_size, self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._check_steps()
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
+        self._note_place(start, reader)
         self._note_workers(reader)
         self._note_lanes(start, reader)
         self._own = None
@@ -281,6 +303,12 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
                 log.warning("epoch %d is read again: call set_epoch before each epoch", self.epoch)
             self._shared[4] = 1
 
+    def _note_place(self, start: Start, reader: Reader) -> None:
+        """Say once a run, where it begins, that other processes may read the same."""
+        said = doubts(self.place) if self._given == (None, None) else ""
+        if said and reader.worker == start.epoch == start.samples == 0:
+            log.warning("%s", said)
+
     def _note_lanes(self, start: Start, reader: Reader) -> None:
         """Say once a run, where it begins, that readers get in one another's way."""
         readers = reader.world_size * reader.workers
@@ -301,7 +329,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     def _reader(self) -> Reader:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return Reader(self.rank, self.world_size, worker, workers)
+        return Reader(*self.place, worker, workers)
 
     def _state(self, start: Start, reader: Reader, taken: int) -> dict[str, Any]:
         if get_worker_info() is None:
@@ -359,6 +387,9 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
                 f"epoch_samples is {self.epoch_samples}: it is the positive length of a mixture's "
                 "epoch; another dataset's is its number of samples"
             )
+        self._check_steps()
+
+    def _check_steps(self) -> None:
         total = self._total()
         if not epoch_steps(total, self.batch_size, self.world_size, self.drop_last):
             urls = " and ".join("::".join(source.urls) for source in self.sources)

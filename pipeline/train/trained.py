@@ -133,6 +133,8 @@ def open_images(trained: Trained, src: str, batch: int) -> Data:
         src,
         image_size=image_config(trained.config).image_size,
         batch_size=batch,
+        rank=0,
+        world_size=1,
         shuffle=False,
         drop_last=False,
     )
@@ -149,6 +151,8 @@ def open_shards(trained: Trained, src: str, batch: int) -> Data:
         src,
         batch_size=batch,
         num_gaussians=trained.num_gaussians,
+        rank=0,
+        world_size=1,
         shuffle=False,
         drop_last=False,
     )

@@ -141,7 +141,7 @@ def test_a_mixture_takes_its_shares_and_resumes(tmp_path: Path) -> None:
         ({"batch_size": 2, "shuffle_shards": 1.5}, "shuffle_shards is 1.5"),
         ({"batch_size": 2, "epoch_samples": 9}, "epoch_samples is 9"),
         (
-            {"batch_size": 11, "world_size": 4},
+            {"batch_size": 11, "rank": 0, "world_size": 4},
             "batch_size is 11 on each of 4 ranks, but .* has only 34 samples an epoch.*: "
             "choose at most 34 on all ranks together, or drop_last=False",
         ),

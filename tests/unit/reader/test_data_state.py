@@ -106,7 +106,7 @@ def test_an_iterator_given_up_does_not_move_the_dataset(dst: str) -> None:
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_after_the_last_step_nothing_of_the_epoch_is_left(dst: str, drop_last: bool) -> None:
     """Not for fewer ranks either, which could fill a step with what was dropped."""
-    dataset = SplatDataset(dst, batch_size=4, world_size=4, drop_last=drop_last)
+    dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=4, drop_last=drop_last)
     batches = iter(dataset)
     (*_, last) = (next(batches) for _ in range(len(dataset)))
     resumed = SplatDataset(dst, batch_size=1, drop_last=drop_last)

@@ -1,0 +1,108 @@
+"""Which of the processes that read together this one is, where `rank` is not given.
+
+    torch.distributed, where it runs -> in a DataLoader worker, what its parent is
+    -> RANK and WORLD_SIZE, as torchrun sets them -> one process alone
+
+Asked again at every iteration, for a dataset is often made before the process group is. Slurm's and
+MPI's variables are not followed: a batch script has them without being one of many, and the tasks
+of a sweep each want all samples. There a warning says what to give.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.utils.data import get_worker_info
+
+from splatshard.schemas.errors import UsageError
+
+LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+}
+"""Variables that tell how many processes were started together, and which of them this is."""
+
+
+class Place(NamedTuple):
+    """Process `rank` of `world_size`."""
+
+    rank: int
+    world_size: int
+
+
+ALONE = Place(0, 1)
+
+
+def place_of(rank: int | None, world_size: int | None, parent: Place | None) -> Place:
+    """This process's place; what is given counts. `parent` is that of the process which started
+    this DataLoader worker, where it said so.
+
+    Raises UsageError for one number of the two that nothing here completes.
+    """
+    if rank is not None and world_size is not None:
+        return Place(rank, world_size)
+    if world_size == 1:
+        return ALONE
+    here = _found(parent)
+    if rank not in (None, here.rank) or world_size not in (None, here.world_size):
+        raise UsageError(
+            f"rank is {rank} and world_size is {world_size}, and this process is rank {here.rank} "
+            f"of {here.world_size}: give both, or neither"
+        )
+    return here
+
+
+def _found(parent: Place | None) -> Place:
+    if dist.is_available() and dist.is_initialized():
+        return Place(dist.get_rank(), dist.get_world_size())
+    if parent is not None and get_worker_info() is not None:
+        return parent
+    rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+    if rank is None or world_size is None:
+        return ALONE
+    if rank >= world_size:
+        raise UsageError(
+            f"the environment says RANK {rank} and WORLD_SIZE {world_size}: a rank is below the "
+            "world size; set both as torchrun does, or give rank and world_size"
+        )
+    return Place(rank, world_size)
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise UsageError(
+            f"the environment says {name} {text!r}, which is no whole number: set it as torchrun "
+            "does, or give rank and world_size"
+        )
+    return int(text)
+
+
+def doubts(place: Place) -> str:
+    """What speaks against `place` as reading begins, where nobody gave it; empty for nothing.
+
+    Raises UsageError where WORLD_SIZE alone says that there are others: then all would read the
+    same.
+    """
+    if place != ALONE:
+        return ""
+    if (_number("WORLD_SIZE") or 1) > 1 and _number("RANK") is None:
+        raise UsageError(
+            f"the environment says WORLD_SIZE {os.environ['WORLD_SIZE']} and no RANK, so all "
+            "processes would read the same: begin after torch.distributed.init_process_group, or "
+            "give rank and world_size"
+        )
+    for several, which in LAUNCHERS.items():
+        if (count := os.environ.get(several, "")).isdecimal() and int(count) > 1:
+            return (
+                f"{several} is {count}, and this dataset is rank 0 of 1, so all of these processes "
+                "read the same: if they train together, begin after "
+                "torch.distributed.init_process_group, or give "
+                f'rank=int(os.environ["{which}"]) and world_size={count}'
+            )
+    return ""

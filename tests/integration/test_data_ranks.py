@@ -1,0 +1,74 @@
+"""SplatDataset in processes that train together, without a word about ranks: each sample once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.splat_shards import make_dataset
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import json, sys, warnings
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from splatshard.pipeline.data import SplatDataset
+
+warnings.simplefilter("ignore")
+
+def main(src, out, rank):
+    early = SplatDataset(src, batch_size=2, drop_last=False)  # before there is a process group
+    if rank:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{out}/group", rank=int(rank), world_size=2
+        )
+    read = {"alone": early}
+    for context in ("fork", "spawn"):
+        dataset = SplatDataset(src, batch_size=2, drop_last=False, lanes=4)
+        read[context] = DataLoader(
+            dataset, batch_size=None, num_workers=2, multiprocessing_context=context
+        )
+    found = {
+        name: [k for b in batches for k, v in zip(b.keys, b.valid.tolist()) if v]
+        for name, batches in read.items()
+    }
+    with open(f"{out}/{early.rank}.json", "w") as file:
+        json.dump(found, file)
+    if rank:
+        dist.barrier()
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("launched", ["torchrun", "process group"])
+def test_ranks_share_the_samples(tmp_path: Path, launched: str) -> None:
+    """By itself, in forked workers and in spawned ones, which have no process group."""
+    src, script = str(tmp_path / "shards"), tmp_path / "read.py"
+    rows = make_dataset(src, [10, 7, 9])
+    script.write_text(SCRIPT)
+    unset = ("RANK", "WORLD_SIZE")
+    env = {k: v for k, v in os.environ.items() if k not in unset}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), src, str(tmp_path)]
+    if launched == "torchrun":
+        run = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+        commands = [[sys.executable, *run, *command[1:], ""]]
+    else:
+        commands = [[*command, rank] for rank in ("0", "1")]
+    running = [subprocess.Popen(each, cwd=ROOT, env=env) for each in commands]
+    assert [process.wait(120) for process in running] == [0] * len(running)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for name in first:
+        assert sorted(first[name] + second[name]) == sorted(rows), name
+        assert abs(len(first[name]) - len(second[name])) <= 1, name

@@ -1,0 +1,143 @@
+"""Which rank a dataset reads as, where nobody says it; with real processes in
+tests/integration/test_data_ranks.py."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.data.place import LAUNCHERS
+from splatshard.schemas.errors import UsageError
+from tests.splat_shards import keys_of
+
+NAMES = ("RANK", "WORLD_SIZE", *LAUNCHERS, *LAUNCHERS.values())
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody started this process with others."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def say(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def place_of(dst: str, **options: int) -> tuple[int, int]:
+    return SplatDataset(dst, batch_size=4, **options).place
+
+
+def test_a_process_alone_reads_everything(dst: str) -> None:
+    assert place_of(dst) == (0, 1)
+
+
+def test_torchruns_environment_says_the_rank(dst: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, RANK="1", WORLD_SIZE="2")
+    dataset = SplatDataset(dst, batch_size=4)
+    assert (dataset.rank, dataset.world_size) == (1, 2)
+    assert keys_of(dataset) == keys_of(SplatDataset(dst, batch_size=4, rank=1, world_size=2))
+
+
+def test_what_is_given_counts(dst: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, RANK="1", WORLD_SIZE="2")
+    assert place_of(dst, rank=0, world_size=1) == (0, 1)
+    assert place_of(dst, rank=2, world_size=3) == (2, 3)
+    assert place_of(dst, world_size=1) == (0, 1)
+    assert place_of(dst, rank=1) == place_of(dst, world_size=2) == (1, 2)
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"world_size": 2}])
+def test_half_of_a_place_is_refused(dst: str, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="rank 0 of 1: give both, or neither"):
+        place_of(dst, **options)
+
+
+def test_a_process_group_counts_more_than_the_environment(
+    dst: str, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, RANK="1", WORLD_SIZE="2")
+    assert place_of(dst) == (0, 1)
+
+
+def test_the_place_is_asked_when_reading_begins(dst: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset may be made before the process group, and travel to another process."""
+    dataset = SplatDataset(dst, batch_size=4)
+    steps = len(dataset)
+    sent = pickle.dumps(dataset)
+    say(monkeypatch, RANK="1", WORLD_SIZE="2")
+    half = keys_of(SplatDataset(dst, batch_size=4, rank=1, world_size=2))
+    assert len(dataset) == steps // 2
+    assert keys_of(dataset) == keys_of(pickle.loads(sent)) == half
+
+
+def test_ranks_that_fill_no_step_are_refused_when_reading_begins(
+    dst: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = SplatDataset(dst, batch_size=16)
+    say(monkeypatch, RANK="1", WORLD_SIZE="9")
+    with pytest.raises(UsageError, match="each of 9 ranks"):
+        list(dataset)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 and WORLD_SIZE 2"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK 'one'"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE '-1'"),
+    ],
+)
+def test_an_environment_without_sense_is_refused(
+    dst: str, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], what: str
+) -> None:
+    say(monkeypatch, **values)
+    with pytest.raises(UsageError, match=f"{what}.* rank and world_size"):
+        SplatDataset(dst, batch_size=4)
+
+
+def test_one_of_several_that_does_not_know_which_is_refused(
+    dst: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only as reading begins: until then a process group may say it."""
+    say(monkeypatch, WORLD_SIZE="2")
+    dataset = SplatDataset(dst, batch_size=4)
+    with pytest.raises(UsageError, match=r"WORLD_SIZE 2 and no RANK.*init_process_group"):
+        next(iter(dataset))
+    assert keys_of(SplatDataset(dst, batch_size=4, rank=0, world_size=1))
+
+
+@pytest.mark.parametrize(("several", "which"), LAUNCHERS.items())
+def test_other_launchers_are_not_followed_but_said_once(
+    dst: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    several: str,
+    which: str,
+) -> None:
+    say(monkeypatch, **{several: "4", which: "3"})
+    dataset = SplatDataset(dst, batch_size=4)
+    with caplog.at_level(logging.WARNING):
+        first, second = keys_of(dataset), keys_of(dataset)
+        list(SplatDataset(dst, batch_size=4, rank=0, world_size=1))
+    (said,) = caplog.messages
+    assert f"{several} is 4, and this dataset is rank 0 of 1" in said
+    assert f'rank=int(os.environ["{which}"])' in said
+    monkeypatch.delenv(several)
+    again = SplatDataset(dst, batch_size=4)
+    assert (keys_of(again), keys_of(again)) == (first, second)
