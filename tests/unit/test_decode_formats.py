@@ -13,7 +13,7 @@ from PIL import Image
 
 from splatshard.pipeline.source.decode import readable
 from tests.bitmaps import bmp, chunk, png
-from tests.make import encode, jpeg, photo
+from tests.make import animation, encode, jpeg, photo
 from tests.unit.decoding import SIDE, picture_or_reason, pixels_of, reason, samples
 
 imagecodecs = pytest.importorskip("imagecodecs")
@@ -321,3 +321,9 @@ def test_avif(channels: int, bits: int) -> None:
     other = np.atleast_3d(imagecodecs.avif_decode(image)).astype(float) / (2**bits - 1) * 255
     expected = over_white(other[..., :3], other[..., 3:] / 255) if channels == 4 else other
     assert difference(pixels_of(image), expected) < 2.1
+
+
+@avif
+def test_avif_of_frames() -> None:
+    assert picture_or_reason(animation("AVIF")) == "a.tif has more than one frame"
+    assert isinstance(picture_or_reason(animation("AVIF", frames=1)), np.ndarray)
