@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,13 @@ def rewrite(dst: Path, change: Any) -> None:
         (dst / f"{name}.json").write_text(to_json(marker))
 
 
+def changed(shards: Path, tmp_path: Path, change: Any) -> Path:
+    """Shards whose tables `change` has changed."""
+    shutil.copytree(shards, tmp_path / "changed")
+    rewrite(tmp_path / "changed/splats", change)
+    return tmp_path / "changed"
+
+
 def toy_model(shards: Path, stage: str) -> ModelConfig:
     encoder = EncoderConfig(
         width=WIDTH,
@@ -178,3 +186,15 @@ def same_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -
 
 def events(dst: Path | str) -> Sequence[str]:
     return [record["event"] for record in read_log(str(dst))]
+
+
+class Stop(Exception):
+    """In place of a kill, which tests/integration does."""
+
+
+def stop_after(step: int) -> Any:
+    def show(record: Mapping[str, Any]) -> None:
+        if record["event"] == "step" and record["step"] == step:
+            raise Stop
+
+    return show

@@ -1,12 +1,12 @@
-"""Images through the trainer that splats go through: the same order, exact resume, bad files, the
-same augmentation; a patch model trains and is evaluated."""
+"""Images as batches: the order of the splats, exact resume, bad files, filters, the same
+augmentation."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from splatshard.jobs import evaluate
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset
 from splatshard.pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
 from splatshard.pipeline.data.augment_pixels import augment_pixels
@@ -27,21 +26,13 @@ from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read, scan
 from splatshard.pipeline.splats import Splats
 from splatshard.pipeline.train.batches import Feed
-from splatshard.pipeline.train.checkpoint import read_checkpoint
 from splatshard.pipeline.train.distributed import World
 from splatshard.pipeline.train.loop import train
-from splatshard.pipeline.train.trained import load_trained
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import SourceError, UsageError
-from splatshard.schemas.train import AugmentConfig
 from tests.make import image_folder, image_parquet, imagenet_tar, jpeg, write_parquet, write_tar
 from tests.splat_shards import keys_of
-from tests.training import (
-    curve,
-    images_config,
-    same_weights,
-    toy_config,
-)
+from tests.training import images_config, toy_config
 
 SIDE = 32
 CPU = World(0, 1, torch.device("cpu"))
@@ -277,137 +268,3 @@ def test_without_augmentation_pixels_stay() -> None:
     plan = draw_plan(torch.rand(2, DRAWS), side, side, config)
     found = augment_pixels(pixels, plan, config)
     torch.testing.assert_close(found, pixels.flip(3), atol=1e-5, rtol=0)
-
-
-# Training
-
-
-class Stop(Exception):
-    """In place of a kill."""
-
-
-def stop_after(step: int) -> Any:
-    def show(record: Mapping[str, Any]) -> None:
-        if record["event"] == "step" and record["step"] == step:
-            raise Stop
-
-    return show
-
-
-AUGMENT = AugmentConfig(height=32, width=32, rotation=20, contrast=0.2, crop_scale=(0.6, 1.0))
-
-
-@pytest.mark.parametrize("stage", ["classify", "contrast"])
-def test_the_loss_falls(shards: Path, tmp_path: Path, stage: str) -> None:
-    train(images_config(shards, tmp_path, stage, steps=40, optim__lr=1e-2))
-    losses = list(curve(tmp_path).values())
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-
-
-@pytest.mark.parametrize("stage", ["classify", "contrast"])
-def test_a_stopped_run_goes_on_bitwise(shards: Path, tmp_path: Path, stage: str) -> None:
-    """5 steps are an epoch; checkpoints are at 4 and 7. In parts, too."""
-    options: dict[str, Any] = {"steps": 7, "augment": AUGMENT, "micro_batch": 8}
-    whole = train(images_config(shards, tmp_path / "whole", stage, **options))
-    with pytest.raises(Stop):
-        train(images_config(shards, tmp_path / "cut", stage, **options), stop_after(6))
-    cut = train(images_config(shards, tmp_path / "cut", stage, **options))
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    a, b = read_checkpoint(whole.checkpoint), read_checkpoint(cut.checkpoint)
-    assert same_weights(a.weights(), b.weights())
-    assert a.state()["reader"] == b.state()["reader"]
-
-
-@pytest.mark.parametrize(
-    ("stage", "fields", "message"),
-    [
-        ("distill", {}, "stage is distill, but the model reads images"),
-        ("classify", {"data__num_gaussians": 8}, "data.num_gaussians is 8"),
-        ("classify", {"augment": replace(AUGMENT, dropout=0.1)}, "augment.dropout is 0.1"),
-        ("classify", {"augment": replace(AUGMENT, width=40)}, "images of 32 px: set both"),
-        ("classify", {"data__src": ""}, "data.src is empty: the model reads images"),
-        ("classify", {"data__batch_size": 100}, "has only 90 samples"),
-    ],
-)
-def test_configurations_that_do_not_fit(
-    shards: Path, tmp_path: Path, stage: str, fields: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        train(images_config(shards, tmp_path, stage, **fields))
-
-
-def test_a_sample_without_a_label_is_named_with_its_shard(tmp_path: Path, shards: Path) -> None:
-    write_tar(tmp_path / "a.tar", [(f"{i}.jpg", jpeg(seed=i)) for i in range(16)])
-    config = images_config(shards, tmp_path / "run", data__src=str(tmp_path / "a.tar"))
-    with pytest.raises(UsageError, match=r"a\.tar: sample \d+ has no label"):
-        train(config)
-    config = images_config(shards, tmp_path / "run", "contrast", data__src=str(tmp_path / "a.tar"))
-    with pytest.raises(UsageError, match=r"a\.tar: sample \d+ has no caption"):
-        train(config)
-
-
-def test_splat_weights_do_not_begin_a_patch_model(shards: Path, tmp_path: Path) -> None:
-    train(toy_config(shards, tmp_path / "splats", steps=1))
-    with pytest.raises(
-        UsageError, match=r"lacks .* weights, .* give a run with this model\.encoder"
-    ):
-        train(images_config(shards, tmp_path / "patches", init=str(tmp_path / "splats")))
-    train(images_config(shards, tmp_path / "first", steps=1))
-    train(images_config(shards, tmp_path / "second", steps=1, init=str(tmp_path / "first")))
-
-
-# Evaluation
-
-
-def run_job(
-    capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, dict[str, Any], str]:
-    capsys.readouterr()
-    code = evaluate.main([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    return code, json.loads(out) if out else {}, err
-
-
-def test_evaluation_of_a_patch_model(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(images_config(shards, tmp_path / "run", steps=20, optim__lr=1e-2))
-    images, run = shards / "images", tmp_path / "run"
-    code, found, err = run_job(capsys, run, f"toy={images}", "--batch-size", 32)
-    assert code == 0, err
-    model = read_checkpoint(f"{run}/checkpoints/00000020")
-    trained = load_trained(model.url, "auto", torch.device("cpu"))
-    (batch,) = ordered(images, batch_size=90)
-    with torch.no_grad():
-        hits = trained.model(batch).argmax(1) == batch.labels
-    assert found["datasets"]["toy"] == pytest.approx(float(hits.double().mean()))
-    assert found["datasets"]["toy"] > 0.08  # 24 classes
-    probe = (run, f"toy={images}", "--task", "probe", "--train", images)
-    code, found, err = run_job(capsys, *probe, "--output", tmp_path / "probe")
-    assert code == 0, err
-    assert found["datasets"]["toy"] > 0.3
-    code, _, err = run_job(capsys, run, shards / "splats")
-    assert (code, "has splat shards, and images are wanted" in err) == (1, True)
-    code, _, err = run_job(capsys, run, images, "--num-gaussians", 8)
-    assert (code, "a model that reads images" in err) == (1, True)
-
-
-def test_evaluation_of_texts(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(images_config(shards, tmp_path / "run", "contrast", steps=4))
-    names = tmp_path / "names.txt"
-    names.write_text("\n".join(f"a {i}" for i in range(24)))
-    run, data = tmp_path / "run", f"toy={shards}/images"
-    for task in ("retrieval", "zeroshot"):
-        code, found, err = run_job(capsys, run, data, "--task", task, "--classnames", names)
-        assert code == 0, err
-        assert 0 <= found["datasets"]["toy"] <= 1
-
-
-def test_images_for_a_splat_model(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(toy_config(shards, tmp_path, steps=1))
-    code, _, err = run_job(capsys, tmp_path, shards / "images")
-    assert (code, "images are converted first, with splatshard convert" in err) == (1, True)

@@ -10,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, CLIPModel
 
-from splatshard.jobs import evaluate
 from splatshard.jobs.evaluate import EvaluateOptions, datasets_of
 from splatshard.pipeline.data import SplatDataset
-from splatshard.pipeline.evaluation.metrics import (
-    classification,
-    retrieval,
-)
+from splatshard.pipeline.evaluation.metrics import classification, retrieval
 from splatshard.pipeline.models import SplatClassifier, SplatCLIP, build_model
 from splatshard.pipeline.models.clip import load_tokenizer, tokenize
-from splatshard.pipeline.models.patches import normalised
-from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.train import checkpoint
-from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import (
     EncoderConfig,
@@ -34,12 +26,9 @@ from splatshard.schemas.model import (
     TextConfig,
 )
 from splatshard.schemas.train import DataConfig, OptimConfig, TrainConfig
-from tests.clips import SIDE, clip_folder, save_tokenizer, vocabulary_of
-from tests.make import datacomp_sample, write_tar
+from tests.clips import save_tokenizer, vocabulary_of
 from tests.splat_shards import N, commit, rows_of, splat_config
-
-Capsys = pytest.CaptureFixture[str]
-
+from tests.unit.evaluating import Capsys, run_job
 
 # The list of datasets
 
@@ -161,13 +150,6 @@ def make_data(dst: Path) -> str:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_data(tmp_path_factory.mktemp("eurosat"))
-
-
-def run_job(capsys: Capsys, *arguments: object) -> tuple[int, dict[str, Any], str]:
-    capsys.readouterr()
-    code = evaluate.main([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    return code, json.loads(out) if out else {}, err
 
 
 def write_texts(folder: Path) -> list[str]:
@@ -372,39 +354,3 @@ def test_no_captions(make: Callable[..., Run], tmp_path: Path, capsys: Capsys) -
 def test_no_checkpoint(data: str, tmp_path: Path, capsys: Capsys) -> None:
     code, _, err = run_job(capsys, tmp_path, data)
     assert (code, "has no checkpoint" in err) == (1, True)
-
-
-def test_a_reference_on_the_images(tmp_path: Path, capsys: Capsys) -> None:
-    """An RGB CLIP on the tars that convert reads; what does not decode is left out."""
-    clip = clip_folder(tmp_path / "clip")
-    members = [m for i in range(6) for m in datacomp_sample(i)]
-    members = [(n, b"broken" if n == "000000000002.jpg" else data) for n, data in members]
-    words = {f"{i:012d}.txt": f"photo of {'abcdef'[i]}".encode() for i in range(6)}
-    members = [(n, words.get(n, data)) for n, data in members]
-    src = write_tar(tmp_path / "in" / "test" / "0.tar", members)
-    arguments = (clip, src.parent, "--images", "--batch-size", 2, "--output", tmp_path / "out")
-    code, _, err = run_job(capsys, *arguments)
-    assert code == 0, err
-    result = json.loads((tmp_path / "out" / "in-test.json").read_text())
-    assert (result["task"], result["samples"], result["texts"]) == ("retrieval", 5, 5)
-    model = CLIPModel.from_pretrained(clip).eval()
-    files = dict(members)
-    kept = [i for i in range(6) if i != 2]
-    config = DecodeConfig(image_size=SIDE)
-    crops = [decode(files[f"{i:012d}.jpg"], "jpg", config).pixels for i in kept]
-    tokenizer = AutoTokenizer.from_pretrained(clip)
-    tokenizer.padding_side = "right"
-    texts = [files[f"{i:012d}.txt"].decode() for i in kept]
-    ids = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        pixels = normalised(
-            torch.stack([torch.from_numpy(c) for c in crops]).permute(0, 3, 1, 2) / 255
-        )
-        found = model(pixel_values=pixels, input_ids=ids)
-    wanted = retrieval(found.image_embeds, found.text_embeds, torch.arange(5))
-    assert result["metrics"] == pytest.approx(wanted)
-    code, _, err = run_job(capsys, clip, src.parent, "--images")
-    assert (code, "give --output" in err) == (1, True)
-    (tmp_path / "in" / "classnames.txt").write_text("red\ngreen\n")
-    code, _, err = run_job(capsys, *arguments)
-    assert (code, "have no label" in err) == (1, True)  # zero-shot now; these have captions only

@@ -17,7 +17,7 @@ from splatshard.pipeline.models.resampler import anchors
 from splatshard.pipeline.models.stem import without_padding
 from splatshard.pipeline.splats import Splats, covariances
 from splatshard.schemas.model import ResamplerConfig
-from tests.unit.test_models import TOY, padded, sizes, splats_of
+from tests.unit.toy_models import TOY, padded, sizes, splats_of
 
 
 def sum_of_gaussians(splats: Splats, p_P2: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Progress fed by hand: figures, lines, `_progress.json`, metrics, logs."""
+"""Progress fed by hand: lines, `_progress.json`, metrics, logs."""
 
 from __future__ import annotations
 
@@ -16,214 +16,19 @@ from splatshard.jobs.driver import progress as progress_module
 from splatshard.jobs.driver.execute import tell_summary
 from splatshard.jobs.driver.progress import PROGRESS_FILE, Progress, line, run_summary
 from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS, readings
-from splatshard.jobs.driver.stats import RECENT_S, Snapshot, Stats
-from splatshard.jobs.driver.worker import Counters, Outcome, SkippedSample, WorkerState
+from splatshard.jobs.driver.stats import Snapshot
+from splatshard.jobs.driver.worker import SkippedSample
 from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.schemas.errors import StorageError, UnavailableError
-from splatshard.schemas.shard import ShardManifest, ShardRef
+from tests.unit.progressing import done, failed, manifest, state, tar
 
 Capsys = pytest.CaptureFixture[str]
-
-
-def tar(number: int, size_bytes: int = 1000, limit: int | None = None) -> ShardRef:
-    name = f"{number:08d}"
-    return ShardRef(
-        name=name, kind="tar", urls=(f"{name}.tar",), size_bytes=size_bytes, etag="e", limit=limit
-    )
-
-
-def folder(number: int, images: int) -> ShardRef:
-    urls = tuple(f"{number}/{i}.jpg" for i in range(images))
-    return ShardRef(name=f"f-{number}", kind="folder", urls=urls, size_bytes=1000, etag="e")
-
-
-def manifest(ref: ShardRef, ok: int = 10, corrupt: int = 0, psnr: float = 30.0) -> ShardManifest:
-    statistics = {"payload_bytes": 256 * ok}
-    if ok:
-        statistics |= {"psnr_mean": psnr, "num_gaussians_mean": 16.0}
-    return ShardManifest(
-        name=ref.name,
-        data_file=f"{ref.name}.parquet",
-        size_bytes=2000,
-        sha256="0" * 64,
-        format="parquet",
-        samples=ok + corrupt,
-        counts={"ok": ok} | ({"corrupt_image": corrupt} if corrupt else {}),
-        statistics=statistics,
-        fingerprint="0" * 64,
-        inputs={
-            "recipe": {},
-            "source": {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit},
-        },
-        source_url=ref.urls[0],
-        source_sha256="0" * 64,
-    )
-
-
-def done(ref: ShardRef, skipped: tuple[SkippedSample, ...] = (), **figures: Any) -> Outcome:
-    return Outcome(name=ref.name, kind="done", manifest=manifest(ref, **figures), skipped=skipped)
-
-
-def failed(ref: ShardRef) -> Outcome:
-    return Outcome(
-        name=ref.name, kind="failed", error="SourceError", message="truncated", trace="trace\n"
-    )
-
-
-def state(
-    *shards: tuple[ShardRef, int], up_s: float = 0.0, fit_s: float = 0.0, queued: int = 0
-) -> WorkerState:
-    counters = tuple(
-        Counters(shard=ref.name, samples=n, ok=n, psnr_sum=20.0 * n) for ref, n in shards
-    )
-    stage_stats = StageStats(busy_s={"fit": fit_s}, up_s=up_s, queued={"fit": queued})
-    return WorkerState(shards=counters, stage_stats=stage_stats)
 
 
 @pytest.fixture(autouse=True)
 def text_afterwards() -> Iterator[None]:
     yield
     configure("text")
-
-
-# Figures
-
-
-def test_totals_are_those_of_finished_shards_and_shards_in_work() -> None:
-    refs = [tar(i) for i in range(4)]
-    stats = Stats(refs, [])
-    stats.worker_ready(0.0)
-    stats.finished(refs[0], manifest(refs[0], ok=8, corrupt=2))
-    stats.finished(refs[1], None)
-    stats.update([state((refs[2], 4)), state()], 5.0)
-    s = stats.snapshot(5.0, workers=2, backend="cpu")
-    assert (s.shards, s.shards_done, s.shards_failed, s.shards_in_work) == (4, 1, 1, 1)
-    assert (s.images, s.ok, s.images_committed) == (14, 12, 10)
-    assert (s.payload_bytes, s.skipped) == (8 * 256, {"corrupt_image": 2})
-    assert s.psnr_mean == pytest.approx((8 * 30 + 4 * 20) / 12)
-    assert (s.images_per_s, s.images_per_s_mean) == (14 / 5, 14 / 5)
-    assert (s.workers, s.backend) == (2, "cpu")
-
-
-def test_before_the_first_worker_nothing_is_known() -> None:
-    assert Stats([tar(0)], []).snapshot(5.0, 0, "") == Snapshot(shards=1)
-
-
-def test_a_shard_between_its_last_poll_and_its_result_stays_counted() -> None:
-    ref, other = tar(0), tar(1)
-    stats = Stats([ref, other], [])
-    stats.worker_ready(0.0)
-    stats.update([state((ref, 9))], 1.0)
-    stats.update([state()], 2.0)
-    assert stats.snapshot(2.0, 1, "cpu").images == 9
-    stats.finished(ref, manifest(ref, ok=10))
-    stats.update([state((ref, 9))], 3.0)  # an answer that was under way
-    s = stats.snapshot(3.0, 1, "cpu")
-    assert (s.images, s.shards_in_work) == (10, 0)
-    assert s.images_per_s == pytest.approx(10 / 3)
-
-
-def test_lost_work_leaves_the_totals_and_never_makes_a_negative_rate() -> None:
-    ref = tar(0)
-    stats = Stats([ref], [])
-    stats.worker_ready(0.0)
-    stats.update([state((ref, 9))], 1.0)
-    stats.retried("oom", ref.name)
-    stats.update([], 2.0)
-    s = stats.snapshot(2.0, 0, "cpu")
-    assert (s.images, s.psnr_mean, s.retries) == (0, None, {"oom": 1})
-    assert s.images_per_s == 4.5
-    stats.update([state((ref, 3))], 3.0)
-    assert stats.snapshot(3.0, 1, "cpu").images_per_s == 4.0
-
-
-def test_the_rate_is_of_the_last_while_and_the_mean_of_all() -> None:
-    refs = [tar(i) for i in range(1000)]
-    stats = Stats(refs, [])
-    stats.worker_ready(0.0)
-    for second, ref in enumerate(refs[:200], 1):
-        stats.finished(ref, manifest(ref, ok=1 if second <= 100 else 10))
-        stats.update([state()], second)
-    s = stats.snapshot(200.0, 1, "cpu")
-    assert s.images_per_s == 10.0
-    assert s.images_per_s_mean == (100 + 1000) / 200
-    stats.update([state()], 200.0 + RECENT_S)
-    assert stats.snapshot(200.0 + RECENT_S, 1, "cpu").images_per_s == 0.0
-
-
-def test_busy_shares_are_means_over_workers_and_survive_one_that_leaves() -> None:
-    stats = Stats([tar(0)], [])
-    stats.worker_ready(0.0)
-    stats.update([state(), state()], 0.0)
-    stats.update([state(up_s=10, fit_s=9, queued=2), state(up_s=10, fit_s=6, queued=1)], 10.0)
-    s = stats.snapshot(10.0, 2, "cpu")
-    assert s.busy == {"fit": pytest.approx(0.75)}
-    assert s.queued == {"fit": 3}
-    stats.update([state(up_s=11, fit_s=10)], 11.0)  # one left: its clock says nothing
-    assert stats.snapshot(11.0, 1, "cpu").busy == {"fit": pytest.approx(0.75)}
-    stats.update([state(up_s=31, fit_s=30)], 31.0)
-    assert stats.snapshot(31.0, 1, "cpu").busy == {"fit": pytest.approx(35 / 40)}
-    stats.update([state(up_s=71, fit_s=30)], 71.0)
-    assert stats.snapshot(71.0, 1, "cpu").busy == {"fit": 0.0}
-
-
-# The remaining time
-
-
-def test_a_folder_has_a_remaining_time_before_its_first_shard_is_done() -> None:
-    refs = [folder(0, 10), folder(1, 10)]
-    stats = Stats(refs, [])
-    stats.worker_ready(0.0)
-    stats.update([state((refs[0], 5))], 5.0)
-    s = stats.snapshot(5.0, 1, "cpu")
-    assert (s.fraction, s.eta_s) == (0.25, 15.0)
-
-
-def test_of_tars_the_remaining_time_is_known_after_the_first_from_source_bytes() -> None:
-    refs = [tar(0, 1000), tar(1, 3000), tar(2, 9999, limit=6)]
-    stats = Stats(refs, [])
-    stats.worker_ready(0.0)
-    stats.update([state((refs[0], 5))], 5.0)
-    s = stats.snapshot(5.0, 1, "cpu")
-    assert (s.fraction, s.eta_s) == (None, None)
-    stats.finished(refs[0], manifest(refs[0], ok=8, corrupt=2))
-    stats.update([state((refs[1], 6))], 8.0)
-    s = stats.snapshot(8.0, 1, "cpu")
-    assert s.fraction == pytest.approx(16 / (10 + 30 + 6))
-    assert s.eta_s == pytest.approx((46 - 16) / 2)
-
-
-def test_shards_of_an_earlier_run_tell_how_long_tars_take() -> None:
-    before = [manifest(tar(8, 1000), ok=10), manifest(tar(9, 1000, limit=1), ok=1)]
-    stats = Stats([tar(0, 2000)], before)
-    stats.worker_ready(0.0)
-    stats.update([state((tar(0, 2000), 5))], 10.0)
-    s = stats.snapshot(10.0, 1, "cpu")
-    assert (s.fraction, s.eta_s) == (0.25, 30.0)
-
-
-def test_failed_shards_are_no_work_that_is_left() -> None:
-    refs = [folder(0, 10), folder(1, 10)]
-    stats = Stats(refs, [])
-    stats.worker_ready(0.0)
-    stats.finished(refs[0], None)
-    stats.update([state((refs[1], 5))], 5.0)
-    assert stats.snapshot(5.0, 1, "cpu").fraction == 0.5
-
-
-def test_a_snapshot_does_not_depend_on_how_many_shards_are_done() -> None:
-    """Neither update nor snapshot walks over what is finished."""
-    refs = [tar(i) for i in range(300)]
-    stats = Stats(refs, [])
-    stats.worker_ready(0.0)
-    for ref in refs:
-        stats.update([state((ref, 1))], 1.0)
-        stats.finished(ref, manifest(ref))
-    held = [v for v in vars(stats).values() if isinstance(v, list | dict)]
-    assert all(len(v) < 20 for v in held)
-
-
-# Lines
 
 
 def test_the_line() -> None:

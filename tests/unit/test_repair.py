@@ -27,7 +27,7 @@ from splatshard.schemas.config import ConvertConfig, FitConfig
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.shard import SKIP_STATUSES, ShardManifest, marker_digest
 from tests.make import datacomp_tar, image_folder
-from tests.unit.test_plan import CONFIG, make_failed, make_manifest, make_ref
+from tests.unit.planning import CONFIG, make_failed, make_manifest, make_ref
 
 REFS = [make_ref(name) for name in ("good", "bad", "failed", "corrupt", "missing")]
 MARKERS: dict[str, Marker] = {

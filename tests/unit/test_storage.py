@@ -1,14 +1,11 @@
-"""Access to stores: options, what their errors become, streams that end early, and no secrets."""
+"""Access to stores: options, what their errors become, small files, and no secrets."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import http.server
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,10 @@ import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
 from splatshard.pipeline.source.listing import list_shards
-from splatshard.pipeline.source.tar import read_groups
-from splatshard.pipeline.storage import fs, retry
+from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.errors import is_absent, source_errors, storage_errors
 from splatshard.pipeline.storage.options import is_redacted, options_of, redact, redact_urls
 from splatshard.schemas.errors import SourceError, StorageError, UnavailableError, UsageError
-from tests.make import datacomp_tar
 
 
 @pytest.fixture(autouse=True)
@@ -278,166 +273,3 @@ def test_ways_to_name_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert fs.exists(url)
         assert fs.read_bytes(url) == b"x"
         assert not fs.exists(f"{url}b")
-
-
-# HTTP sources
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files` as `server.mode` says."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Not printed."""
-
-    def do_GET(self) -> None:
-        server: Any = self.server
-        server.asked.append(self.path)
-        data = server.files.get(self.path.partition("?")[0])
-        status = server.refuse(self.path) or (404 if data is None else 200)
-        data = data if status == 200 and data is not None else b"no"
-        total, ranged = len(data), self.headers.get("Range")
-        if status == 200 and ranged and server.ranges:
-            first, _, last = ranged.removeprefix("bytes=").partition("-")
-            status, start = 206, int(first)
-            data = data[start : int(last or total) + 1]
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in server.headers.items():
-            self.send_header(name, value)
-        if server.ranges:
-            self.send_header("Accept-Ranges", "bytes")
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{total}")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if server.cuts and len(data) > 100:
-            server.cuts -= 1
-            data = data[: len(data) // 2]
-            self.close_connection = True
-        self.wfile.write(data)
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A web server at `web.url`."""
-    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.files, server.asked, server.ranges, server.cuts = {}, [], True, 0
-    server.headers, server.refuse = {}, lambda path: 0
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    monkeypatch.setattr(retry, "PATIENCE_S", 0)
-    yield server
-    fs.use_options({})
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_tar_on_the_web(web: Any, tmp_path: Path, ranges: bool) -> None:
-    data = datacomp_tar(tmp_path / "a.tar", 3).read_bytes()
-    web.files, web.ranges = {"/in/00.tar": data, "/in/01.tar": data}, ranges
-    refs = list_shards(f"{web.url}/in/{{00..01}}.tar?part=1")
-    assert [ref.name for ref in refs] == ["00", "01"]
-    assert [ref.size_bytes for ref in refs] == [len(data)] * 2
-    digest = hashlib.sha256()
-    with fs.open_read(refs[0].urls[0]) as stream:
-        assert len(list(read_groups("x", stream, digest))) == 3
-    assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
-    with pytest.raises(UsageError, match=r"matches nothing at 1 of 2 places: \S+/02\.tar"):
-        list_shards(f"{web.url}/in/{{01..02}}.tar")
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_tar_that_is_cut_on_its_way(
-    web: Any, tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = datacomp_tar(tmp_path / "a.tar", 3).read_bytes()
-    web.files, web.ranges, web.cuts = {"/a.tar": data}, ranges, 100
-
-    def groups() -> int:
-        with fs.open_read(f"{web.url}/a.tar") as stream:
-            return len(list(read_groups(f"{web.url}/a.tar", stream, hashlib.sha256())))
-
-    with pytest.raises(UnavailableError, match=r"cannot read http://\S+/a\.tar at byte \d+"):
-        groups()
-    if ranges:
-        web.cuts = 1
-        monkeypatch.setattr(retry, "PATIENCE_S", 60)
-        assert groups() == 3
-
-
-def test_a_store_that_calls_a_part_the_whole(tmp_path: Path) -> None:
-    """Short answers that no driver complains about must not pass for the end of the file."""
-    data = datacomp_tar(tmp_path / "a.tar", 3).read_bytes()
-
-    class Short(fsspec.implementations.memory.MemoryFile):
-        size = len(data)
-
-    fs.write_bytes("memory://b/short.tar", data[:-10240])
-    memory = fs.driver("memory://b/short.tar")[0]
-    with memory.open("/b/short.tar") as raw:
-        short = Short(memory, "/b/short.tar", raw.read())
-    stream = retry.RetryingStream("memory://b/short.tar", short)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retry, "PATIENCE_S", 0)
-        with pytest.raises(UnavailableError, match=f"ended there, short of {len(data)} bytes"):
-            list(read_groups("x", stream, hashlib.sha256()))
-
-
-@pytest.mark.parametrize(
-    ("status", "error", "text"),
-    [
-        (503, UnavailableError, "503"),
-        (429, UnavailableError, "429"),
-        (403, SourceError, "403.*check the credentials"),
-        (404, SourceError, "nothing is there"),
-    ],
-)
-def test_refusals_of_a_web_server(web: Any, status: int, error: type[Exception], text: str) -> None:
-    """The signature of the URL is not in the message, nor the password."""
-    web.refuse = lambda path: status
-    url = f"{web.url.replace('://', '://me:hunter2@')}/a.tar?X-Amz-Signature=hunter3"
-    calls: list[Callable[[], object]] = [
-        lambda: fs.stat(url),
-        lambda: fs.open_read(url).__enter__(),
-        lambda: list_shards(url),
-    ]
-    for call in calls:
-        with pytest.raises((error, UsageError)) as caught:
-            call()
-        if not isinstance(caught.value, UsageError):
-            assert caught.match(text)
-        assert "hunter" not in str(caught.value)
-        assert "://***@127.0.0.1" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("headers", "etag"),
-    [
-        ({"ETag": '"1"', "Last-Modified": "Sun, 06 Nov 1994 08:49:37 GMT"}, "1"),
-        ({"Last-Modified": "Sun, 06 Nov 1994 08:49:37 GMT"}, "Sun, 06 Nov 1994 08:49:37 GMT"),
-        ({}, ""),
-    ],
-)
-def test_the_time_of_a_file_on_the_web_stands_in_for_an_etag(
-    web: Any, headers: dict[str, str], etag: str
-) -> None:
-    web.files, web.headers = {"/00.tar": b"x" * 10240, "/01.tar": b""}, headers
-    assert fs.stat(f"{web.url}/00.tar") == fs.Stat(10240, etag)
-    assert {ref.etag for ref in list_shards(f"{web.url}/{{00..01}}.tar")} == {etag}
-
-
-def test_a_web_server_that_is_gone(web: Any) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with pytest.raises(UnavailableError, match=str(port)):
-        list_shards(f"http://127.0.0.1:{port}/a.tar")

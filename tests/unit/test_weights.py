@@ -27,7 +27,7 @@ from splatshard.pipeline.models import (
 from splatshard.pipeline.models.pretrained import from_open_clip, open_clip_config
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.model import ModelConfig, ResamplerConfig
-from tests.unit.test_models import TOY, batch_of, splats_of, tokenizer_folder
+from tests.unit.toy_models import TOY, batch_of, splats_of, tokenizer_folder
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 IDS = torch.tensor([[8, 3, 4, 9, 0, 0], [8, 2, 5, 6, 7, 9]])

@@ -1,0 +1,116 @@
+"""Configurations of models, their tokenizers, and their parameters, counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splatshard.pipeline.models import SplatCLIP, build_model
+from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.models.count import STAGE2, count, share, stage2_text, table
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import (
+    EncoderConfig,
+    ModelConfig,
+    ResamplerConfig,
+    StemConfig,
+    TextConfig,
+)
+from tests.unit.toy_models import TOY, TOY_RGB, TOY_TEXT, tokenizer_folder
+
+
+def test_right_padding_of_texts_needs_no_mask() -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(encoder=TOY_RGB, text=TOY_TEXT, embed_dim=16)).eval()
+    assert isinstance(model, SplatCLIP)
+    short = torch.tensor([[3, 5, 59]])
+    long = torch.tensor([[3, 5, 59, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        expected = model.encode_text(short)
+        for mask in (None, (long > 0).long()):
+            torch.testing.assert_close(model.encode_text(long, mask), expected)
+        assert not torch.allclose(model.encode_text(torch.tensor([[3, 6, 59]])), expected)
+
+
+def test_tokenizer_cuts_and_pads(tmp_path: Path) -> None:
+    folder = tokenizer_folder(tmp_path)
+    config = replace(TOY_TEXT, vocab_size=10, context_length=5, tokenizer=str(folder))
+    ids, mask = tokenize(load_tokenizer(config), ["w0 w1", "w0 w1 w2 w3 w4"], 5)
+    assert ids.tolist() == [[8, 2, 3, 9, 0], [8, 2, 3, 4, 9]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0], [1] * 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 49408}, "has 10 tokens, the text tower 49408"),
+        ({"vocab_size": 10, "eos_token_id": 3}, "ends a text with token 9"),
+        ({"tokenizer": "/nowhere/at-all"}, "cannot be loaded"),
+    ],
+)
+def test_wrong_tokenizers_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    folder = tokenizer_folder(tmp_path)
+    config = replace(TOY_TEXT, **{"tokenizer": str(folder), **change})
+    with pytest.raises(UsageError, match=message):
+        load_tokenizer(config)
+
+
+def test_parameters_of_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """The accounting of count.py's docstring, printed."""
+    config = EncoderConfig()
+    text = TextConfig()
+    with torch.device("meta"):
+        rgb = build_model(ModelConfig(encoder=replace(config, input="patches"), text=text))
+        model = build_model(ModelConfig(encoder=config, text=text))
+    vision = sum(c.total for c in count(rgb) if c.name.startswith("vision"))
+    assert vision == 38_587_392  # open_clip's ViT-M-16: 38.6 M
+    frozen, thawed = count(model, STAGE2), count(model, stage2_text(12))
+    print(table(frozen), table(thawed), sep="\n")
+    assert "other" not in {c.name for c in frozen}
+    assert share(frozen) == pytest.approx(0.097, abs=0.0006)
+    assert share(thawed) == pytest.approx(0.138, abs=0.009)  # what remains: see count.py
+    assert "trainable share 9.7 %" in capsys.readouterr().out
+
+
+def test_count_follows_requires_grad_and_names_of_classifiers() -> None:
+    model = build_model(ModelConfig(encoder=TOY_RGB, num_classes=3))
+    for parameter in model.encoder.parameters():
+        parameter.requires_grad_(False)
+    counts = {c.name: c for c in count(model)}
+    assert counts["head"].trainable == counts["head"].total == 33 * 3
+    assert counts["all"].trainable == counts["head"].total
+    assert "other" not in counts
+    assert counts["all"].total == sum(p.numel() for p in model.parameters())
+
+
+def test_config_round_trip() -> None:
+    import json
+
+    config = ModelConfig(encoder=replace(TOY, gradient_checkpointing=True), text=TOY_TEXT)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    values = config.to_dict()
+    values["encoder"]["colour"] = 1
+    with pytest.raises(UsageError, match="no field 'colour'"):
+        ModelConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EncoderConfig(width=30, heads=4), "multiple of 4 heads"),
+        (lambda: EncoderConfig(input="patches", tokens=98), "196 tokens"),
+        (lambda: EncoderConfig(input="pixels"), "splats, patches"),
+        (lambda: ResamplerConfig(bias="near"), "choose one of"),
+        (lambda: ModelConfig(num_classes=1), "at least 2"),
+        (lambda: ModelConfig(num_classes=3, text=TOY_TEXT), "no text tower"),
+        (lambda: TextConfig(eos_token_id=49408), "below the vocabulary"),
+        (lambda: StemConfig(color_std=(1.0, 0.0, 1.0)), "must be positive"),
+    ],
+)
+def test_bad_configs(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
