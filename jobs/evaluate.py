@@ -47,6 +47,7 @@ from splatshard.jobs.cli.text import print_json, say
 from splatshard.jobs.destination.class_texts import lines_of
 from splatshard.jobs.destination.plan_file import read_text, write_text
 from splatshard.pipeline.storage.fs import absolute
+from splatshard.pipeline.storage.options import redact_src
 from splatshard.schemas.errors import UsageError
 
 if TYPE_CHECKING:
@@ -244,7 +245,8 @@ def dataset_of(words: Sequence[str], shared: dict[str, str], where: str) -> Data
 
 def name_of(src: str) -> str:
     """The folder's name; with its parent's where it is only that of a split."""
-    *_, parent, last = ["", *src.split("/")]
+    place = src.partition("?")[0] if src.startswith("http") else src
+    *_, parent, last = ["", *place.split("/")]
     return f"{parent}/{last}" if last in ("test", "val", "validation", "train") else last
 
 
@@ -308,7 +310,7 @@ def evaluated(
         )
     result |= {
         "dataset": dataset.name,
-        "src": dataset.src,
+        "src": redact_src(dataset.src),
         "checkpoint": trained.url,
         "step": trained.step,
         "main": {"metric": metric, "value": result["metrics"][metric]},

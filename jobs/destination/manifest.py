@@ -25,7 +25,7 @@ from splatshard.jobs.destination.card import CARD_FILE, card
 from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan_file import put_file, write_lines, write_text
 from splatshard.pipeline.storage.fs import exists, open_read
-from splatshard.pipeline.storage.options import redact
+from splatshard.pipeline.storage.options import redact, redact_src
 from splatshard.schemas.config import ConvertConfig, output_config, recipe_digest
 from splatshard.schemas.errors import UnavailableError
 from splatshard.schemas.manifest import (
@@ -47,6 +47,8 @@ PACKAGES = (
     *("torch", "triton", "numba", "numpy", "pillow", "pyarrow"),
     *("ray", "fsspec", "s3fs", "webdataset"),
 )
+
+OPTIONS = ("--storage-options", "--storage_options")
 
 QUANTILES = (5, 25, 50, 75, 95)
 
@@ -158,7 +160,21 @@ def provenance() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"command": [redact(argument) for argument in sys.argv], "versions": versions}
+    return {"command": command(), "versions": versions}
+
+
+def command() -> list[str]:
+    """The command line of this process. Of the storage options nothing is shown: what is no secret
+    there, nobody can tell."""
+    shown: list[str] = []
+    for argument in sys.argv:
+        name, equals, _ = argument.partition("=")
+        if shown and shown[-1] in OPTIONS:
+            argument = "***"
+        elif equals and name in OPTIONS:
+            argument = f"{name}=***"
+        shown.append(redact(redact_src(argument)))
+    return shown
 
 
 def psnr_quantiles(manifests: Iterable[ShardManifest]) -> dict[str, float] | None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from sys import intern
 from typing import Any
 
-from splatshard.pipeline.storage.options import redact, redact_urls
+from splatshard.pipeline.storage.options import redact_url
 from splatshard.schemas.config import (
     ConvertConfig,
     describe_difference,
@@ -108,7 +108,7 @@ def make_plan(
     replaces: dict[str, str] = {}
     named = _by_name(refs)
     differences = _differences(named, markers, config, source_sha256)
-    folders = frozenset(redact(r.root) for r in named.values() if whole and r.kind == "folder")
+    folders = frozenset(redact_url(r.root) for r in named.values() if whole and r.kind == "folder")
     for name, ref in named.items():
         marker = markers.get(name)
         if isinstance(marker, ShardManifest):
@@ -279,7 +279,7 @@ class PlannedShard:
     @property
     def folder(self) -> str:
         """The folder of images that this is a piece of, as in `Plan.folders`; empty for others."""
-        return redact(self.ref.root)
+        return redact_url(self.ref.root)
 
 
 def planned(refs: Iterable[ShardRef], plan: Plan, config: ConvertConfig) -> dict[str, PlannedShard]:
@@ -313,8 +313,8 @@ def plan_lines(shards: Mapping[str, PlannedShard]) -> Iterator[str]:
     for name in sorted(shards):
         shard = shards[name]
         values = {field: getattr(shard.ref, field) for field in _REF_FIELDS}
-        values["urls"] = tuple(map(redact_urls, shard.ref.urls))
-        values["root"] = redact_urls(shard.ref.root)
+        values["urls"] = tuple(map(redact_url, shard.ref.urls))
+        values["root"] = redact_url(shard.ref.root)
         entry: dict[str, Any] = {
             "ref": {k: v for k, v in values.items() if v != _REF_FIELDS[k]},
             "recipe": digests[id(shard.recipe)],
@@ -381,7 +381,7 @@ class Status:
 def status(shards: Mapping[str, PlannedShard], markers: Mapping[str, Marker]) -> Status:
     """Compare planned shards with markers; shards that no plan mentions are `unplanned` too, and
     stale if they are pieces of a folder whose others are planned."""
-    folders = {redact(root) for root in {shard.ref.root for shard in shards.values()} if root}
+    folders = {redact_url(root) for root in {shard.ref.root for shard in shards.values()} if root}
     done: list[ShardManifest] = []
     failed: list[FailedShard] = []
     corrupt: list[tuple[str, str]] = []

@@ -41,7 +41,7 @@ from splatshard.pipeline.shards.verify import survey
 from splatshard.pipeline.storage import atomic, fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
-from splatshard.pipeline.storage.options import redact
+from splatshard.pipeline.storage.options import redact, redact_url
 from splatshard.pipeline.storage.staging import STAGING, scratch, staged, sweep
 from splatshard.schemas.config import ConvertConfig, describe_difference, fingerprint, inputs
 from splatshard.schemas.errors import CorruptShardError, StorageError, UnavailableError, UsageError
@@ -266,7 +266,7 @@ def mark_failed(
 
 
 def _source_url(ref: ShardRef) -> str:
-    return redact(ref.root or ref.urls[0])
+    return redact_url(ref.root or ref.urls[0])
 
 
 # Shards that are no longer wanted

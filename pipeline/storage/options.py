@@ -83,15 +83,22 @@ def _defaults(scheme: str) -> dict[str, Any]:
 # Secrets
 
 SECRET_NAME = re.compile(
-    r"key|secret|token|passw|credential|signature|auth|connection_string|^sig$|^sas", re.I
+    r"key|secret|token|passw|credential|signature|auth|connection_string|^sig$|^sas|header|cookie|jwt",
+    re.I,
 )
+"""Names of options; below one of them everything is a secret."""
+WEB = re.compile(r"(?:https?://|\burl: /).*", re.I)
+"""A line from an address of a web server on, as people and urllib3 write it."""
+QUERY = re.compile(r"""\?(?:(?!::(?:\w+:/|[./~]))(?:[^\s'"<>]|['"](?=[^\s'"<>,)\]}:;.])))+""")
+"""To its end; that is also a quote before white space or punctuation, or another's `::`."""
 SIGNED = re.compile(
     r"(://[^\s?'\"<>]*)\?[^\s'\"<>]*"
     r"\b(x-amz-|x-goog-|awsaccesskey|sig=|signature|\w*token|\w*key=|secret|passw)[^\s'\"<>]*",
     re.I,
 )
+"""Elsewhere `?` may be part of a pattern, or name a version."""
 USER_INFO = re.compile(
-    r"(?<=https://)[^\s/?#'\"]+@|(?<=http://)[^\s/?#'\"]+@|(?<=://)[^\s/?#'\"]*:[^\s/?#'\"]*@"
+    r"(?<=https://)[^\s/?#'\"]+@|(?<=http://)[^\s/?#'\"]+@|(?<=://)[^\s/?#'\"]*:[^\s/?#'\"]*@", re.I
 )
 """Names without a password mean something else elsewhere, such as `abfs://container@account`."""
 
@@ -108,8 +115,8 @@ def _secret_values(options: Mapping[str, Any], secret: bool = False) -> Iterator
 
 
 def redact(text: str) -> str:
-    """`text` without secrets: those of the storage options and the environment, user and password
-    in URLs, and the query strings of signed URLs."""
+    """`text` without secrets: those of the storage options and the environment, and what
+    `redact_urls` strikes out."""
     known = (os.environ.get(n, "") for n in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
     for secret in (*_secrets, *known):
         if len(secret) > 3:
@@ -118,14 +125,27 @@ def redact(text: str) -> str:
 
 
 def redact_urls(text: str) -> str:
-    """`text` without user and password in URLs and without the query strings of signed URLs.
+    """`text` without user and password in URLs, without queries of http(s), whose names for a
+    secret are endless, and without the queries of other URLs that are signed."""
+    if "://" in text:
+        text = SIGNED.sub(r"\1?***", USER_INFO.sub("***@", text))
+    return WEB.sub(lambda line: QUERY.sub("?***", line[0]), text) if "?" in text else text
 
-    What has none stays as it is, whatever the storage options are: good for addresses that are
-    to be read again.
+
+def redact_url(url: str) -> str:
+    """The whole of `url` without what is secret in it, for files, and to compare places.
+
+    What has none stays as it is, whatever the storage options are: it can be read again.
     """
-    return SIGNED.sub(r"\1?***", USER_INFO.sub("***@", text)) if "://" in text else text
+    place, query, _ = url.partition("?") if re.match(r"https?://", url, re.I) else (url, "", "")
+    return redact_urls(f"{place}?***" if query else place)
+
+
+def redact_src(src: str) -> str:
+    """`redact_url` of several sources, joined by `::`."""
+    return "::".join(map(redact_url, src.split("::")))
 
 
 def is_redacted(url: str) -> bool:
-    """Whether `redact_urls` has taken something from `url`, so that it cannot be read."""
+    """Whether `redact_url` has taken something from `url`, so that it cannot be read."""
     return "://***@" in url or url.endswith("?***")

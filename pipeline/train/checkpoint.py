@@ -36,6 +36,7 @@ from torch import Tensor
 from splatshard.pipeline.storage import atomic, fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
+from splatshard.pipeline.storage.options import redact_src
 from splatshard.pipeline.storage.staging import STAGING, scratch, staged, sweep
 from splatshard.schemas.errors import CorruptShardError, SourceError, UsageError
 from splatshard.schemas.train import MAY_CHANGE, TrainConfig, flat, from_dict, to_dict
@@ -118,7 +119,9 @@ def save(
         files[AVERAGE] = lambda path: save_file(_plain(average), path)
     aside = local_path(dst) if is_local(dst) else scratch()
     entries = {name: _put(url, name, write, aside) for name, write in files.items()}
-    marker = {"version": VERSION, "step": step, "config": to_dict(config), "shards": dict(shards)}
+    values = to_dict(config)
+    values["data"] |= {"src": redact_src(config.data.src)}  # which may change when a run goes on
+    marker = {"version": VERSION, "step": step, "config": values, "shards": dict(shards)}
     text = json.dumps(marker | {"files": entries}, indent=1) + "\n"
     atomic.write(f"{url}/{CONFIG}", text.encode())
     prune(dst, keep)

@@ -138,7 +138,7 @@ def test_file_systems_without_locks_are_said_and_used(
 
 
 def test_secrets_stay_out_of_markers(tmp_path: Path) -> None:
-    signed = "https://me:hunter2@host/a.tar?X-Amz-Signature=abcdef&X-Amz-Credential=xyz"
+    signed = "https://me:hunter2@host/a.tar?Authorization=abcdef&policy=xyz"
     ref = dataclasses.replace(make_ref(), urls=(signed,))
     mark_failed(str(tmp_path), ref, config_of(), SourceError(f"cannot read {signed}: cut"))
     text = (tmp_path / "00000000.failed.json").read_text()

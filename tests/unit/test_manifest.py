@@ -75,9 +75,10 @@ def url(dst: Path) -> str:
 
 
 def test_it_says_what_the_dataset_is(dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = '{"key": "an-id", "secret": "hunter22"}'
+    options = '{"key": "an-id", "secret": "hunter22", "https": {"params": {"user": "hunter33"}}}'
     use_options(json.loads(options))
     argv = ["jobs/convert.py", "s3://user:password@host/data", "out", "--storage-options", options]
+    argv += [f"--storage-options={options}", "https://h/a b?jwt=hunter44 c::/in/d.tar"]
     monkeypatch.setattr("sys.argv", argv)
     found = list(read_markers(str(dst)).values())
     Catalog(str(dst), found[1:]).write()
@@ -97,9 +98,10 @@ def test_it_says_what_the_dataset_is(dst: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(document["recipes"]) == 1
     assert document["shards"]["00000000"]["inputs"]["source"]["etag"] == "e"
     provenance = document["provenance"]
-    assert provenance["command"][2] == "out"
+    assert provenance["command"][2:5] == ["out", "--storage-options", "***"]
+    assert provenance["command"][5:] == ["--storage-options=***", "https://h/a b?***::/in/d.tar"]
     for file in (MANIFEST_FILE, CARD_FILE):
-        assert not re.search("password|hunter22|an-id", (dst / file).read_text())
+        assert not re.search("password|hunter|an-id", (dst / file).read_text())
     assert provenance["versions"].keys() >= {"splatshard", "python", "torch", "ray", "pyarrow"}
 
 

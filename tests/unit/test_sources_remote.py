@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
+import http.server
+import re
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
+from splatshard.jobs.destination.plan import Marker, make_plan, planned
+from splatshard.jobs.destination.plan_file import write_plan
+from splatshard.pipeline.shards.commit import mark_failed, publish, staged_file
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read
+from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import SourceError, UsageError
 from tests.make import (
     image_parquet,
@@ -20,6 +30,7 @@ from tests.make import (
     jpeg,
     shared_data,
 )
+from tests.rows import make_rows, write_shard
 from tests.unit.test_sources import keys, names
 
 
@@ -103,3 +114,56 @@ def test_real_data(tmp_path):
     shutil.copytree(shared_data("kodak"), tmp_path / "kodak")
     (ref,) = list_shards(str(tmp_path / "kodak"))
     assert (ref.name, ref.kind, len(ref.urls), ref.labels) == ("kodak-00000", "folder", 12, ())
+
+
+# On the web, signed
+
+
+class Signed(http.server.SimpleHTTPRequestHandler):
+    """Serves whatever the query is, with an etag."""
+
+    def end_headers(self) -> None:
+        self.send_header("ETag", '"one"')
+        super().end_headers()
+
+    def handle(self) -> None:
+        with suppress(ConnectionResetError):  # a reader that has seen enough
+            super().handle()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A server of `tmp_path`; its address."""
+    handler = functools.partial(Signed, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_new_signature_is_the_same_source(web: str, tmp_path: Path) -> None:
+    """The job that goes on with a URL signed anew knows what is done, and writes the same plan."""
+    imagenet_tar(tmp_path / "a.tar", count=2)
+    config = ConvertConfig()
+    texts: list[str] = []
+    markers: dict[str, Marker] = {}
+    for query in ("", "?jwt=first", "?hdnts=exp=9~hmac=second"):
+        (ref,) = list_shards(f"{web}/a.tar{query}")
+        assert (ref.name, ref.etag) == ("a", "one")
+        assert len(keys([ref])) == 2
+        plan = make_plan([ref], markers, config, str)
+        assert [m.name for m in plan.done] == ([] if not query else ["a"])
+        dst = tmp_path / f"out{len(texts)}"
+        with staged_file(str(dst), "a") as path:
+            write_shard(path, make_rows(2))
+            markers["a"] = publish(str(dst), path, ref, config, "ab" * 32)
+        mark_failed(str(dst), ref, config, SourceError(f"cannot read {ref.urls[0]}: cut"))
+        write_plan(str(dst), planned([ref], plan, config))
+        texts.append((dst / "_plan.json").read_text() + (dst / "a.json").read_text())
+        assert not re.search("jwt|hmac|first|second", texts[-1])
+    assert texts[1] == texts[2]
