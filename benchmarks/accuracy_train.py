@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
 from splatshard.pipeline.evaluation.tasks import classify
-from splatshard.pipeline.models import SplatClassifier
+from splatshard.pipeline.models.classifier import SplatClassifier
 from splatshard.pipeline.models.encoder import vision_config
 from splatshard.pipeline.models.patches import PatchEncoder
 from splatshard.pipeline.train.loop import train

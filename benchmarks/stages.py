@@ -39,7 +39,8 @@ from benchmarks.arms import Options, deviation, percent, samples_in, workspace
 from benchmarks.record import DATA, save
 from splatshard.jobs.recipes.toys import write_tokenizer
 from splatshard.pipeline.evaluation.tasks import zeroshot
-from splatshard.pipeline.models import SplatCLIP, save_clip
+from splatshard.pipeline.models.clip import SplatCLIP
+from splatshard.pipeline.models.export import save_clip
 from splatshard.pipeline.train.loop import train
 from splatshard.pipeline.train.trained import load_trained, open_data
 from splatshard.schemas.model import (

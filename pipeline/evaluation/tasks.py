@@ -15,9 +15,10 @@ from torch import Tensor
 
 from splatshard.pipeline.evaluation.metrics import classification, linear_probe, retrieval
 from splatshard.pipeline.evaluation.zeroshot import class_vectors, text_vectors
-from splatshard.pipeline.models import GViT, SplatCLIP
 from splatshard.pipeline.models.classifier import encode
+from splatshard.pipeline.models.clip import SplatCLIP
 from splatshard.pipeline.models.gaussian_space import render
+from splatshard.pipeline.models.gvit import GViT
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.train.losses import vision_of
 from splatshard.pipeline.train.trained import Data, Samples, Trained, samples_of

@@ -2,7 +2,7 @@
 
 An encoder is exported as `model.safetensors` and `config.json`, written in this order, and used so:
 
-    from splatshard.pipeline.models import load_encoder
+    from splatshard.pipeline.models.export import load_encoder
     model = load_encoder("runs/1/encoder")
     embeddings = model.encode_image(batch)                  # TrainBatch -> [B, E]
 """

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from splatshard.pipeline.models import SplatCLIP, build_model
+from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.models.clip import SplatCLIP
 from splatshard.pipeline.models.gvit import guidance_at
 from splatshard.pipeline.models.pretrained import init_from_clip, load_clip
 from splatshard.pipeline.shards.commit import check_destination, check_scheme

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
-from splatshard.pipeline.models import build_model
+from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.models.classifier import image_config, reads_images
 from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.pipeline.storage import fs

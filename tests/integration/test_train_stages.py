@@ -10,8 +10,8 @@ import torch
 
 from splatshard.jobs.recipes.toys import COLORS, SHAPES
 from splatshard.pipeline.data import SplatDataset
-from splatshard.pipeline.models import SplatCLIP, build_model
-from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
 from splatshard.pipeline.train.checkpoint import read_checkpoint
 from splatshard.pipeline.train.loop import train
 from tests.training import make_shards, toy_config

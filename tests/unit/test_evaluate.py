@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from splatshard.jobs.evaluate import EvaluateOptions, datasets_of
 from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.evaluation.metrics import classification, retrieval
-from splatshard.pipeline.models import SplatClassifier, SplatCLIP, build_model
-from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.models.classifier import SplatClassifier
+from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
 from splatshard.pipeline.train import checkpoint
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import (

@@ -63,6 +63,23 @@ def test_help_needs_neither_torch_nor_ray(arguments: list[str]) -> None:
     assert "splatshard" in done.stdout
 
 
+EXTRAS = {"transformers", "tensorboard", "safetensors", "gsplat", "simplejpeg", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.convert", "pipeline.embed", "pipeline.data", "jobs.driver.worker"]
+)
+def test_converting_and_reading_need_no_extra(module: str) -> None:
+    """Nor wait for one: importing transformers takes longer than all the rest."""
+    script = (
+        f"import sys, splatshard.{module}\n"
+        f"loaded = {EXTRAS!r} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 # A machine with little more than torch: see tests/bare.py
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from splatshard.pipeline.models import PatchEncoder, SplatEncoder
+from splatshard.pipeline.models.encoder import SplatEncoder
 from splatshard.pipeline.models.local import WINDOW, LocalTokens, coefficients, half_plane
-from splatshard.pipeline.models.patches import normalised
+from splatshard.pipeline.models.patches import PatchEncoder, normalised
 from splatshard.pipeline.models.resampler import anchors
 from splatshard.pipeline.models.stem import without_padding
 from splatshard.pipeline.splats import Splats, covariances

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from splatshard.pipeline.models import SplatCLIP, build_model
-from splatshard.pipeline.models.clip import load_tokenizer, tokenize
+from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
 from splatshard.pipeline.models.count import STAGE2, count, share, stage2_text, table
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import (

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from splatshard.pipeline.models import PatchEncoder, SplatClassifier, SplatEncoder, build_model
-from splatshard.pipeline.models.patches import normalised
+from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.models.classifier import SplatClassifier
+from splatshard.pipeline.models.encoder import SplatEncoder
+from splatshard.pipeline.models.patches import PatchEncoder, normalised
 from splatshard.pipeline.models.resampler import anchors
 from splatshard.pipeline.models.stem import normalised_means
 from splatshard.pipeline.splats import Splats

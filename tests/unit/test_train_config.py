@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from splatshard.jobs.cli.recipe import load_recipe, with_settings
-from splatshard.pipeline.models import build_model
+from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.train.groups import groups_of
 from splatshard.pipeline.train.losses import STAGES
 from splatshard.schemas.errors import UsageError

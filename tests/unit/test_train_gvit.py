@@ -17,9 +17,10 @@ from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.jobs.evaluate import main as evaluate
 from splatshard.jobs.recipes.toys import shapes, write_tars
 from splatshard.pipeline.data.random_numbers import uniform
-from splatshard.pipeline.models import PatchEncoder, load_encoder, save_encoder
+from splatshard.pipeline.models.export import load_encoder, save_encoder
 from splatshard.pipeline.models.gaussian_space import drawn
 from splatshard.pipeline.models.gvit import GViT, gamma_at
+from splatshard.pipeline.models.patches import PatchEncoder
 from splatshard.pipeline.train import losses
 from splatshard.pipeline.train.augmentation import start_seeds
 from splatshard.pipeline.train.batches import Feed

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splatshard.pipeline.models import build_model
+from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.train.batches import Feed
 from splatshard.pipeline.train.checkpoint import initial_weights, latest, read_checkpoint
 from splatshard.pipeline.train.distributed import World

@@ -14,17 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from splatshard.pipeline.models import (
-    SplatClassifier,
-    SplatCLIP,
-    build_model,
+from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.models.classifier import SplatClassifier
+from splatshard.pipeline.models.clip import SplatCLIP
+from splatshard.pipeline.models.export import load_encoder, save_clip, save_encoder
+from splatshard.pipeline.models.pretrained import (
+    from_open_clip,
     init_from_clip,
     load_clip,
-    load_encoder,
-    save_clip,
-    save_encoder,
+    open_clip_config,
 )
-from splatshard.pipeline.models.pretrained import from_open_clip, open_clip_config
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.model import ModelConfig, ResamplerConfig
 from tests.unit.toy_models import TOY, batch_of, splats_of, tokenizer_folder

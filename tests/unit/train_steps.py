@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from splatshard.pipeline.data import ImageBatch, TrainBatch
-from splatshard.pipeline.models import build_model
+from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.models.gvit import Guidance
 from splatshard.pipeline.train.batches import Step
 from splatshard.pipeline.train.distributed import World
