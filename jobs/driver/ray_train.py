@@ -27,7 +27,9 @@ from splatshard.jobs.cli.log import configure, log_format
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.driver.cluster import ray_session
+from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import use_options
+from splatshard.pipeline.storage.staging import temporary
 from splatshard.pipeline.train.loop import TrainResult
 from splatshard.schemas.errors import SplatshardError, UnavailableError, UsageError
 from splatshard.schemas.train import TrainConfig
@@ -60,7 +62,8 @@ def launch(
 
     with ray_session(workers):
         scaling = scaling_of(workers, config.device)
-        folder = tempfile.TemporaryDirectory(prefix="splatshard-ray-")
+        with storage_errors(place := temporary()):
+            folder = tempfile.TemporaryDirectory(prefix="splatshard-ray-", dir=place)
         with folder as path, record_queue(shown) as queue:
             run_all(config, scaling, path, queue, storage_options or {})
     (end,) = ends[-1:] or [{"step": 0, "url": ""}]

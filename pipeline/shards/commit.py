@@ -68,7 +68,8 @@ def check_destination(dst: str) -> None:
     if not is_local(dst):
         atomic.keeps_conditions(dst.rstrip("/"))
         atomic.delete(f"{dst.rstrip('/')}/_check")
-        return
+        with staged_file(dst, "check"):
+            return
     folder = local_path(dst)
     for place in (folder, *folder.parents):
         if place.is_dir():

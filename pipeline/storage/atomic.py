@@ -36,7 +36,7 @@ from splatshard.pipeline.storage.errors import (
     storage_errors,
 )
 from splatshard.pipeline.storage.fs import Stat, driver, is_local, local_path
-from splatshard.pipeline.storage.staging import STAGING, staged
+from splatshard.pipeline.storage.staging import STAGING, opened, staged
 from splatshard.schemas.errors import StorageError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,8 @@ def _locked(path: Path, end: float) -> tuple[int, bool]:
         with suppress(FileExistsError):  # see staging
             path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the folder vanished
-            number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.close(opened(path.parent))
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(number), path.stat()):

@@ -7,6 +7,11 @@ deleted by the next one on that host. `space` stands for the boot and the PID na
 `pid` means that process: hosts of one name and containers share folders, too. What processes
 elsewhere left, or this host before it was started anew, goes when nobody has written to it for
 IDLE_S.
+
+A folder below TMPDIR (`scratch`) is this user's alone, and a staging folder is never entered by a
+link: whoever makes either first, in a place that all can write to, could otherwise replace what is
+being staged, or have files deleted elsewhere. TMPDIR itself must be one in which others cannot
+rename what is ours, as /tmp is.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import hashlib
 import os
 import secrets
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from splatshard.pipeline.storage.errors import storage_errors
+from splatshard.schemas.errors import StorageError
 
 STAGING = "_staging"
 
@@ -64,7 +71,12 @@ def _create(path: Path) -> None:
         with suppress(FileExistsError):  # mkdir met the folder, then found it gone
             path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            return path.open("xb").close()
+            number = opened(path.parent)
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                return os.close(os.open(path.name, flags, 0o666, dir_fd=number))
+            finally:
+                os.close(number)
     raise FileNotFoundError(errno.ENOENT, "the folder vanishes again and again", str(path.parent))
 
 
@@ -73,19 +85,35 @@ def sweep(folder: Path) -> None:
     idle for IDLE_S. A process id that was given to a new process keeps its leftovers until a later
     call. Raises OSErrors."""
     staging, ours = folder / STAGING, _space()
-    files: list[str] = []
-    with suppress(FileNotFoundError):  # another process may delete it at any time
-        files = sorted(os.listdir(staging))
-    for file in files:
-        pid = _pid_of(file, ours)
-        if pid is not None:
-            dead = not _is_alive(pid)
-        else:
-            dead = not file.endswith(".lock") and _is_idle(staging / file)
-        if dead:
-            (staging / file).unlink(missing_ok=True)
+    try:
+        number = opened(staging)
+    except FileNotFoundError:
+        return
+    try:
+        for file in sorted(os.listdir(number)):
+            pid = _pid_of(file, ours)
+            if pid is not None:
+                dead = not _is_alive(pid)
+            else:
+                dead = not file.endswith(".lock") and _is_idle(file, number)
+            if dead:
+                with suppress(FileNotFoundError):  # another process may delete it at any time
+                    os.unlink(file, dir_fd=number)
+    finally:
+        os.close(number)
     with suppress(OSError):  # others are still using it
         staging.rmdir()
+
+
+def opened(folder: Path) -> int:
+    """A descriptor of `folder` itself. Raises StorageError where that is a link or no folder, and
+    OSErrors."""
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except NotADirectoryError as e:
+        raise StorageError(
+            f"{folder} is a link, or no folder, and not of splatshard's making: delete it"
+        ) from e
 
 
 def is_from_here(name: str) -> bool:
@@ -99,16 +127,51 @@ def _pid_of(name: str, space: str) -> int | None:
 
 
 def scratch() -> Path:
-    """A folder for `staged` files on a local disk (below TMPDIR), swept of dead processes'."""
-    folder = Path(tempfile.gettempdir()) / f"splatshard-{os.getuid()}"
+    """A folder for `staged` files on a local disk (below TMPDIR), swept of dead processes'.
+
+    Raises StorageError where it cannot be made, or others could write to it.
+    """
+    folder = temporary() / f"splatshard-{os.geteuid()}"
+    make_private(folder)
     with storage_errors(folder):
         sweep(folder)
     return folder
 
 
-def _is_idle(path: Path) -> bool:
+def temporary() -> Path:
+    """TMPDIR, or what stands for it. Raises StorageError where there is none."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as e:
+        raise StorageError(
+            f"no folder for temporary files can be written ({e.strerror}): set TMPDIR to one"
+        ) from e
+
+
+def make_private(folder: Path) -> None:
+    """See to it that `folder` is there and this user's alone. Raises StorageError otherwise."""
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
+        number = opened(folder)
+        try:
+            info = os.fstat(number)
+            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                raise StorageError(
+                    f"{folder} is not this user's alone (owner {info.st_uid}, mode "
+                    f"{stat.S_IMODE(info.st_mode):o}), so what is in it may be anybody's: delete "
+                    "it, or set TMPDIR to another folder"
+                )
+            os.fchmod(number, 0o700)
+        finally:
+            os.close(number)
+
+
+def _is_idle(name: str, folder: int) -> bool:
     with suppress(FileNotFoundError):
-        return path.is_file() and time.time() - path.stat().st_mtime > IDLE_S
+        info = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        return stat.S_ISREG(info.st_mode) and time.time() - info.st_mtime > IDLE_S
     return False
 
 
