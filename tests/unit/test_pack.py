@@ -26,19 +26,7 @@ from splatshard.pipeline.splats import Splats
 from splatshard.schemas.errors import CorruptShardError
 from splatshard.schemas.splats import CODECS, PLANAR, PLANES, shard_metadata
 from tests.rows import CUTOFF, HEIGHT, WIDTH, packed, random_splats, target_of, values_of
-
-GAUSSIANS = st.lists(
-    st.tuples(
-        st.floats(-1e6, 1e6),
-        st.floats(-1e6, 1e6),
-        st.floats(2.0**-40, 2.0**40),
-        st.floats(-1e6, 1e6),
-        st.floats(2.0**-40, 2.0**40),
-        *(st.floats(-1e5, 1e5) for _ in range(3)),
-    ),
-    min_size=1,
-    max_size=20,
-)
+from tests.unit.codes import GAUSSIANS
 
 
 def one_gaussian_each(gaussians: list[tuple[float, ...]]) -> Splats:
