@@ -12,7 +12,7 @@ import hashlib
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,11 +24,9 @@ from splatshard.jobs.destination.figures import left_out_line
 from splatshard.jobs.destination.plan import make_plan, refuse_stale
 from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.storage.fs import absolute
-from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig
+from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig, PresetName
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.shard import ShardRef
-
-Preset = Literal["default", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class ConvertOptions(RunOptions):
     (quote it), several joined by ::, a list file (.txt), or any fsspec URL."""
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """Folder for the shards, local or s3://, apart from SRC; created when absent."""
-    preset: Preset = "default"
+    preset: PresetName = "default"
     """Base of the recipe; explicit flags override it. paper: the published recipe."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Convert only the first N samples."""

@@ -26,7 +26,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 Task = Literal["auto", "zeroshot", "retrieval", "probe", "classify"]
-TASKS = ("auto", "zeroshot", "retrieval", "probe", "classify")
+TASKS = get_args(Task)
 
 MAIN = {"zeroshot": "top1", "classify": "top1", "probe": "top1", "retrieval": "mean_recall1"}
 """The figure of each task that goes into the summary."""

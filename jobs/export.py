@@ -19,10 +19,11 @@ import tyro
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
-from splatshard.jobs.cli.options import Backend, DatasetOptions
+from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import print_json, say
 from splatshard.jobs.destination.plan import status
 from splatshard.jobs.destination.plan_file import read_plan
+from splatshard.schemas.config import BackendName
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import OK, ShardManifest
 from splatshard.schemas.splats import metadata_of
@@ -38,7 +39,7 @@ class ExportOptions(DatasetOptions):
     """Key or uid of the sample."""
     output: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """File to write: .png or .ply."""
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
     """Kernel backend that renders the .png."""
 
     def __post_init__(self) -> None:

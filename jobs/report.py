@@ -26,7 +26,7 @@ import tyro
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
-from splatshard.jobs.cli.options import Backend, DatasetOptions, Switch
+from splatshard.jobs.cli.options import DatasetOptions, Switch
 from splatshard.jobs.cli.text import print_json, say
 from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan import PlannedShard, status
@@ -39,8 +39,9 @@ from splatshard.jobs.destination.plan_file import (
 )
 from splatshard.jobs.pages.report_page import JpegFigures, Picture, ReportData, Skip, page
 from splatshard.pipeline.storage.fs import is_local
-from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.config import BackendName, DecodeConfig
 from splatshard.schemas.errors import SampleError, SplatshardError, UsageError
+from splatshard.schemas.plain import from_dict
 from splatshard.schemas.shard import OK, ShardManifest
 from splatshard.schemas.splats import metadata_of, payload_bytes
 
@@ -62,7 +63,7 @@ class ReportOptions(DatasetOptions):
     """Where to write the page."""
     open: Switch = False
     """Open the page in the browser."""
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
     """Kernel backend that renders the reconstructions."""
 
     def __post_init__(self) -> None:
@@ -216,8 +217,8 @@ def reread(shards: dict[str, PlannedShard], entries: Sequence[Entry]) -> dict[tu
         if name not in shards:
             continue
         manifest = next(iter(wanted.values())).shard
-        config = DecodeConfig(**manifest.inputs["recipe"]["decode"])
         try:
+            config = from_dict(DecodeConfig, manifest.inputs["recipe"]["decode"])
             for index, sample in enumerate(read(shards[name].ref, hashlib.sha256())):
                 if index in wanted and not sample.error:
                     image = decode(sample.image, sample.image_name, config)

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import require_dataset
@@ -22,21 +21,7 @@ from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.plan import Marker, status
 from splatshard.jobs.destination.plan_file import read_plan
 from splatshard.jobs.driver.redo import redo
-from splatshard.schemas.shard import FailedShard, ShardManifest
-
-SkipStatus = Literal[
-    "no_image",
-    "duplicate_key",
-    "unsafe_path",
-    "empty_image",
-    "not_an_image",
-    "corrupt_image",
-    "too_large",
-    "animated_image",
-    "bad_metadata",
-    "fit_diverged",
-    "quarantined",
-]
+from splatshard.schemas.shard import FailedShard, ShardManifest, SkipStatus
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,25 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.plain import chosen, from_dict
 from splatshard.schemas.shard import ShardRef
-from splatshard.schemas.splats import CODECS, FORMAT_VERSION, canonical_json
+from splatshard.schemas.splats import FORMAT_VERSION, CodecName, FormatName, canonical_json
 
 STAGES_VERSION = 5
 """Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same
 input."""
 
-MAX_GAUSSIANS = 65536
+MAX_FITTED_GAUSSIANS = 65536
+"""With which one image may be fitted; a reader takes MAX_PAYLOAD_GAUSSIANS (schemas/splats.py)."""
+
+BackendName = Literal["auto", "cpu", "triton", "reference"]
+BACKENDS = get_args(BackendName)
+
+CPU_BACKENDS = ("cpu", "reference")
+"""Backends that never use a GPU."""
 
 ENCODER = "encoder:"
 """Begins the name of a start that a trained model predicts; see
@@ -32,6 +40,11 @@ pipeline/fitting/encoder_start.py."""
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
         raise UsageError(f"--{name.replace('_', '-')} {value}: {remedy}")
+
+
+def _check_choices(config: object) -> None:
+    for name, value, choices in chosen(config):
+        _check(value in choices, name, value, f"choose one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +119,12 @@ class FitConfig:
             self._check_nested()
             object.__setattr__(self, "num_gaussians", self.budgets[-1])
         _check(
-            1 <= self.num_gaussians <= MAX_GAUSSIANS,
+            1 <= self.num_gaussians <= MAX_FITTED_GAUSSIANS,
             "num_gaussians",
             self.num_gaussians,
-            f"choose 1 to {MAX_GAUSSIANS}",
+            f"choose 1 to {MAX_FITTED_GAUSSIANS}",
         )
+        _check_choices(self)
         _check(0 <= self.steps <= 1_000_000, "steps", self.steps, "choose 0 to 1000000")
         encoder = self.init.startswith(ENCODER) and self.init != ENCODER
         _check(
@@ -169,8 +183,7 @@ class PruneConfig:
     """Steps of refit after the energy rule."""
 
     def __post_init__(self) -> None:
-        rules = ("none", "luminosity", "energy")
-        _check(self.prune in rules, "prune", self.prune, "choose none, luminosity or energy")
+        _check_choices(self)
         _check(
             self.prune_threshold >= 0,
             "prune_threshold",
@@ -185,20 +198,14 @@ class PruneConfig:
 class PackConfig:
     """The bytes of a shard."""
 
-    format: Literal["parquet", "webdataset"] = "parquet"
+    format: FormatName = "parquet"
     """parquet (fastest to read) or webdataset (tar)."""
-    codec: Literal["fp16", "balanced", "compact"] = "balanced"
+    codec: CodecName = "balanced"
     """balanced: 5 to 6 bytes per Gaussian, at most 0.2 dB lost. compact: 4 to 5, at most 1 dB.
     Fits beyond 60 dB may lose what 60 dB may. fp16: 16 bytes, halves as in the paper."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.format in ("parquet", "webdataset"),
-            "format",
-            self.format,
-            "choose parquet or webdataset",
-        )
-        _check(self.codec in CODECS, "codec", self.codec, f"choose one of {', '.join(CODECS)}")
+        _check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +237,7 @@ class ConvertConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     teacher: TeacherConfig | None = None
-    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    backend: BackendName = "auto"
     """Kernel backend; auto is triton on CUDA and cpu elsewhere. A named one never falls back."""
     batch_size: int | None = None
     """Images fitted together, at most; does not change the result beyond rounding. None: on a GPU
@@ -243,13 +250,7 @@ class ConvertConfig:
             self.prune.prune,
             "does not go with --nested, whose budgets are exact",
         )
-        backends = ("auto", "cpu", "triton", "reference")
-        _check(
-            self.backend in backends,
-            "backend",
-            self.backend,
-            f"choose one of {', '.join(backends)}",
-        )
+        _check_choices(self)
         _check(
             self.batch_size is None or 1 <= self.batch_size <= 65536,
             "batch_size",
@@ -258,10 +259,8 @@ class ConvertConfig:
         )
 
 
-CPU_BACKENDS = ("cpu", "reference")
-"""Backends that never use a GPU."""
-
-PRESETS: dict[str, ConvertConfig] = {
+PresetName = Literal["default", "paper"]
+PRESETS: dict[PresetName, ConvertConfig] = {
     "default": ConvertConfig(),
     "paper": ConvertConfig(
         fit=FitConfig(
@@ -311,27 +310,15 @@ def config_from_output(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
                 f"the shards were made with {name} {recipe_of_shards.get(name)}, this build has "
                 f"{version}: redo them all with convert --overwrite-stale, or use that version"
             )
+    stages = {name: value for name, value in recipe_of_shards.items() if name not in versions}
     try:
-        config = ConvertConfig(
-            decode=DecodeConfig(**recipe_of_shards["decode"]),
-            fit=FitConfig(**recipe_of_shards["fit"]),
-            prune=PruneConfig(**recipe_of_shards["prune"]),
-            pack=PackConfig(**recipe_of_shards["pack"]),
-            teacher=_teacher_from(recipe_of_shards.get("teacher")),
-        )
-    except (KeyError, TypeError) as e:
-        raise UsageError(f"{_UNKNOWN_RECIPE} ({type(e).__name__}: {e})") from e
+        config = from_dict(ConvertConfig, stages)
+    except UsageError as e:
+        raise UsageError(f"{_UNKNOWN_RECIPE} ({e})") from e
     if canonical_json(output_config(config)) != canonical_json(recipe_of_shards):
         different = describe_difference(recipe_of_shards, output_config(config))
         raise UsageError(f"{_UNKNOWN_RECIPE} ({'; '.join(different)})")
     return config
-
-
-def _teacher_from(values: dict[str, Any] | None) -> TeacherConfig | None:
-    if values is None:
-        return None
-    triples: dict[str, Any] = {name: tuple(values[name]) for name in ("mean", "std")}
-    return TeacherConfig(**{**values, **triples})
 
 
 _UNKNOWN_RECIPE = (

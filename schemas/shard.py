@@ -21,13 +21,13 @@ import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from sys import intern
-from typing import Any, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast, get_args
 
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError
 from splatshard.schemas.splats import EXTENSIONS, FORMAT_VERSION
 
 OK = "ok"
-SKIP_STATUSES = (
+SkipStatus = Literal[
     "no_image",  # a key without an image member
     "duplicate_key",  # a second sample with a key already seen in this shard
     "unsafe_path",  # absolute or ../ member path
@@ -39,7 +39,9 @@ SKIP_STATUSES = (
     "bad_metadata",  # .cls or .json that cannot be parsed
     "fit_diverged",  # non-finite splats
     "quarantined",  # killed its worker, or kept it busy beyond --sample-timeout
-)
+]
+"""Why a sample has no splats."""
+SKIP_STATUSES = get_args(SkipStatus)
 STATUSES = frozenset((OK, *SKIP_STATUSES))
 
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import pyarrow as pa
 
 FORMAT_VERSION = 2
 
-CODECS = ("fp16", "balanced", "compact")
+CodecName = Literal["fp16", "balanced", "compact"]
+CODECS = get_args(CodecName)
 """Payload codecs that are written; format version 1 also had q11."""
 
 PLANAR = ("balanced", "compact")
@@ -31,10 +32,12 @@ MAX_LOSS_DB = {"balanced": 0.2, "compact": 1.0}
 """dB that a codec may take from an image. fp16 is not steered: 0.01 of 400, 0.14 of 3136
 Gaussians."""
 
-MAX_GAUSSIANS = 1 << 20
-"""Of one payload."""
+MAX_PAYLOAD_GAUSSIANS = 1 << 20
+"""That a reader takes from one payload; more is damage. Writers stay below MAX_FITTED_GAUSSIANS
+(schemas/config.py)."""
 
-EXTENSIONS = {"parquet": "parquet", "webdataset": "tar"}
+FormatName = Literal["parquet", "webdataset"]
+EXTENSIONS: dict[FormatName, str] = {"parquet": "parquet", "webdataset": "tar"}
 """Container formats and the extension of their data files."""
 
 MAX_PSNR = 100.0

@@ -2,25 +2,19 @@
 
 A recipe under jobs/recipes/ is a Python file that makes one `TrainConfig`; `--set data.src=...`
 replaces a field by its dotted name. The same names are in the errors and in a checkpoint's
-config.json, which `from_dict` reads back.
+config.json, which `from_dict` of plain.py reads back.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, cast
 
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import GViTLossConfig, ModelConfig
-
-Config = TypeVar("Config")
+from splatshard.schemas.plain import chosen
 
 StageName = Literal["classify", "distill", "contrast", "gvit"]
-STAGES = ("classify", "distill", "contrast", "gvit")
 
 MAY_CHANGE = (
     "dst",
@@ -48,6 +42,11 @@ gvit, whose ramp of guidance is in shares of the steps."""
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
         raise UsageError(f"{name} is {value!r}: {remedy}")
+
+
+def _check_choices(config: object, group: str = "") -> None:
+    for name, value, choices in chosen(config):
+        _check(value in choices, f"{group}{name}", value, f"choose one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +98,7 @@ class DataConfig:
         _check(1 <= self.batch_size <= 1 << 24, "data.batch_size", self.batch_size, "at least 1")
         _check(self.workers >= 0, "data.workers", self.workers, "choose 0 or more")
         _check(self.lanes is None or self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
-        choices = ("error", "keep")
-        _check(
-            self.empty_captions in choices, "data.empty_captions", self.empty_captions,
-            "choose error or keep",
-        )  # fmt: skip
+        _check_choices(self, "data.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,9 +270,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _check(self.stage in STAGES, "stage", self.stage, f"choose one of {', '.join(STAGES)}")
-        kinds = ("fp32", "bf16", "fp16")
-        _check(self.precision in kinds, "precision", self.precision, "choose fp32, bf16 or fp16")
+        _check_choices(self)
         size = self.micro_batch
         _check(size is None or size >= 1, "micro_batch", size, "at least 1, or None")
         classes = self.model.num_classes
@@ -300,78 +293,3 @@ class TrainConfig:
         loss = cast(GViTLossConfig, self.gvit)
         remedy = "gvit.perceptual wants a CLIP's weights: give a local folder, or set that to 0"
         _check(not loss.perceptual or bool(loss.tower), "gvit.tower", loss.tower, remedy)
-
-
-# From and to plain data
-
-
-def to_dict(config: object) -> dict[str, Any]:
-    """Plain data for JSON: tuples become lists there."""
-    return dataclasses.asdict(cast(Any, config))
-
-
-def from_dict(cls: type[Config], value: object) -> Config:
-    """The dataclass `cls` from plain data, as `to_dict` and JSON make it.
-
-    Raises UsageError for fields that it does not have, or values that it does not take: the data
-    are another version's.
-    """
-    return cast(Config, _typed(cls, value, ""))
-
-
-def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted names and values of nested plain data; tuples as lists, as JSON gives them."""
-    if isinstance(value, dict) and value:
-        for key, inner in cast("dict[str, object]", value).items():
-            yield from flat(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, list(cast("tuple[object, ...]", value)) if isinstance(value, tuple) else value
-
-
-def _typed(kind: Any, value: Any, name: str) -> Any:
-    """`value`, which is plain data, as the type annotation `kind` says."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UsageError(f"{name or 'the configuration'} is {value!r}, no group of fields")
-        hints = typing.get_type_hints(kind)
-        inner = cast("dict[str, Any]", value)
-        unknown = [key for key in inner if key not in hints]
-        if unknown:
-            raise UsageError(f"{name}{'.' if name else ''}{unknown[0]} is no field of this version")
-        dotted = f"{name}." if name else ""
-        fields = {key: _typed(hints[key], item, dotted + key) for key, item in inner.items()}
-        return cast(Any, kind)(**fields)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _typed(next(a for a in arguments if a is not type(None)), value, name)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UsageError(f"{name} is {value!r}: it must be a list")
-        items = cast("list[Any]", value)
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_typed(arguments[0], item, name) for item in items)
-        if len(items) != len(arguments):
-            raise UsageError(f"{name} is {value!r}: it must have {len(arguments)} parts")
-        return tuple(_typed(a, item, name) for a, item in zip(arguments, items, strict=True))
-    if origin is Literal:
-        return _known(value in arguments, value, name, f"choose {', '.join(map(str, arguments))}")
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in (int, float, bool, str):
-        return _known(type(value) is kind, value, name, f"it must be {_WORDS[kind]}")
-    return value
-
-
-_WORDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "text",
-}
-
-
-def _known(ok: bool, value: Any, name: str, remedy: str) -> Any:
-    _check(ok, name, value, remedy)
-    return value

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from splatshard.jobs.cli.log import configure
+from splatshard.jobs.cli.log import Format, configure
 from splatshard.pipeline.storage.fs import use_options
+from splatshard.schemas.config import BackendName
 from splatshard.schemas.errors import UsageError
 
 # Single options
@@ -29,7 +30,7 @@ StorageOptions = Annotated[
 USUAL_ENVIRONMENT = tyro.conf.arg(help_behavior_hint="(default: the usual environment)")
 
 LogFormat = Annotated[
-    Literal["text", "json"],
+    Format,
     tyro.conf.arg(help="json: every line on standard error is one JSON object."),
 ]
 Json = Annotated[Switch, tyro.conf.arg(help="End standard output with one JSON line.")]
@@ -39,7 +40,6 @@ DebugRay = Annotated[Debug, tyro.conf.arg(help="Show tracebacks and Ray's log.")
 Device = Annotated[
     Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="auto is cuda where there is one.")
 ]
-Backend = Literal["auto", "cpu", "triton", "reference"]
 Checkpoint = Annotated[
     tyro.conf.Positional[str],
     tyro.conf.arg(
@@ -140,7 +140,7 @@ class RedoOptions(RunOptions):
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """Folder given to splatshard convert."""
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
     """Kernel backend; auto is triton on CUDA and cpu elsewhere."""
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from splatshard.schemas.errors import UsageError
-from splatshard.schemas.train import TrainConfig, from_dict, to_dict
+from splatshard.schemas.plain import from_dict, to_dict
+from splatshard.schemas.train import TrainConfig
 
 
 def load_recipe(path: str, settings: Sequence[str] = ()) -> TrainConfig:

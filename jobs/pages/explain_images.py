@@ -15,6 +15,7 @@ from splatshard.jobs.pages.explain_boxes import boxes_of, read_boxes
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import DecodeConfig, FitConfig
 from splatshard.schemas.errors import SampleError, SourceError, SplatshardError, UsageError
+from splatshard.schemas.plain import from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,7 @@ def recipe_of(src: str) -> tuple[int | None, FitConfig | None]:
     try:
         markers = read_markers(src).values()
         recipe = next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
-        return recipe["decode"]["image_size"], FitConfig(**recipe["fit"])
+        return recipe["decode"]["image_size"], from_dict(FitConfig, recipe["fit"])
     except (SplatshardError, StopIteration, KeyError, TypeError):
         return None, None
 

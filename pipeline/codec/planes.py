@@ -35,7 +35,7 @@ from splatshard.pipeline.codec.layout import (
     tokens,
 )
 from splatshard.schemas.errors import CorruptShardError
-from splatshard.schemas.splats import MAX_GAUSSIANS, PLANES
+from splatshard.schemas.splats import MAX_PAYLOAD_GAUSSIANS, PLANES
 
 HEADER = struct.Struct("<fBb")
 """Of `bits`: step, level, cell_log."""
@@ -167,7 +167,8 @@ def count(planes: dict[str, bytes]) -> int:
     """Number of Gaussians of one payload. Raises CorruptShardError where the planes disagree."""
     lengths = {len(planes[name]) for name in PLANES[:-1]}
     n = lengths.pop()
-    if lengths or n > MAX_GAUSSIANS or (len(planes["bits"]) < HEADER.size if n else planes["bits"]):
+    short = len(planes["bits"]) < HEADER.size if n else planes["bits"]
+    if lengths or n > MAX_PAYLOAD_GAUSSIANS or short:
         sizes = {name: len(data) for name, data in planes.items()}
         raise CorruptShardError(f"a payload's planes do not fit together, their bytes are {sizes}")
     return n
@@ -186,7 +187,7 @@ def split(member: bytes) -> dict[str, bytes]:
         return dict.fromkeys(PLANES, b"")
     try:
         n, size = MEMBER.unpack_from(member)
-        if not 0 < n <= MAX_GAUSSIANS or size > len(member) - MEMBER.size:
+        if not 0 < n <= MAX_PAYLOAD_GAUSSIANS or size > len(member) - MEMBER.size:
             raise ValueError(f"{n} Gaussians in {size} of {len(member)} bytes")
         symbols = member[MEMBER.size : MEMBER.size + size]
         # Codec.decompress returns memory as it was where a stream is shorter than promised

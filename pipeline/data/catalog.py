@@ -15,7 +15,7 @@ from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.manifest import dataset_content
 from splatshard.schemas.shard import OK, FailedShard, ShardManifest
-from splatshard.schemas.splats import MAX_GAUSSIANS, canonical_json, splat_columns
+from splatshard.schemas.splats import MAX_PAYLOAD_GAUSSIANS, canonical_json, splat_columns
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _budgets(metadata: dict[str, Any], url: str) -> list[int]:
         budgets = None
     if (
         not isinstance(budgets, list)
-        or not all(type(b) is int and 0 < b <= MAX_GAUSSIANS for b in budgets)
+        or not all(type(b) is int and 0 < b <= MAX_PAYLOAD_GAUSSIANS for b in budgets)
         or budgets != sorted(set(budgets))
     ):
         raise CorruptShardError(f"{url}: its metadata have no budgets that can be understood")

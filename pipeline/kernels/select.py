@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from splatshard.pipeline.kernels.backend import Backend
+from splatshard.schemas.config import BACKENDS
 from splatshard.schemas.errors import BackendError
 
 
@@ -28,7 +29,7 @@ def select_backend(name: str) -> Backend:
         return Backend(name, torch.device("cpu"), reference.render, reference.loss_and_grad)
     if name == "triton":
         return _triton()
-    raise BackendError(f"--backend {name}: choose auto, cpu, triton or reference")
+    raise BackendError(f"--backend {name}: choose one of {', '.join(BACKENDS)}")
 
 
 def _triton() -> Backend:

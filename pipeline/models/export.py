@@ -25,6 +25,7 @@ from splatshard.pipeline.models.pretrained import our_name, read_bytes, read_sta
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import ModelConfig
+from splatshard.schemas.plain import from_dict, to_dict
 
 
 def save_encoder(folder: str, model: SplatCLIP | SplatClassifier | GViT) -> None:
@@ -39,7 +40,7 @@ def save_encoder(folder: str, model: SplatCLIP | SplatClassifier | GViT) -> None
     }
     state = {k: v.contiguous() for k, v in state.items()}
     fs.write_bytes(f"{folder}/model.safetensors", safetensors_bytes(state))
-    text = json.dumps(config.to_dict(), indent=1)
+    text = json.dumps(to_dict(config), indent=1)
     fs.write_bytes(f"{folder}/config.json", text.encode())
 
 
@@ -48,7 +49,7 @@ def load_encoder(folder: str) -> SplatCLIP | SplatClassifier | GViT:
     without text tower, the logits of a SplatClassifier, or a GViT. Raises UsageError, SourceError
     where there is nothing, and UnavailableError."""
     try:
-        config = ModelConfig.from_dict(json.loads(read_bytes(f"{folder}/config.json")))
+        config = from_dict(ModelConfig, json.loads(read_bytes(f"{folder}/config.json")))
     except ValueError as error:
         raise UsageError(f"{folder}/config.json: not a model's configuration: {error}") from error
     model = build_model(config)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as read_safetensors
@@ -32,13 +32,12 @@ from splatshard.pipeline.models.clip import SplatCLIP
 from splatshard.pipeline.models.patches import PatchEncoder
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
-from splatshard.schemas.model import EncoderConfig, ModelConfig, TextConfig
+from splatshard.schemas.model import Activation, EncoderConfig, ModelConfig, TextConfig
 
 if TYPE_CHECKING:
     pass
 
 HEAD_WIDTH = 64  # of every model that open_clip's plain CLIP configs describe
-Activation = Literal["gelu", "quick_gelu"]
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 

@@ -39,7 +39,8 @@ from splatshard.pipeline.storage.fs import is_local, local_path
 from splatshard.pipeline.storage.options import redact_src
 from splatshard.pipeline.storage.staging import STAGING, scratch, staged, sweep
 from splatshard.schemas.errors import CorruptShardError, SourceError, UsageError
-from splatshard.schemas.train import MAY_CHANGE, TrainConfig, flat, from_dict, to_dict
+from splatshard.schemas.plain import flat, from_dict, to_dict
+from splatshard.schemas.train import MAY_CHANGE, TrainConfig
 
 log = logging.getLogger(__name__)
 

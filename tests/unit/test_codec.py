@@ -36,7 +36,7 @@ from splatshard.pipeline.codec.layout import (
     tokens,
 )
 from splatshard.pipeline.splats import Splats
-from splatshard.schemas.splats import MAX_GAUSSIANS
+from splatshard.schemas.splats import MAX_PAYLOAD_GAUSSIANS
 from tests.rows import HEIGHT, WIDTH, values_of
 from tests.unit.codes import (
     GAUSSIANS,
@@ -87,7 +87,7 @@ def test_curves_visit_every_cell_once_and_end_beside_their_begin(level: int) -> 
     assert (int(y[0]), int(x[0]), int(y[-1]), int(x[-1])) == (0, 0, 0, side - 1)
 
 
-@given(st.integers(0, MAX_GAUSSIANS), SIZES)
+@given(st.integers(0, MAX_PAYLOAD_GAUSSIANS), SIZES)
 def test_levels_are_in_range_and_follow_the_number(count: int, size: tuple[int, int]) -> None:
     (level,), (cell_log,) = level_of(torch.tensor([count]), *size)
     assert 0 <= level <= MAX_LEVEL

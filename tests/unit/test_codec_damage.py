@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from splatshard.pipeline.codec import planes, split_member
 from splatshard.pipeline.codec.pack import unpack
 from splatshard.schemas.errors import CorruptShardError
-from splatshard.schemas.splats import MAX_GAUSSIANS, PLANES
+from splatshard.schemas.splats import MAX_PAYLOAD_GAUSSIANS, PLANES
 from tests.rows import HEIGHT, WIDTH, packed, random_splats, values_of
 from tests.unit.codes import SIGNALLING_NAN, assert_values_close, grid, plausible, twin
 
@@ -111,7 +111,7 @@ def test_a_member_whose_stream_is_not_as_long_as_it_says_is_corrupt(symbols: int
         split_member("compact", member_of(10, bytes(symbols)))
 
 
-@pytest.mark.parametrize("count", [0, MAX_GAUSSIANS + 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("count", [0, MAX_PAYLOAD_GAUSSIANS + 1, 2**31, 2**32 - 1])
 def test_a_huge_count_takes_no_memory(count: int) -> None:
     member = member_of(count, bytes(70))
     tracemalloc.start()

@@ -26,6 +26,7 @@ from splatshard.schemas.model import (
     ModelConfig,
     StemConfig,
 )
+from splatshard.schemas.plain import from_dict, to_dict
 
 SIDE = 21
 """Odd, and a multiple of the patches' 7 px."""
@@ -350,7 +351,7 @@ def test_distances_are_exact_in_lower_precision(monkeypatch: pytest.MonkeyPatch)
 def test_configurations_go_to_json_and_back() -> None:
     learned = replace(CONFIG, gvit=replace(SPACE, start="learned", renderer="alpha"))
     for config in (CONFIG, learned, ModelConfig(num_classes=3)):
-        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
     with pytest.raises(UsageError, match=r"gvit.predictor.image_size = 22: must be a multiple"):
         GViTConfig(predictor=replace(PREDICTOR, image_size=22))
     with pytest.raises(UsageError, match=r"gvit.predictor.input = splats"):

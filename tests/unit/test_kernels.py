@@ -206,5 +206,5 @@ def test_an_image_does_not_depend_on_its_batch(backend):
 
 def test_backends_by_name():
     assert select_backend("auto").name in ("cpu", "triton")
-    with pytest.raises(BackendError, match="choose auto"):
+    with pytest.raises(BackendError, match="choose one of auto, cpu, triton, reference"):
         select_backend("opencl")

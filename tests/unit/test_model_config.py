@@ -20,7 +20,7 @@ from splatshard.schemas.model import (
     StemConfig,
     TextConfig,
 )
-from tests.unit.toy_models import TOY, TOY_RGB, TOY_TEXT, tokenizer_folder
+from tests.unit.toy_models import TOY_RGB, TOY_TEXT, tokenizer_folder
 
 
 def test_right_padding_of_texts_needs_no_mask() -> None:
@@ -87,23 +87,12 @@ def test_count_follows_requires_grad_and_names_of_classifiers() -> None:
     assert counts["all"].total == sum(p.numel() for p in model.parameters())
 
 
-def test_config_round_trip() -> None:
-    import json
-
-    config = ModelConfig(encoder=replace(TOY, gradient_checkpointing=True), text=TOY_TEXT)
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    values = config.to_dict()
-    values["encoder"]["colour"] = 1
-    with pytest.raises(UsageError, match="no field 'colour'"):
-        ModelConfig.from_dict(values)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: EncoderConfig(width=30, heads=4), "multiple of 4 heads"),
         (lambda: EncoderConfig(input="patches", tokens=98), "196 tokens"),
-        (lambda: EncoderConfig(input="pixels"), "splats, patches"),
+        (lambda: EncoderConfig(input="pixels"), "choose one of splats, patches"),
         (lambda: ResamplerConfig(bias="near"), "choose one of"),
         (lambda: ModelConfig(num_classes=1), "at least 2"),
         (lambda: ModelConfig(num_classes=3, text=TOY_TEXT), "no text tower"),

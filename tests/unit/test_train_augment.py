@@ -10,10 +10,8 @@ import torch
 from splatshard.pipeline.data.augment import Augment, augment
 from splatshard.pipeline.data.random_numbers import sample_seeds, uniform
 from splatshard.pipeline.train.augmentation import augment_of, augmented
-from splatshard.schemas.train import (
-    AugmentConfig,
-    to_dict,
-)
+from splatshard.schemas.plain import to_dict
+from splatshard.schemas.train import AugmentConfig
 from tests.rows import HEIGHT, WIDTH, random_splats
 from tests.unit.train_steps import ALL
 

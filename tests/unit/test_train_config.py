@@ -14,13 +14,11 @@ from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.train.groups import groups_of
 from splatshard.pipeline.train.losses import STAGES
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.plain import flat, from_dict, to_dict
 from splatshard.schemas.train import (
     MAY_CHANGE,
     DataConfig,
     TrainConfig,
-    flat,
-    from_dict,
-    to_dict,
 )
 from tests.unit.train_steps import ALL, config_of
 
@@ -74,7 +72,7 @@ def test_a_setting(setting: str, name: str, value: Any) -> None:
         ("optim.lr=fast", "optim.lr is 'fast': it must be a number"),
         ("data.workers=1.5", "data.workers is 1.5: it must be a whole number"),
         ("compile=1", "compile is 1: it must be True or False"),
-        ("precision=int8", "precision is 'int8': choose fp32, bf16, fp16"),
+        ("precision=int8", "precision is 'int8': choose one of fp32, bf16, fp16"),
         ("optim.betas=0.9", "optim.betas is .*: it must have 2 parts"),
         (
             "optim.epochs=3",

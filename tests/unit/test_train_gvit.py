@@ -37,7 +37,8 @@ from splatshard.schemas.model import (
     ModelConfig,
     StemConfig,
 )
-from splatshard.schemas.train import AugmentConfig, TrainConfig, from_dict, to_dict
+from splatshard.schemas.plain import from_dict, to_dict
+from splatshard.schemas.train import AugmentConfig, TrainConfig
 from tests.training import CLASSES, curve, same_weights, toy_config, toy_patches, weights_of
 
 ALONE = World(0, 1, torch.device("cpu"))
