@@ -241,17 +241,26 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         def mine() -> Iterator[Share]:
             return shares(start.samples, total, self.batch_size, drop_last, reader, taken)
 
+        in_worker = get_worker_info() is not None
+        following = Start(start.epoch + 1, 0, self.lanes, self.batch_size)
+        steps = epoch_steps(
+            total - start.samples, self.batch_size, reader.world_size, self.drop_last
+        )
+        if not in_worker and not steps:
+            self._begin(following)
         batches = loader.batches(order, mine, self.batch_size, start.epoch, self.prefetch_windows)
         with closing(batches):
             for batch in batches:
                 taken += 1
-                if get_worker_info() is None:
-                    self._progress = self.state_after(batch)
-                else:
+                if in_worker:
                     self._progress = self._state(start, reader, taken)
+                else:
+                    if taken == steps:  # who counts to len(dataset) does not ask once more
+                        self._begin(following)
+                    self._progress = self.state_after(batch)
                 yield batch
-        if get_worker_info() is None:
-            self._begin(Start(start.epoch + 1, 0, self.lanes, self.batch_size))
+        if not in_worker:
+            self._progress = None
 
     def state_after(self, batch: AnyBatch) -> dict[str, Any]:
         """The state once all ranks have taken their batches of the same step as `batch`.

@@ -10,6 +10,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ def test_persistent_workers_see_set_epoch(
         other.set_epoch(epoch)
         expected.append(keys_of(other))
     assert epochs == expected
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_with_workers_who_counts_to_len_calls_set_epoch(dst: str, persistent: bool) -> None:
+    """The way that docs/reading.md gives for Lightning."""
+    other, dataset = dataset_of(dst), dataset_of(dst)
+    loader = loader_of(dataset, 2, persistent_workers=persistent)
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        assert keys_of(islice(loader, len(loader))) == keys_of(other)
 
 
 def test_the_dataset_of_workers_does_not_know_how_far_they_are(dst: str) -> None:

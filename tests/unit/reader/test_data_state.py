@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.data import SplatDataset, TrainBatch
 from splatshard.schemas.errors import (
     UsageError,
 )
@@ -93,6 +96,38 @@ def test_any_sequence_of_interrupts_and_resizes_sees_each_sample_once(
         state = after
     assert sorted(seen) == sorted(rows)
     assert (state["epoch"], state["samples"]) == (0, len(rows))
+
+
+@pytest.mark.parametrize("through", [iter, lambda d: iter(DataLoader(d, batch_size=None))])
+def test_who_counts_to_len_goes_on_with_the_next_epoch(
+    dst: str, through: Callable[[SplatDataset], Iterator[TrainBatch]]
+) -> None:
+    """Lightning does not ask for one more batch to learn that there is none."""
+    whole = SplatDataset(dst, batch_size=4)
+    expected = [keys_of(whole) for _ in range(3)]
+    dataset = SplatDataset(dst, batch_size=4)
+    for epoch in range(3):
+        batches = through(dataset)
+        read = [next(batches) for _ in range(len(dataset) - 1)]
+        assert dataset.epoch == epoch  # so far it may be given up
+        read.append(next(batches))
+        assert keys_of(read) == expected[epoch]
+        assert dataset.epoch == epoch + 1
+        assert dataset.state_dict() == dataset.state_after(read[-1])
+        assert dataset.state_dict()["epoch"] == epoch
+        del batches
+    dataset.set_epoch(1)
+    assert keys_of(dataset) == expected[1]
+
+
+def test_who_counts_to_what_is_left_goes_on_with_the_next_epoch(dst: str) -> None:
+    dataset = SplatDataset(dst, batch_size=4)
+    expected = keys_of(dataset), keys_of(dataset)
+    dataset.set_epoch(0)
+    state = dataset.state_after(next(iter(dataset)))
+    dataset.load_state_dict(state)
+    assert keys_of(islice(dataset, len(dataset))) == expected[0][4:]
+    assert keys_of(islice(dataset, len(dataset))) == expected[1]
 
 
 def test_an_iterator_given_up_does_not_move_the_dataset(dst: str) -> None:
