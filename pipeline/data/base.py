@@ -18,6 +18,7 @@ and the images that they were fitted to come in the same order.
 from __future__ import annotations
 
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -28,9 +29,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from splatshard.pipeline.data.batch import Position
-from splatshard.pipeline.data.catalog import S, Source
+from splatshard.pipeline.data.catalog import S, Source, pools
 from splatshard.pipeline.data.epoch_order import (
-    PERIOD,
     EpochOrder,
     Piece,
     Reader,
@@ -39,6 +39,7 @@ from splatshard.pipeline.data.epoch_order import (
     shares,
 )
 from splatshard.pipeline.data.filters import Filter, checked_filter
+from splatshard.pipeline.data.loaders import in_any_order
 from splatshard.pipeline.data.place import Place, doubts, place_of
 from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
 from splatshard.pipeline.data.windows import Choice, Loader
@@ -137,10 +138,10 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self.seed, self.shuffle, self.shuffle_shards = seed, shuffle, shuffle_shards
         self.lanes, self.drop_last = lanes, drop_last
         self.prefetch_windows = prefetch_windows
-        pools, self.weights = _pools(src)
+        groups, self.weights = pools(src)
 
         def opened() -> list[Source[S]]:
-            return [self.open_source(urls, conditions) for urls in pools]
+            return [self.open_source(urls, conditions) for urls in groups]
 
         self.sources: list[Source[S]] = on_rank_zero(opened) if on_rank_zero else opened()
         self.epoch_samples = epoch_samples
@@ -155,8 +156,9 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             "epoch_samples": epoch_samples or 0,
         }
         # Shared with DataLoader workers, so that persistent ones see `set_epoch`, too: where the
-        # next iteration begins, and whether workers have begun since that was set.
-        self._shared = torch.zeros(5, dtype=torch.int64).share_memory_()
+        # next iteration begins, whether workers have begun since that was set, and which was last.
+        self._shared = torch.zeros(6, dtype=torch.int64).share_memory_()
+        self._in_order = 0  # the worker beside which all loaders were found to be in order
         self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
         self._progress: dict[str, Any] | None = None
         self._begin(Start(0, 0, lanes, batch_size))
@@ -266,9 +268,20 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """The state once all ranks have taken their batches of the same step as `batch`.
 
         After the last step nothing of the epoch is left, and `set_epoch` begins the next one.
+        Raises UsageError where a DataLoader hands out batches in another order: no step says then
+        which of them were read.
         """
         if batch.position is None:
             raise UsageError("the batch has no position: give one as the dataset made it")
+        worker = int(self._shared[5])
+        if worker != self._in_order and get_worker_info() is None:
+            if in_any_order(self):
+                raise UsageError(
+                    "a DataLoader of this dataset has in_order=False, so batches before this one "
+                    "may not have been given out, and a state would lose them: make the DataLoader "
+                    "with in_order=True"
+                )
+            self._in_order = worker
         return state_of(Start(*batch.position), self._settings)
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,7 +320,9 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         from where they began. The first of them speaks for all."""
         if get_worker_info() is None:
             self._shared[4] = 0
-        elif reader.worker == 0:
+            return
+        self._shared[5] = os.getpid()
+        if reader.worker == 0:
             if self._shared[4] and self.shuffle and self._own is None:
                 log.warning("epoch %d is read again: call set_epoch before each epoch", self.epoch)
             self._shared[4] = 1
@@ -329,7 +344,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             )  # fmt: skip
 
     def _begin(self, start: Start) -> None:
-        self._shared[:] = torch.tensor([*start, 0])
+        self._shared[:5] = torch.tensor([*start, 0])
         self._progress = None
 
     def _start(self) -> Start:
@@ -414,23 +429,3 @@ def _check_counts(**values: tuple[object, int]) -> None:
     for name, (value, least) in values.items():
         if type(value) is not int or value < least:
             raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")
-
-
-def _pools(
-    src: str | Sequence[str] | Mapping[str, float],
-) -> tuple[list[list[str]], tuple[float, ...] | None]:
-    """The URLs of each source, and the weights of a mixture. Raises UsageError."""
-    if isinstance(src, Mapping):
-        weights = tuple(map(float, src.values()))
-        small = sum(weights) / (2 * PERIOD)
-        bad = [url for url, w in zip(src, weights, strict=True) if not small < w < float("inf")]
-        if bad or not weights:
-            raise UsageError(
-                f"src gives {', '.join(bad) or 'no source'} a weight that is not positive, or "
-                f"less than 1 / {2 * PERIOD} of all"
-            )
-        return [url.split("::") for url in src], weights
-    urls = src.split("::") if isinstance(src, str) else [u for s in src for u in s.split("::")]
-    if not urls:
-        raise UsageError("src names no source: give the folder that convert wrote to")
-    return [urls], None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from splatshard.pipeline.data.epoch_order import PERIOD
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.schemas.errors import CorruptShardError, UsageError
@@ -74,6 +75,26 @@ class Source(Generic[S]):
 
     def __post_init__(self) -> None:
         self.counts = np.array([shard.ok for shard in self.shards], np.int64)
+
+
+def pools(
+    src: str | Sequence[str] | Mapping[str, float],
+) -> tuple[list[list[str]], tuple[float, ...] | None]:
+    """The URLs of each source, and the weights of a mixture. Raises UsageError."""
+    if isinstance(src, Mapping):
+        weights = tuple(map(float, src.values()))
+        small = sum(weights) / (2 * PERIOD)
+        bad = [url for url, w in zip(src, weights, strict=True) if not small < w < float("inf")]
+        if bad or not weights:
+            raise UsageError(
+                f"src gives {', '.join(bad) or 'no source'} a weight that is not positive, or "
+                f"less than 1 / {2 * PERIOD} of all"
+            )
+        return [url.split("::") for url in src], weights
+    urls = src.split("::") if isinstance(src, str) else [u for s in src for u in s.split("::")]
+    if not urls:
+        raise UsageError("src names no source: give the folder that convert wrote to")
+    return [urls], None
 
 
 def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]:

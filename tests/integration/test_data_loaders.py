@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from splatshard.pipeline.data import SplatDataset, TrainBatch
 from splatshard.pipeline.data.batch import values_of
@@ -237,3 +238,64 @@ def test_a_workers_state_is_for_that_worker(dst: str) -> None:
     other.load_state_dict(state)
     with pytest.raises(UsageError, match="state_after"):
         next(iter(other))
+
+
+def late(worker: int) -> None:
+    if worker == 0:
+        time.sleep(2)
+
+
+class Wrapped(IterableDataset[TrainBatch]):
+    """As a user who changes the batches wraps a dataset."""
+
+    def __init__(self, inner: SplatDataset) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        return iter(self.inner)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, Wrapped], ids=["itself", "wrapped"])
+def test_a_state_of_batches_in_any_order_is_refused(dst: str, wrap: Callable[..., Any]) -> None:
+    """Worker 1 is asked again and again while worker 0 has not begun: no state says that."""
+    dataset = dataset_of(dst)
+    options = {"in_order": False, "worker_init_fn": late, "prefetch_factor": 1}
+    batches = iter(loader_of(wrap(dataset), 2, **options))  # the loader itself is gone by then
+    batch = [next(batches) for _ in range(3)][-1]
+    with pytest.raises(UsageError, match="in_order=True"):
+        dataset.state_after(batch)
+    del batches
+    dataset.set_epoch(1)
+    for batch in loader_of(wrap(dataset), 2, in_order=True):
+        assert dataset.state_after(batch)["epoch"] == 1
+
+
+def test_one_worker_has_one_order(dst: str) -> None:
+    dataset = dataset_of(dst)
+    loader = loader_of(dataset, 1, in_order=False)
+    first = keys_of(islice(loader, 2))
+    dataset.set_epoch(0)
+    state = [dataset.state_after(batch) for batch, _ in zip(loader, range(2), strict=False)][-1]
+    resumed = dataset_of(dst)
+    resumed.load_state_dict(state)
+    assert first + keys_of(loader_of(resumed, 2)) == keys_of(dataset_of(dst))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"prefetch_factor": 1}, {"prefetch_factor": 4, "persistent_workers": True}),
+        ({"persistent_workers": True}, {"multiprocessing_context": "spawn"}),
+    ],
+)
+def test_options_of_loaders_do_not_change_what_is_read(
+    dst: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    dataset = dataset_of(dst, lanes=2, drop_last=True)
+    loader = loader_of(dataset, 3, **before)
+    read = list(islice(loader, 4))
+    state = dataset.state_after(read[-1])
+    resumed = dataset_of(dst, drop_last=False, batch_size=3)
+    resumed.load_state_dict(state)
+    rest = keys_of(loader_of(resumed, 2, **after))
+    assert sorted(keys_of(read) + rest) == sorted(keys_of(dataset_of(dst)))
