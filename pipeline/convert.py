@@ -72,6 +72,7 @@ def convert_shard(
     backend: Backend,
     on_batch: Callable[[list[Row]], None] | None = None,
     *,
+    on_sample: Callable[[RawSample], None] | None = None,
     timer: StageTimer | None = None,
     slot: AbstractContextManager[None] | None = None,
     quarantine: Mapping[int, str] | None = None,
@@ -80,10 +81,10 @@ def convert_shard(
 ) -> ShardManifest:
     """Convert the source shard `ref` into `dst` and commit it.
 
-    `on_batch` is called with the rows of each finished batch (progress), `timer` times the stages,
-    `slot` is held from the first read to the last write. Samples whose number in the shard is in
-    `quarantine` become rows with that reason, unseen. `attempt` and `replaces`: see
-    `commit.publish`.
+    `on_batch` is called with the rows of each finished batch (progress), `on_sample` with each
+    sample as it is read, on whatever thread; `timer` times the stages, `slot` is held from the
+    first read to the last write. Samples whose number in the shard is in `quarantine` become rows
+    with that reason, unseen. `attempt` and `replaces`: see `commit.publish`.
 
     Raises SourceError for a source that cannot be read to its end, UnavailableError where a store
     does not answer, StorageError when `dst` cannot be written, BackendError when not even one image
@@ -96,7 +97,8 @@ def convert_shard(
     samples_in = 0
     with staged_file(dst, ref.name) as path:
         with slot or nullcontext(), open_writer(path, config.pack.format, metadata) as writer:
-            samples = read_samples(ref, digest, quarantine or {}, timer, backend.device)
+            quarantine = quarantine or {}
+            samples = read_samples(ref, digest, quarantine, timer, backend.device, on_sample)
             batches = convert_samples(samples, config, backend, timer)
             with closing(samples), closing(batches):
                 for rows in batches:
@@ -142,6 +144,7 @@ def read_samples(
     quarantine: Mapping[int, str],
     timer: StageTimer,
     device: torch.device,
+    on_sample: Callable[[RawSample], None] | None = None,
 ) -> Iterator[RawSample]:
     """The samples of a shard, read ahead of those that are worked on where that helps; those in
     quarantine carry it as their error."""
@@ -156,6 +159,8 @@ def read_samples(
                     return
                 if number in quarantine:
                     sample = replace(sample, error=SampleError("quarantined", quarantine[number]))
+                if on_sample:
+                    on_sample(sample)
                 yield sample
                 number += 1
 

@@ -75,6 +75,8 @@ def estimate_job(
     here = torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0))
     devices = min(workers or here, len(work))
     samples, picked = look(work, SAMPLES_ON_GPU if on_gpu else SAMPLES)
+    for name, why in dict(pair for sample in picked for pair in sample.unused).items():
+        say(f"{name} is not used: {why}")
     if not picked:
         return {"samples": samples, "sampled": 0}
     rows, each_s = convert_timed(picked, config, backend)

@@ -73,6 +73,7 @@ class Progress:
         self.state: State = "running"
         self.worker_s = 0.0
         self.stage_s: Counter[str] = Counter()
+        self._unused: set[str] = set()
         self._stats = Stats(work, done_before)
         self._ok_before = total_ok(done_before)
         self._started = started
@@ -137,6 +138,11 @@ class Progress:
         if structured():
             for sample in outcome.skipped:
                 log_skipped(ref.name, sample)
+        for name, why in outcome.unused:
+            if name not in self._unused:  # a shard has as many as samples, and the next one again
+                self._unused.add(name)
+                message = f"shard {ref.name}: {name} is not used: {why}"
+                log("unused", message, level="warning", shard=ref.name, field=name)
         if outcome.manifest:
             self.manifests.append(outcome.manifest)
             if self.first_shard_s is None:

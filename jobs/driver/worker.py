@@ -28,6 +28,7 @@ from splatshard.schemas.shard import OK, ShardManifest, ShardRef
 
 if TYPE_CHECKING:
     from splatshard.pipeline.kernels.backend import Backend
+    from splatshard.pipeline.source.read import RawSample
 
 IN_FLIGHT = 2
 """Shards that a worker is given at once."""
@@ -101,8 +102,9 @@ class Outcome:
     failed: the failed marker is written. unavailable: a store did not answer, trying again may
     help. storage: DST cannot be written, the job must stop. stopped: asked to stop, nothing was
     committed. oom: a MemoryError. broken: any other error that is none of ours; the device, the
-    process or our code may be at fault, and the worker should get no other task. `stage_stats` is
-    the worker's at that moment.
+    process or our code may be at fault, and the worker should get no other task. `unused`: fields
+    that the source seems to have, and why they are none. `stage_stats` is the worker's at that
+    moment.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Outcome:
     message: str = ""
     trace: str = ""
     skipped: tuple[SkippedSample, ...] = ()
+    unused: tuple[tuple[str, str], ...] = ()
     tried: int = 0
     stage_stats: StageStats = field(default_factory=StageStats)
 
@@ -185,12 +188,19 @@ class FitActor:
 
         ref = task.ref
         skipped: list[SkippedSample] = []
+        unused: dict[str, str] = {}
         try:
             if task.span:
                 tried = self._try(task, config, backend, task.span)
                 return Outcome(name=ref.name, kind="survived", tried=tried)
-            manifest = self._convert(task, config, dst, backend, skipped)
-            return Outcome(name=ref.name, kind="done", manifest=manifest, skipped=tuple(skipped))
+            manifest = self._convert(task, config, dst, backend, skipped, unused)
+            return Outcome(
+                name=ref.name,
+                kind="done",
+                manifest=manifest,
+                skipped=tuple(skipped),
+                unused=tuple(unused.items()),
+            )
         except _StopConverting:
             return Outcome(name=ref.name, kind="stopped")
         except StorageError as e:
@@ -217,6 +227,7 @@ class FitActor:
         dst: str,
         backend: Backend,
         skipped: list[SkippedSample],
+        unused: dict[str, str],
     ) -> ShardManifest:
         from splatshard.pipeline.convert import convert_shard
 
@@ -225,12 +236,17 @@ class FitActor:
             self._count(task.ref.name, rows)
             skipped.extend(_skipped(rows)[: MAX_SKIPPED - len(skipped)])
 
+        def on_sample(sample: RawSample) -> None:
+            for name, why in sample.unused:
+                unused.setdefault(name, f"{why} (sample {sample.key})")
+
         return convert_shard(
             task.ref,
             config,
             dst,
             backend,
             on_batch,
+            on_sample=on_sample,
             timer=self._timer,
             slot=self._turn(),
             quarantine=dict(task.quarantine),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splatshard.pipeline.source.sample import storable
+from splatshard.pipeline.source.values import storable
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UnavailableError
 from splatshard.schemas.shard import ShardRef

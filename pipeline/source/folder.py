@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
-from splatshard.pipeline.source.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS, storable
+from splatshard.pipeline.source.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS
+from splatshard.pipeline.source.values import storable
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardRef
 

@@ -17,8 +17,9 @@ from itertools import islice
 
 from splatshard.pipeline.source.folder import class_of, folder_samples, is_image, split_stem
 from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
-from splatshard.pipeline.source.sample import SIDECAR_EXTENSIONS, RawSample, assemble, storable
+from splatshard.pipeline.source.sample import SIDECAR_EXTENSIONS, RawSample, assemble
 from splatshard.pipeline.source.tar import MAX_SAMPLE_BYTES, Group, read_groups, scan_groups
+from splatshard.pipeline.source.values import storable
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SampleError, SourceError
 from splatshard.schemas.shard import ShardRef

@@ -8,12 +8,19 @@ cannot be parsed makes the sample a bad one, which carries its reason in `error`
 from __future__ import annotations
 
 import json
-import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
 from splatshard.pipeline.source.formats import EXTENSIONS, NAMED_EXTENSIONS
 from splatshard.pipeline.source.tar import Group
+from splatshard.pipeline.source.values import (
+    caption_of,
+    is_null,
+    key_of,
+    label_of,
+    uid_of,
+)
 from splatshard.schemas.errors import SampleError
 
 IMAGE_EXTENSIONS = (*EXTENSIONS, *NAMED_EXTENSIONS)
@@ -30,6 +37,7 @@ class RawSample:
 
     `image` is the file's bytes, `image_name` its path for messages, `metadata` the JSON member as
     it came, `members` the further members as (extension, bytes). `label` is an integer as given.
+    `unused` are fields that the source seems to have, and why they are none.
     """
 
     key: str
@@ -41,6 +49,7 @@ class RawSample:
     metadata: str | None = None
     members: tuple[tuple[str, bytes], ...] = ()
     error: SampleError | None = None
+    unused: tuple[tuple[str, str], ...] = ()
 
 
 def assemble(group: Group, default_label: int | None = None) -> RawSample:
@@ -66,16 +75,18 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         fields = fields | values if own else values | fields
         if not exact or not own:
             kept.append((extension, data))
-    from_json = _json_fields(fields.pop("json", None))
-    if from_json.get("label") is None:
-        from_json["label"] = default_label
+    document = fields.pop("json", None)
+    fields = json_fields(document) | fields
+    if fields.get("label") is None:
+        fields["label"] = default_label
     return RawSample(
         key=group.key,
         image=group.members.get(image) or b"",
         image_name=f"{group.key}.{image}" if image else "",
         members=tuple(kept),
         error=error,
-        **(from_json | fields),
+        unused=unused_in(document, fields),
+        **fields,
     )
 
 
@@ -86,33 +97,54 @@ def _parse(extension: str, data: bytes) -> tuple[dict[str, Any], bool]:
     Raises ValueError or RecursionError for a `.cls` or `.json` that cannot be parsed.
     """
     if extension == "txt":
-        caption = data.decode(errors="replace")
+        caption = caption_of(data) or ""
         return {"caption": caption}, caption.encode() == data
     if extension == "cls":
-        if not re.fullmatch(rb"\s*[+-]?\d{1,18}\s*", data):
+        label = label_of(data)
+        if label is None:
             raise ValueError(f"{data[:40]!r} is not an integer")
-        return {"label": int(data)}, str(int(data)).encode() == data
+        return {"label": label}, str(label).encode() == data
     if extension in ("json", "meta.json"):
-        text = data.decode()
-        return {"metadata": text, "json": json.loads(text.removeprefix("\ufeff"))}, True
+        text = data.decode("utf-8-sig")
+        return {"metadata": text, "json": json.loads(text)}, text.encode() == data
     return {}, False
 
 
-def _json_fields(values: Any) -> dict[str, Any]:
-    """uid, caption and label as DataComp and timm name them in a sample's JSON."""
+NAMES = {"uid": ("uid",), "caption": ("caption", "text"), "label": ("label",)}
+"""Under which names a sample's JSON has its fields, as DataComp and timm write it."""
+
+TAKES = {
+    "key": (key_of, "a text or a whole number"),
+    "uid": (uid_of, "a text or a number"),
+    "caption": (caption_of, "a text or a list of texts"),
+    "label": (label_of, "a whole number"),
+}
+"""A field's value from what was found, and what that must be."""
+
+
+def json_fields(values: Any) -> dict[str, Any]:
+    """uid, caption and label of a sample's JSON, null where it gives none."""
     if not isinstance(values, dict):
         return {}
-    uid, label = values.get("uid"), values.get("label")
-    captions = [values.get(name) for name in ("caption", "text")]
-    caption = next((c for c in captions if isinstance(c, str)), None)
-    integer = isinstance(label, int) and not isinstance(label, bool) and abs(label) < 1 << 63
-    return {
-        "uid": None if uid is None else storable(str(uid)),
-        "caption": None if caption is None else storable(caption),
-        "label": label if integer else None,
-    }
+    found: dict[str, Any] = {}
+    for field, names in NAMES.items():
+        taken = (TAKES[field][0](values.get(name)) for name in names)
+        found[field] = next((value for value in taken if value is not None), None)
+    return found
 
 
-def storable(text: str) -> str:
-    r"""Lone surrogates (JSON escapes, file names) as \udNNN: UTF-8 has no bytes for them."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Values of a sample's JSON that have a field's name, while `fields` lacks that."""
+    if not isinstance(values, dict):
+        return ()
+    return tuple(
+        (name, not_taken(field, values[name]))
+        for field, names in NAMES.items()
+        for name in names
+        if fields.get(field) is None and not is_null(values.get(name))
+    )
+
+
+def not_taken(field: str, value: Any) -> str:
+    """Why `value` gave no `field`."""
+    return f"{reprlib.repr(value)} is not {TAKES[field][1]}"

@@ -382,7 +382,9 @@ def _walk(
                 continue
             if info["type"] == "file":
                 yield name, _stat(info)
-            elif depth != 1 and wanted(name) and (depth or not _is_s3(fs)):
+            elif info["type"] != "directory" or depth == 1 or not wanted(name):
+                continue
+            elif depth or not _is_s3(fs):
                 yield from _walk(fs, info["name"], wanted, depth and depth - 1)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from splatshard.jobs import status
 from splatshard.pipeline.shards.rows import read_rows
 from tests.integration.running import assert_verified, convert_json, run_json
-from tests.make import image_folder, jpeg, write_tar
+from tests.make import image_folder, jpeg, write_parquet, write_tar
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
 
@@ -65,3 +66,21 @@ def test_no_good_sample_is_no_success(tmp_path: Path, capsys: Capsys) -> None:
     code, _, err = convert_json(capsys, tmp_path / "in", dst)
     assert (code, "without any ok sample" in err) == (0, False), err
     assert json.loads((dst / "_progress.json").read_text())["state"] == "done"
+
+
+def test_columns_as_users_have_them(tmp_path: Path, capsys: Capsys) -> None:
+    """Nothing of a table is lost for the name or type of a column, and what is not used is told."""
+    captions = pa.array([b"a boat", b"caf\xe9", b"a cat"], pa.binary()).view(pa.string())
+    columns = {"jpg": [jpeg()] * 3, "key": ["C", "D", "C"], "label": ["cat"] * 3}
+    for name in "ab":
+        write_parquet(tmp_path / "in" / f"{name}.parquet", pa.table(columns | {"text": captions}))
+    dst = tmp_path / "out"
+    code, summary, err = convert_json(capsys, tmp_path / "in", dst)
+    assert (code, summary["ok"], summary["skipped"]) == (0, 6, {}), err
+    assert err.count("label is not used: 'cat' is not a whole number (sample ") == 1
+    assert err.count("key is not used: its values repeat, so rows are numbered (sample ") == 1
+    rows = list(read_rows(str(next(dst.glob("a-*.parquet")))))
+    assert [row["key"] for row in rows] == [f"a-{i:08d}" for i in range(3)]
+    assert [row["caption"] for row in rows] == ["a boat", "caf\ufffd", "a cat"]
+    assert rows[1]["members"] == [{"name": "text", "data": b"caf\xe9"}]
+    assert json.loads(rows[2]["metadata"]) == {"key": "C", "label": "cat"}

@@ -153,11 +153,44 @@ def test_nanoseconds_are_kept_without_pandas(tmp_path):
     }
 
 
-def test_values_beyond_python_name_their_column(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (pa.timestamp("us"), 1 << 62),
+        (pa.timestamp("us", "Mars/Phobos"), 1),
+        (pa.duration("s"), 1 << 60),
+        (pa.date32(), 10**8),
+    ],
+    ids=str,
+)
+def test_times_beyond_python_are_numbers(tmp_path, kind, number):
+    stored = pa.int32() if kind == pa.date32() else pa.int64()
+    column = pa.array([number, None, number], stored).cast(kind)
+    day = [date(2020, 1, 2)] * 3
+    table = pa.table({"jpg": [IMAGE] * 3, "taken": column, "day": day})
+    samples = read_all(write_parquet(tmp_path / "p.parquet", table))
+    assert statuses(samples) == [None] * 3
+    found = [json.loads(sample.metadata) for sample in samples]
+    assert [f["taken"] for f in found] == [number, None, number]
+    assert found[0]["day"] == "2020-01-02"
+
+
+def test_integers_of_128_bits_name_their_column(tmp_path):
+    """As Polars 2.1 writes them: pyarrow cannot even open such a file."""
+    schema = pa.schema([("jpg", pa.binary()), ("n", pa.int64())]).serialize().to_pybytes()
+    wide = schema.replace((64).to_bytes(4, "little"), (128).to_bytes(4, "little"))
+    assert wide != schema
+    table = pa.table({"jpg": [IMAGE], "n": pa.array([bytes(16)], pa.binary(16))})
+    table = table.replace_schema_metadata({"wide_schema!": base64.b64encode(wide)})
+    path = write_parquet(tmp_path / "p.parquet", table)
+    data = path.read_bytes().replace(b"ARROW:schema", b"narrow_schem")
+    path.write_bytes(data.replace(b"wide_schema!", b"ARROW:schema"))
     with pytest.raises(
-        SourceError, match=r"p\.parquet: column taken of .* write the column as text"
-    ):
-        metadata_of(tmp_path, taken=pa.array([1 << 62], pa.timestamp("us")))
+        SourceError, match=r"p\.parquet: column n cannot be read .*64 bits"
+    ) as caught:
+        read_all(path)
+    assert ".cast(pl.Int64)" in str(caught.value)
+    assert "download" not in str(caught.value)
 
 
 def test_columns_of_one_name(tmp_path):
@@ -176,7 +209,7 @@ def test_labels_beyond_int64_stay_in_metadata(tmp_path):
 
 def test_parquet_rows_without_image_or_with_one_key(tmp_path):
     images = [None, {"bytes": None, "path": "far/a.jpg"}, {"bytes": IMAGE, "path": None}] * 2
-    columns = {"image": images, "key": [1, 2, 3, 4, 5, 3]}
+    columns = {"image": images, "__key__": [1, 2, 3, 4, 5, 3]}
     samples = read_all(write_parquet(tmp_path / "p.parquet", columns))
     assert statuses(samples) == ["no_image", "no_image", None] + ["no_image"] * 2 + [
         "duplicate_key"

@@ -80,7 +80,7 @@ def test_direct_members_win_over_json(tmp_path):
 
 
 def test_json_values_that_do_not_fit_stay_in_metadata(tmp_path):
-    fields = rb'{"caption": ["a"], "label": true, "uid": null, "text": "\ud800 b"}'
+    fields = rb'{"caption": {"en": "a"}, "label": "cat", "uid": null, "text": "\ud800 b"}'
     (sample,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", fields))
     assert (sample.label, sample.uid) == (None, None)
     assert sample.caption == r"\ud800 b"

@@ -1,0 +1,177 @@
+"""Which column of a Parquet file is what, and what a row says in them.
+
+    image     struct<bytes, path>, or bytes under an image's name
+    key       `__key__`; or `key`, but where its values repeat it is none, and rows are numbered
+    uid       `uid`, `json.uid`
+    caption   `caption`, `text`, `txt`, `json.caption`, `json.text`
+    label     `label`, `cls`, those that Hugging Face declares as ClassLabel, `json.label`
+
+Of several columns for a field one of the usual type (text, integer) is taken. Where there is none,
+a row takes the first whose value will do (values.py), in whatever type it is: dictionary, float,
+boolean, bytes, list. `json` is a struct, or the text of one, as tars of WebDataset become columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from splatshard.pipeline.source.sample import NAMES, TAKES, not_taken
+from splatshard.pipeline.source.values import gives_back, is_null
+from splatshard.schemas.errors import SourceError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+"""Names of a Parquet file's image column, by preference."""
+
+FIELDS = {"uid": ("uid",), "caption": ("caption", "text", "txt"), "label": ("label", "cls")}
+
+Path = tuple[str, ...]
+"""A column, or a field of the column `json`."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a Parquet file is what."""
+
+    image: str
+    key: str | None
+    fields: dict[str, tuple[Path, ...]]  # by preference
+    binary: tuple[str, ...]  # columns that become members, unless a field gives them back
+    other: tuple[str, ...]  # the rest, for the metadata JSON
+    note: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def own(self) -> list[str]:
+        """The columns of key and fields."""
+        paths = (path for paths in self.fields.values() for path in paths)
+        return list(dict.fromkeys(([self.key] if self.key else []) + [path[0] for path in paths]))
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a row says of its sample; `given` are the columns that these give back."""
+
+    key: str
+    uid: str | None
+    caption: str | None
+    label: int | None
+    given: frozenset[str]
+    unused: tuple[tuple[str, str], ...]
+
+
+def image_column(schema: pa.Schema) -> str | None:
+    """The column of Hugging Face's struct<bytes, path>, or a binary one with an image's name."""
+    found = [f.name for f in schema if is_image_struct(f.type)]
+    found += [f.name for f in schema if f.name in IMAGE_COLUMNS and is_binary(f.type)]
+    named = [name for name in IMAGE_COLUMNS if name in found]
+    return next(iter(named + found), None)
+
+
+def columns_of(file: pq.ParquetFile, url: str) -> Columns:
+    """Raises SourceError for a file without images, or with two columns of one name."""
+    schema = file.schema_arrow
+    image = image_column(schema)
+    if image is None:
+        raise SourceError(
+            f"{url} has no image column, only {', '.join(schema.names)}; expected one of type "
+            f"struct<bytes, path>, or a binary one named {', '.join(IMAGE_COLUMNS)}"
+        )
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
+    key = next((name for name in ("__key__", "key") if name in schema.names), None)
+    note: tuple[tuple[str, str], ...] = ()
+    if key == "key" and _repeats(file, key):
+        key, note = None, (("key", "its values repeat, so rows are numbered"),)
+    fields = {field: tuple(_paths(field, schema, image)) for field in FIELDS}
+    rest = [f for f in schema if f.name != image]
+    binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
+    other = [f.name for f in rest if f.name not in binary]
+    return Columns(image, key, fields, tuple(binary), tuple(other), note)
+
+
+def _repeats(file: pq.ParquetFile, name: str) -> bool:
+    column = file.read([name], use_threads=False).column(0)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not any(test(column.type) for test in (_is_text, is_binary, pa.types.is_integer)):
+        return False  # no value of it is a key
+    return pc.count_distinct(column, mode="only_valid").as_py() < len(column) - column.null_count
+
+
+def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:
+    """Where a field may be: a column of the usual type alone, else all of its names."""
+    declared = _class_labels(schema) if field == "label" else ()
+    names = [n for n in (*FIELDS[field], *declared) if n in schema.names and n != image]
+    usual = pa.types.is_integer if field == "label" else _is_text
+    if certain := [name for name in names if usual(schema.field(name).type)]:
+        yield (certain[0],)
+        return
+    yield from ((name,) for name in names)
+    if "json" in schema.names and image != "json":
+        yield from (("json", name) for name in NAMES[field])
+
+
+def _class_labels(schema: pa.Schema) -> tuple[str, ...]:
+    """Columns that Hugging Face's schema metadata declares as ClassLabel."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info["info"]["features"].items()
+        return tuple(name for name, f in features if f.get("_type") == "ClassLabel")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return ()  # somebody else's metadata
+
+
+def fields_of(row: dict[str, Any], columns: Columns, default_key: str) -> Fields:
+    """The fields of a row, by its values."""
+    taken: dict[str, Any] = {}
+    given, unused = set[str](), list(columns.note)
+    paths_of: dict[str, tuple[Path, ...]] = {"key": ((columns.key,),) if columns.key else ()}
+    for field, paths in (paths_of | columns.fields).items():
+        values = [(path, _at(row, path)) for path in paths]
+        found = ((path, value, TAKES[field][0](value)) for path, value in values)
+        path, value, taken[field] = next((f for f in found if f[2] is not None), ((), None, None))
+        if taken[field] is None:
+            refused = [(".".join(p), v) for p, v in values if not is_null(v)]
+            unused += [(name, not_taken(field, value)) for name, value in refused]
+        elif len(path) == 1 and gives_back(taken[field], value):
+            given.add(path[0])
+    key = taken.pop("key")
+    key = default_key if key is None else key
+    return Fields(key=key, given=frozenset(given), unused=tuple(unused), **taken)
+
+
+def _at(row: dict[str, Any], path: Path) -> Any:
+    value = row.get(path[0])
+    if len(path) == 1:
+        return value
+    try:
+        value = json.loads(value) if isinstance(value, str | bytes) else value
+    except (ValueError, RecursionError):
+        return None  # some other text
+    return value.get(path[1]) if isinstance(value, dict) else None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return is_binary(kind.value_type)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in (*tests, pa.types.is_fixed_size_binary))
+
+
+def is_image_struct(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    return is_binary(kind.field("bytes").type)
