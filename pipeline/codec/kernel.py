@@ -29,6 +29,7 @@ from splatshard.pipeline.codec.layout import (
     token_tables,
 )
 from splatshard.pipeline.codec.planes import HEADER
+from splatshard.pipeline.kernels.compiled import compiled
 from splatshard.schemas.errors import CorruptShardError
 
 HEADER_BYTES = HEADER.size
@@ -115,7 +116,7 @@ def _clamp(width):
     return min(max(width, 0), MAX_WIDTH)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def decode_planes(
     data, offsets, rows, counts, heights, widths, header, opponent, lookup, start, out, status
 ):
@@ -156,7 +157,7 @@ def decode_planes(
         )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _decode_row(
     gap, c0, c1, c2, sizes, ratios, shears, bits, begin, end, header, square, opponent, lookup,
     curve, out
@@ -268,7 +269,7 @@ def _half(typingctx, low, high):
     return types.float32(types.uint8, types.uint8), codegen
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def decode_fp16(data, offsets, rows, counts, heights, widths, start, out):
     """As `decode_planes`, of payloads of 16 byte planes in `data`; 64 Gaussians at a time, so that
     what is written stays in the first cache."""

@@ -17,8 +17,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from splatshard.pipeline.kernels.compiled import compiled
 
 
 def blur(image: Tensor, sigma: float) -> Tensor:
@@ -44,7 +45,7 @@ def half_taps(sigma: float) -> list[float]:
     return [weight / total for weight in half]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _blur(image, half, blurred):
     """[P, H, W] to the same; a row is copied between two margins, so its loops have no border."""
     planes, height, width = image.shape

@@ -30,6 +30,7 @@ from numba import njit
 from torch import Tensor
 
 from splatshard.pipeline.kernels.backend import LossAndGrad
+from splatshard.pipeline.kernels.compiled import compiled
 from splatshard.pipeline.kernels.simd import (
     LANES,
     ceiling,
@@ -111,7 +112,7 @@ def _picture(batch: int, height: int, width: int) -> np.ndarray:
     return np.zeros((batch, 3, height, width + LANES), f32)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _loss_and_grad(
     means, cholesky, colors, mask, target, cutoff, picture, g_means, g_cholesky, g_colors, loss
 ):
@@ -178,7 +179,7 @@ def _rows(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
         store(scratch[WEIGHT], r, _exp_of_16(q * splat(f32(-0.5 / 16))))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _add_gaussians(means, cholesky, colors, mask, width, cutoff, picture):
     """Add every Gaussian to `picture` [3, H, width + LANES]; the last LANES columns are overrun."""
     height, stride = picture.shape[1:]
@@ -213,7 +214,7 @@ def _add_gaussians(means, cholesky, colors, mask, width, cutoff, picture):
                 t = t + splat(f32(LANES))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _gradients(
     means, cholesky, colors, mask, width, cutoff, picture, scale, g_means, g_cholesky, g_colors
 ):
@@ -282,7 +283,7 @@ def _gradients(
         g_cholesky[i, 2] = scale * z22 / l22
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _sum_of_squares(values):
     """Sum of squares of a float32 array whose length is any; vector lanes, then the tail."""
     whole = len(values) // LANES * LANES

@@ -11,8 +11,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from splatshard.pipeline.kernels.compiled import compiled
 
 REACH = np.float32(2.2)
 """Radius searched around a centre, in units of the local spacing 1 / sqrt(rho), plus one pixel."""
@@ -27,7 +28,7 @@ def centroids(means: Tensor, rho: Tensor) -> Tensor:
     return torch.from_numpy(moved)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _centroids(means, rho, moved):
     height, width = rho.shape
     half = np.float32(0.5)
