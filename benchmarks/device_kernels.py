@@ -159,7 +159,7 @@ def kernels_of(
 
     works: dict[str, Callable[[], Any]] = {
         "lists": lambda: tile_lists(splats, side, side, CUTOFF, True, lists),
-        "forward": lambda: triton_backend._forward(splats, lists, CUTOFF, residual, target),
+        "forward": lambda: triton_backend._loss(splats, lists, CUTOFF, residual, target),
         "backward": lambda: backward(order),
         "backward, as given": lambda: backward(given),
         **{f"backward {a} x {b}": lambda: backward(order) for a, b in SHAPES},

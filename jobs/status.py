@@ -114,8 +114,9 @@ def table_of(dst: str, state: Status, figures: dict[str, Any], stream: TextIO) -
     if not console.is_terminal:
         console.width = 1000
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("shards", "left"), ("number", "right"), ("", "left")):
-        table.add_column(name, justify=justify)
+    table.add_column("shards")
+    table.add_column("number", justify="right")
+    table.add_column("")
     skipped = sum(figures["skipped"].values())
     table.add_row(
         "done",

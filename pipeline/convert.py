@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +51,7 @@ from splatshard.pipeline.shards.write import open_writer
 from splatshard.pipeline.source.decode import DecodedImage, decode
 from splatshard.pipeline.source.read import RawSample, read
 from splatshard.pipeline.splats import Splats, first
+from splatshard.pipeline.storage.fs import Digest
 from splatshard.schemas.config import ConvertConfig, output_config
 from splatshard.schemas.errors import SampleError
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
@@ -114,7 +115,7 @@ def convert_shard(
             )
 
 
-def try_reading(ref: ShardRef, backend: Backend, timer: StageTimer) -> Iterator[list[RawSample]]:
+def try_reading(ref: ShardRef, backend: Backend, timer: StageTimer) -> Generator[list[RawSample]]:
     """The samples of a shard, one by one and as they are read for it; to find out whether that
     kills a worker, and how many there are."""
     samples = read_samples(ref, hashlib.sha256(), {}, timer, backend.device)
@@ -130,7 +131,7 @@ def try_samples(
     span: tuple[int, int],
     timer: StageTimer,
     quarantine: Mapping[int, str],
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row]]:
     """The rows of the samples from span[0] to span[1] of a shard, written nowhere; to find the one
     that kills a worker."""
     samples = read_samples(ref, hashlib.sha256(), quarantine, timer, backend.device)
@@ -140,16 +141,16 @@ def try_samples(
 
 def read_samples(
     ref: ShardRef,
-    digest: hashlib._Hash,
+    digest: Digest,
     quarantine: Mapping[int, str],
     timer: StageTimer,
     device: torch.device,
     on_sample: Callable[[RawSample], None] | None = None,
-) -> Iterator[RawSample]:
+) -> Generator[RawSample]:
     """The samples of a shard, read ahead of those that are worked on where that helps; those in
     quarantine carry it as their error."""
 
-    def timed() -> Iterator[RawSample]:
+    def timed() -> Generator[RawSample]:
         with closing(read(ref, digest)) as samples:
             number = 0
             while True:
@@ -170,7 +171,7 @@ def read_samples(
 
 def convert_samples(
     samples: Iterable[RawSample], config: ConvertConfig, backend: Backend, timer: StageTimer
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row]]:
     """Samples to complete rows, in order, batch by batch."""
     limit = BatchLimit(config.batch_size or auto_batch_size(config, backend.device))
     ahead = partial(run_ahead, timer=timer) if overlaps(backend.device) else in_step
@@ -188,16 +189,16 @@ def overlaps(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def in_step(batches: Iterator[Any], stage: str) -> Iterator[Any]:
+def in_step(batches: Generator[Any], stage: str) -> Generator[Any]:
     """What `run_ahead` is where nothing overlaps."""
     return batches
 
 
-def run_ahead(batches: Iterator[Any], stage: str, timer: StageTimer) -> Iterator[Any]:
+def run_ahead(batches: Generator[Any], stage: str, timer: StageTimer) -> Generator[Any]:
     """The same batches, made ahead on a thread; the timer counts those that wait for `stage`."""
     waiting = 0
 
-    def produced() -> Iterator[Any]:
+    def produced() -> Generator[Any]:
         nonlocal waiting
         with closing(batches):
             for batch in batches:
@@ -245,7 +246,7 @@ def decode_batches(
     config: ConvertConfig,
     device: torch.device,
     timer: StageTimer,
-) -> Iterator[DecodedBatch]:
+) -> Generator[DecodedBatch]:
     """Batches of `size` samples, the last one smaller, with their images on `device`."""
 
     def decode_timed(sample: RawSample) -> tuple[Row, DecodedImage | None]:
@@ -303,7 +304,7 @@ def fit_batches(
     backend: Backend,
     limit: BatchLimit,
     timer: StageTimer,
-) -> Iterator[FittedBatch]:
+) -> Generator[FittedBatch]:
     """Fit and prune every image; `limit` shrinks when the device's memory does not suffice."""
 
     def fit_part(images: Images, part: slice) -> tuple[Images, Splats, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from itertools import islice, zip_longest
 from typing import Any
@@ -68,7 +68,7 @@ def embed_shard(
 
 def pairs(
     rows: Iterable[Row], samples: Iterable[RawSample], ref: ShardRef
-) -> Iterator[tuple[Row, RawSample]]:
+) -> Generator[tuple[Row, RawSample]]:
     """Each row of the shard with its sample. Raises SourceError where they do not belong
     together."""
     for number, (row, sample) in enumerate(zip_longest(rows, samples)):
@@ -81,7 +81,7 @@ def pairs(
 
 def embedded(
     samples: Iterable[tuple[Row, RawSample]], config: ConvertConfig, teacher: Teacher
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row]]:
     """The rows, batch by batch, those of ok samples with their embeddings."""
 
     def decoded(pair: tuple[Row, RawSample]) -> tuple[Row, torch.Tensor | None]:

@@ -21,7 +21,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -56,7 +56,7 @@ def parse(
     """
     args = sys.argv[1:] if argv is None else argv
     complaint = io.StringIO()
-    extra = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
             found = tyro.cli(

@@ -41,7 +41,7 @@ def ray_session(workers: Workers) -> Iterator[None]:
     elif os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
     else:
-        context = ray.init(
+        context: Any = ray.init(
             address="local",
             num_cpus=workers if isinstance(workers, int) else len(os.sched_getaffinity(0)),
             include_dashboard=False,

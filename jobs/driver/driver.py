@@ -120,7 +120,8 @@ class Driver:
         signals: StopSignals,
     ) -> None:
         self.config, self.dst = config, dst
-        self.workers, self.sample_timeout = workers, sample_timeout
+        self.workers: Workers = workers
+        self.sample_timeout = sample_timeout
         self.storage_options = storage_options
         self.progress, self.catalog, self.signals = progress, catalog, signals
         self.schedule = Schedule(plan.work, plan.replaces, progress.retried, progress.tell)
@@ -193,13 +194,13 @@ class Driver:
 
     def hire(self) -> None:
         """A new worker; its loading starts at once."""
-        remote = ray.remote(
-            concurrency_groups={"control": 1, "convert": IN_FLIGHT},
-            max_restarts=0,
-            max_task_retries=0,
+        options: dict[str, Any] = {
+            "concurrency_groups": {"control": 1, "convert": IN_FLIGHT},
+            "max_restarts": 0,
+            "max_task_retries": 0,
             **self.reserved,
-        )
-        actor = remote(FitActor).remote(THREADS, self.storage_options, log_format())
+        }
+        actor = ray.remote(**options)(FitActor).remote(THREADS, self.storage_options, log_format())
         self.team.append(Worker(actor=actor, started=actor.start.remote(self.config.backend)))
 
     def replace_broken(self) -> None:
@@ -208,7 +209,9 @@ class Driver:
         able = any(worker.able for worker in self.team)
         loading = any(worker.started is not None for worker in self.team)
         since = time.monotonic() - NO_WORKER_S
-        for worker in [worker for worker in self.team if worker.broken is not None]:
+        for worker in list(self.team):
+            if worker.broken is None:
+                continue
             wait = able or (loading and worker.broken > since)
             if not (wait and self.schedule.suspects):
                 self.dismiss(worker, "it is broken")

@@ -36,7 +36,9 @@ IN_FLIGHT = 2
 MAX_SKIPPED = 100
 """Skipped samples of one shard that the driver is sent; the rows hold them all."""
 
-THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+THREADS: dict[str, str] = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+)
 """One worker per core: threads of its own would only fight the other workers."""
 
 NO_REASON = "it gives no reason; --debug shows where"

@@ -16,6 +16,7 @@ import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -73,7 +74,7 @@ def digits() -> Iterator[Sample]:
     """scikit-learn's handwritten digits, 8 px, enlarged."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     for pixels, label in zip(data.images, data.target.tolist(), strict=True):
         small = Image.fromarray((pixels * 15.9).astype(np.uint8)).convert("RGB")
         yield small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), f"the digit {label}", label
@@ -138,7 +139,7 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """See above."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kind", choices=("shapes", "digits"))
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(argv)

@@ -8,12 +8,13 @@ used as an index before it was checked; a row that is not valid gets a status, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int64, njit, types, uint64
-from numba.extending import intrinsic
+from numba import extending, float32, int64, njit, types, uint64
 from numpy.typing import NDArray
 
 from splatshard.pipeline.codec.layout import (
@@ -32,6 +33,7 @@ from splatshard.pipeline.codec.planes import HEADER
 from splatshard.pipeline.kernels.compiled import compiled
 from splatshard.schemas.errors import CorruptShardError
 
+intrinsic: Callable[..., Any] = extending.intrinsic  # callers give no typing context
 HEADER_BYTES = HEADER.size
 STEPS = 2 << MAX_WIDTH  # places within a coarse cell, in halves
 ROW_OK, ROW_LENGTH, ROW_HEADER, ROW_SYMBOL, ROW_PLACE = range(5)

@@ -13,7 +13,8 @@ against the target is not known before: the last may lose what they have left of
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,31 +59,46 @@ def pack(
     splats = filled(splats)
     height, width = target.shape[2:]
     bounds = [0, *(budgets or (splats.mask.shape[1],))]
-    payloads: list[dict[str, Payload]] = [{} for _ in range(len(splats))]
-    fitted = stored = torch.zeros_like(target)
+    parts = {
+        name: splats.map(lambda x, b=begin, e=end: x[:, b:e].contiguous())
+        for name, begin, end in zip(splat_columns(budgets), bounds[:-1], bounds[1:], strict=True)
+    }
+    columns: dict[str, Sequence[Payload]]
     if codec in PLANAR:
-        whole = squared_error(splats, target, stored, cutoff, backend)
-        allowed = allowed_error(whole, target, MAX_LOSS_DB[codec])
-    for name, begin, end in zip(splat_columns(budgets), bounds[:-1], bounds[1:], strict=True):
-        part = splats.map(lambda x, b=begin, e=end: x[:, b:e].contiguous())
-        is_last = end == bounds[-1]
-        if codec in PLANAR and not is_last:
-            fitted = fitted + backend.render(part, height, width, cutoff)
-        if codec in PLANAR:
-            wanted = target if is_last else fitted
-            share = allowed / splats.num_gaussians.clamp(min=1) * part.num_gaussians.clamp(min=1)
-            if is_last:
-                lost = squared_error(part, target, stored, cutoff, backend) - whole
-                share = torch.maximum(allowed - lost, LEAST_SHARE * allowed)
-            packed = planes.encode(quantise(part, wanted, stored, share, cutoff, backend))
-        else:
-            packed = pack_fp16(part, height, width)
-        for payload, one in zip(payloads, packed, strict=True):
-            payload[name] = one
-        if codec in PLANAR and not is_last:
-            own = unpack([{name: one} for one in packed], height, width, codec)
-            stored = stored + backend.render(own.to(target.device), height, width, cutoff)
-    return payloads
+        columns = _pack_planar(splats, parts, target, codec, cutoff, backend)
+    else:
+        columns = {name: pack_fp16(part, height, width) for name, part in parts.items()}
+    return [{name: rows[i] for name, rows in columns.items()} for i in range(len(splats))]
+
+
+def _pack_planar(
+    splats: Splats,
+    parts: dict[str, Splats],
+    target: Tensor,
+    codec: str,
+    cutoff: float,
+    backend: Backend,
+) -> dict[str, Sequence[Payload]]:
+    """The payloads of each budget's Gaussians, `parts` of `splats`, by their columns."""
+    height, width = target.shape[2:]
+    fitted = stored = torch.zeros_like(target)
+    whole = squared_error(splats, target, stored, cutoff, backend)
+    allowed = allowed_error(whole, target, MAX_LOSS_DB[codec])
+    *_, last = parts
+    columns: dict[str, Sequence[Payload]] = {}
+    for name, part in parts.items():
+        if name == last:
+            lost = squared_error(part, target, stored, cutoff, backend) - whole
+            share = torch.maximum(allowed - lost, LEAST_SHARE * allowed)
+            columns[name] = planes.encode(quantise(part, target, stored, share, cutoff, backend))
+            break
+        fitted = fitted + backend.render(part, height, width, cutoff)
+        share = allowed / splats.num_gaussians.clamp(min=1) * part.num_gaussians.clamp(min=1)
+        packed = planes.encode(quantise(part, fitted, stored, share, cutoff, backend))
+        own = unpack([{name: one} for one in packed], height, width, codec)
+        stored = stored + backend.render(own.to(target.device), height, width, cutoff)
+        columns[name] = packed
+    return columns
 
 
 def pack_fp16(splats: Splats, height: int, width: int) -> list[bytes]:
@@ -137,8 +153,9 @@ def unpack_row(row: dict[str, Any], metadata: dict[str, Any], budget: int | None
 def columns_of(payloads: list[Payload], codec: str) -> dict[str, Plane]:
     """The payloads of one column as `decode_rows` takes them."""
     if codec in PLANAR:
-        return {name: column([one[name] for one in payloads]) for name in PLANES}
-    return {"": column(payloads)}
+        planar = cast("list[dict[str, bytes]]", payloads)
+        return {name: column([one[name] for one in planar]) for name in PLANES}
+    return {"": column(cast("list[bytes]", payloads))}
 
 
 def gaussians_in(payload: Payload, codec: str) -> int:

@@ -148,10 +148,14 @@ def _codes(
         cell = hilbert_tables(one, places.device)[1][places[rows]]
         y[rows], x[rows] = cell >> one, cell & (1 << one) - 1
     cells = (size, ratio, shear, x, y)
-    fine = [(cell << widths[..., i]) + extra[..., i] for i, cell in enumerate(cells, 4)]
-    return Codes(
-        step.double(), level, cell_log, values[..., 1:], *fine, width, width_x, width_y, mask
+    size, ratio, shear, x, y = (
+        (cell << widths[..., i]) + extra[..., i] for i, cell in enumerate(cells, 4)
     )
+    return Codes(
+        step=step.double(), level=level, cell_log=cell_log, colors=values[..., 1:],
+        size=size, ratio=ratio, shear=shear, x=x, y=y,
+        width=width, width_x=width_x, width_y=width_y, mask=mask,
+    )  # fmt: skip
 
 
 def _gather(data: Tensor, start: Tensor, width: Tensor) -> Tensor:

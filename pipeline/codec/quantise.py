@@ -112,6 +112,7 @@ def quantise(
             left, step, first, fit_error, allowed, target, behind = (
                 x[over] for x in (left, step, first, fit_error, allowed, target, behind)
             )
+    assert result is not None  # MAX_PASSES are PASSES and more
     return result
 
 
@@ -137,8 +138,9 @@ def on_grid(splats: Splats, solved: Splats, step: Tensor, target: Tensor) -> Cod
     shear = l21 / l11 * (2 * middle(ratio, shape) / CELLS_PER_OCTAVE).exp2()
     shear = place((shear / SHEAR_UNIT).asinh() * SHEAR_CELLS, shape, SHEAR_RANGE)
 
-    cells = [value >> shape for value in (size, ratio, shear)]
-    width_x, width_y = position_widths(classes, *cells, cell_log)
+    width_x, width_y = position_widths(
+        classes, size >> shape, ratio >> shape, shear >> shape, cell_log
+    )
     side, last = max(height, width), (1 << level[:, None]) - 1
     centred = splats.means.double() - splats.means.new_tensor((width / 2, height / 2)).double()
     x, y = ((centred / (2 * side) + 0.5) * (1 << level)[:, None, None]).unbind(-1)
@@ -217,7 +219,8 @@ def squared_error(
     splats: Splats, target: Tensor, behind: Tensor, cutoff: float, backend: Backend
 ) -> Tensor:
     """Sum over pixels and channels of the images as they are shown, float64 [B]."""
-    image = (backend.render(splats, *target.shape[2:], cutoff) + behind).clamp_(0, 1)
+    height, width = target.shape[2:]
+    image = (backend.render(splats, height, width, cutoff) + behind).clamp_(0, 1)
     squares = (image - target.clamp(0, 1)).square_()
     if len(squares) == 1:  # alone it would be added up in parts, one per thread of the CPU
         return squares.expand(2, -1, -1, -1).sum((1, 2, 3), dtype=torch.float64)[:1]

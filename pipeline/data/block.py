@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +71,7 @@ def assemble(
         splats=splats_from_values(values, torch.from_numpy(mask)),
         heights=torch.from_numpy(heights),
         widths=torch.from_numpy(widths),
-        keys=[text for block, places in chosen for text in texts(block.keys, places)],
+        keys=cast("list[str]", [x for block, places in chosen for x in texts(block.keys, places)]),
         captions=[text for block, places in chosen for text in texts(block.captions, places)],
         labels=torch.from_numpy(_gathered(chosen, "labels")),
         teacher=_teacher(chosen),

@@ -26,6 +26,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,7 +88,9 @@ class ShardCache:
                 if not path.exists():
                     self._fetch(url, path, size_bytes, sha256)
 
-    def _is_whole(self, stream: BinaryIO, name: str, size_bytes: int, sha256: str | None) -> bool:
+    def _is_whole(
+        self, stream: BufferedReader, name: str, size_bytes: int, sha256: str | None
+    ) -> bool:
         info = os.fstat(stream.fileno())
         if info.st_size != size_bytes:
             return False

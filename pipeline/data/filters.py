@@ -152,7 +152,9 @@ def _table_of(rows: list[dict[str, Any]], names: list[str]) -> pa.Table:
 
 
 def _left(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
-    return pc.equal(table.column("status"), OK).to_numpy() & fulfilled(table, conditions)
+    return pc.call_function("equal", [table.column("status"), OK]).to_numpy() & fulfilled(
+        table, conditions
+    )
 
 
 def fulfilled(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
@@ -161,12 +163,12 @@ def fulfilled(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
     left = np.ones(len(table), np.bool_)
     for column, comparison, value in conditions:
         if column == CAPTION_LENGTH:
-            values = pc.utf8_length(table.column("caption"))
+            values = pc.call_function("utf8_length", [table.column("caption")])
         else:
             values = table.column(column)
         if PSNR.fullmatch(column):  # a tar has it as a double; compare the same in both
             values = pc.cast(values, pa.float64())
-        there = pc.is_valid(values).to_numpy()
+        there = values.is_valid().to_numpy()
         numbers = pc.fill_null(values, 0).to_numpy()
         left = left & there & OPERATORS[comparison](numbers, value)
     return left

@@ -75,7 +75,7 @@ def ok_rows(file: pq.ParquetFile, shard: Shard) -> NDArray[np.int64]:
     if shard.ok == shard.samples:
         return np.arange(shard.samples)
     status = file.read(["status"], use_threads=False).column(0)
-    rows = np.flatnonzero(pc.equal(status, OK).to_numpy())
+    rows = np.flatnonzero(pc.call_function("equal", [status, OK]).to_numpy())
     if len(rows) != shard.ok:
         raise CorruptShardError(
             f"{shard.url} has {len(rows)} ok rows, its marker says {shard.ok}: {shard.remedy}"

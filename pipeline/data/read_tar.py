@@ -23,7 +23,7 @@ from splatshard.pipeline.data.block import Block, Part
 from splatshard.pipeline.data.catalog import Shard, check_layout
 from splatshard.pipeline.data.read_parquet import checked, teacher_of
 from splatshard.pipeline.shards.rows import checked_metadata
-from splatshard.pipeline.source.tar import match_file
+from splatshard.pipeline.source.tar import forget_headers, match_file
 from splatshard.schemas.errors import CorruptShardError
 from splatshard.schemas.shard import OK
 from splatshard.schemas.splats import METADATA_MEMBER, TEACHER, splat_suffix
@@ -51,7 +51,7 @@ def tar_blocks(
 
 def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
     """All rows of the archive in `data`, in order. Raises as `parquet_blocks`."""
-    view = memoryview(data)
+    view = data.data
     members = _members(view)
     name, start, stop = next(members, ("", 0, 0))
     text = bytes(view[start:stop]) if name == METADATA_MEMBER else None
@@ -94,7 +94,8 @@ def _parsed(text: bytes, name: str) -> Row:
 
 def _members(view: memoryview) -> Iterator[Member]:
     """The regular files of an archive. Raises tarfile's errors and ValueError."""
-    archive, offset = None, 0
+    archive: Any = None  # its published type lacks what is set here
+    offset = 0
     while True:
         match = match_file(view, offset)
         if match:
@@ -109,7 +110,7 @@ def _members(view: memoryview) -> Iterator[Member]:
                 return
             if not info.isreg() or info.issparse() or info.size < 0:
                 raise ValueError(f"member {info.name} is not a regular file")
-            archive.members.clear()
+            forget_headers(archive)
             name, size, offset = info.name, info.size, info.offset_data
         if offset + size > len(view):
             raise tarfile.ReadError("unexpected end of data")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -74,7 +74,7 @@ class Loader(Generic[Block, Batch]):
         batch_size: int,
         epoch: int,
         ahead: int,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The batches of `shares`, with up to `ahead` windows loaded before they are needed.
 
         Raises what `read` and `assemble` raise.
@@ -97,7 +97,7 @@ class Loader(Generic[Block, Batch]):
                 position = Position(epoch, share.after, order.lanes, order.grain)
                 yield self.assemble(_padded(chosen, batch_size), valid, position)
 
-    def _windows(self, order: EpochOrder, plans: Iterable[Share]) -> Iterator[Loaded[Block]]:
+    def _windows(self, order: EpochOrder, plans: Iterable[Share]) -> Generator[Loaded[Block]]:
         """All windows that `plans` need, in the order in which they are first needed."""
         latest: dict[tuple[int, int], WindowKey] = {}
         for share in plans:

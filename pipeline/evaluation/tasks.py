@@ -96,7 +96,8 @@ def logits_and_psnr(model: GViT) -> Any:
     def found(batch: Any) -> Tensor:
         pixels = batch.floating().pixels
         logits, _, g = model(pixels)
-        quality = psnr(render(g, *pixels.shape[2:], model.space), pixels).clamp(max=100)
+        height, width = pixels.shape[2:]
+        quality = psnr(render(g, height, width, model.space), pixels).clamp(max=100)
         return torch.cat((logits.float(), quality.float()[:, None]), 1)
 
     return found

@@ -203,4 +203,5 @@ def root_mean_square(error: Tensor) -> Tensor:
 
 def rendering(splats: Splats, like: Tensor, config: FitConfig, backend: Backend) -> Tensor:
     """[B, 3, H, W] of `splats`, as large as `like`."""
-    return backend.render(splats, *like.shape[2:], config.cutoff)
+    height, width = like.shape[2:]
+    return backend.render(splats, height, width, config.cutoff)

@@ -49,6 +49,7 @@ from splatshard.pipeline.kernels.simd import (
 from splatshard.pipeline.splats import Splats
 
 f32 = np.float32
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 HALF = f32(0.5)
 RIM = f32(1e-3)
 """Pixels by which a row's window is widened: `limit` decides on the rim, not the rounded window."""
@@ -68,10 +69,11 @@ def render(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Tens
 def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAndGrad:
     """See `LossAndGrad` and `reference.loss_and_grad`. `target` is float32 [B, 3, H, W]."""
     arrays = _arrays(splats)
-    gradients = [np.zeros_like(a) for a in arrays[:3]]
+    gradients = _zeros(arrays)
     loss = np.empty(len(splats), f32)
-    picture = _picture(1, *target.shape[2:])
-    _loss_and_grad(*arrays, target.contiguous().numpy(), cutoff, picture[0], *gradients, loss)
+    height, width = target.shape[2:]
+    picture = _picture(1, height, width)[0]
+    _loss_and_grad(*arrays, target.contiguous().numpy(), cutoff, picture, *gradients, loss)
     means, cholesky, colors = map(torch.from_numpy, gradients)
     return LossAndGrad(loss=torch.from_numpy(loss), means=means, cholesky=cholesky, colors=colors)
 
@@ -81,8 +83,8 @@ class _Render(torch.autograd.Function):
     def forward(ctx, means, cholesky, colors, mask, height, width, cutoff):
         arrays = _arrays(Splats(means, cholesky, colors, mask))
         picture = _picture(len(means), height, width)
-        for b in range(len(means)):
-            _add_gaussians(*(a[b] for a in arrays), width, cutoff, picture[b])
+        for inputs, image in zip(zip(*arrays, strict=True), picture, strict=True):
+            _add_gaussians(*inputs, width, cutoff, image)
         ctx.save_for_backward(means, cholesky, colors, mask)
         ctx.cutoff = cutoff
         return torch.from_numpy(np.ascontiguousarray(picture[..., :width]))
@@ -93,18 +95,24 @@ class _Render(torch.autograd.Function):
         height, width = grad.shape[2:]
         picture = _picture(len(grad), height, width)
         picture[..., :width] = grad.numpy()
-        gradients = [np.zeros_like(a) for a in arrays[:3]]
-        for b in range(len(grad)):
-            inputs, outputs = (a[b] for a in arrays), (g[b] for g in gradients)
-            _gradients(*inputs, width, ctx.cutoff, picture[b], f32(1), *outputs)
+        gradients = _zeros(arrays)
+        for inputs, image, outputs in zip(
+            zip(*arrays, strict=True), picture, zip(*gradients, strict=True), strict=True
+        ):
+            _gradients(*inputs, width, ctx.cutoff, image, f32(1), *outputs)
         return (*map(torch.from_numpy, gradients), None, None, None, None)
 
 
-def _arrays(splats: Splats) -> list[np.ndarray]:
+def _arrays(splats: Splats) -> Arrays:
     floats = (splats.means, splats.cholesky, splats.colors)
-    return [x.detach().float().contiguous().numpy() for x in floats] + [
-        splats.mask.contiguous().numpy()
-    ]
+    means, cholesky, colors = (x.detach().float().contiguous().numpy() for x in floats)
+    return means, cholesky, colors, splats.mask.contiguous().numpy()
+
+
+def _zeros(arrays: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of all but the mask."""
+    means, cholesky, colors, _ = map(np.zeros_like, arrays)
+    return means, cholesky, colors
 
 
 def _picture(batch: int, height: int, width: int) -> np.ndarray:

@@ -155,7 +155,7 @@ def load_gsplat() -> Any:
     )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it reports on standard output
-            from gsplat.cuda._backend import _C
+            from gsplat.cuda._backend import _C  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
         raise BackendError(f"gsplat's CUDA kernels do not compile ({reason}): {remedy}") from e

@@ -10,12 +10,16 @@ register, AVX2: two, NEON: four), so the code is portable. Only what cpu.py need
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import models, overload, register_model
 
 LANES = 8
+intrinsic: Callable[..., Any] = extending.intrinsic  # callers give no typing context
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 

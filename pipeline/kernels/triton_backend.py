@@ -14,12 +14,11 @@ import os
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from splatshard.pipeline.kernels import triton_kernels
 from splatshard.pipeline.kernels.backend import LossAndGrad
-from splatshard.pipeline.kernels.triton_launch import WARP, launch
+from splatshard.pipeline.kernels.triton_launch import WARP, cdiv, launch
 from splatshard.pipeline.kernels.triton_lists import RATIO, TILE, TileLists, tile_lists
 from splatshard.pipeline.splats import Splats, bounds
 from splatshard.schemas.config import FitConfig
@@ -63,10 +62,11 @@ def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAn
     """See `LossAndGrad` and `reference.loss_and_grad`. `target` is float32 [B, 3, H, W]."""
     splats, target = _ready(splats), target.detach().contiguous()
     residual = _channels_last(target)
-    lists = tile_lists(splats, *target.shape[2:], cutoff)
-    loss = _forward(splats, lists, cutoff, residual, target)
+    height, width = target.shape[2:]
+    lists = tile_lists(splats, height, width, cutoff)
+    loss = _loss(splats, lists, cutoff, residual, target)
     gradient = splats.means.new_empty(*splats.mask.shape, 8)
-    order = by_window(splats, *target.shape[2:], cutoff)
+    order = by_window(splats, height, width, cutoff)
     _backward(splats, residual, order, cutoff, 2 / target.shape[1:].numel(), False, gradient)
     means, cholesky, colors = gradient.split((2, 3, 3), -1)
     return LossAndGrad(loss=loss, means=means, cholesky=cholesky, colors=colors)
@@ -86,16 +86,16 @@ class FusedStep:
 
     def loss(self, splats: Splats, moved_far: bool) -> Tensor:
         """Loss [B] at `splats`; `moved_far` if they are not those of the last update."""
-        size, cutoff = self.target.shape[2:], self.config.cutoff
+        (height, width), cutoff = self.target.shape[2:], self.config.cutoff
         if self.lists is None or moved_far or self.lists_age >= LISTS_EVERY:
-            self.lists = tile_lists(splats, *size, cutoff, True, self.lists)
+            self.lists = tile_lists(splats, height, width, cutoff, True, self.lists)
             self.lists_age = 0
         if self.order is None or moved_far or self.order_age >= ORDER_EVERY:
-            self.order = by_window(splats, *size, cutoff)
+            self.order = by_window(splats, height, width, cutoff)
             self.order_age = 0
         self.lists_age += 1
         self.order_age += 1
-        return _forward(splats, self.lists, cutoff, self.residual, self.target)
+        return _loss(splats, self.lists, cutoff, self.residual, self.target)
 
     def update(
         self,
@@ -135,26 +135,40 @@ class _Render(torch.autograd.Function):
         splats = Splats(*ctx.saved_tensors)
         gradient = splats.means.new_empty(*splats.mask.shape, 8)
         field = grad.permute(0, 2, 3, 1).contiguous()
-        order = by_window(splats, *field.shape[1:3], ctx.cutoff)
+        height, width = field.shape[1:3]
+        order = by_window(splats, height, width, ctx.cutoff)
         _backward(splats, field, order, ctx.cutoff, 1.0, False, gradient)
         return (*gradient.split((2, 3, 3), -1), None, None, None, None)
 
 
 def _ready(splats: Splats) -> Splats:
     floats = (splats.means, splats.cholesky, splats.colors)
-    return Splats(*(x.detach().float().contiguous() for x in floats), splats.mask.contiguous())
+    means, cholesky, colors = (x.detach().float().contiguous() for x in floats)
+    return Splats(means, cholesky, colors, splats.mask.contiguous())
+
+
+def _loss(
+    splats: Splats, lists: TileLists, cutoff: float, residual: Tensor, target: Tensor
+) -> Tensor:
+    """The loss [B]; the residual is put into `residual` [B, H, W, 3]."""
+    squares = _forward(splats, lists, cutoff, residual, target)
+    loss = residual.new_empty(len(squares))
+    scale = 1 / target.shape[1:].numel()
+    launch(
+        triton_kernels.loss_kernel, len(squares),
+        squares, loss, lists.tiles, scale, BLOCK=128, **WARP,
+    )  # fmt: skip
+    return loss
 
 
 def _forward(
     splats: Splats, lists: TileLists, cutoff: float, out: Tensor, target: Tensor | None
-) -> Tensor | None:
+) -> Tensor:
     """Draw into `out` [B, 3, H, W]; with a target, put the residual into `out` [B, H, W, 3] and
-    return the loss [B]."""
+    return each tile's sum of its squares [B, tiles]."""
     batch, n = splats.mask.shape
     size = out.shape[2:] if target is None else target.shape[2:]
     squares = out.new_empty(batch, lists.tiles)
-    if not batch:
-        return squares.sum(1)
     launch(
         triton_kernels.forward_kernel, batch * lists.tiles,
         splats.means, splats.cholesky, splats.colors, splats.mask,
@@ -163,12 +177,7 @@ def _forward(
         TILE=TILE, RATIO=RATIO, CAPACITY=lists.fine.shape[2], COARSE_CAPACITY=lists.coarse.shape[2],
         GROUP=triton_kernels.GROUP, RESIDUAL=target is not None, **WARP,
     )  # fmt: skip
-    if target is None:
-        return None
-    loss = out.new_empty(batch)
-    scale = 1 / target.shape[1:].numel()
-    launch(triton_kernels.loss_kernel, batch, squares, loss, lists.tiles, scale, BLOCK=128, **WARP)
-    return loss
+    return squares
 
 
 def windows(splats: Splats, height: int, width: int, cutoff: float) -> Tensor:
@@ -205,7 +214,7 @@ def _backward(
     """scale * the vector-Jacobian product with `field` [B, H, W, 3] into `out` [B, N, 8]; `order`:
     see `by_window`."""
     batch, n = splats.mask.shape
-    groups = triton.cdiv(n, triton_kernels.SHARED)
+    groups = cdiv(n, triton_kernels.SHARED)
     launch(
         triton_kernels.backward_kernel, batch * groups,
         splats.means, splats.cholesky, splats.colors, splats.mask, field, out, order,
@@ -229,7 +238,7 @@ def _adam(
     assert all(x.is_contiguous() for x in state)
     count = splats.mask.numel()
     launch(
-        triton_kernels.adam_kernel, triton.cdiv(count, triton_kernels.ADAM_BLOCK),
+        triton_kernels.adam_kernel, cdiv(count, triton_kernels.ADAM_BLOCK),
         *state, count, beta1, config.beta2, correction2,
         rate * config.lr_means, rate * config.lr_shape, rate * config.lr_colors,
         config.l1_colors, *bounds(*size),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from splatshard.pipeline.kernels.blur import radius
-from splatshard.pipeline.kernels.triton_launch import launch
+from splatshard.pipeline.kernels.triton_launch import cdiv, launch
 
 BLOCK, WARPS = 1024, 4
 """Pixels per program, 8 per thread: some rows of a picture, so that along the columns few taps are
@@ -31,7 +31,7 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     if not image.numel():
         return blurred
     batch, channels, height, width = image.shape
-    blocks = triton.cdiv(height * width, BLOCK)
+    blocks = cdiv(height * width, BLOCK)
     falloff = 0.5 * math.log2(math.e) / sigma**2
     for source, out, length, stride in ((image, rows, width, 1), (rows, blurred, height, width)):
         launch(

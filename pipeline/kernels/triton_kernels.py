@@ -55,6 +55,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from splatshard.pipeline.kernels.triton_launch import jit
 from splatshard.pipeline.kernels.triton_lists import candidates, listed
 
 GROUP = 32
@@ -244,7 +245,7 @@ def backward_kernel(
     tl.store(out + 7, of_each(sum_b, drawn, scale, SHARED, PIXELS), exists)
 
 
-@triton.jit
+@jit
 def of_each(parts, drawn, scale, SHARED: tl.constexpr, PIXELS: tl.constexpr):
     """scale * the sums of `parts` [SHARED * PIXELS] over each Gaussian's lanes, [SHARED]; 0 where
     it is not drawn."""
@@ -302,14 +303,14 @@ def adam_kernel(
     tl.store(cholesky + 3 * i + 2, within(l22, -largest, largest), live)
 
 
-@triton.jit
+@jit
 def within(x, low, high):
     """NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
 
-@triton.jit
+@jit
 def adam(gradient, moment1, moment2, at, live, penalty, keep1, keep2, correction2):
     """Update the moments of one parameter; its direction, before the rate."""
     g = tl.load(gradient + at, live, 0) + penalty
@@ -322,6 +323,6 @@ def adam(gradient, moment1, moment2, at, live, penalty, keep1, keep2, correction
     return m1 / (tl.sqrt(m2 / correction2) + 1e-12)
 
 
-@triton.jit
+@jit
 def sign(x):
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))

@@ -12,9 +12,14 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import triton
+
 WARP = {"num_warps": 1, "enable_fp_fusion": True}
 """Launch options of kernels whose programs are one warp: a warp never waits for another one. Fused
 multiply-add is asked for by name, since Triton's default is about to change."""
+
+jit: Any = triton.jit
+"""For functions that kernels call, of which its published type says that they never return."""
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -24,3 +29,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     if programs:
         with _ONE_AT_A_TIME:
             kernel[(programs,)](*arguments, **options)
+
+
+def cdiv(number: int, size: int) -> int:
+    """How many blocks of `size` hold `number`."""
+    return -(-number // size)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splatshard.pipeline.kernels.triton_launch import WARP, launch
+from splatshard.pipeline.kernels.triton_launch import WARP, cdiv, jit, launch
 from splatshard.pipeline.splats import Splats
 
 TILE = 8
@@ -116,10 +116,10 @@ def _empty(batch: int, n: int, height: int, width: int, device: torch.device) ->
         index = torch.empty(batch, tiles, capacity, dtype=torch.uint16, device=device)
         return index, torch.empty(batch, tiles, dtype=torch.int32, device=device)
 
-    columns, rows = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
-    coarse_columns, coarse_rows = triton.cdiv(columns, RATIO), triton.cdiv(rows, RATIO)
+    columns, rows = cdiv(width, TILE), cdiv(height, TILE)
+    coarse_columns, coarse_rows = cdiv(columns, RATIO), cdiv(rows, RATIO)
     # a power of two: the capacity is compiled in, and N varies
-    wide = max(CAPACITY, min(COARSE_CAPACITY, triton.next_power_of_2(n)))
+    wide = max(CAPACITY, min(COARSE_CAPACITY, 1 << (n - 1).bit_length()))
     fine, coarse = empty(rows * columns, CAPACITY), empty(coarse_columns * coarse_rows, wide)
     return TileLists(columns, rows, coarse_columns, *fine, *coarse)
 
@@ -168,7 +168,7 @@ def _list_kernel(
     tl.store(counts + program, kept)
 
 
-@triton.jit
+@jit
 def candidates(
     fine, fine_counts, coarse, coarse_counts, columns, tiles, coarse_columns, coarse_tiles,
     image, tile, n,
@@ -188,7 +188,7 @@ def candidates(
     return start, count, whole
 
 
-@triton.jit
+@jit
 def listed(start, k, count, whole):
     """Indices of the Gaussians at places `k` of a list from `candidates`, and which exist."""
     live = k < count

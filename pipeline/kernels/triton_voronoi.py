@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splatshard.pipeline.kernels.triton_launch import WARP, launch
+from splatshard.pipeline.kernels.triton_launch import WARP, cdiv, launch
 from splatshard.pipeline.kernels.triton_lists import RATIO, TILE, candidates, listed, tile_lists
 from splatshard.pipeline.kernels.voronoi import REACH
 from splatshard.pipeline.splats import Splats
@@ -47,7 +47,7 @@ def centroids(means: Tensor, rho: Tensor) -> Tensor:
         TILE=TILE, RATIO=RATIO, CAPACITY=lists.fine.shape[2], COARSE_CAPACITY=lists.coarse.shape[2],
         GROUP=GROUP, **WARP,
     )  # fmt: skip
-    groups = triton.cdiv(n, SHARED)
+    groups = cdiv(n, SHARED)
     launch(
         centroid_kernel, batch * groups,
         means, reach, owner, rho, moved, n, groups, height, width,

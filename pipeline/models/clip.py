@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
 from splatshard.pipeline.models.classifier import encode, make_encoder
+from splatshard.pipeline.models.encoder import ATTENTION
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import ModelConfig, TextConfig
 
@@ -40,7 +41,8 @@ class SplatCLIP(nn.Module):
         if config.text is not None:
             self.text = CLIPTextModel(text_config(config.text))
             if config.encoder.gradient_checkpointing:
-                for layer in self.text.encoder.layers:  # the model's own switch changed its name
+                layers: Any = self.text.encoder.layers
+                for layer in layers:  # the model's own switch changed its name
                     layer.gradient_checkpointing = True
                     layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
@@ -85,7 +87,7 @@ def text_config(config: TextConfig) -> CLIPTextConfig:
         bos_token_id=max(0, config.vocab_size - 2),
         eos_token_id=config.eos,
         pad_token_id=None,
-        attn_implementation="sdpa",
+        **ATTENTION,
     )
 
 

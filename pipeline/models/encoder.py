@@ -109,6 +109,9 @@ class SplatEncoder(nn.Module):
             self.resampler.silence()
 
 
+ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}
+
+
 def vision_config(config: EncoderConfig) -> CLIPVisionConfig:
     """transformers' configuration of the same blocks."""
     return CLIPVisionConfig(
@@ -120,7 +123,7 @@ def vision_config(config: EncoderConfig) -> CLIPVisionConfig:
         patch_size=config.patch_size,
         hidden_act=config.activation,
         layer_norm_eps=config.layer_norm_eps,
-        attn_implementation="sdpa",
+        **ATTENTION,
     )
 
 

@@ -41,6 +41,8 @@ GREY = 0.45  # mean of photographs
 class LocalTokens(nn.Module):
     """Windowed Fourier coefficients at anchors, to tokens; see the module's docstring."""
 
+    waves_J2: Tensor
+
     def __init__(self, neighbours: int, frequencies: int, width: int) -> None:
         super().__init__()
         self.neighbours = neighbours

@@ -82,7 +82,8 @@ def from_transformers(clip: CLIPModel, tokenizer: str) -> SplatCLIP:
 
 def config_of(config: CLIPConfig, tokenizer: str) -> ModelConfig:
     """Our configuration of transformers' CLIP. Raises UsageError for what ours cannot say."""
-    vision, text = config.vision_config, config.text_config
+    given: Any = config  # its fields are declared wider than those of a CLIP are
+    vision, text = given.vision_config, given.text_config
     side, patch = vision.image_size, vision.patch_size
     encoder = EncoderConfig(
         input="patches",
@@ -98,7 +99,7 @@ def config_of(config: CLIPConfig, tokenizer: str) -> ModelConfig:
     )
     return ModelConfig(
         encoder=encoder,
-        embed_dim=config.projection_dim,
+        embed_dim=given.projection_dim,
         text=TextConfig(
             width=text.hidden_size,
             layers=text.num_hidden_layers,

@@ -28,6 +28,8 @@ To its latents are added the local tokens of local.py, a patch embedding of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,9 @@ LATENT_STD = 0.1  # of the latents at the start; more outweighs what the Gaussia
 
 class Resampler(nn.Module):
     """Cross-attention layers from anchored latents; see the module's docstring."""
+
+    anchors: Tensor
+    spacing: Tensor
 
     def __init__(self, config: ResamplerConfig, width: int, tokens: int) -> None:
         super().__init__()
@@ -89,10 +94,10 @@ class Resampler(nn.Module):
     @torch.no_grad()
     def silence(self) -> None:
         """Set the layers' last weights to 0: latents and local tokens go through unchanged."""
-        for layer in self.layers:
-            for last in (layer.out_proj, *([layer.mlp[-1]] if layer.mlp is not None else [])):
-                last.weight.zero_()
-                last.bias.zero_()
+        for layer in cast("Iterable[ResamplerLayer]", self.layers):
+            last = [layer.out_proj] if layer.mlp is None else [layer.out_proj, layer.mlp[-1]]
+            for values in nn.ModuleList(last).parameters():
+                values.zero_()
 
 
 class ResamplerLayer(nn.Module):
@@ -109,7 +114,7 @@ class ResamplerLayer(nn.Module):
         self.log_slope: nn.Parameter | None = None
         if config.bias != "none":
             self.log_slope = nn.Parameter(torch.linspace(0.7, -3.5, config.heads))
-        self.mlp: nn.Module | None = None
+        self.mlp: nn.Sequential | None = None
         if config.mlp_ratio:
             hidden = round(width * config.mlp_ratio)
             self.norm2 = nn.LayerNorm(width)

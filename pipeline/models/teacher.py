@@ -140,7 +140,7 @@ Triple = tuple[float, float, float]
 
 def _normalisation(model: str) -> tuple[Triple, Triple]:
     """Mean and deviation that the model's own files name, else those of CLIP."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     from splatshard.pipeline.models.patches import CLIP_MEAN, CLIP_STD
 

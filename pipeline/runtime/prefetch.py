@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TypeVar
@@ -36,7 +36,7 @@ class _End:
         self.error = error
 
 
-def prefetch(source: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+def prefetch(source: Iterable[Item], depth: int = 1) -> Generator[Item]:
     """The items of `source`, of which a thread keeps up to `depth` ready, the one in work included.
 
     Whatever `source` raises is raised here, after the items before it.
@@ -94,7 +94,7 @@ def _fill(
 
 def map_ahead(
     function: Callable[[Item], Result], source: Iterable[Item], workers: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """function(item) for the items of `source`, in order; 0 workers: here, one after another.
 
     `source` itself is read on the consumer's thread. Errors of `function` are raised at the place

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class StageTimer:
         self._running: dict[object, tuple[str, int, float]] = {}
         self._threads: Counter[str] = Counter()
         self._entered: dict[str, float] = {}
-        self._busy: Counter[str] = Counter()
+        self._busy: defaultdict[str, float] = defaultdict(float)
         self._queued: Counter[str] = Counter()
 
     @contextmanager

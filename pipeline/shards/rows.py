@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from splatshard.pipeline.source.tar import forget_headers
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import (
     CorruptShardError,
@@ -174,7 +175,7 @@ def tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
         if not member.isreg() or member.issparse() or member.size < 0:  # holes may be of any size
             raise ValueError(f"member {member.name} is not a regular file")
         yield member.name, cast("BinaryIO", tar.extractfile(member)).read()
-        tar.members.clear()  # tarfile would keep every header until the end
+        forget_headers(tar)
 
 
 def tar_metadata(members: Iterator[tuple[str, bytes]], url: str) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def tar_row(base: str, group: list[tuple[str, bytes]], metadata: dict[str, Any])
     return row
 
 
-def _is_of(value: object, column: pa.Field) -> bool:
+def _is_of(value: Any, column: pa.Field) -> bool:
     if value is None:
         return column.nullable
     if pa.types.is_string(column.type):

@@ -21,6 +21,7 @@ from splatshard.pipeline.shards.rows import (
     tar_members,
     tar_metadata,
 )
+from splatshard.pipeline.source.tar import forget_headers
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import fingerprint
 from splatshard.schemas.errors import (
@@ -106,7 +107,7 @@ def stored_payload_bytes(url: str, format: str | None = None) -> int:
             ends = tuple(f".{name}" for name in names)
             size = 0
             for member in tar:
-                tar.members.clear()
+                forget_headers(tar)
                 last = member.name.rpartition("/")[2]
                 size += member.size if last[last.find(".") :] in ends else 0
             return size

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from splatshard.pipeline.codec.planes import join
 from splatshard.pipeline.shards.commit import storage_errors
+from splatshard.pipeline.source.tar import forget_headers
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import STATUSES
 from splatshard.schemas.splats import (
@@ -98,17 +99,16 @@ class ParquetWriter:
         leaves = payload_leaves(metadata)
         levels = dict.fromkeys([*small, *FURTHER_LEAVES], ZSTD_LEVEL)
         levels |= dict.fromkeys(leaves, PLANES_ZSTD_LEVEL)
+        options: dict[str, Any] = {
+            "compression": dict.fromkeys(levels, "zstd"),  # none for the others: fp16 payloads
+            "compression_level": levels,
+            "use_dictionary": small,
+            "write_statistics": small,
+            "column_encoding": dict.fromkeys(leaves, "DELTA_LENGTH_BYTE_ARRAY"),
+            "write_page_checksum": True,
+        }
         with storage_errors(path):
-            self._file = pq.ParquetWriter(
-                stream,
-                self._schema,
-                compression=dict.fromkeys(levels, "zstd"),  # none for the others: fp16 payloads
-                compression_level=levels,
-                use_dictionary=small,
-                write_statistics=small,
-                column_encoding=dict.fromkeys(leaves, "DELTA_LENGTH_BYTE_ARRAY"),
-                write_page_checksum=True,
-            )
+            self._file = pq.ParquetWriter(stream, self._schema, **options)
         self._rows: list[Row] = []
         self._pending_bytes = 0
 
@@ -169,7 +169,7 @@ class TarWriter:
         member.size = len(data)
         with storage_errors(self.path):
             self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members.clear()  # tarfile would keep every header until the end
+        forget_headers(self._tar)
 
     def close(self) -> None:
         """Write the end of the archive."""

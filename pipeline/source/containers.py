@@ -139,7 +139,8 @@ RAW_PROFILE, XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"
 
 def bare_png(image: bytes) -> Bare:
     """Of the chunks that a PNG may lack only transparency is kept, whatever its checksum."""
-    view, bare, parts, frames = memoryview(image), Bare(image), [image[:8]], []
+    view, bare, frames = memoryview(image), Bare(image), []
+    parts: list[Buffer] = [image[:8]]
     depth = color = palette = pixels = end = 0
     for kind, start, end in png_chunks(image):
         body = b"" if kind == b"IDAT" else image[start + 8 : end - 4]

@@ -21,6 +21,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import (
@@ -206,7 +207,8 @@ def check_opened(source: ImageFile.ImageFile, bare: Bare, name: str) -> None:
             raise NotSupported("a GIF whose picture does not fill its canvas")
     if source.format == "BMP":
         at = 24 if bare.data[14] == 12 else 28
-        if bare.data[at] == 4 and source.tile[0][3][0] != "P;4":
+        layout: Any = source.tile[0][3]
+        if bare.data[at] == 4 and layout[0] != "P;4":
             raise NotSupported("a BMP of 4 bits with the first grey levels as its palette")
 
 

@@ -10,7 +10,6 @@ Left out: the names of a ClassLabel.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ def has_images(url: str) -> bool:
         return image_column(file.schema_arrow) is not None
 
 
-def read_parquet(ref: ShardRef, digest: hashlib._Hash) -> Iterator[RawSample]:
+def read_parquet(ref: ShardRef, digest: fs.Digest) -> Iterator[RawSample]:
     (url,) = ref.urls
     if ref.limit is None:
         with fs.local_copy(url, digest) as path:

@@ -28,7 +28,7 @@ def patterns_of(source: str, in_list: bool = False) -> list[str]:
 
 def _expand(pattern: str) -> list[str]:
     try:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as e:
         raise UsageError(
             f"{pattern}: braces are expanded by braceexpand, which is not installed: pip install "

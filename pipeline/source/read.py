@@ -30,7 +30,7 @@ SCANNED = (*SIDECAR_EXTENSIONS, "meta.json")
 """Extensions of members that say something of the sample."""
 
 
-def read(ref: ShardRef, digest: hashlib._Hash) -> Iterator[RawSample]:
+def read(ref: ShardRef, digest: fs.Digest) -> Generator[RawSample]:
     """The samples of `ref` in order, at most `ref.limit` of them.
 
     A whole read leaves in `digest` all bytes of the tar or Parquet file, or the names, sizes and
@@ -75,7 +75,7 @@ def scan(ref: ShardRef) -> Iterator[RawSample]:
 # Tar
 
 
-def _read_tar(ref: ShardRef, digest: hashlib._Hash) -> Samples:
+def _read_tar(ref: ShardRef, digest: fs.Digest) -> Samples:
     (url,) = ref.urls
     with fs.open_read(url) as stream, closing(read_groups(url, stream, digest)) as groups:
         yield from map(assemble, groups)
@@ -94,7 +94,7 @@ def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
 # Folder
 
 
-def _read_folder(ref: ShardRef, digest: hashlib._Hash) -> Samples:
+def _read_folder(ref: ShardRef, digest: fs.Digest) -> Samples:
     label_of = {name: i for i, name in enumerate(ref.labels)}
     for key, urls in folder_samples(ref):
         group = Group(storable(key))

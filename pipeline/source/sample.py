@@ -81,7 +81,7 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         fields["label"] = default_label
     return RawSample(
         key=group.key,
-        image=group.members.get(image) or b"",
+        image=(group.members[image] if image else None) or b"",
         image_name=f"{group.key}.{image}" if image else "",
         members=tuple(kept),
         error=error,

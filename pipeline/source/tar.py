@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from tarfile import BLOCKSIZE
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 from zlib import adler32
 
+from splatshard.pipeline.storage.fs import Digest
 from splatshard.schemas.errors import SampleError, SourceError
 
 MAX_SAMPLE_BYTES = 1 << 28
@@ -60,7 +61,7 @@ class TarStream:
     `head` its first bytes. It has what tarfile needs of a file: read, tell, seek forwards.
     """
 
-    def __init__(self, stream: BinaryIO, digest: hashlib._Hash) -> None:
+    def __init__(self, stream: BinaryIO, digest: Digest) -> None:
         self.stream, self.digest = stream, digest
         self.block, self.start = b"", 0  # `start`: of what was not yet taken from the block
         self.position = self.zeros = 0
@@ -130,7 +131,7 @@ class Group:
     error: SampleError | None = None
 
 
-def read_groups(url: str, stream: BinaryIO, digest: hashlib._Hash) -> Generator[Group, None, None]:
+def read_groups(url: str, stream: BinaryIO, digest: Digest) -> Generator[Group, None, None]:
     """All groups of the archive, read front to back; every byte taken goes into `digest`.
 
     Raises SourceError for what is not a whole tar archive, naming `url` and the byte.
@@ -153,7 +154,7 @@ def scan_groups(url: str, stream: BinaryIO, extensions: Sequence[str] = ()) -> I
 
         def data(info: tarfile.TarInfo) -> bytes | None:
             wanted = split_name(info.name)[1].lower() in extensions
-            return archive.extractfile(info).read() if wanted else None
+            return _extracted(archive, info) if wanted else None
 
         yield from _groups(_members(archive, None), data if extensions else None)
 
@@ -166,9 +167,14 @@ def _open(stream: Any) -> tarfile.TarFile:
 def _members(archive: tarfile.TarFile, source: TarStream | None) -> Iterator[tarfile.TarInfo]:
     info = archive.next()
     while info is not None:
-        archive.members.clear()  # tarfile would remember every header
+        forget_headers(archive)
         yield info
         info = (_plain(archive, source) if source else None) or archive.next()
+
+
+def forget_headers(archive: Any) -> None:
+    """tarfile would keep every header until the end, in a list that its published type lacks."""
+    archive.members.clear()
 
 
 def _plain(archive: tarfile.TarFile, source: TarStream) -> tarfile.TarInfo | None:
@@ -193,7 +199,9 @@ def _plain(archive: tarfile.TarFile, source: TarStream) -> tarfile.TarInfo | Non
 def _only_a_time(blocks: bytes) -> bool:
     """Whether they begin with a header extension that says nothing but the time."""
     header = match_extension(blocks)
-    time = header and match_time(blocks, BLOCKSIZE, 2 * BLOCKSIZE)
+    if not header:
+        return False
+    time = match_time(blocks, BLOCKSIZE, 2 * BLOCKSIZE)
     if not time or not _sum_is_right(header):
         return False
     return len(time["record"]) == int(time["size"]) == int(header["size"], 8)
@@ -209,10 +217,14 @@ def _sum_is_right(header: re.Match[bytes]) -> bool:
     return total - sum(block[148:156]) + 8 * ord(" ") == int(header["checksum"], 8)
 
 
+def _extracted(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    return cast("IO[bytes]", archive.extractfile(info)).read()
+
+
 def _data(archive: tarfile.TarFile, source: TarStream, info: tarfile.TarInfo) -> bytes:
     """The bytes of the member whose header was just taken."""
     if info.sparse is not None:
-        return archive.extractfile(info).read()
+        return _extracted(archive, info)
     data = source.read(info.size)
     if len(data) < info.size:
         raise tarfile.ReadError("unexpected end of data")

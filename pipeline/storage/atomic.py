@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from splatshard.pipeline.storage.errors import (
     codes_of,
@@ -154,8 +154,9 @@ def _put(url: str, data: bytes | BinaryIO, condition: dict[str, str]) -> bool:
 
 def _call(url: str, method: str, **arguments: Any) -> Any:
     fs, path = driver(url)
-    bucket, key, _ = fs.split_path(path)
-    return fs.call_s3(method, Bucket=bucket, Key=key, **arguments)
+    s3 = cast(Any, fs)  # of s3fs, which only that driver imports
+    bucket, key, _ = s3.split_path(path)
+    return s3.call_s3(method, Bucket=bucket, Key=key, **arguments)
 
 
 def write(url: str, data: bytes) -> None:

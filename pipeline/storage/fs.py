@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -40,6 +40,12 @@ from splatshard.pipeline.storage.walk import walk
 from splatshard.schemas.errors import SourceError, UsageError
 
 T = TypeVar("T")
+
+
+class Digest(Protocol):
+    """What bytes are put into as they are read: one of hashlib's, or what stands for it."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +308,7 @@ def read_bytes(url: str) -> bytes:
     """All bytes of a small file. Raises FileNotFoundError and what else the driver raises: use it
     within `storage_errors`."""
     fs, path = driver(url)
-    return with_retries(lambda: fs.cat_file(path))
+    return cast("bytes", with_retries(lambda: fs.cat_file(path)))
 
 
 def glob(pattern: str) -> dict[str, Stat]:
@@ -400,7 +406,7 @@ def _with_scheme(fs: fsspec.AbstractFileSystem, url: str, path: str) -> str:
 
 
 @contextmanager
-def local_copy(url: str, digest: hashlib._Hash) -> Iterator[str]:
+def local_copy(url: str, digest: Digest) -> Iterator[str]:
     """A local path with the bytes of `url`, which also went into `digest`.
 
     For formats that are not read front to back. A local file is read once for the digest and then

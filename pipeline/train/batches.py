@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -190,7 +190,8 @@ class Feed:
             self.dataset,
             batch_size=None,
             num_workers=data.workers,
-            collate_fn=Prepare(config),
+            # given what the dataset gives, not a list of it as its published type says
+            collate_fn=cast(Any, Prepare(config)),
             pin_memory=world.device.type == "cuda",
             persistent_workers=data.workers > 0,
             worker_init_fn=ignore_signals,

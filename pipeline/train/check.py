@@ -111,7 +111,7 @@ def _all_seen(dataset: SplatDataset, config: TrainConfig) -> Iterator[Seen]:
         said = constants_said([url for source in dataset.sources for url in source.urls])
     begin = told = time.monotonic()
     with ThreadPoolExecutor(READERS, thread_name_prefix="check") as pool:
-        found = pool.map(lambda place: see(*place, config, said), shards)
+        found = pool.map(lambda place: see(place[0], place[1], config, said), shards)
         for number, each in enumerate(found, 1):
             yield each
             if time.monotonic() - told > PATIENCE_S:
@@ -209,13 +209,16 @@ def caption_faults(column: pa.Array, constants: Constants, config: TrainConfig) 
     """Of captions [K], null where there is none."""
     if config.data.empty_captions == "keep":
         return {}
-    lengths = pc.utf8_length(pc.utf8_trim_whitespace(column.fill_null("")))
+    trimmed = pc.call_function("utf8_trim_whitespace", [column.fill_null("")])
+    lengths = pc.call_function("utf8_length", [trimmed])
     return {"no caption": lengths.to_numpy(zero_copy_only=False) == 0}
 
 
 def teacher_faults(column: pa.Array, constants: Constants, config: TrainConfig) -> dict[str, Bools]:
     """Of embeddings [K], each the bytes of as many halves as the shard's teacher makes."""
-    lengths = pc.fill_null(pc.binary_length(column), -1).to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.call_function("binary_length", [column]), -1).to_numpy(
+        zero_copy_only=False
+    )
     right = lengths == 2 * constants[TEACHER]["dim"]
     bad = np.zeros(len(column), bool)
     if right.any():

@@ -107,7 +107,7 @@ class Average:
         state = model.state_dict()
         names = [name for name in self.values if name in trained]
         averages, values = [self.values[n] for n in names], [state[n] for n in names]
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        torch._foreach_lerp_(averages, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def load(self, values: dict[str, Tensor]) -> None:
         """Go on from saved values, which must be of the same model."""

@@ -105,7 +105,7 @@ class Gradients:
                 reached = [
                     (f, g) for f, g in zip(features, gradients, strict=True) if f.requires_grad
                 ]
-                torch.autograd.backward(*zip(*reached, strict=True))
+                torch.autograd.backward([f for f, _ in reached], [g for _, g in reached])
         return loss, metrics
 
     def _embed(self, step: Step, number: int, part: int) -> Features:

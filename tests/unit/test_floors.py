@@ -7,6 +7,7 @@ type checkers.
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -111,6 +112,17 @@ def test_heavy_packages_stay_in_their_place(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("schemas/")])
 def test_schemas_know_neither_torch_nor_ray(name: str) -> None:
     assert not {"torch", "ray"} & set(imported(name))
+
+
+def test_types_are_checked_in_the_whole_house() -> None:
+    """Through the links of splatshard/: by their other names, files would be other modules to
+    pyright than those that imports find, and their classes other classes."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    assert sorted(settings["include"]) == sorted(f"splatshard/{part}" for part in HOUSE)
+    assert not {"exclude", "ignore"} & set(settings)
+    for name in settings["strict"]:
+        assert name.startswith("splatshard/")
+        assert (ROOT / name).exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
