@@ -19,7 +19,7 @@ def in_any_order(dataset: Dataset[Any]) -> bool:
     for holder in _holders(dataset):
         for hidden in ("", "_"):  # a DataLoader, and its iterator, which may outlive it
             own = [holder.get(f"{hidden}{name}") for name in ("dataset", "in_order", "num_workers")]
-            if own[0] is dataset and own[1] is False and own[2] > 1:
+            if own[0] is dataset and own[1] is False and (own[2] or 0) > 1:
                 return True
         wrapper = holder.get(_OWNER)
         if isinstance(wrapper, Dataset) and wrapper is not dataset and in_any_order(wrapper):

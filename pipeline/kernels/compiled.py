@@ -32,7 +32,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         folder = private_folder()
         if folder:
             os.environ["NUMBA_CACHE_DIR"] = str(folder)  # processes that this one starts take it
-            numba.config.CACHE_DIR = str(folder)  # pyright: ignore[reportAttributeAccessIssue]
+            numba.config.CACHE_DIR = str(folder)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
         return numba.njit(cache=folder is not None, nogil=True, **options)(function)
 
     return compile_later

@@ -103,7 +103,8 @@ def _repeats(file: pq.ParquetFile, name: str) -> bool:
         column = column.cast(column.type.value_type)
     if not any(test(column.type) for test in (_is_text, is_binary, pa.types.is_integer)):
         return False  # no value of it is a key
-    return pc.count_distinct(column, mode="only_valid").as_py() < len(column) - column.null_count
+    distinct = len(pc.unique(column.drop_null()))
+    return distinct < len(column) - column.null_count
 
 
 def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:
