@@ -121,8 +121,7 @@ class Driver:
     ) -> None:
         self.config, self.dst = config, dst
         self.workers: Workers = workers
-        self.sample_timeout = sample_timeout
-        self.storage_options = storage_options
+        self.sample_timeout, self.storage_options = sample_timeout, storage_options
         self.progress, self.catalog, self.signals = progress, catalog, signals
         self.schedule = Schedule(plan.work, plan.replaces, progress.retried, progress.tell)
         self.reserved = reservation(config.backend)
@@ -209,10 +208,8 @@ class Driver:
         able = any(worker.able for worker in self.team)
         loading = any(worker.started is not None for worker in self.team)
         since = time.monotonic() - NO_WORKER_S
-        for worker in list(self.team):
-            if worker.broken is None:
-                continue
-            wait = able or (loading and worker.broken > since)
+        for worker in [worker for worker in self.team if worker.broken is not None]:
+            wait = able or (loading and (worker.broken or 0) > since)
             if not (wait and self.schedule.suspects):
                 self.dismiss(worker, "it is broken")
 

@@ -298,9 +298,7 @@ def exists(url: str) -> bool:
 
 def list_folder(url: str) -> dict[str, Stat]:
     """Names of the files in the folder `url` itself, sorted; empty when there is no such folder.
-
-    Raises what the driver raises: use it within `storage_errors`.
-    """
+    Raises what the driver raises: use it within `storage_errors`."""
     return dict(sorted(_listing(*driver(url)).items()))
 
 
