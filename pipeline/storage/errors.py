@@ -154,7 +154,7 @@ def _codes(error: BaseException) -> list[str]:
         found = [response.get("Error", {}).get("Code")]
         found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
     else:  # aiohttp's and Google's
-        found = [getattr(error, "status", getattr(error, "code", None))]
+        found = [getattr(error, "status" if hasattr(error, "status") else "code", None)]
     return [str(code) for code in found if isinstance(code, str | int) and code not in ("", 0)]
 
 
