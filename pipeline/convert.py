@@ -338,8 +338,8 @@ def pack_batch(batch: FittedBatch, config: ConvertConfig, backend: Backend) -> l
 def pack_images(
     images: Images, splats: Splats, steps: Tensor, config: ConvertConfig, backend: Backend
 ) -> None:
-    """Put the Gaussian half into the images' rows; PSNRs are those of the packed bytes, as a reader
-    gets them."""
+    """Put the Gaussian half, from splats [B, N] and steps taken int64 [B] in main memory, into the
+    rows of B images; PSNRs are those of the packed bytes, as a reader gets them."""
     finite = finite_images(splats)  # a diverged fit keeps no Gaussian and its row says so
     splats = replace(splats, mask=splats.mask & finite[:, None])
 
@@ -386,7 +386,8 @@ def packed_rows(
 
 
 def embedded_rows(pixels: Tensor, config: ConvertConfig, device: torch.device) -> Iterator[Row]:
-    """The teacher's column of each image, if there is a teacher."""
+    """The teacher's column of each image of `pixels` (uint8 [B, H, W, 3]), if there is a
+    teacher."""
     if config.teacher is None:
         yield from ({} for _ in pixels)
         return

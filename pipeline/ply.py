@@ -27,7 +27,7 @@ FURTHER_BANDS = 15  # coefficients of degrees 1 to 3, all zero: viewers expect t
 
 
 def ply_bytes(splats: Splats, height: int, width: int) -> bytes:
-    """The PLY file of `splats` (B = 1, pixel units of an image of `height` x `width` px).
+    """The PLY file of `splats` [1, N], pixel units of an image of `height` x `width` px.
 
     Masked Gaussians are left out. Raises BackendError where gsplat is not installed; its exporter
     needs no CUDA.

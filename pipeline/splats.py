@@ -63,13 +63,13 @@ class Splats:
 
 
 def cat(parts: Sequence[Splats], dim: int = 0) -> Splats:
-    """Batches one after another (0), or the Gaussians of the same images (1)."""
+    """Batches [B, N] one after another (0), or the Gaussians of the same images (1)."""
     tensors = zip(*(part.fields for part in parts), strict=True)
     return Splats(*(torch.cat(same, dim) for same in tensors))
 
 
 def first(splats: Splats, count: int) -> Splats:
-    """The first `count` Gaussians of every image."""
+    """The first `count` Gaussians of every image, [B, count]."""
     return splats.map(lambda x: x[:, :count].contiguous())
 
 
@@ -96,8 +96,8 @@ def cholesky_from_covariances(covariance: Tensor) -> Tensor:
 
 
 def scales_and_angles(cholesky: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviations [..., 2] in px, larger first, and the larger axis' angle [...] in
-    (-pi/2, pi/2]."""
+    """[..., 3] factors in px to standard deviations [..., 2] in px, larger first, and the larger
+    axis' angle [...] in (-pi/2, pi/2]."""
     xx, xy, yy = covariances(cholesky).unbind(-1)
     mean, half = (xx + yy) / 2, (xx - yy) / 2
     radius = torch.hypot(half, xy)

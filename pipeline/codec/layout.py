@@ -75,7 +75,8 @@ class Codes:
 
 
 def tokens(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (|code| < MAX_CODE) to tokens 0..255, and the value and width of their extra bits."""
+    """Codes int64 [...] (|code| < MAX_CODE) to tokens 0..255, and the value and width of their
+    extra bits; int64 [...] each."""
     magnitude = codes.abs()
     octave = magnitude.clamp(min=DIRECT).double().log2().floor().long()
     width = octave - 2
@@ -92,8 +93,8 @@ def tokens(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=4)
 def token_tables(device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token: the code with all extra bits 0, the extra bits' width, and 1 or -1, their
-    sign."""
+    """Of each token, int64 [256]: the code with all extra bits 0, the extra bits' width, and 1 or
+    -1, their sign."""
     token = torch.arange(256)
     far = token - 2 * DIRECT
     octave, sign = 6 + far % DIRECT // 4, torch.where(far >= DIRECT, -1, 1)
@@ -112,14 +113,15 @@ def class_of(color_tokens: Tensor) -> Tensor:
 
 
 def shape_width(classes: Tensor) -> Tensor:
-    """Bits within the cells of size, ratio and shear, by class."""
+    """Bits within the cells of size, ratio and shear, by class: int64 [...] to [...]."""
     return (classes - 1).clamp(0, MAX_WIDTH)
 
 
 def position_widths(
     classes: Tensor, size: Tensor, ratio: Tensor, shear: Tensor, cell_log: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Bits within the cells of x and y, from classes and the coarse cells of the shape [B, N].
+    """Bits within the cells of x and y, from classes and the coarse cells of the shape, int64 [B,
+    N], and from `cell_log` [B].
 
     A place is known to 2^-class standard deviations (those along a row or column), computed in half
     octaves.
@@ -133,7 +135,7 @@ def position_widths(
 
 @lru_cache(maxsize=4)
 def slant_table(device: torch.device | None = None) -> Tensor:
-    """Of each cell of shear + 64: log2(1 + s^2), rounded, for s in its middle."""
+    """Of each cell of shear + 64, int64 [128]: log2(1 + s^2), rounded, for s in its middle."""
     middle = (torch.arange(-DIRECT, DIRECT, dtype=torch.double) + 0.5) / SHEAR_CELLS
     return (1 + (SHEAR_UNIT * middle.sinh()).square()).log2().round().long().to(device)
 
@@ -165,7 +167,8 @@ def dequantise(codes: Codes, heights: Tensor, widths: Tensor) -> Splats:
 
 
 def middle(place: Tensor, width: Tensor) -> Tensor:
-    """The middle of the cell `place`, of which 2^width make a coarse one, in coarse cells."""
+    """The middles float64 [...] of the cells `place` [...], of which 2^width ([...], bits) make a
+    coarse one, in coarse cells."""
     return (place.double() + 0.5) * torch.exp2(-width.double())
 
 

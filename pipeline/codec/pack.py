@@ -102,7 +102,8 @@ def _pack_planar(
 
 
 def pack_fp16(splats: Splats, height: int, width: int) -> list[bytes]:
-    """16 byte planes of halves, sorted by `spatial_order` of the stored means."""
+    """Splats [B, N] of images of `height` x `width` px to a payload each: 16 byte planes of halves,
+    sorted by `spatial_order` of the stored means; empty ones where the mask is."""
     values = torch.cat((splats.means, splats.cholesky, splats.colors), -1).double().cpu().numpy()
     payloads: list[bytes] = []
     for gaussians, mask in zip(values, splats.mask.cpu().numpy(), strict=True):
@@ -116,7 +117,7 @@ def pack_fp16(splats: Splats, height: int, width: int) -> list[bytes]:
 
 
 def unpack(payloads: list[dict[str, Payload]], height: int, width: int, codec: str) -> Splats:
-    """Payloads of B images of `height` x `width` px, by column, to float32 splats.
+    """Payloads of B images of `height` x `width` px, by column, to float32 splats [B, N].
 
     Every column is padded to its largest payload, with masked unit Gaussians of no colour. Raises
     CorruptShardError for an unknown codec and for damaged payloads.
@@ -183,7 +184,7 @@ def finite_images(splats: Splats) -> Tensor:
 
 
 def filled(splats: Splats) -> Splats:
-    """The same splats with unit Gaussians of no colour where the mask is empty."""
+    """The same splats [B, N] with unit Gaussians of no colour where the mask is empty."""
     mask = splats.mask[..., None]
     means, colors = (torch.where(mask, x, 0) for x in (splats.means, splats.colors))
     unit = splats.cholesky.new_tensor((1.0, 0.0, 1.0))

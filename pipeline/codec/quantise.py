@@ -117,13 +117,14 @@ def quantise(
 
 
 def allowed_error(fit_error: Tensor, target: Tensor, max_loss_db: float) -> Tensor:
-    """Squared error [B] that takes `max_loss_db` from the PSNR of a fit with `fit_error` [B], or
-    from 60 dB."""
+    """Squared error [B] that takes `max_loss_db` from the PSNR of a fit of `target` [B, 3, H, W]
+    with `fit_error` [B], or from 60 dB."""
     return (10 ** (max_loss_db / 10) - 1) * fit_error.clamp(min=FLOOR * math.prod(target.shape[1:]))
 
 
 def on_grid(splats: Splats, solved: Splats, step: Tensor, target: Tensor) -> Codes:
-    """The colours of `solved` and the geometry of `splats` on the grid of `step` [B]."""
+    """The colours of `solved` and the geometry of `splats`, [B, N] both, on the grid of `step` [B],
+    for images as large as `target` [B, 3, H, W]."""
     height, width = target.shape[2:]
     level, cell_log = level_of(splats.num_gaussians, height, width)
     step, colors = color_codes(solved, step)
@@ -177,8 +178,9 @@ def color_codes(splats: Splats, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def place(value: Tensor, width: Tensor, cells: tuple[int | Tensor, int | Tensor]) -> Tensor:
-    """Number of the cell that `value` (in coarse cells) lies in, of those with 2^width to a coarse
-    one; clamped to the coarse `cells` from first to last."""
+    """Numbers int64 [B, N] of the cells that `value` [B, N] (in coarse cells) lies in, of those
+    with 2^width ([B, N], bits) to a coarse one; clamped to the coarse `cells` from first to last,
+    of which the last may be [B, 1]."""
     first, last = cells
     fine = (value * width.double().exp2()).floor()
     lowest, highest = first << width, (last + 1 << width) - 1
@@ -186,7 +188,8 @@ def place(value: Tensor, width: Tensor, cells: tuple[int | Tensor, int | Tensor]
 
 
 def rendered(codes: Codes, target: Tensor) -> Splats:
-    """The Gaussians of `codes` as a reader gets them, float32."""
+    """The Gaussians [B, N] of `codes` as a reader gets them, float32, for images as large as
+    `target` [B, 3, H, W]."""
     height, width = (torch.full_like(codes.level, size) for size in target.shape[2:])
     splats = dequantise(codes, height, width)
     return Splats(splats.means.float(), splats.cholesky.float(), splats.colors.float(), splats.mask)
@@ -210,7 +213,7 @@ def better(
 
 
 def placed(codes: Codes, images: Tensor, own: Codes) -> Codes:
-    """`codes` with those of `images` (their numbers) replaced by `own`."""
+    """`codes` with those of `images` (their numbers, int64 [K]) replaced by the K of `own`."""
     pairs = ((getattr(codes, field.name), getattr(own, field.name)) for field in fields(Codes))
     return Codes(*(values.index_copy(0, images, others) for values, others in pairs))
 
@@ -218,7 +221,8 @@ def placed(codes: Codes, images: Tensor, own: Codes) -> Codes:
 def squared_error(
     splats: Splats, target: Tensor, behind: Tensor, cutoff: float, backend: Backend
 ) -> Tensor:
-    """Sum over pixels and channels of the images as they are shown, float64 [B]."""
+    """Sum over pixels and channels, float64 [B], of the error of splats [B, N] as they are shown in
+    front of `behind`, against `target`, both [B, 3, H, W]."""
     height, width = target.shape[2:]
     image = (backend.render(splats, height, width, cutoff) + behind).clamp_(0, 1)
     squares = (image - target.clamp(0, 1)).square_()

@@ -418,8 +418,9 @@ Values = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 def constant(values: Values, like: Tensor) -> Tensor:
-    """`values` as a tensor of `like`'s dtype on its device, not to be written to. It is made once,
-    since a copy to a GPU waits until that has done all it was given before.
+    """`values` as a tensor, [K] or [K, L] as they are nested, of `like`'s dtype on its device, not
+    to be written to. It is made once, since a copy to a GPU waits until that has done all it was
+    given before.
 
     Not for modules that torch may compile, which warns of caches.
     """

@@ -183,7 +183,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     @abstractmethod
     def assemble(self, chosen: Sequence[Choice[Any]], valid: Tensor, position: Position) -> Batch:
-        """The chosen samples of blocks as a batch."""
+        """The B chosen samples of blocks as a batch; `valid` bool [B], see TrainBatch."""
 
     @abstractmethod
     def keys_of(self, shard: S) -> Iterator[str]:

@@ -145,8 +145,8 @@ def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> dict[str, Any]:
 
 
 def splats_from_values(values: Tensor, mask: Tensor) -> Splats:
-    """Splats whose parameters are views of `values` [B, N, 8]: x, y, l11, l21, l22 in px, r, g,
-    b."""
+    """Splats whose parameters are views of `values` [B, N, 8]: x, y, l11, l21, l22 in px, r, g, b;
+    `mask` bool [B, N]."""
     return Splats(values[..., :2], values[..., 2:5], values[..., 5:], mask)
 
 

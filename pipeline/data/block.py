@@ -59,8 +59,9 @@ class Block:
 def assemble(
     chosen: Sequence[Choice[Block]], num_gaussians: int | None, valid: Tensor, position: Position
 ) -> TrainBatch:
-    """The chosen samples as one batch of as many rows, padded to `num_gaussians` or, if None, to
-    the largest sample. Raises CorruptShardError for a payload that cannot be decoded."""
+    """The B chosen samples as one batch, padded to `num_gaussians` or, if None, to the largest
+    sample; `valid` (bool [B]) and `position` go into it as they are. Raises CorruptShardError for a
+    payload that cannot be decoded."""
     counts = _gathered(chosen, "counts")
     width = int(counts.max()) if num_gaussians is None else num_gaussians
     values = torch.empty(len(counts), width, 8)
@@ -117,8 +118,8 @@ def _within(part: Part, counts: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def texts(column: pa.StringArray, places: NDArray[np.int64]) -> list[str | None]:
-    """Some entries of a string column. By way of numpy, which makes strings four times as fast as
-    Arrow's own `to_pylist` does."""
+    """The entries of a string column at `places`, int64 [K]. By way of numpy, which makes strings
+    four times as fast as Arrow's own `to_pylist` does."""
     return column.take(pa.array(places)).to_numpy(zero_copy_only=False).tolist()
 
 

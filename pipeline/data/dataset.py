@@ -88,6 +88,7 @@ class SplatDataset(OrderedDataset[Shard, TrainBatch]):
     def assemble(
         self, chosen: Sequence[Choice[Block]], valid: Tensor, position: Position
     ) -> TrainBatch:
+        """See `block.assemble`; `valid` bool [B]."""
         return assemble(chosen, self.num_gaussians, valid, position)
 
     def keys_of(self, shard: Shard) -> Iterator[str]:

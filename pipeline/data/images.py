@@ -137,6 +137,9 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
     def assemble(
         self, chosen: Sequence[Choice[ImageBlock]], valid: Tensor, position: Position
     ) -> ImageBatch:
+        """The B chosen images, decoded, as uint8 [B, 3, S, S]. In place of one that does not decode
+        stands the next good one of its shard, or of the batch; it is not `valid` (bool [B]). Raises
+        SourceError where none of the batch decodes."""
         asked = [(block, place) for block, places in chosen for place in places.tolist()]
         decode_one = partial(first_good, config=self.decoding)
         decoded = list(map_ahead(decode_one, asked, decoders()))
@@ -245,7 +248,7 @@ class Undigested:
 
 
 def read_block(shard: ImageShard, rows: NDArray[np.int64]) -> ImageBlock:
-    """The samples `rows`, ascending, of a shard. Raises SourceError."""
+    """The samples `rows` (int64 [K], ascending) of a shard. Raises SourceError."""
     ref, end = shard.ref, int(rows[-1]) + 1
     if (
         ref.kind == "parquet" or end < shard.samples

@@ -32,8 +32,8 @@ def parquet_blocks(
     *,
     threads: bool = False,
 ) -> list[Block]:
-    """Samples `begin` to `end` of a shard, counted among its rows `kept`, or if None among all
-    that are ok. `threads`: whether Arrow may use more than one.
+    """Samples `begin` to `end` of a shard, counted among its rows `kept` (int64 [K], ascending), or
+    if None among all that are ok. `threads`: whether Arrow may use more than one.
 
     Raises CorruptShardError, ValueError and pyarrow's errors.
     """
@@ -70,8 +70,8 @@ def parquet_blocks(
 
 
 def ok_rows(file: pq.ParquetFile, shard: Shard) -> NDArray[np.int64]:
-    """Numbers of the rows that are samples. Raises CorruptShardError when they are not as many as
-    the marker says."""
+    """Numbers of the rows that are samples, int64 [K], ascending. Raises CorruptShardError when
+    they are not as many as the marker says."""
     if shard.ok == shard.samples:
         return np.arange(shard.samples)
     status = file.read(["status"], use_threads=False).column(0)
@@ -130,7 +130,7 @@ def checked(block: Block, shard: Shard) -> Block:
 
 def planes(column: pa.Array, rows: NDArray[np.int64]) -> dict[str, Plane]:
     """A column of payloads as the codec wants it: one plane for binary values, one for each field
-    of a struct. Raises ValueError when one of `rows` is null."""
+    of a struct. Raises ValueError when one of `rows` (int64 [K]) is null."""
     if column.null_count and not column.is_valid().to_numpy(zero_copy_only=False)[rows].all():
         raise ValueError("an ok row has no splats")
     if not pa.types.is_struct(column.type):

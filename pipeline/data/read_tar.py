@@ -40,8 +40,8 @@ MEMBERS = "__members__"
 def tar_blocks(
     stream: BinaryIO, shard: Shard, kept: NDArray[np.int64] | None, begin: int, end: int
 ) -> list[Block]:
-    """Samples `begin` to `end` of a shard as one block; arguments and errors as those of
-    `parquet_blocks`, and tarfile's."""
+    """Samples `begin` to `end` of a shard as one block; arguments (`kept` int64 [K] or None) and
+    errors as those of `parquet_blocks`, and tarfile's."""
     data = np.frombuffer(stream.read(), np.uint8)
     rows = tar_rows(data, shard)
     numbers = ok_rows(rows, shard) if kept is None else kept
@@ -50,7 +50,8 @@ def tar_blocks(
 
 
 def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
-    """All rows of the archive in `data`, in order. Raises as `parquet_blocks`."""
+    """All rows of the archive in `data` (its bytes, uint8 [S]), in order. Raises as
+    `parquet_blocks`."""
     view = data.data
     members = _members(view)
     name, start, stop = next(members, ("", 0, 0))
@@ -75,7 +76,7 @@ def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
 
 
 def ok_rows(rows: list[Row], shard: Shard) -> NDArray[np.int64]:
-    """As the one of read_parquet."""
+    """As the one of read_parquet, int64 [K]."""
     numbers = np.array([i for i, row in enumerate(rows) if row.get("status") == OK], np.int64)
     if len(numbers) != shard.ok:
         raise CorruptShardError(

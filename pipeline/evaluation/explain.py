@@ -94,7 +94,7 @@ class Explanation:
 def explain(
     model: SplatClassifier | GViT, splats: Splats, height: int, width: int, label: int | None = None
 ) -> Explanation:
-    """`model`'s view of one image of this size in px, as splats (B = 1), about class `label`, None
+    """`model`'s view of one image of this size in px, as splats [1, N], about class `label`, None
     for the likeliest; the model in eval mode, on the device of the splats. Padding scores 0."""
     assert len(splats) == 1, "one image at a time"
     encoder = cast(SplatEncoder, model.encoder)

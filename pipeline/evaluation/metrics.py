@@ -41,7 +41,7 @@ def ranks(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def share_below(places: Tensor, k: int) -> float:
-    """Share of ranks within the first k."""
+    """Share of the ranks `places`, int64 [S], that are within the first k."""
     return float((places < k).double().mean())
 
 

@@ -63,7 +63,8 @@ def fit(target: Tensor, config: FitConfig, backend: Backend) -> tuple[Splats, Te
 def optimize(
     splats: Splats, target: Tensor, steps: int, config: FitConfig, backend: Backend
 ) -> tuple[Splats, Tensor]:
-    """At most `steps` steps from `splats`; with `config.target_psnr` an image may finish earlier.
+    """At most `steps` steps from `splats` [B, N] towards `target` [B, 3, H, W]: splats and steps
+    taken, int64 [B] in main memory. With `config.target_psnr` an image may finish earlier.
 
     Finished images leave the batch, so they cost nothing, and an image's result does not depend on
     the others in its batch.
@@ -203,7 +204,8 @@ def moved(splats: Splats, step: Tensor, whitened: bool) -> Splats:
 
 
 def bounded(splats: Splats, height: int, width: int) -> Splats:
-    """`splats`, in place, within `bounds`. NaN stays NaN."""
+    """`splats` [B, N] of images of `height` x `width` px, in place, within `bounds`. NaN stays
+    NaN."""
     *sides, largest = bounds(height, width)
     splats.means[..., 0].clamp_(*sides[:2])
     splats.means[..., 1].clamp_(*sides[2:])
@@ -229,8 +231,8 @@ def relocate(
     cutoff: float,
     backend: Backend,
 ) -> Splats:
-    """Move the Gaussians of least energy to the peaks of the matched filter; zero their moments in
-    place."""
+    """Move the Gaussians of least energy, of splats [B, N] for `target` [B, 3, H, W], to the peaks
+    of the matched filter; zero their moments, [B, N, 8] each, in place."""
     height, width = target.shape[2:]
     count = max(1, int(RELOCATE_SHARE * splats.mask.shape[1]))
     residual = target - backend.render(splats, height, width, cutoff)

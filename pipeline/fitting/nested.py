@@ -165,7 +165,8 @@ def detail_splats(error: Tensor, total: int, config: FitConfig, backend: Backend
 
 
 def sweep(tiers: list[Tier], target: Tensor, config: FitConfig, backend: Backend) -> None:
-    """Refit every tier in turn, in place, to what serves all budgets from its own on."""
+    """Refit every tier in turn, in place, to what serves all budgets from its own on, for `target`
+    [B, 3, H, W]."""
     rates = {n: SWEEP_RATE * getattr(config, n) for n in ("lr_means", "lr_shape", "lr_colors")}
     careful = replace(config, relocate=False, **rates)
     errors = [error_of(tiers[: t + 1], target) for t in range(len(tiers))]
@@ -187,8 +188,8 @@ def sweep(tiers: list[Tier], target: Tensor, config: FitConfig, backend: Backend
 
 
 def error_of(tiers: list[Tier], target: Tensor) -> Tensor:
-    """`target` minus the sum of the tiers' renderings; 0 for an image that diverged, whose further
-    tiers then stay harmless."""
+    """`target` [B, 3, H, W] minus the sum of the tiers' renderings; 0 for an image that diverged,
+    whose further tiers then stay harmless."""
     error = target - tiers[0].image
     for tier in tiers[1:]:
         error -= tier.image

@@ -32,7 +32,8 @@ REFIT_RATE = 0.3  # of the fit's step sizes: full steps from a fitted start firs
 
 
 def prune(splats: Splats, target: Tensor, config: ConvertConfig, backend: Backend) -> Splats:
-    """`splats` with a smaller mask, by `config.prune`; energy also refits against `target`.
+    """`splats` [B, N] with a smaller mask, by `config.prune`; energy also refits against `target`
+    [B, 3, H, W], 0 to 1.
 
     Images with a Gaussian that is not finite keep all of them, as rows of a fit that diverged.
     """

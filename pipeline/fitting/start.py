@@ -44,14 +44,14 @@ COLOR_STEPS = 3  # conjugate-gradient steps
 
 
 def initial_splats(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
-    """Splats to start fitting `target` [B, 3, H, W] (0 to 1) from, by `config.init`; all of the
-    mask set."""
+    """Splats [B, config.num_gaussians] to start fitting `target` [B, 3, H, W] (0 to 1) from, by
+    `config.init`; all of the mask set."""
     start = {"adaptive": adaptive, "grid": grid, "random": random}.get(config.init, predicted)
     return start(target, config, backend)
 
 
 def adaptive(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
-    """The default start; see the module's docstring."""
+    """The default start, [B, 3, H, W] to splats [B, N]; see the module's docstring."""
     n = config.num_gaussians
     batch, _, height, width = target.shape
     tensor = (backend.blur or blur)(structure_tensor(target), BLUR_PX)
@@ -67,7 +67,8 @@ def adaptive(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
 
 
 def grid(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
-    """The published structured start: cell centres, inscribed circles, cell means."""
+    """The published structured start, [B, 3, H, W] to splats [B, N]: cell centres, inscribed
+    circles, cell means."""
     n = config.num_gaussians
     batch, _, height, width = target.shape
     columns = max(1, round(math.sqrt(n * width / height)))
@@ -84,7 +85,7 @@ def grid(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
 
 def random(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     """Uniform centres (the same for every image, from config.seed), mean spacing, colour at the
-    centre."""
+    centre: [B, 3, H, W] to splats [B, N]."""
     n = config.num_gaussians
     batch, _, height, width = target.shape
     generator = torch.Generator().manual_seed(config.seed)
@@ -97,8 +98,8 @@ def random(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
 
 
 def predicted(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
-    """What a trained encoder says, its colours solved again; see predict.py, also for what it
-    raises."""
+    """What a trained encoder says of [B, 3, H, W], as splats [B, N], its colours solved again;
+    raises as `encoder_start.predict`."""
     from splatshard.pipeline.fitting.encoder_start import (
         predict,  # which knows models; few conversions do
     )

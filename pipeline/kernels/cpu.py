@@ -59,8 +59,8 @@ the row."""
 
 
 def render(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Tensor:
-    """See `reference.render`, the twin of this; float32, differentiable in means, cholesky and
-    colors."""
+    """The sum of the Gaussians, float32 [B, 3, H, W], differentiable in means, cholesky and colors;
+    see `reference.render`, the twin of this."""
     return _Render.apply(
         splats.means, splats.cholesky, splats.colors, splats.mask, height, width, cutoff
     )

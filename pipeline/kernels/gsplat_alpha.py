@@ -89,7 +89,8 @@ def reference_alpha(
     width: int,
     background: Tensor | None = None,
 ) -> Tensor:
-    """The twin of `render_alpha`: dense, by autograd, in the splats' dtype and on their device."""
+    """The twin of `render_alpha`: [B, 3, H, W], dense, by autograd, in the splats' dtype and on
+    their device."""
     if splats.mask.numel() == 0:
         return _empty(len(splats), height, width, background, splats.colors)
     kind = {"dtype": splats.means.dtype, "device": splats.means.device}

@@ -46,7 +46,7 @@ def render_rows(splats: Splats, start: int, stop: int, width: int, cutoff: float
 
 
 def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAndGrad:
-    """See `LossAndGrad`; by autograd, strip by strip."""
+    """See `LossAndGrad`, of `target` [B, 3, H, W]; by autograd, strip by strip."""
     batch, _, height, width = target.shape
     names = ("means", "cholesky", "colors")
     leaves = {n: getattr(splats, n).detach().requires_grad_() for n in names}

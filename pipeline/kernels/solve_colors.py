@@ -14,7 +14,8 @@ from splatshard.pipeline.splats import Splats
 def solve_colors(
     splats: Splats, target: Tensor, steps: int, cutoff: float, backend: Backend
 ) -> Splats:
-    """Least-squares colours for fixed geometry by `steps` of preconditioned conjugate gradients.
+    """Splats [B, N] with least-squares colours for `target` [B, 3, H, W], of fixed geometry, by
+    `steps` of preconditioned conjugate gradients.
 
     The rendering is A c, so the loss gradient at c is 2/(3HW) A^T (A c - I), and A^T A p is the
     gradient at p for a black target: the fused kernel is all that is needed. Preconditioner: the

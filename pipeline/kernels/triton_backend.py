@@ -51,8 +51,8 @@ def device() -> torch.device:
 
 
 def render(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Tensor:
-    """See `reference.render`, the twin of this; float32, differentiable in means, cholesky and
-    colors."""
+    """The sum of the Gaussians, float32 [B, 3, H, W], differentiable in means, cholesky and colors;
+    see `reference.render`, the twin of this."""
     return _Render.apply(
         splats.means, splats.cholesky, splats.colors, splats.mask, height, width, cutoff
     )
@@ -105,8 +105,8 @@ class FusedStep:
         rate: float,
         correction2: float,
     ) -> Splats:
-        """One Adam step against the gradient at the splats that `loss` last saw; see
-        `fit.TorchStep.update`."""
+        """One Adam step, in place, of splats [B, N] and moments [B, N, 8] against the gradient at
+        the splats that `loss` last saw; see `fit.TorchStep.update`."""
         config = self.config
         if self.gradient is None:
             self.gradient = splats.means.new_empty(*splats.mask.shape, 8)

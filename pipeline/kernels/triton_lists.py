@@ -87,7 +87,8 @@ def tile_lists(
     stale: bool = False,
     out: TileLists | None = None,
 ) -> TileLists:
-    """Lists for contiguous `splats`; `stale` ones have a margin and may serve several steps.
+    """Lists for contiguous `splats` [B, N] of images of `height` x `width` px; `stale` ones have a
+    margin and may serve several steps.
 
     `out` is filled and returned instead of new lists, if given.
     """

@@ -54,8 +54,9 @@ class SplatCLIP(nn.Module):
         return self.visual_projection(encode(self.vision, inputs))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids [B, L] to [B, E]; not normalised. Without a mask faster, and the same for
-        texts padded on the right: what follows the end of a text is not seen from there."""
+        """Token ids int64 [B, L], with a mask of the same shape or none, to [B, E]; not normalised.
+        Without a mask faster, and the same for texts padded on the right: what follows the end of a
+        text is not seen from there."""
         assert self.text is not None, "this model has no text tower"
         output = self.text(input_ids=input_ids, attention_mask=attention_mask)
         return self.text_projection(output.pooler_output)

@@ -70,7 +70,8 @@ class SplatEncoder(nn.Module):
     def tokens(
         self, splats: Splats, heights: Tensor, widths: Tensor, tokens: int | None = None
     ) -> Tensor:
-        """What the blocks get, less CLS: [B, T, D], or [B, N, D] without a resampler."""
+        """What the blocks get, less CLS: [B, T, D], or [B, N, D] without a resampler. As
+        `forward`."""
         splats = without_padding(splats)
         means_BN2 = normalised_means(splats.means, heights, widths)
         sizes_B2 = torch.stack((widths, heights), -1).float()
@@ -130,7 +131,8 @@ def vision_config(config: EncoderConfig) -> CLIPVisionConfig:
 def run_blocks(
     model: nn.Module, x_BTD: Tensor, checkpointed: bool, mask: Tensor | None = None
 ) -> Tensor:
-    """All tokens after the last block of `model`, before its final norm; as `block_states`."""
+    """All tokens [B, T, D] after the last block of `model`, before its final norm; as
+    `block_states`."""
     return deque(block_states(model, x_BTD, checkpointed, mask), maxlen=1).pop()
 
 

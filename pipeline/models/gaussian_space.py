@@ -102,7 +102,8 @@ def window(centers: Tensor, size: int, deviation: float) -> Tensor:
 
 
 def numbers_of(colors: Tensor, config: GViTConfig) -> Tensor:
-    """What g holds where the picture is to have these colours, 0 to 1, at the start."""
+    """What g holds where the picture is to have these colours, 0 to 1, at the start: [..., 3] to
+    [..., 3]."""
     if config.renderer == "alpha":
         return torch.logit(colors, 0.02)
     return torch.logit((1 + colors / (OVERLAP * OPACITY)) / 2)
@@ -124,7 +125,8 @@ def grid(
 
 
 def gaussians_of(g: Tensor, height: int, width: int, config: GViTConfig) -> tuple[Splats, Tensor]:
-    """Gaussians for an image of this size, colours apart from opacities [B, k]; in g's dtype."""
+    """g [B, k, 9] to Gaussians [B, k] for an image of this size, and opacities [B, k], by which
+    their colours are not multiplied; in g's dtype."""
     x, y = ((1 + 2 * MARGIN) * g[..., :2].sigmoid() - MARGIN).unbind(-1)
     means = torch.stack((width * x, height * y), -1)
     largest = math.log(math.sqrt(height * width) / config.min_scale)
@@ -138,14 +140,14 @@ def gaussians_of(g: Tensor, height: int, width: int, config: GViTConfig) -> tupl
 
 
 def splats_from_parameters(g: Tensor, height: int, width: int, config: GViTConfig) -> Splats:
-    """Gaussians whose colours have been multiplied by their opacity: what a sum renders, and what
-    the classifier reads."""
+    """g [B, k, 9] to Gaussians [B, k] whose colours have been multiplied by their opacity: what a
+    sum renders, and what the classifier reads."""
     splats, opacities = gaussians_of(g, height, width, config)
     return replace(splats, colors=splats.colors * opacities[..., None])
 
 
 def render(g: Tensor, height: int, width: int, config: GViTConfig) -> Tensor:
-    """The picture, float32 [B, 3, H, W], white is 1, not clamped; differentiable in g.
+    """The picture of g [B, k, 9]: float32 [B, 3, H, W], white is 1, not clamped; differentiable.
 
     Raises BackendError where the device has no kernel.
     """

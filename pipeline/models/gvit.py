@@ -152,7 +152,8 @@ class GaussianPredictor(nn.Module):
     def forward(
         self, pixels: Tensor, seeds: Tensor | None = None, count: int | None = None
     ) -> Tensor:
-        """As GViT's; g is float32 whatever autocast says."""
+        """Pixels [B, 3, H, W] to g [B, k, 9], float32 whatever autocast says; the arguments are
+        GViT's."""
         g0 = self.g0(pixels, seeds, count)
         bias = None
         with torch.autocast(pixels.device.type, enabled=False):
@@ -170,8 +171,8 @@ class GaussianPredictor(nn.Module):
         return g0 + self.config.residual * self.residual(x_BkD).float()
 
     def g0(self, pixels: Tensor, seeds: Tensor | None = None, count: int | None = None) -> Tensor:
-        """What is moved, float32 [B, k, 9]. Raises UsageError for another k than there are learned
-        Gaussians."""
+        """What is moved, float32 [B, k, 9], for pixels [B, 3, H, W] and seeds int64 [B]. Raises
+        UsageError for another k than there are learned Gaussians."""
         batch, _, height, width = pixels.shape
         count = count or self.config.gaussians
         if self.start is not None:
@@ -208,9 +209,9 @@ class GaussianPredictor(nn.Module):
 
 @torch.no_grad()
 def distance_bias(g0: Tensor, config: EncoderConfig) -> Tensor:
-    """What is added to the attention's logits, float32 [B, heads, T, T] with T = 1 + P + k: in the
-    rows of Gaussians minus the squared distance to patches and Gaussians, in patches, times the
-    head's slope. Nothing for CLS."""
+    """What is added to the attention's logits of Gaussians g0 [B, k, 9], float32 [B, heads, T, T]
+    with T = 1 + P + k: in the rows of Gaussians minus the squared distance to patches and
+    Gaussians, in patches, times the head's slope. Nothing for CLS."""
     side = config.image_size // config.patch_size
     patches_P2, _ = grid(config.tokens, side, side, g0.device)
     places_Bk2 = (1 + 2 * MARGIN) * g0[..., :2].sigmoid() - MARGIN

@@ -198,7 +198,8 @@ def window_conics(cov_BN3: Tensor) -> Tensor:
 
 
 def in_spacings(cov_BN3: Tensor, sizes_B2: Tensor, spacing_2: Tensor) -> Tensor:
-    """Covariances in px^2 to units of the anchors' spacing, of images of `sizes_B2` px."""
+    """Covariances [B, N, 3] in px^2 to units of the anchors' spacing, of images of `sizes_B2`
+    px."""
     sx, sy = (2 / (sizes_B2 * spacing_2)).unbind(-1)
     return cov_BN3 * torch.stack((sx * sx, sx * sy, sy * sy), -1)[:, None]
 

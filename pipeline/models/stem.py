@@ -80,19 +80,21 @@ def features(splats: Splats, means_BN2: Tensor, side_B: Tensor, config: StemConf
 
 
 def standardised(x: Tensor, mean: Triple, std: Triple, dim: int) -> Tensor:
-    """(x - mean) / std of each of the three channels along `dim`, with numbers as Python has them:
-    a tensor of them would be copied to the device at each call, and wait for a GPU's work."""
+    """(x - mean) / std of each of the three channels along `dim` of `x` [..., 3, ...], with numbers
+    as Python has them: a tensor of them would be copied to the device at each call, and wait for a
+    GPU's work."""
     channels = zip(x.unbind(dim), mean, std, strict=True)
     return torch.stack([(channel - m) / s for channel, m, s in channels], dim)
 
 
 def wavenumbers(bands: int, like: Tensor) -> Tensor:
-    """pi 2^k for k below `bands`, on the device of `like`."""
+    """[bands]: pi 2^k for k below `bands`, in the dtype and on the device of `like`."""
     return math.pi * 2.0 ** torch.arange(bands, device=like.device, dtype=like.dtype)
 
 
 def without_padding(splats: Splats) -> Splats:
-    """float32, every padding entry a black unit circle at the origin, whatever it was."""
+    """Splats [B, N] as float32, every padding entry a black unit circle at the origin, whatever it
+    was."""
     mask = splats.mask[..., None]
     circle = (torch.arange(3, device=mask.device) != 1).float()  # l11 and l22 are 1, l21 is 0
     return Splats(
@@ -104,6 +106,7 @@ def without_padding(splats: Splats) -> Splats:
 
 
 def normalised_means(means_BN2: Tensor, heights_B: Tensor, widths_B: Tensor) -> Tensor:
-    """Means in px to [-1, 1] over the image (beyond where Gaussians hang over the border)."""
+    """Means [B, N, 2] in px to [-1, 1] over the image (beyond where Gaussians hang over the
+    border), by the images' sizes in px, [B]."""
     size_B2 = torch.stack((widths_B, heights_B), -1).to(means_BN2.dtype)
     return 2 * means_BN2 / size_B2[:, None] - 1

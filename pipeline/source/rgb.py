@@ -45,7 +45,7 @@ def is_empty(image: Image.Image) -> bool:
 
 
 def grey(values: np.ndarray, known: bool, bare: Bare) -> Image.Image:
-    """Grey values, integers of 16 bits where their range is known."""
+    """Grey values [H, W] to RGB; integers of 16 bits where their range is known."""
     levels = (bare.black, bare.white) if known and values.dtype.kind != "f" else None
     image = Image.fromarray(to_8_bits(values, levels)).convert("RGB")
     if bare.transparent is not None:
@@ -69,8 +69,8 @@ def to_8_bits(values: np.ndarray, levels: tuple[int, int] | None = None) -> np.n
 
 
 def white_of(values: np.ndarray) -> int:
-    """1 or 255 of floats, 255 or 65535 of integers: where values are of that size, whatever a RARE
-    share of them says, and not NaN or infinity. Raises NotSupported where none is plain."""
+    """1 or 255 of floats [H, W], 255 or 65535 of integers: where values are of that size, whatever
+    a RARE share of them says, and not NaN or infinity. Raises NotSupported where none is plain."""
     finite = np.count_nonzero(np.isfinite(values))
     lit = np.count_nonzero((values > 0) & (values < np.inf))
 

@@ -38,7 +38,7 @@ def start_seeds(seeds: Tensor) -> Tensor:
 def augmented(
     splats: Splats, heights: Tensor, widths: Tensor, config: Augment, seeds: Tensor
 ) -> Splats:
-    """As `pipeline.data.augment.augment`, with `seeds` [B] in place of a generator."""
+    """As `pipeline.data.augment.augment`, with `seeds` (int64 [B]) in place of a generator."""
     numbers = uniform(seeds, DRAWS + splats.mask.shape[1] * bool(config.dropout))
     draws, chance = numbers[:, :DRAWS], numbers[:, DRAWS:]
     plan = draw_plan(draws.to(splats.means), heights, widths, config)

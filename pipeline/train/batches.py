@@ -304,7 +304,7 @@ def open_dataset(config: TrainConfig, world: World) -> Dataset:
 def augmented_batch(
     batch: TrainBatch | ImageBatch, config: Augment, seeds: Tensor
 ) -> TrainBatch | ImageBatch:
-    """`batch`, whose images get `config`'s size."""
+    """`batch` augmented, sample by sample by `seeds` (int64 [B]), to images of `config`'s size."""
     sides = {
         "heights": torch.full_like(batch.heights, config.height),
         "widths": torch.full_like(batch.widths, config.width),

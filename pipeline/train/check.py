@@ -161,7 +161,7 @@ def see(
 
 
 def rows_read(source: Source[Shard], number: int, file: pq.ParquetFile) -> NDArray[np.int64]:
-    """Numbers of the rows of shard `number` that are trained on."""
+    """Numbers of the rows of shard `number` that are trained on, int64 [K], ascending."""
     shard = source.shards[number]
     if number in source.kept:
         return np.flatnonzero(np.unpackbits(source.kept[number], count=shard.samples))
@@ -171,7 +171,8 @@ def rows_read(source: Source[Shard], number: int, file: pq.ParquetFile) -> NDArr
 def faults_of(
     file: pq.ParquetFile, rows: NDArray[np.int64], constants: Constants, config: TrainConfig
 ) -> dict[str, Bad]:
-    """What is wrong with `rows`, of which the stage's column is read part by part."""
+    """What is wrong with `rows` (int64 [K], ascending), of which the stage's column is read part by
+    part."""
     name, find = COLUMNS[config.stage]
     if name not in file.schema_arrow.names:  # of a teacher: refuse_differences says it
         return {}

@@ -38,7 +38,7 @@ class World:
     device: torch.device
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes of a small tensor; no gradient."""
+        """The mean over all processes of a small tensor [...]; no gradient."""
         value = value.detach().clone()
         if self.size > 1:
             dist.all_reduce(value)

@@ -70,7 +70,8 @@ def classify_features(model: nn.Module, step: Step) -> Features:
 def classify_loss(
     features: Features, step: Step, config: TrainConfig, world: World
 ) -> tuple[Tensor, Metrics]:
-    """Cross-entropy; the share of samples whose label has the highest logit."""
+    """Cross-entropy of logits [B, C], a scalar; the share of samples whose label has the highest
+    logit."""
     logits, labels = features[0], step.batch.labels
     loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
     return loss, {"accuracy": (logits.argmax(1) == labels).float().mean()}
@@ -84,7 +85,8 @@ def distill_features(model: nn.Module, step: Step) -> Features:
 def distill_loss(
     features: Features, step: Step, config: TrainConfig, world: World
 ) -> tuple[Tensor, Metrics]:
-    """|s - t|^2 of the normalised student's and teacher's embeddings; their mean cosine."""
+    """|s - t|^2 of the normalised student's and teacher's embeddings [B, D], a scalar, the mean
+    over B; their mean cosine."""
     assert step.batch.teacher is not None, "checked with the batch"
     student, teacher = F.normalize(features[0], dim=1), F.normalize(step.batch.teacher, dim=1)
     loss = (student - teacher).square().sum(1).mean()
@@ -92,7 +94,8 @@ def distill_loss(
 
 
 def contrast_features(model: nn.Module, step: Step) -> Features:
-    """Normalised embeddings [B, E] of images and texts, and the scale of their products."""
+    """Normalised embeddings [B, E] of images and texts, and the scale of their products, a
+    scalar."""
     model = cast(SplatCLIP, model)
     assert step.tokens is not None, "contrastive batches have tokens"
     image = model.encode_image(step.batch).float()
@@ -103,8 +106,8 @@ def contrast_features(model: nn.Module, step: Step) -> Features:
 def contrast_loss(
     features: Features, step: Step, config: TrainConfig, world: World
 ) -> tuple[Tensor, Metrics]:
-    """Cross-entropy of this process's images among all texts and of its texts among all images;
-    the share of its images that are nearest to their own text."""
+    """Cross-entropy, a scalar, of this process's images [B, E] among all texts and of its texts
+    [B, E] among all images; the share of its images that are nearest to their own text."""
     image, text, scale = features
     labels = torch.arange(len(image), device=image.device) + world.rank * len(image)
     to_text = scale * image @ world.gather(text).mT
@@ -130,8 +133,8 @@ def gvit_losses(
     world: World,
     tower: PatchEncoder | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Cross-entropy and reconstruction by their weights, and each of them. `tower`: see
-    `gvit_loss`."""
+    """Cross-entropy of logits [B, C] and reconstruction of pictures [B, 3, H, W] by their weights,
+    a scalar, and each of them. `tower`: see `gvit_loss`."""
     assert config.gvit is not None, "checked by the configuration"
     (logits, rendered), labels = features, step.batch.labels
     smoothing = config.optim.label_smoothing

@@ -57,9 +57,9 @@ class MetricsLogger:
         self._since = time.perf_counter()
 
     def step(self, done: int, loss: Tensor, metrics: Metrics) -> None:
-        """After step number `done`, of which `loss` and `metrics` are this process's share. All
-        processes call it. Raises SplatshardError where the loss is not finite, nor the gradient
-        whose step nothing skips."""
+        """After step number `done`, of which the scalars `loss` and `metrics` are this process's
+        share. All processes call it. Raises SplatshardError where the loss is not finite, nor the
+        gradient whose step nothing skips."""
         names = ["loss", *metrics]
         values = [loss.detach().float(), *(value.detach().float() for value in metrics.values())]
         together = self.world.mean(torch.stack(values)).tolist()
@@ -81,8 +81,9 @@ class MetricsLogger:
         self._write("step", done, fields)
 
     def unrecorded(self, done: int, loss: Tensor, norm: Tensor) -> None:
-        """After step number `done`, which is to be saved though it is not to be recorded: a run
-        that goes on then has the log of one that was never stopped. Raises as `step`."""
+        """After step number `done`, of scalars `loss` and `norm`, which is to be saved though it is
+        not to be recorded: a run that goes on then has the log of one that was never stopped.
+        Raises as `step`."""
         values = torch.stack((loss.detach().float(), norm.float()))
         self._check_finite(done, *self.world.mean(values).tolist())
 

@@ -59,7 +59,7 @@ class Gradients:
         self.world, self.scaler = world, scaler
 
     def __call__(self, step: Step, number: int) -> tuple[Tensor, Metrics]:
-        """The loss and metrics of this process's samples in step `number`."""
+        """The loss, a scalar, and metrics of this process's samples in step `number`."""
         size = self.config.micro_batch or len(step)
         parts = [slice(i, min(i + size, len(step))) for i in range(0, len(step), size)]
         if len(parts) == 1:

@@ -169,8 +169,8 @@ def open_shards(trained: Trained, src: str, batch: int) -> Data:
 
 @torch.no_grad()
 def samples_of(trained: Trained, data: Data, embed: Callable[[Any], Tensor]) -> Samples:
-    """`embed` of every sample, each once. Raises CorruptShardError for a sample that the model
-    makes no finite numbers of, and what reading raises."""
+    """`embed` ([B, D] of a batch) of every sample, each once. Raises CorruptShardError for a sample
+    that the model makes no finite numbers of, and what reading raises."""
     vectors: list[Tensor] = []
     labels: list[Tensor] = []
     keys: list[str] = []

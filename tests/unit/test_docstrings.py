@@ -1,0 +1,76 @@
+"""Every public function of pipeline/ that takes or returns tensors says their shapes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "pipeline").rglob("*.py"))]
+
+TENSORS = re.compile(r"\b(?:Tensor|NDArray|ndarray|Splats)\b")
+STATE_DICT = "dict[str, Tensor]"
+"""Whose shapes are the model's."""
+
+SHAPE = re.compile(r"(?<![\w\])])\[(?!0\b)[\w.][^\[\]]*\]|\bscalars?\b")
+"""`[B, N, 2]`, `[...]`, a scalar; not the range `[-1, 1]` or `[0, 1]`."""
+
+
+def functions(body: list[ast.stmt], above: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, annotations, and docstring of each public function, with that of its class `above`."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            own = functions(node.body, ast.get_docstring(node) or "")
+            yield from ((f"{node.name}.{name}", *rest) for name, *rest in own)
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if not node.name.startswith("_") or node.name == "__call__":
+            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            hints = [argument.annotation for argument in given] + [node.returns]
+            signature = " ".join(ast.unparse(hint) for hint in hints if hint)
+            yield node.name, signature, f"{ast.get_docstring(node) or ''} {above}"
+
+
+def shapeless(source: str) -> list[str]:
+    """The public functions that take or return tensors and say no shape."""
+    return [
+        name
+        for name, signature, text in functions(ast.parse(source).body)
+        if TENSORS.search(signature.replace(STATE_DICT, "")) and not SHAPE.search(text)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_have_shapes(name: str) -> None:
+    """As `[B, N, 2]`, in the function's docstring or in that of its class."""
+    assert shapeless((ROOT / name).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("The mean [B] of `x`.", True),
+        ("uint8 [B, H, W, 3] to the same.", True),
+        ("Factors [..., 3] in px.", True),
+        ("Indices [count], ascending.", True),
+        ("The loss, a scalar.", True),
+        ("The mean of `x`.", False),
+        ("Means in px to [-1, 1].", False),
+        ("Means in [0, 1].", False),
+        ("rows[i] of `x`.", False),
+    ],
+)
+def test_what_counts_as_a_shape(text: str, says: bool) -> None:
+    source = f'def mean(x: Tensor) -> Tensor:\n    """{text}"""\n'
+    assert shapeless(source) == ([] if says else ["mean"])
+
+
+def test_what_needs_no_shape() -> None:
+    assert shapeless("def load(state: dict[str, Tensor]) -> None: ...") == []
+    assert shapeless("def _own(x: Tensor) -> Tensor: ...") == []
+    assert shapeless('class A:\n    """x [B]."""\n    def f(self) -> Tensor: ...') == []
+    assert shapeless("class A:\n    def f(self) -> Tensor: ...") == ["A.f"]
