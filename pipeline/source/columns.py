@@ -20,7 +20,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.sample import NAMES, TAKES, not_taken
@@ -103,7 +102,7 @@ def _repeats(file: pq.ParquetFile, name: str) -> bool:
         column = column.cast(column.type.value_type)
     if not any(test(column.type) for test in (_is_text, is_binary, pa.types.is_integer)):
         return False  # no value of it is a key
-    distinct = len(pc.unique(column.drop_null()))
+    distinct = len(column.drop_null().unique())
     return distinct < len(column) - column.null_count
 
 
