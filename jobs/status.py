@@ -8,7 +8,6 @@ shard is opened, so it is quick on a large DST and may run beside a conversion, 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from splatshard.jobs.cli.text import answer, count, duration, print_json, size
 from splatshard.jobs.destination.figures import dataset_figures, left_out_line, left_out_of
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import Status, status
-from splatshard.jobs.destination.plan_file import read_plan, read_run, read_text
+from splatshard.jobs.destination.plan_file import read_object, read_plan, read_run
 from splatshard.jobs.driver.progress import PROGRESS_FILE
 
 MAX_NAMED = 20
@@ -66,11 +65,7 @@ def show(options: StatusOptions) -> int:
 
 def read_progress(dst: str) -> dict[str, Any]:
     """What the last job in `dst` wrote about itself; empty when there is nothing to read."""
-    try:
-        progress = json.loads(read_text(dst, PROGRESS_FILE) or "{}")
-    except ValueError:
-        return {}
-    return progress if isinstance(progress, dict) else {}
+    return read_object(dst, PROGRESS_FILE)
 
 
 def running(progress: Mapping[str, Any], now: datetime) -> str:

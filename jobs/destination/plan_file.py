@@ -42,11 +42,16 @@ def write_text(dst: str, name: str, text: str) -> None:
 
 def read_run(dst: str) -> dict[str, Any]:
     """The figures of the last run in `dst`; empty when there are none that can be understood."""
+    return read_object(dst, RUN_FILE)
+
+
+def read_object(dst: str, name: str) -> dict[str, Any]:
+    """A JSON object that is only told, never relied on; empty where it cannot be understood."""
     try:
-        run = json.loads(read_text(dst, RUN_FILE) or "{}")
+        found = json.loads(read_text(dst, name) or "{}")
     except ValueError:
         return {}
-    return run if isinstance(run, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_plan(dst: str) -> dict[str, PlannedShard]:
