@@ -113,7 +113,7 @@ def preset_in(args: list[str]) -> Any:
 def convert(options: ConvertOptions, started: float) -> int:
     """The whole job; returns the exit code."""
     from splatshard.pipeline.shards.commit import check_destination, check_scheme
-    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.pipeline.shards.markers import markers_and_others, refuse_foreign
     from splatshard.pipeline.source.listing import list_source
 
     prepare(options)
@@ -127,7 +127,8 @@ def convert(options: ConvertOptions, started: float) -> int:
         say(note)
     if not options.dry_run:
         check_destination(dst)
-    markers = read_markers(dst)
+    markers, foreign = markers_and_others(dst)
+    refuse_foreign(dst, (ref.name for ref in refs), foreign)
     plan = make_plan(refs, markers, config, source_sha256, whole=options.limit is None)
     if not options.overwrite_stale:
         refuse_stale(plan, markers, options.dst)

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def repair(options: RepairOptions, started: float) -> int:
     """The whole job; returns the exit code."""
     from splatshard.pipeline.shards.commit import check_destination
-    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.pipeline.shards.markers import DONE, FAILED, read_markers
 
     prepare(options)
     dst = require_dataset(options.dst)
@@ -69,8 +69,12 @@ def repair(options: RepairOptions, started: float) -> int:
         code = redo(dst, redoable, shards, options, started)
         state = status(read_plan(dst), read_markers(dst, trust_manifest=False))
         left = to_redo(dst, only(state, bad.keys()), options.quick)
+    failed = {shard.name for shard in state.failed}
     for name in left.keys() - shards.keys():
-        left[name] += " (no plan mentions it: run convert)"
+        marker = f"{dst}/{name}{FAILED if name in failed else DONE}"
+        left[name] += (
+            f" (no plan mentions it: delete {marker}, and convert its source again if it is wanted)"
+        )
     left |= {shard.name: "stale: run convert --overwrite-stale" for shard in state.stale}
     name_some("still bad", left)
     found = sweep(dst, options.delete_orphans)

@@ -30,6 +30,7 @@ from splatshard.jobs.driver.progress import PROGRESS_FILE
 MAX_NAMED = 20
 
 
+CORRUPT = "broken markers; repair redoes them, but those that no plan mentions: delete these"
 SILENT_S = 120.0
 """A job that has not written its progress for so long has probably died."""
 
@@ -125,7 +126,7 @@ def table_of(dst: str, state: Status, figures: dict[str, Any], stream: TextIO) -
     table.add_row("failed", f"{len(state.failed):,}", "the next convert retries them")
     table.add_row("missing", f"{len(state.missing):,}", "the next convert makes them")
     table.add_row("stale", f"{len(state.stale):,}", "redone by convert --overwrite-stale")
-    table.add_row("corrupt", f"{len(state.corrupt):,}", "broken markers; repair redoes them")
+    table.add_row("corrupt", f"{len(state.corrupt):,}", CORRUPT)
     if state.unplanned:
         table.add_row("unplanned", f"{len(state.unplanned):,}", "markers that no plan mentions")
     with console.capture() as captured:

@@ -169,6 +169,16 @@ def _document(text: str | bytes, name: str) -> dict[str, Any]:
     return cast("dict[str, Any]", document)
 
 
+def is_foreign(text: bytes) -> bool:
+    """Whether these are JSON of something else than a marker: another tool's index, say. Of one
+    that is damaged most fields are there, or it is no JSON."""
+    try:
+        document: object = _DECODER.raw_decode(text.decode().lstrip())[0]  # the first of JSON lines
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(document, dict) or len(_OWN & cast("dict[str, Any]", document).keys()) < 2
+
+
 def strict_json(text: str | bytes) -> object:
     """What `text` says, in UTF-8. Raises ValueError and RecursionError, also for what only Python
     takes for JSON: NaN, 1e999, and halves of characters, which no file and no log could hold."""
@@ -300,6 +310,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format_version": (lambda value: _is_count(value) and value > 0, "a positive whole number"),
 }
 """What a field must be, and how to say so; fields not listed are strings."""
+
+_OWN = frozenset(("fingerprint", "format_version", "source_url"))
+"""Fields of every marker that others hardly have."""
 
 _FIELDS = {
     cls: {f.name: _CHECKS.get(f.name, _TEXT) for f in dataclasses.fields(cls)}

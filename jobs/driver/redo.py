@@ -33,9 +33,9 @@ def redo(
 
     Their old markers and data stay until the new ones are there. Raises UsageError for a recipe
     that this build cannot repeat, a source whose address was a secret, or one in `dst`, before
-    anything is done.
+    anything is done; and for a foreign file in the place of a marker.
     """
-    from splatshard.pipeline.shards.markers import read_markers
+    from splatshard.pipeline.shards.markers import markers_and_others, refuse_foreign
     from splatshard.pipeline.source.listing import check_apart, current
 
     check_apart((shard.ref for shard in shards.values()), dst)
@@ -53,7 +53,9 @@ def redo(
         for ref in refs:
             if (before := shards[ref.name].ref) != ref:
                 say(f"the source of {ref.name} has changed since: {before.urls[0]}")
-        plan = redo_plan(refs, left, shards, read_markers(dst))
+        markers, foreign = markers_and_others(dst)
+        refuse_foreign(dst, group, foreign)
+        plan = redo_plan(refs, left, shards, markers)
         planned = [shards[m.name].ref for m in plan.done if m.name in shards]
         quiet = dataclasses.replace(options, json=False)
         code = max(code, execute(plan, [*planned, *refs], config, dst, quiet, started))

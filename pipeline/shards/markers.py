@@ -12,29 +12,41 @@ data files differ by attempt, on a local disk by fingerprint, and one fingerprin
 bytes (but for quarantined samples, whose rows have another size). A commit that is under way shows
 as a second data file, and then the marker is read. What this cannot see is damage that keeps the
 size; `verify` and `repair` look for that, and read every marker.
+
+Other tools leave JSON beside shards, too (litdata's index.json, say). Such a file, of whose name
+there is no data file, is no marker: it is left alone, which the log says.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import Stat
-from splatshard.schemas.errors import CorruptShardError, SourceError
+from splatshard.schemas.errors import (
+    CorruptShardError,
+    FormatVersionError,
+    SourceError,
+    UsageError,
+)
 from splatshard.schemas.manifest import MANIFEST_FILE, Entry, read_entries
 from splatshard.schemas.shard import (
     FailedShard,
     ShardManifest,
     failed_from_json,
+    is_foreign,
     manifest_from_json,
 )
+
+log = logging.getLogger(__name__)
 
 Marker = ShardManifest | FailedShard | CorruptShardError
 
@@ -49,6 +61,13 @@ DATA_FILE = re.compile(r"(.+?)-[0-9a-f]{8}(?:-[0-9a-f]{8}[0-9]+)?\.(?:parquet|ta
 8, so that this splits in one way, whatever the shard is called."""
 
 
+class ForeignFile(CorruptShardError):
+    """A JSON file where a marker would be, and is none."""
+
+
+_said: set[tuple[str, ...]] = set()
+
+
 def read_markers(dst: str, *, trust_manifest: bool = True) -> dict[str, Marker]:
     """The marker of every shard in `dst`, sorted by shard name.
 
@@ -57,6 +76,25 @@ def read_markers(dst: str, *, trust_manifest: bool = True) -> dict[str, Marker]:
     `trust_manifest` every marker is read. Raises FormatVersionError for a newer one, StorageError
     when `dst` cannot be read.
     """
+    return markers_and_others(dst, trust_manifest=trust_manifest)[0]
+
+
+def refuse_foreign(dst: str, names: Iterable[str], foreign: Iterable[str]) -> None:
+    """Raises UsageError where one of the `foreign` files of `dst` stands in the place of a marker
+    of the shards `names`."""
+    taken = sorted({name + DONE for name in names} & set(foreign))
+    if taken:
+        raise UsageError(
+            f"{dst}/{taken[0]} is not splatshard's, and the marker of shard "
+            f"{taken[0].removesuffix(DONE)} would replace it: move it away, or choose another DST"
+        )
+
+
+def markers_and_others(
+    dst: str, *, trust_manifest: bool = True
+) -> tuple[dict[str, Marker], list[str]]:
+    """`read_markers`, and the JSON files beside them that are none, sorted; the log names them once
+    a process."""
     with storage_errors(dst, "read"), _no_garbage():
         listing = fs.list_folder(dst)
         files = [f for f in listing if f.endswith(DONE) and f[0] not in "_."]
@@ -66,7 +104,20 @@ def read_markers(dst: str, *, trust_manifest: bool = True) -> dict[str, Marker]:
         del listing
         wanted = {name: file for name, file in (failed | done).items() if name not in known}
         found = known | dict(_read_all(dst, wanted))
-    return {name: found[name] for name in sorted(found)}
+        foreign = [name for name, marker in found.items() if isinstance(marker, ForeignFile)]
+        if foreign:
+            here = data_files_by_shard(fs.list_folder(dst))
+            foreign = sorted(name for name in foreign if name not in here)
+    for name in foreign:
+        del found[name]
+    files = [name + DONE for name in foreign]
+    if files and (dst, *files) not in _said:
+        _said.add((dst, *files))
+        log.warning(
+            "%s: JSON that is not splatshard's is left alone: %s%s",
+            dst, ", ".join(files[:3]), ", ..." if len(files) > 3 else "",
+        )  # fmt: skip
+    return {name: found[name] for name in sorted(found)}, files
 
 
 @contextmanager
@@ -161,12 +212,16 @@ def _found(markers: Iterable[tuple[str, Marker | None]]) -> Iterator[tuple[str, 
 
 
 def _marker_or_none(dst: str, file: str) -> Marker | None:
-    try:
-        return read_marker(dst, file)
-    except CorruptShardError as e:
-        return e
-    except FileNotFoundError:
-        return None
+    with suppress(FileNotFoundError):
+        try:
+            return read_marker(dst, file)
+        except (CorruptShardError, FormatVersionError) as e:
+            if not file.endswith(FAILED) and is_foreign(fs.read_bytes(f"{dst}/{file}")):
+                return ForeignFile(str(e))
+            if isinstance(e, FormatVersionError):
+                raise
+            return e
+    return None
 
 
 def read_marker(dst: str, file: str) -> ShardManifest | FailedShard:
