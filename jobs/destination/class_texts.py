@@ -25,12 +25,13 @@ def lines_of(given: str, name: str, src: str) -> list[str]:
 
 def folders_of(src: str) -> list[str]:
     """Where the texts of a dataset may be: with the shards, and with the images they are of."""
+    from splatshard.pipeline.data.catalog import folder_and_files
     from splatshard.pipeline.evaluation.class_texts import beside
     from splatshard.pipeline.shards.markers import read_markers
 
+    src, _ = folder_and_files(src)
     markers = (m for m in read_markers(src).values() if isinstance(m, ShardManifest))
     source = next((marker.source_url for marker in markers), "")
-    src = src.rpartition("/")[0] if src.endswith((".tar", ".parquet")) else src  # --images
     is_file = source.endswith((".tar", ".parquet"))
     folders = [src, source.rpartition("/")[0] if is_file else source]
     return [place for folder in folders for place in beside(folder)]

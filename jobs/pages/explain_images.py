@@ -89,11 +89,12 @@ def fitting(trained: Trained, side: int | None, number: int | None) -> tuple[int
 
 def recipe_of(src: str) -> tuple[int | None, FitConfig | None]:
     """Image size and fit of the shards in `src`; None where they cannot be read."""
+    from splatshard.pipeline.data.catalog import folder_and_files
     from splatshard.pipeline.shards.markers import read_markers
     from splatshard.schemas.shard import ShardManifest
 
     try:
-        markers = read_markers(src).values()
+        markers = read_markers(folder_and_files(src)[0]).values()
         recipe = next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
         return recipe["decode"]["image_size"], from_dict(FitConfig, recipe["fit"])
     except (SplatshardError, StopIteration, KeyError, TypeError):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from splatshard.pipeline.data.epoch_order import PERIOD
-from splatshard.pipeline.shards.markers import read_markers
+from splatshard.pipeline.shards.markers import DONE, read_markers
 from splatshard.pipeline.shards.rows import shard_metadata_of
-from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.pipeline.shards.verify import is_refused
+from splatshard.pipeline.source.patterns import is_glob, kind_of
+from splatshard.pipeline.storage import fs
+from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 from splatshard.schemas.manifest import dataset_content
 from splatshard.schemas.shard import OK, FailedShard, ShardManifest
 from splatshard.schemas.splats import MAX_PAYLOAD_GAUSSIANS, canonical_json, splat_columns
@@ -98,28 +102,27 @@ def pools(
 
 
 def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]:
-    """All done shards of the destinations `urls`.
+    """All done shards of the destinations `urls`, or those of them that files and globs name.
 
     Raises UsageError where there are none or they do not have `num_gaussians`, CorruptShardError
-    for a damaged marker or a shard that cannot be opened, FormatVersionError, StorageError and
-    UnavailableError. Shards that only failed are left out, which the log says.
+    for a damaged marker or a shard that cannot be opened, FormatVersionError, SourceError,
+    StorageError and UnavailableError. Shards that only failed are left out, which the log says.
     """
     manifests: list[tuple[str, ShardManifest]] = []
     contents = []
-    for url in urls:
-        done = _done(url.rstrip("/"))
+    for folder, done in (part for url in urls for part in _named(url)):
         contents.append(dataset_content(done))
-        manifests += [(url, manifest) for manifest in done]
+        manifests += [(folder, manifest) for manifest in done]
     layouts: dict[tuple[str, str], Layout] = {}
     texts: dict[int, str] = {}  # markers share their recipes, and there may be 100,000 of them
     shards = []
-    for url, manifest in manifests:
-        data = f"{url.rstrip('/')}/{manifest.data_file}"
+    for folder, manifest in manifests:
+        data = f"{folder}/{manifest.data_file}"
         recipe = manifest.inputs["recipe"]
         text = texts.get(id(recipe)) or texts.setdefault(id(recipe), canonical_json(recipe))
         kind = (manifest.format, text)
         if kind not in layouts:
-            metadata = shard_metadata_of(data, manifest.format)
+            metadata = _metadata_of(folder, manifest)
             layouts[kind] = layout_of(metadata, num_gaussians, data)
         shards.append(
             Shard(
@@ -135,24 +138,73 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]
     return Source(tuple(urls), shards, "+".join(contents))
 
 
+def folder_and_files(url: str) -> tuple[str, str]:
+    """The destination of `url`, and which of its shards are meant: the name of a file or a glob of
+    names, empty for all. The destination is a glob, too, where the folders of `url` have one."""
+    is_file = fs.is_local(url) and fs.local_path(url).is_file()
+    if not is_file and not is_glob(url) and (not kind_of(url) or fs.is_dir(url)):
+        return url.rstrip("/"), ""
+    folder, slash, files = url.rpartition("/")
+    return folder or slash or ".", files
+
+
+def _named(url: str) -> list[tuple[str, list[ShardManifest]]]:
+    """The destinations of `url` with the done shards that it names, none of them empty."""
+    place, files = folder_and_files(url)
+    folders = [place]
+    if is_glob(place):
+        folders = sorted({marker.rpartition("/")[0] for marker in fs.glob(f"{place}/*{DONE}")})
+    found = [(folder, [m for m in _done(folder) if _is_named(m, files)]) for folder in folders]
+    if found := [(folder, done) for folder, done in found if done]:
+        return found
+    images = "images are converted first, with splatshard convert"
+    if not files:
+        raise UsageError(
+            f"{url} has no splat shards: give the folder that convert wrote to (with its *.json "
+            f"markers); {images}"
+        )
+    there = list(fs.glob(url)) if is_glob(url) else [url] * fs.exists(url)
+    if there:
+        raise UsageError(
+            f"{there[0]} is not read: no marker in its folder names it. Give the folder that "
+            f"convert wrote, or files in it, beside their *.json markers (also of a copy); {images}"
+        )
+    raise UsageError(
+        f"{url}: no file of that name and no shard of it in {place}: give the folder that convert "
+        "wrote to, or files in it"
+    )
+
+
+def _is_named(manifest: ShardManifest, files: str) -> bool:
+    """Whether `files` are the shard's: its data file, that without the fingerprint, its marker."""
+    extension = manifest.data_file.rpartition(".")[2]
+    names = manifest.data_file, f"{manifest.name}.{extension}", manifest.name + DONE
+    return not files or any(name == files or fnmatchcase(name, files) for name in names)
+
+
 def _done(url: str) -> list[ShardManifest]:
+    """The done markers in `url`."""
     markers = read_markers(url)
     for marker in markers.values():
         if isinstance(marker, CorruptShardError):
             raise marker
     failed = [name for name, marker in markers.items() if isinstance(marker, FailedShard)]
-    done = [marker for marker in markers.values() if isinstance(marker, ShardManifest)]
-    if not done:
-        raise UsageError(
-            f"{url} has no splat shards: give the folder that convert wrote to (with its *.json "
-            "markers); images are converted first, with splatshard convert"
-        )
     if failed:
         log.warning(
             "%s: %d shards failed and are not read, first of them %s: splatshard convert tries "
             "them again", url, len(failed), failed[0],
         )  # fmt: skip
-    return done
+    return [marker for marker in markers.values() if isinstance(marker, ShardManifest)]
+
+
+def _metadata_of(folder: str, manifest: ShardManifest) -> dict[str, Any]:
+    url = f"{folder}/{manifest.data_file}"
+    try:
+        return shard_metadata_of(url, manifest.format)
+    except CorruptShardError as e:
+        if is_refused(url, e):
+            raise StorageError(str(e)) from e
+        raise CorruptShardError(f"{e}: run splatshard repair {folder}") from e
 
 
 def layout_of(metadata: dict[str, Any], num_gaussians: int | None, url: str) -> Layout:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +108,7 @@ def _all_seen(dataset: SplatDataset, config: TrainConfig) -> Iterator[Seen]:
     ]
     said: dict[str, Constants] = {}
     if any(source.shards[i].format == "webdataset" for source, i in shards):
-        said = constants_said([url for source in dataset.sources for url in source.urls])
+        said = constants_said({source.shards[i].url.rpartition("/")[0] for source, i in shards})
     begin = told = time.monotonic()
     with ThreadPoolExecutor(READERS, thread_name_prefix="check") as pool:
         found = pool.map(lambda place: see(place[0], place[1], config, said), shards)
@@ -122,15 +122,15 @@ def _all_seen(dataset: SplatDataset, config: TrainConfig) -> Iterator[Seen]:
                 )  # fmt: skip
 
 
-def constants_said(urls: Sequence[str]) -> dict[str, Constants]:
-    """By data file's URL, the constants that the shard's marker tells."""
+def constants_said(folders: Iterable[str]) -> dict[str, Constants]:
+    """By data file's URL, the constants that the markers in `folders` tell."""
     found: dict[str, Constants] = {}
     made: dict[int, Constants] = {}  # markers share their recipes
-    for url in (url.rstrip("/") for url in urls):
-        for marker in read_markers(url).values():
+    for folder in folders:
+        for marker in read_markers(folder).values():
             if isinstance(marker, ShardManifest):
                 recipe = marker.inputs["recipe"]
-                found[f"{url}/{marker.data_file}"] = made.setdefault(
+                found[f"{folder}/{marker.data_file}"] = made.setdefault(
                     id(recipe), metadata_of(recipe)
                 )
     return found
