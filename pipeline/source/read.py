@@ -13,11 +13,17 @@ import hashlib
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 from splatshard.pipeline.source.folder import class_of, folder_samples, is_image, split_stem
 from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
-from splatshard.pipeline.source.sample import SIDECAR_EXTENSIONS, RawSample, assemble
+from splatshard.pipeline.source.sample import (
+    IMAGE_EXTENSIONS,
+    SIDECAR_EXTENSIONS,
+    RawSample,
+    assemble,
+)
 from splatshard.pipeline.source.tar import MAX_SAMPLE_BYTES, Group, read_groups, scan_groups
 from splatshard.pipeline.source.values import storable
 from splatshard.pipeline.storage import fs
@@ -35,20 +41,41 @@ def read(ref: ShardRef, digest: fs.Digest) -> Generator[RawSample]:
 
     A whole read leaves in `digest` all bytes of the tar or Parquet file, or the names, sizes and
     bytes of a folder's files. A limited read leaves what it took: a prefix of the tar, the images
-    of a Parquet file. Raises SourceError for what cannot be read to its end.
+    of a Parquet file. Raises SourceError for what cannot be read to its end, and for a tar in which
+    the members of a sample are not side by side.
     """
     # 8 bytes of each key, not the key: a shard may have a million. Two of a million share a hash in
     # one of 37 million shards. Not Python's hash(), which differs from run to run.
-    seen: set[int] = set()
+    seen: dict[int, frozenset[str]] = {}
+    kinds: dict[frozenset[str], frozenset[str]] = {}  # one object for all that are alike
     with closing(_READERS[ref.kind](ref, digest)) as samples:
         for sample in islice(samples, ref.limit):
             code = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
             number = int.from_bytes(code, "little")
-            if number in seen:
+            extensions = kinds.setdefault(sample.extensions, sample.extensions)
+            before = seen.get(number)
+            if before is not None:
+                if _are_one_sample(before, extensions):
+                    raise SourceError(
+                        f"{ref.urls[0]}: the members of sample {sample.key} are not side by side: "
+                        f"other samples lie between {_some(before)} and {_some(extensions)}; write "
+                        "the tar sorted by name (tar --sort=name)"
+                    )
                 text = f"key {sample.key} occurs a second time in shard {ref.name}"
                 sample = replace(sample, error=SampleError("duplicate_key", text))
-            seen.add(number)
+            seen.setdefault(number, extensions)
             yield sample
+
+
+def _are_one_sample(first: frozenset[str], then: frozenset[str]) -> bool:
+    """Whether members of one key, with these extensions, are an image and what belongs to it. Two
+    of one extension are not, nor are files without an image (README, README.md)."""
+    apart = bool(first and then) and first.isdisjoint(then)
+    return apart and any(e.lower() in IMAGE_EXTENSIONS for e in first | then)
+
+
+def _some(extensions: frozenset[str]) -> str:
+    return ", ".join(f".{extension}" for extension in sorted(extensions))
 
 
 def count_samples(ref: ShardRef, at_most: int) -> int:
@@ -77,18 +104,21 @@ def scan(ref: ShardRef) -> Iterator[RawSample]:
 
 def _read_tar(ref: ShardRef, digest: fs.Digest) -> Samples:
     (url,) = ref.urls
-    with fs.open_read(url) as stream, closing(read_groups(url, stream, digest)) as groups:
+    again = partial(fs.open_read, url)
+    with fs.open_read(url) as stream, closing(read_groups(url, stream, digest, again)) as groups:
         yield from map(assemble, groups)
 
 
 def _count_tar(ref: ShardRef) -> Iterator[Group]:
+    again = partial(fs.open_read, ref.urls[0])
     with fs.open_read(ref.urls[0]) as stream:
-        yield from scan_groups(ref.urls[0], stream)
+        yield from scan_groups(ref.urls[0], stream, again)
 
 
 def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
+    again = partial(fs.open_read, ref.urls[0])
     with fs.open_read(ref.urls[0]) as stream:
-        yield from map(assemble, scan_groups(ref.urls[0], stream, SCANNED))
+        yield from map(assemble, scan_groups(ref.urls[0], stream, again, SCANNED))
 
 
 # Folder

@@ -37,7 +37,8 @@ class RawSample:
 
     `image` is the file's bytes, `image_name` its path for messages, `metadata` the JSON member as
     it came, `members` the further members as (extension, bytes). `label` is an integer as given.
-    `unused` are fields that the source seems to have, and why they are none.
+    `extensions` are those of its members and image, `unused` fields that the source seems to have,
+    and why they are none.
     """
 
     key: str
@@ -49,6 +50,7 @@ class RawSample:
     metadata: str | None = None
     members: tuple[tuple[str, bytes], ...] = ()
     error: SampleError | None = None
+    extensions: frozenset[str] = frozenset()
     unused: tuple[tuple[str, str], ...] = ()
 
 
@@ -63,6 +65,8 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         found = ", ".join(group.members)
         text = f"key {group.key} has no image ({' '.join(EXTENSIONS)}), only: {found}"
         error = error or SampleError("no_image", text)
+    for extension, why in group.missing.items():
+        error = error or SampleError("no_image" if extension == image else "bad_metadata", why)
     for extension, data in group.members.items():
         if extension == image or data is None:
             continue
@@ -85,6 +89,7 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         image_name=f"{group.key}.{image}" if image else "",
         members=tuple(kept),
         error=error,
+        extensions=frozenset(group.members),
         unused=unused_in(document, fields),
         **fields,
     )

@@ -10,6 +10,8 @@ Fast, because a GPU takes thousands of images a second: blocks are read and hash
 other threads run meanwhile, and the header of a plain file, which nearly all are, is recognised by
 a regular expression. tarfile reads every other header, and has the say on all that is damaged.
 
+Links are followed within the archive (links.py); one that leads elsewhere is told in its sample.
+
 Left out: compressed archives (a cut shows only after unpacking).
 """
 
@@ -19,13 +21,14 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from tarfile import BLOCKSIZE
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO, cast
 from zlib import adler32
 
+from splatshard.pipeline.source.links import Again, Links, forget_headers, open_tar
 from splatshard.pipeline.storage.fs import Digest
 from splatshard.schemas.errors import SampleError, SourceError
 
@@ -123,23 +126,29 @@ class TarStream:
 
 @dataclass
 class Group:
-    """The members of one key by extension; None for bytes that were not read."""
+    """The members of one key by extension; None for bytes that were not read. `missing` are links
+    that lead nowhere, by extension, and why."""
 
     key: str
-    members: dict[str, bytes | None] = field(default_factory=dict)
+    members: dict[str, bytes | None] = field(default_factory=dict[str, bytes | None])
+    missing: dict[str, str] = field(default_factory=dict[str, str])
     size_bytes: int = 0
     error: SampleError | None = None
 
 
-def read_groups(url: str, stream: BinaryIO, digest: Digest) -> Generator[Group, None, None]:
-    """All groups of the archive, read front to back; every byte taken goes into `digest`.
+def read_groups(
+    url: str, stream: BinaryIO, digest: Digest, again: Again
+) -> Generator[Group, None, None]:
+    """All groups of the archive, read front to back; every byte taken goes into `digest`. `again`
+    opens the archive once more, for links.
 
     Raises SourceError for what is not a whole tar archive, naming `url` and the byte.
     """
     source = TarStream(stream, digest)
     try:
-        with _errors(url, source), _open(source) as archive:
-            yield from _groups(_members(archive, source), partial(_data, archive, source))
+        with _errors(url, source), open_tar(source) as archive, closing(Links(again)) as links:
+            data = partial(_data, archive, source)
+            yield from _groups(_members(archive, source), links, data)
             while source.next_block():
                 pass
         _check_end(url, source, archive.offset)
@@ -147,21 +156,15 @@ def read_groups(url: str, stream: BinaryIO, digest: Digest) -> Generator[Group, 
         source.finish()
 
 
-def scan_groups(url: str, stream: BinaryIO, extensions: Sequence[str] = ()) -> Iterator[Group]:
+def scan_groups(
+    url: str, stream: BinaryIO, again: Again, extensions: Sequence[str] = ()
+) -> Iterator[Group]:
     """The groups without their bytes but for members with one of `extensions`, seeking from header
-    to header. Raises SourceError."""
-    with _errors(url, TarStream(stream, hashlib.sha256())), _open(stream) as archive:
-
-        def data(info: tarfile.TarInfo) -> bytes | None:
-            wanted = split_name(info.name)[1].lower() in extensions
-            return _extracted(archive, info) if wanted else None
-
-        yield from _groups(_members(archive, None), data if extensions else None)
-
-
-def _open(stream: Any) -> tarfile.TarFile:
-    # names that are not UTF-8 become \xNN: Arrow and JSON could not store tarfile's surrogates
-    return tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="backslashreplace")
+    to header; `again` as for `read_groups`. Raises SourceError."""
+    source = TarStream(stream, hashlib.sha256())
+    with _errors(url, source), open_tar(stream) as archive, closing(Links(again)) as links:
+        data = partial(_extracted, archive)
+        yield from _groups(_members(archive, None), links, data, extensions)
 
 
 def _members(archive: tarfile.TarFile, source: TarStream | None) -> Iterator[tarfile.TarInfo]:
@@ -170,11 +173,6 @@ def _members(archive: tarfile.TarFile, source: TarStream | None) -> Iterator[tar
         forget_headers(archive)
         yield info
         info = (_plain(archive, source) if source else None) or archive.next()
-
-
-def forget_headers(archive: Any) -> None:
-    """tarfile would keep every header until the end, in a list that its published type lacks."""
-    archive.members.clear()
 
 
 def _plain(archive: tarfile.TarFile, source: TarStream) -> tarfile.TarInfo | None:
@@ -232,14 +230,22 @@ def _data(archive: tarfile.TarFile, source: TarStream, info: tarfile.TarInfo) ->
 
 
 def _groups(
-    members: Iterable[tarfile.TarInfo], data: Callable[[tarfile.TarInfo], bytes | None] | None
+    members: Iterable[tarfile.TarInfo],
+    links: Links,
+    data: Callable[[tarfile.TarInfo], bytes],
+    extensions: Sequence[str] | None = None,
 ) -> Iterator[Group]:
-    """Consecutive members of one key; folders, links, devices and hidden files are passed over."""
+    """Consecutive members of one key; folders, devices and hidden files are passed over. Bytes are
+    read of those with one of `extensions`, by default of all."""
     group = None
     for info in members:
         path = _safe(info.name)
-        if not info.isreg() or _hidden(path):
+        is_link = info.issym() or info.islnk()
+        if not (info.isreg() or is_link) or _hidden(path):
             continue
+        file = links.follow(info) if is_link else info
+        if isinstance(file, tarfile.TarInfo) and file.isdir():
+            continue  # its files are members themselves
         key, extension = split_name(path)
         if group is None or key != group.key or extension in group.members:
             if group:
@@ -249,12 +255,14 @@ def _groups(
         if path != info.name:
             text = f"member path {info.name!r} leads out of the archive"
             group.error = SampleError("unsafe_path", text)
-        elif group.size_bytes + info.size > MAX_SAMPLE_BYTES:
-            text = f"{info.name} has {info.size} bytes; a sample may have {MAX_SAMPLE_BYTES}"
+        elif isinstance(file, str):
+            group.missing[extension] = file
+        elif group.size_bytes + file.size > MAX_SAMPLE_BYTES:
+            text = f"{info.name} has {file.size} bytes; a sample may have {MAX_SAMPLE_BYTES}"
             group.error = SampleError("too_large", text)
-        elif data:
-            group.size_bytes += info.size
-            group.members[extension] = data(info)
+        elif extensions is None or extension.lower() in extensions:
+            group.size_bytes += file.size
+            group.members[extension] = links.read(file) if is_link else data(info)
     if group:
         yield group
 

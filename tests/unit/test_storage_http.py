@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import fsspec.implementations.memory
 import pytest
 
 from splatshard.pipeline.source.listing import list_shards
@@ -18,6 +18,7 @@ from splatshard.pipeline.source.tar import read_groups
 from splatshard.pipeline.storage import fs, retry
 from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
 from tests.make import datacomp_tar
+from tests.unit.reading import never
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -86,7 +87,7 @@ def test_a_tar_on_the_web(web: Any, tmp_path: Path, ranges: bool) -> None:
     assert [ref.size_bytes for ref in refs] == [len(data)] * 2
     digest = hashlib.sha256()
     with fs.open_read(refs[0].urls[0]) as stream:
-        assert len(list(read_groups("x", stream, digest))) == 3
+        assert len(list(read_groups("x", stream, digest, never))) == 3
     assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
     with pytest.raises(UsageError, match=r"matches nothing at 1 of 2 places: \S+/02\.tar"):
         list_shards(f"{web.url}/in/{{01..02}}.tar")
@@ -101,7 +102,7 @@ def test_a_tar_that_is_cut_on_its_way(
 
     def groups() -> int:
         with fs.open_read(f"{web.url}/a.tar") as stream:
-            return len(list(read_groups(f"{web.url}/a.tar", stream, hashlib.sha256())))
+            return len(list(read_groups(f"{web.url}/a.tar", stream, hashlib.sha256(), never)))
 
     with pytest.raises(UnavailableError, match=r"cannot read http://\S+/a\.tar at byte \d+"):
         groups()
@@ -126,7 +127,7 @@ def test_a_store_that_calls_a_part_the_whole(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry, "PATIENCE_S", 0)
         with pytest.raises(UnavailableError, match=f"ended there, short of {len(data)} bytes"):
-            list(read_groups("x", stream, hashlib.sha256()))
+            list(read_groups("x", stream, hashlib.sha256(), never))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import hashlib
 import io
 import tarfile
 import tracemalloc
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,12 +57,12 @@ def test_names_that_are_not_utf8_can_be_stored(tmp_path):
 
 
 @pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_folders_links_and_hidden_files_are_passed_over(tmp_path, style):
+def test_folders_and_hidden_files_are_passed_over(tmp_path, style):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=style) as archive:
-        for name, kind in [("d", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE)]:
+        for name, kind in [("d", tarfile.DIRTYPE), ("e", tarfile.SYMTYPE)]:
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "d/a.jpg" if kind == tarfile.SYMTYPE else ""
+            info.type, info.linkname = kind, "d" if kind == tarfile.SYMTYPE else ""
             archive.addfile(info)
         name = "d/" + "a" * (90 if style == tarfile.USTAR_FORMAT else 250)
         for member in ("d/._a.jpg", "__MACOSX/b.jpg", ".DS_Store", f"{name}.jpg"):
@@ -210,7 +212,8 @@ Listing = list[tuple[tuple[str, str], bytes]]
 def listed(data: bytes) -> Listing:
     """Key, extension and bytes of all members, as we read them."""
     digest = hashlib.sha256()
-    groups = list(read_groups("a.tar", io.BytesIO(data), digest))
+    again = partial(nullcontext, io.BytesIO(data))
+    groups = list(read_groups("a.tar", io.BytesIO(data), digest, again))
     assert digest.digest() == hashlib.sha256(data).digest()
     assert not any(group.error for group in groups)
     return [((group.key, e), bytes(d or b"")) for group in groups for e, d in group.members.items()]

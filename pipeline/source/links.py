@@ -1,0 +1,113 @@
+"""Links in a tar to the bytes they stand for, where these are in the same archive.
+
+GNU tar writes a file with several names once, and hard links for the others; symbolic links are
+written as such unless it is told otherwise. An archive that is read front to back has passed what a
+link leads to, or has not come to it. So at the first link the archive is opened a second time, and
+where its members begin is kept, 16 bytes for each. Archives without links cost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from array import array
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from posixpath import dirname, join, normpath
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+Again = Callable[[], AbstractContextManager[BinaryIO]]
+"""Opens an archive once more, as a stream that can seek."""
+
+MAX_CHAIN = 40
+"""Links that lead to links, as many as Linux follows."""
+
+
+def open_tar(stream: Any) -> tarfile.TarFile:
+    # names that are not UTF-8 become \xNN: Arrow and JSON could not store tarfile's surrogates
+    return tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="backslashreplace")
+
+
+def forget_headers(archive: Any) -> None:
+    """tarfile would keep every header until the end, in a list that its published type lacks."""
+    archive.members.clear()
+
+
+class Links:
+    """Follows the links of one archive; close it at the end. Raises what tarfile and the stream
+    raise."""
+
+    def __init__(self, again: Again) -> None:
+        self._again = again
+        self._open = ExitStack()
+        self._archive: tarfile.TarFile | None = None
+        self._names = np.empty(0, np.uint64)  # hashes of the members' names, in order
+        self._offsets = np.empty(0, np.uint64)  # where each begins; of one name in order
+
+    def close(self) -> None:
+        self._open.close()
+
+    def follow(self, link: tarfile.TarInfo) -> tarfile.TarInfo | str:
+        """The file or folder that `link` leads to, or why there is none, with the remedy."""
+        if self._archive is None:
+            self._archive = open_tar(self._open.enter_context(self._again()))
+            self._names, self._offsets = _where_members_begin(self._archive)
+        found: tarfile.TarInfo | None = link
+        for _ in range(MAX_CHAIN):
+            if found is None or not (found.issym() or found.islnk()):
+                break
+            found = self._target(found)
+        if found and (found.isreg() or found.isdir()):
+            return found
+        kind, option = ("hard ", "--hard-dereference") if link.islnk() else ("", "--dereference")
+        return (
+            f"{link.name} is a {kind}link to {link.linkname}, which is not in the archive: write "
+            f"the tar with {option}"
+        )
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """The bytes of a file that `follow` found."""
+        assert self._archive is not None, "follow() comes first"
+        stream = self._archive.extractfile(member)
+        return stream.read() if stream else b""
+
+    def _target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        """What a link names, in its last version: a hard one a member before it, by its path in the
+        archive."""
+        name = link.linkname if link.islnk() else join(dirname(link.name), link.linkname)
+        code = np.uint64(_hash(name))
+        begin, end = (int(np.searchsorted(self._names, code, side)) for side in ("left", "right"))
+        offsets = self._offsets[begin:end].tolist()
+        if link.islnk():
+            offsets = [offset for offset in offsets if offset < link.offset]
+        return self._member(offsets[-1]) if offsets else None
+
+    def _member(self, offset: int) -> tarfile.TarInfo | None:
+        archive: Any = self._archive
+        archive.fileobj.seek(offset)
+        archive.offset = offset
+        info = archive.next()
+        forget_headers(archive)
+        return info
+
+
+def _where_members_begin(
+    archive: tarfile.TarFile,
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Hashes of the names of all members, sorted, and where in the archive their headers begin."""
+    found = array("Q")
+    while info := archive.next():
+        found.extend((_hash(info.name), info.offset))
+        forget_headers(archive)
+    names, offsets = np.frombuffer(found, np.uint64).reshape(-1, 2).T
+    order = np.argsort(names, kind="stable")
+    return names[order], offsets[order]
+
+
+def _hash(path: str) -> int:
+    """8 bytes instead of a path, in any of its spellings (`./a`)."""
+    code = hashlib.blake2b(normpath(path).encode("utf-8", "backslashreplace"), digest_size=8)
+    return int.from_bytes(code.digest(), "little")
