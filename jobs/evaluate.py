@@ -45,10 +45,11 @@ from splatshard.jobs.cli.options import (
 )
 from splatshard.jobs.cli.text import print_json, say
 from splatshard.jobs.destination.class_texts import lines_of
-from splatshard.jobs.destination.plan_file import read_text, write_text
+from splatshard.jobs.destination.plan_file import read_file, write_text
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.pipeline.storage.options import redact_src
-from splatshard.schemas.errors import UsageError
+from splatshard.schemas.document import document
+from splatshard.schemas.errors import CorruptShardError, UsageError
 
 if TYPE_CHECKING:
     from splatshard.pipeline.train.trained import Data, Trained
@@ -259,9 +260,9 @@ def read_reference(folder: str) -> dict[str, float]:
     """The main figures in the summary of another run. Raises UsageError where there is none."""
     folder = absolute(folder).rstrip("/")
     try:
-        values = json.loads(read_text(folder, SUMMARY) or "")["datasets"]
+        values = document(read_file(folder, SUMMARY) or b"", SUMMARY, "")["datasets"]
         return {name: float(value) for name, value in values.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (CorruptShardError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(
             f"--reference {folder}: no {SUMMARY} that can be understood is there: give the output "
             "folder of another splatshard evaluate"
@@ -322,10 +323,9 @@ def evaluated(
 def read_result(output: str, name: str) -> Result:
     """What is there already; empty where that is nothing or damaged."""
     try:
-        found = json.loads(read_text(output, file_of(name)) or "{}")
-    except ValueError:
+        return document(read_file(output, file_of(name)) or b"{}", name, "")
+    except CorruptShardError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def check_task(task: str, dataset: Dataset, trained: Trained, names: bool) -> str:

@@ -21,8 +21,6 @@ from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import print_json, say
-from splatshard.jobs.destination.plan import status
-from splatshard.jobs.destination.plan_file import read_plan
 from splatshard.schemas.config import BackendName
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import OK, ShardManifest
@@ -98,7 +96,7 @@ def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
     from splatshard.pipeline.shards.markers import read_markers
     from splatshard.pipeline.shards.rows import read_rows
 
-    done = status(read_plan(dst), read_markers(dst)).done
+    done = [m for m in read_markers(dst).values() if isinstance(m, ShardManifest)]
     if not done:
         raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
     samples = 0

@@ -34,13 +34,13 @@ from splatshard.jobs.destination.plan_file import (
     REPORT_FILE,
     RUN_FILE,
     read_plan,
-    read_text,
+    read_record,
     write_text,
 )
 from splatshard.jobs.pages.report_page import JpegFigures, Picture, ReportData, Skip, page
 from splatshard.pipeline.storage.fs import is_local
 from splatshard.schemas.config import BackendName, DecodeConfig
-from splatshard.schemas.errors import SampleError, SplatshardError, UsageError
+from splatshard.schemas.errors import CorruptShardError, SampleError, SplatshardError, UsageError
 from splatshard.schemas.plain import from_dict
 from splatshard.schemas.shard import OK, ShardManifest
 from splatshard.schemas.splats import metadata_of, payload_bytes
@@ -114,7 +114,11 @@ def gather(dst: str, samples: int, backend_name: str) -> ReportData:
     """Everything the page shows. Raises UsageError when DST holds no finished shard."""
     from splatshard.pipeline.shards.markers import read_markers
 
-    shards = read_plan(dst)
+    shards: dict[str, PlannedShard] = {}
+    try:
+        shards = read_plan(dst)
+    except CorruptShardError as e:
+        say(f"without originals, and what is missing or stale is unknown: {e}")
     state = status(shards, read_markers(dst))
     if not state.done:
         raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
@@ -138,7 +142,7 @@ def gather(dst: str, samples: int, backend_name: str) -> ReportData:
         jpeg=jpeg_figures([originals[k] for k in map(place, compared) if k in originals]),
         recipe=state.done[0].inputs["recipe"],
         recipes=len({json.dumps(m.inputs["recipe"], sort_keys=True) for m in state.done}),
-        run=json.loads(read_text(dst, RUN_FILE) or "null"),
+        run=read_record(dst, RUN_FILE),
     )
 
 

@@ -24,8 +24,7 @@ from splatshard.jobs.cli.text import answer, count, duration, print_json, size
 from splatshard.jobs.destination.figures import dataset_figures, left_out_line, left_out_of
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import Status, status
-from splatshard.jobs.destination.plan_file import read_object, read_plan, read_run
-from splatshard.jobs.driver.progress import PROGRESS_FILE
+from splatshard.jobs.destination.plan_file import PROGRESS_FILE, RUN_FILE, read_plan, read_record
 
 MAX_NAMED = 20
 
@@ -52,8 +51,8 @@ def show(options: StatusOptions) -> int:
     dst = open_dataset(options)
     state = status(read_plan(dst), read_markers(dst))
     figures = dataset_figures(state.done) | {"psnr_quantiles": psnr_quantiles(state.done)}
-    progress = read_progress(dst)
-    left_out = left_out_of(read_run(dst))
+    progress = read_record(dst, PROGRESS_FILE)
+    left_out = left_out_of(read_record(dst, RUN_FILE))
     answer(table_of(dst, state, figures, sys.stderr if options.json else sys.stdout), options.json)
     if line := left_out_line(left_out):
         answer(line, options.json)
@@ -62,11 +61,6 @@ def show(options: StatusOptions) -> int:
     if options.json:
         print_json(as_dict(state, figures) | {"progress": progress or None, "left_out": left_out})
     return EXIT_OK
-
-
-def read_progress(dst: str) -> dict[str, Any]:
-    """What the last job in `dst` wrote about itself; empty when there is nothing to read."""
-    return read_object(dst, PROGRESS_FILE)
 
 
 def running(progress: Mapping[str, Any], now: datetime) -> str:

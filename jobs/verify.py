@@ -19,10 +19,10 @@ from splatshard.jobs.cli.dataset import open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import answer, count, print_json
 from splatshard.jobs.destination.integrity import orphans, verified
-from splatshard.jobs.destination.plan import Marker, Status, status
+from splatshard.jobs.destination.plan import Marker, PlannedShard, Status, status
 from splatshard.jobs.destination.plan_file import read_plan
 from splatshard.schemas.config import describe_difference, recipe_digest
-from splatshard.schemas.errors import SplatshardError
+from splatshard.schemas.errors import CorruptShardError, SplatshardError
 from splatshard.schemas.manifest import MANIFEST_FILE
 from splatshard.schemas.shard import ShardManifest
 
@@ -55,8 +55,14 @@ def verify(options: VerifyOptions) -> int:
 
     dst = open_dataset(options)
     markers = read_markers(dst, trust_manifest=False)
-    shards = read_plan(dst)
+    shards: dict[str, PlannedShard] = {}
+    damaged: list[str] = []
+    try:
+        shards = read_plan(dst)
+    except CorruptShardError as e:
+        damaged.append(f"{e}; until then nobody knows which shards are missing or stale")
     findings = check(dst, markers, status(shards, markers))
+    findings.problems[:0] = damaged
     lines = [f"note: {note}" for note in findings.notes[:MAX_NOTES]]
     if len(findings.notes) > MAX_NOTES:
         lines.append(f"note: ... {len(findings.notes) - MAX_NOTES:,} more")

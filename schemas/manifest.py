@@ -25,8 +25,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from splatshard.schemas.config import recipe_digest
+from splatshard.schemas.document import strict_json
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError
-from splatshard.schemas.shard import MARKER_FIELDS, ShardManifest, manifest_of, strict_json
+from splatshard.schemas.shard import MARKER_FIELDS, ShardManifest, manifest_of
 from splatshard.schemas.splats import canonical_json
 
 MANIFEST_FILE = "_manifest.json"
@@ -80,7 +81,7 @@ def read_head(line: bytes) -> dict[str, Any]:
     """What a manifest says before its recipes and shards, from its first line; empty for damage."""
     try:
         return _parse(line.rstrip(b",") + b"}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import reprlib
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from sys import intern
 from typing import Any, Literal, TypeGuard, cast, get_args
 
+from splatshard.schemas.document import document, first_json, is_text
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError
 from splatshard.schemas.splats import EXTENSIONS, FORMAT_VERSION
 
@@ -133,7 +133,7 @@ def manifest_from_json(text: str | bytes, name: str) -> ShardManifest:
 
     Raises `FormatVersionError` for a newer version and `CorruptShardError` for anything malformed.
     """
-    return manifest_of(_document(text, name), name)
+    return manifest_of(document(text, f"marker {name}", _REMEDY), name)
 
 
 def manifest_of(values: dict[str, Any], name: str) -> ShardManifest:
@@ -142,6 +142,9 @@ def manifest_of(values: dict[str, Any], name: str) -> ShardManifest:
     All markers share the strings of inner keys and formats, which would be a third of their memory.
     """
     _checked(ShardManifest, values, name)
+    needed = ("payload_bytes", *(_OF_OK_ROWS if values["counts"].get(OK) else ()))
+    if missing := [statistic for statistic in needed if statistic not in values["statistics"]]:
+        raise CorruptShardError(f"marker {name}: statistics have no {missing[0]}; {_REMEDY}")
     inputs: dict[str, Any] = values["inputs"]
     values["inputs"] = _shared_keys(inputs | {"source": _shared_keys(inputs["source"])})
     for field in ("counts", "statistics"):
@@ -156,57 +159,17 @@ def _shared_keys(values: dict[str, Any]) -> dict[str, Any]:
 
 def failed_from_json(text: str | bytes, name: str) -> FailedShard:
     """Parse a failed marker; raises as `manifest_from_json`."""
-    return FailedShard(**_checked(FailedShard, _document(text, name), name))
-
-
-def _document(text: str | bytes, name: str) -> dict[str, Any]:
-    try:
-        document = strict_json(text)
-    except (ValueError, RecursionError) as e:
-        raise CorruptShardError(f"marker {name} is not JSON ({e}); {_REMEDY}") from e
-    if not isinstance(document, dict):
-        raise CorruptShardError(f"marker {name} is not a JSON object; {_REMEDY}")
-    return cast("dict[str, Any]", document)
+    return FailedShard(**_checked(FailedShard, document(text, f"marker {name}", _REMEDY), name))
 
 
 def is_foreign(text: bytes) -> bool:
     """Whether these are JSON of something else than a marker: another tool's index, say. Of one
     that is damaged most fields are there, or it is no JSON."""
     try:
-        document: object = _DECODER.raw_decode(text.decode().lstrip())[0]  # the first of JSON lines
+        found = first_json(text)
     except (ValueError, RecursionError):
         return False
-    return not isinstance(document, dict) or len(_OWN & cast("dict[str, Any]", document).keys()) < 2
-
-
-def strict_json(text: str | bytes) -> object:
-    """What `text` says, in UTF-8. Raises ValueError and RecursionError, also for what only Python
-    takes for JSON: NaN, 1e999, and halves of characters, which no file and no log could hold."""
-    text = text.decode() if isinstance(text, bytes) else text
-    document: object = _DECODER.decode(text)
-    if "\\ud" in text or "\\uD" in text:  # a half, or a pair as json.dumps writes it
-        json.dumps(document, ensure_ascii=False).encode()
-    return document
-
-
-def is_text(value: object) -> bool:
-    """A string that UTF-8 has bytes for."""
-    if not isinstance(value, str):
-        return False
-    try:
-        return value.isascii() or bool(value.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{reprlib.repr(text)} is no finite number")
-    return value
-
-
-_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+    return not isinstance(found, dict) or len(_OWN & cast("dict[str, Any]", found).keys()) < 2
 
 
 def _checked(
@@ -239,14 +202,15 @@ LIMIT = 1 << 63
 """Numbers in markers are below: sums and means of them are numbers, too."""
 _DIGEST_PATTERN = re.compile("[0-9a-f]{64}")
 _HISTOGRAM_PATTERN = re.compile("[0-9]{1,18}( [0-9]{1,18}){0,999}")
+_BUDGETS_PATTERN = re.compile("([0-9]{1,9}(,[0-9]{1,9})*)?")
 _FILE_PATTERN = re.compile(r"[^/\\\0]+\.(parquet|tar)")
 
 
-def _is_count(value: object) -> TypeGuard[int]:
+def is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < LIMIT
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and type(value) is not bool and abs(value) < LIMIT
 
 
@@ -258,7 +222,7 @@ def _is_counts(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     counts = cast("dict[str, object]", value)
-    return STATUSES.issuperset(counts) and all(map(_is_count, counts.values()))
+    return STATUSES.issuperset(counts) and all(map(is_count, counts.values()))
 
 
 def _is_statistics(value: object) -> bool:
@@ -266,15 +230,16 @@ def _is_statistics(value: object) -> bool:
         return False
     statistics = cast("dict[str, object]", value)
     if "psnr_histogram" not in statistics:
-        return all(map(_is_number, statistics.values()))
+        return all(map(is_number, statistics.values()))
     numbers = statistics.copy()
     return (
         _is_histogram(numbers.pop("psnr_histogram"))
         and statistics.keys() >= _HISTOGRAM_NEEDS
-        and all(map(_is_number, numbers.values()))
+        and all(map(is_number, numbers.values()))
     )
 
 
+_OF_OK_ROWS = ("num_gaussians_mean", "psnr_mean")
 _HISTOGRAM_NEEDS = {"psnr_histogram_from", "psnr_mean", "psnr_min", "psnr_max"}
 
 
@@ -289,12 +254,36 @@ def _is_file_name(value: object) -> bool:
 def _is_inputs(value: object) -> bool:
     if not isinstance(value, dict):
         return False
-    parts = cast("dict[str, object]", value)
-    return all(isinstance(parts.get(key), dict) for key in ("recipe", "source"))
+    parts = cast("dict[str, Any]", value)
+    recipe, source = parts.get("recipe"), parts.get("source")
+    if not isinstance(recipe, dict) or not isinstance(source, dict):
+        return False
+    counts = (cast("dict[str, object]", source).get(name) for name in ("limit", "size_bytes"))
+    return is_recipe(cast("dict[str, Any]", recipe)) and all(
+        n is None or is_count(n) for n in counts
+    )
+
+
+def is_recipe(recipe: dict[str, Any]) -> bool:
+    """Whether `recipe` has what readers, cards and reports take from it. What else a conversion
+    needs, `schemas.config.config_from_output` says."""
+    stages: list[dict[str, Any]] = [recipe.get(n) for n in ("decode", "fit", "pack")]  # type: ignore
+    if not all(isinstance(stage, dict) for stage in stages):
+        return False
+    decode, fit, pack = stages
+    return (
+        is_count(decode.get("image_size"))
+        and is_number(fit.get("cutoff"))
+        and is_text(nested := fit.get("nested", ""))
+        and _BUDGETS_PATTERN.fullmatch(nested) is not None
+        and is_text(pack.get("codec"))
+        and is_text(pack.get("format"))
+        and is_count(recipe.get("format_version", FORMAT_VERSION))
+    )
 
 
 _TEXT = (is_text, "a string")
-_COUNT = (_is_count, "a whole number")
+_COUNT = (is_count, "a whole number")
 _DIGEST = (_is_digest, "64 hex digits")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_file": (_is_file_name, "the name of a .parquet or .tar file"),
@@ -307,7 +296,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fingerprint": _DIGEST,
     "inputs": (_is_inputs, "a recipe and a source"),
     "source_sha256": (lambda value: value == "" or _is_digest(value), "64 hex digits"),
-    "format_version": (lambda value: _is_count(value) and value > 0, "a positive whole number"),
+    "format_version": (lambda value: is_count(value) and value > 0, "a positive whole number"),
 }
 """What a field must be, and how to say so; fields not listed are strings."""
 

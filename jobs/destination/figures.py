@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from splatshard.schemas.shard import OK, ShardManifest
+from splatshard.schemas.shard import OK, ShardManifest, is_count
 
 
 def total_samples(manifests: Sequence[ShardManifest]) -> int:
@@ -61,8 +61,14 @@ LEFT_OUT = {
 
 def left_out_of(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """What the run that wrote `_run.json` left out of SRC, by reason and extension."""
-    found = run.get("left_out")
-    return found if isinstance(found, dict) else {}
+    return run.get("left_out") or {}
+
+
+def is_left_out(value: object) -> bool:
+    """Whether `value` is what `left_out_of` gives."""
+    return isinstance(value, dict) and all(
+        isinstance(found, dict) and all(map(is_count, found.values())) for found in value.values()
+    )
 
 
 def left_out_line(left_out: Mapping[str, Mapping[str, int]]) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,12 +38,28 @@ from splatshard.schemas.config import (
     recipe_digest,
     source_of,
 )
-from splatshard.schemas.errors import CorruptShardError, StaleShardError, UsageError
-from splatshard.schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest
+from splatshard.schemas.document import is_shallow
+from splatshard.schemas.errors import (
+    CorruptShardError,
+    FormatVersionError,
+    StaleShardError,
+    UsageError,
+)
+from splatshard.schemas.shard import (
+    LIMIT,
+    FailedShard,
+    ShardManifest,
+    ShardRef,
+    is_recipe,
+    marker_digest,
+)
 from splatshard.schemas.splats import canonical_json
 
 PLAN_FILE = "_plan.json"
 PLAN_VERSION = 1
+
+KINDS = ("tar", "parquet", "folder")
+"""Of sources."""
 
 CHECKSUMS = 16
 """Sources read at once where only a checksum can tell whether they have changed."""
@@ -327,27 +344,22 @@ def plan_lines(shards: Mapping[str, PlannedShard]) -> Iterator[str]:
     yield "\n}}\n"
 
 
-def plan_from_json(text: str, name: str) -> dict[str, PlannedShard]:
+def plan_from_json(text: str | bytes, name: str) -> dict[str, PlannedShard]:
     """Parse `_plan.json`; `name` (its path) goes into messages. Raises CorruptShardError."""
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         document: dict[str, Any] = json.loads(text, object_hook=_lean)
         version: int = document["plan_version"]
-        if version > PLAN_VERSION:
-            raise UsageError(
-                f"{name} has plan version {version}, this build reads up to {PLAN_VERSION}: "
-                "upgrade splatshard"
+        if type(version) is int and version > PLAN_VERSION:
+            raise FormatVersionError(
+                f"{name} has plan version {reprlib.repr(version)}, this build reads up to "
+                f"{PLAN_VERSION}: upgrade splatshard"
             )
-        recipes, shards = document["recipes"], dict[str, PlannedShard]()
-        for key, entry in document["shards"].items():
-            if not isinstance(entry["ref"], ShardRef):
-                raise TypeError(f"{key} has no urls")
-            shards[key] = PlannedShard(
-                ref=entry["ref"],
-                recipe=recipes[entry["recipe"]],
-                source=entry.get("source"),
-                fingerprint=entry["fingerprint"],
-            )
-        return shards
+        recipes: dict[str, dict[str, Any]] = document["recipes"]
+        for digest, recipe in recipes.items():
+            if not isinstance(recipe, dict) or not is_shallow(recipe) or not is_recipe(recipe):
+                raise TypeError(f"recipe {reprlib.repr(digest)} cannot be understood")
+        return {key: _planned(key, entry, recipes) for key, entry in document["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, UsageError):
             raise
@@ -364,6 +376,27 @@ def _lean(values: dict[str, Any]) -> dict[str, Any] | ShardRef:
     urls, labels = tuple(values.pop("urls")), tuple(values.pop("labels", ()))
     values["kind"] = intern(values["kind"])
     return ShardRef(urls=urls, labels=labels, **values)
+
+
+def _planned(key: str, entry: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> PlannedShard:
+    """A shard of the file. Raises TypeError and others for what none of our plans says."""
+    ref, source, fingerprint = entry["ref"], entry.get("source"), entry["fingerprint"]
+    if not isinstance(ref, ShardRef) or ref.name != key or "/" in key or key[:1] in ("", "_", "."):
+        raise TypeError(f"{reprlib.repr(key)} is no shard of that name")
+    texts = (*ref.urls, *ref.labels, ref.etag, ref.root, fingerprint)
+    numbers = (ref.size_bytes, *(() if ref.limit is None else (ref.limit,)))
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not all(type(number) is int and 0 <= number < LIMIT for number in numbers)
+        or ref.kind not in KINDS
+        or not ref.urls
+        or (ref.kind == "folder" and not ref.root)
+        or not (source is None or (isinstance(source, dict) and is_shallow(source)))
+    ):
+        raise TypeError(f"shard {key} has fields that cannot be understood")
+    "".join(ref.urls).encode("utf-8", "surrogateescape")  # as files may be called
+    recipe = recipes[entry["recipe"]]
+    return PlannedShard(ref=ref, recipe=recipe, source=source, fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""The job's own small files beside the shards: `_plan.json`, `_run.json`, `report.html`.
+"""The job's own small files beside the shards: `_plan.json`, `_run.json`, `_progress.json`,
+`report.html`.
 
 Written whole or not at all, so that neither a reader nor a crash sees half a file. Two jobs may add
 to one plan at a time: under a lock on a local disk, by conditional writes on S3.
@@ -6,11 +7,13 @@ to one plan at a time: under a lock on a local disk, by conditional writes on S3
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from splatshard.jobs.cli.text import say
+from splatshard.jobs.destination.figures import is_left_out
 from splatshard.jobs.destination.plan import PLAN_FILE, PlannedShard, plan_from_json, plan_lines
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import (
@@ -19,20 +22,52 @@ from splatshard.pipeline.storage.fs import (
     stat,
     write_bytes,
 )
-from splatshard.schemas.errors import SourceError, UnavailableError
+from splatshard.schemas.document import document, is_text
+from splatshard.schemas.errors import CorruptShardError, SourceError, UnavailableError
+from splatshard.schemas.shard import is_number
 
 RUN_FILE = "_run.json"
+PROGRESS_FILE = "_progress.json"
 REPORT_FILE = "report.html"
 
+REMEDY = "delete it, the next job writes it anew"
+_NUMBER, _TEXT = (is_number, "a number"), (is_text, "a string")
+SHOWN = {
+    **dict.fromkeys(("images_per_s", "time_to_first_shard_s", "wall_s", "workers"), _NUMBER),
+    **dict.fromkeys(("shards", "shards_done", "shards_failed", "eta_s"), _NUMBER),
+    **dict.fromkeys(("state", "updated", "backend"), _TEXT),
+    "left_out": (is_left_out, "numbers of files by reason and extension"),
+}
+"""Fields of `_run.json` and `_progress.json` that are shown, where they are there and not null."""
 
-def read_text(dst: str, name: str) -> str | None:
-    """The text of `dst/name`, None when there is none. Raises StorageError, UnavailableError."""
+
+def read_file(dst: str, name: str) -> bytes | None:
+    """All of `dst/name`, None when there is none. Raises StorageError, UnavailableError."""
     url = f"{dst}/{name}"
     with storage_errors(url, "read"):
         try:
-            return read_bytes(url).decode(errors="replace")
+            return read_bytes(url)
         except FileNotFoundError:
             return None
+
+
+def read_record(dst: str, name: str) -> dict[str, Any]:
+    """What a job wrote into `dst/name` about itself; empty when nothing is there, and when it is
+    damaged, which is told: nothing depends on it. Raises StorageError, UnavailableError."""
+    text, url = read_file(dst, name), f"{dst}/{name}"
+    if text is None:
+        return {}
+    try:
+        found = document(text, url, REMEDY)
+        for field, (check, wanted) in SHOWN.items():
+            if (value := found.get(field)) is not None and not check(value):
+                raise CorruptShardError(
+                    f"{url}: {field} is {reprlib.repr(value)}, not {wanted}; {REMEDY}"
+                )
+    except CorruptShardError as e:
+        say(f"passed over: {e}")
+        return {}
+    return found
 
 
 def write_text(dst: str, name: str, text: str) -> None:
@@ -40,23 +75,9 @@ def write_text(dst: str, name: str, text: str) -> None:
     write_bytes(f"{dst}/{name}", text.encode())
 
 
-def read_run(dst: str) -> dict[str, Any]:
-    """The figures of the last run in `dst`; empty when there are none that can be understood."""
-    return read_object(dst, RUN_FILE)
-
-
-def read_object(dst: str, name: str) -> dict[str, Any]:
-    """A JSON object that is only told, never relied on; empty where it cannot be understood."""
-    try:
-        found = json.loads(read_text(dst, name) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_plan(dst: str) -> dict[str, PlannedShard]:
     """All shards ever planned for `dst`; empty when nothing was. Raises CorruptShardError."""
-    text = read_text(dst, PLAN_FILE)
+    text = read_file(dst, PLAN_FILE)
     return plan_from_json(text, f"{dst}/{PLAN_FILE}") if text is not None else {}
 
 

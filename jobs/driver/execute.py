@@ -15,7 +15,7 @@ from splatshard.jobs.destination.class_texts import place_texts
 from splatshard.jobs.destination.figures import left_out_line, left_out_of, total_ok
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan, mixed, planned
-from splatshard.jobs.destination.plan_file import RUN_FILE, read_run, write_plan, write_text
+from splatshard.jobs.destination.plan_file import RUN_FILE, read_record, write_plan, write_text
 from splatshard.jobs.driver.progress import Progress, run_summary
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import StorageError, UnavailableError
@@ -52,7 +52,7 @@ def execute(
         say(f"{count(len(removed), 'shard')} deleted that SRC no longer has")
     catalog.write()
     summary = run_summary(progress, plan.done, started, workers)
-    last = read_run(dst)
+    last = read_record(dst, RUN_FILE)
     summary["left_out"] = left_out_of(last) if left_out is None else left_out
     run = summary if plan.work else last | {"left_out": summary["left_out"]}
     if run != last and (plan.work or last):

@@ -29,7 +29,7 @@ from splatshard.jobs.destination.figures import (
     total_ok,
     total_samples,
 )
-from splatshard.jobs.destination.plan_file import write_text
+from splatshard.jobs.destination.plan_file import PROGRESS_FILE, write_text
 from splatshard.jobs.driver.prometheus import Metrics
 from splatshard.jobs.driver.stats import RetryKind, Snapshot, Stats
 from splatshard.jobs.driver.worker import Outcome, SkippedSample, WorkerState
@@ -38,7 +38,6 @@ from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import SplatshardError
 from splatshard.schemas.shard import ShardManifest, ShardRef
 
-PROGRESS_FILE = "_progress.json"
 LINE_EVERY_S = 5.0
 LOCAL_FILE_EVERY_S = 5.0
 REMOTE_FILE_EVERY_S = 30.0

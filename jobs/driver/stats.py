@@ -201,8 +201,8 @@ class Stats:
 
     def _learn(self, manifest: ShardManifest) -> None:
         source = manifest.inputs["source"]
-        if source.get("limit") is None:
-            self._known.update(samples=manifest.samples, source_bytes=source["size_bytes"])
+        if source.get("limit") is None and (size := source.get("size_bytes")) is not None:
+            self._known.update(samples=manifest.samples, source_bytes=size)
 
 
 def _weight(ref: ShardRef) -> Mapping[str, int]:

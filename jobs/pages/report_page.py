@@ -83,7 +83,7 @@ class ReportData:
     jpeg: JpegFigures | None
     recipe: dict[str, Any]
     recipes: int
-    run: dict[str, Any] | None = field(default=None)
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 def page(data: ReportData) -> str:
@@ -122,13 +122,13 @@ def header(data: ReportData, name: str) -> str:
         tiles.append(("mean PSNR", f"{f['psnr_mean']:.2f} dB", f"median {median:.2f} dB"))
         gaussians = f"{f['num_gaussians_mean']:,.0f} Gaussians"
         tiles.append(("per image", size(f["bytes_per_image"]), gaussians))
-    run = data.run or {}
+    run = data.run
     if run.get("images_per_s"):
         first = run.get("time_to_first_shard_s")
-        note = f"{count(run['workers'], 'worker')}, backend {run['backend']}"
+        note = f"{count(run.get('workers') or 0, 'worker')}, backend {run.get('backend')}"
         tiles.append(("images/s", f"{run['images_per_s']:.1f}", note))
         note = f"first shard after {duration(first)}" if first is not None else "start included"
-        tiles.append(("last run", duration(run["wall_s"]), note))
+        tiles.append(("last run", duration(run.get("wall_s") or 0.0), note))
     cells = "".join(
         f'<div class="tile"><dt>{escape(label)}</dt><dd>{escape(value)}</dd>'
         f"<small>{escape(note)}</small></div>"

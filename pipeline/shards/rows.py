@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.tar import forget_headers
 from splatshard.pipeline.storage import fs
+from splatshard.schemas.document import is_text
 from splatshard.schemas.errors import (
     CorruptShardError,
     FormatVersionError,
     SourceError,
 )
-from splatshard.schemas.shard import is_text
 from splatshard.schemas.splats import (
     CODECS,
     EXTENSIONS,

@@ -12,9 +12,10 @@ import pytest
 
 from splatshard.jobs.cli.command import Interrupted
 from splatshard.jobs.cli.log import configure
+from splatshard.jobs.destination.plan_file import PROGRESS_FILE
 from splatshard.jobs.driver import progress as progress_module
 from splatshard.jobs.driver.execute import tell_summary
-from splatshard.jobs.driver.progress import PROGRESS_FILE, Progress, line, run_summary
+from splatshard.jobs.driver.progress import Progress, line, run_summary
 from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS, readings
 from splatshard.jobs.driver.stats import Snapshot
 from splatshard.jobs.driver.worker import SkippedSample

@@ -157,7 +157,7 @@ def test_nothing_converted_and_nothing_run() -> None:
             payload_sizes=[],
             pictures=[],
             jpeg=None,
-            run=None,
+            run={},
         )
     )
     check(html)

@@ -15,8 +15,7 @@ import pytest
 from splatshard.jobs import status
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import make_plan, planned
-from splatshard.jobs.destination.plan_file import write_plan
-from splatshard.jobs.driver.progress import PROGRESS_FILE
+from splatshard.jobs.destination.plan_file import PROGRESS_FILE, write_plan
 from splatshard.jobs.status import running
 from splatshard.pipeline.shards.commit import mark_failed, publish, staged_file
 from tests.rows import config_of, make_ref, make_rows, write_shard
