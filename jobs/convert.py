@@ -22,6 +22,7 @@ from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.class_texts import read_classes
 from splatshard.jobs.destination.figures import left_out_line
 from splatshard.jobs.destination.plan import make_plan, refuse_stale
+from splatshard.jobs.destination.sources import remember
 from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig, PresetName
@@ -138,6 +139,7 @@ def convert(options: ConvertOptions, started: float) -> int:
         say(left_out_line(found.left_out) or "all files of SRC are converted")
         workers = None if options.workers == "auto" else options.workers
         return dry_run(plan.work, config, workers, options.json)
+    remember(dst, options.src)
     return execute(plan, refs, config, dst, options, started, found.left_out)
 
 

@@ -25,6 +25,7 @@ from splatshard.jobs.destination.class_texts import planned_classes
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import PlannedShard
 from splatshard.jobs.destination.plan_file import read_plan, write_plan
+from splatshard.jobs.destination.sources import refuse_outside, remember
 from splatshard.schemas.config import (
     ConvertConfig,
     config_from_output,
@@ -139,8 +140,11 @@ def sources_of(
         lists = planned_classes(plan)
         classes = lists.pop() if len(lists) == 1 else ()
         refs = list_source(options.src, None, options.samples_per_shard, dst, classes).refs
+        remember(dst, options.src)
     else:
-        refs = current(shard.ref for name, shard in plan.items() if name in done)
+        refs = [shard.ref for name, shard in plan.items() if name in done]
+        refuse_outside(refs, dst, "", "SRC")
+        refs = current(refs)
     found = {ref.name: ref for ref in refs}
     matched: dict[str, ShardRef] = {}
     for name, manifest in done.items():

@@ -17,7 +17,7 @@ import json
 import sys
 import webbrowser
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +26,8 @@ import tyro
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
-from splatshard.jobs.cli.options import DatasetOptions, Switch
-from splatshard.jobs.cli.text import print_json, say
+from splatshard.jobs.cli.options import DatasetOptions, Named, Switch
+from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan import PlannedShard, status
 from splatshard.jobs.destination.plan_file import (
@@ -63,6 +63,7 @@ class ReportOptions(DatasetOptions):
     """Where to write the page."""
     open: Switch = False
     """Open the page in the browser."""
+    src: Named = ""
     backend: BackendName = "auto"
     """Kernel backend that renders the reconstructions."""
 
@@ -95,7 +96,7 @@ def report(options: ReportOptions) -> int:
     if options.output:
         check_output(options.output)
     dst = open_dataset(options)
-    data = gather(dst, options.samples, options.backend)
+    data = gather(dst, options)
     path = options.output or f"{dst}/{REPORT_FILE}"
     if options.output:
         with storage_errors(path):
@@ -110,7 +111,7 @@ def report(options: ReportOptions) -> int:
     return EXIT_OK
 
 
-def gather(dst: str, samples: int, backend_name: str) -> ReportData:
+def gather(dst: str, options: ReportOptions) -> ReportData:
     """Everything the page shows. Raises UsageError when DST holds no finished shard."""
     from splatshard.pipeline.shards.markers import read_markers
 
@@ -125,10 +126,11 @@ def gather(dst: str, samples: int, backend_name: str) -> ReportData:
     surveyed = spread(state.done, MAX_SHARDS)
     entries, skips, skipped = survey(dst, surveyed)
     entries.sort(key=lambda e: (e.psnr, e.shard.name, e.index))
-    chosen = spread(entries, samples)
+    chosen = spread(entries, options.samples)
     compared = spread(entries, JPEG_SAMPLES)
     say(f"report over {len(state.done):,} shards, {len(chosen)} pictures")
-    originals = reread(shards, [*chosen, *compared])
+    shown = [*chosen, *compared]
+    originals = reread(readable(dst, shards, shown, options.src), shown)
     return ReportData(
         dst=dst,
         figures=dataset_figures(state.done),
@@ -138,7 +140,7 @@ def gather(dst: str, samples: int, backend_name: str) -> ReportData:
         payload_sizes=[e.payload_bytes for e in entries],
         skips=skips,
         skipped=skipped,
-        pictures=pictures(dst, chosen, originals, backend_name),
+        pictures=pictures(dst, chosen, originals, options.backend),
         jpeg=jpeg_figures([originals[k] for k in map(place, compared) if k in originals]),
         recipe=state.done[0].inputs["recipe"],
         recipes=len({json.dumps(m.inputs["recipe"], sort_keys=True) for m in state.done}),
@@ -209,6 +211,19 @@ def by_shard(entries: Sequence[Entry]) -> dict[str, dict[int, Entry]]:
     for entry in entries:
         grouped.setdefault(entry.shard.name, {})[entry.index] = entry
     return grouped
+
+
+def readable(
+    dst: str, shards: Mapping[str, PlannedShard], entries: Sequence[Entry], src: str
+) -> dict[str, PlannedShard]:
+    """The shards of `entries` whose sources the user has named, here or with `src`."""
+    from splatshard.jobs.destination.sources import explain, outside
+
+    wanted = {name: shards[name] for name in by_shard(entries) if name in shards}
+    if refused := outside((shard.ref for shard in wanted.values()), dst, src):
+        reason = explain(refused, dst, src, "--src")
+        say(f"without originals of {count(len(refused), 'shard')}: {reason}")
+    return {name: shard for name, shard in wanted.items() if name not in refused}
 
 
 def reread(shards: dict[str, PlannedShard], entries: Sequence[Entry]) -> dict[tuple[str, int], Any]:

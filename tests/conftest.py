@@ -29,6 +29,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would onl
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What convert remembers of its sources, apart from the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The sample data (SPLATSHARD_DATA or ../shared/data); skips the test where it is absent."""

@@ -52,6 +52,15 @@ Weights = Annotated[
     Literal["auto", "model", "ema"],
     tyro.conf.arg(help="auto: the average of the weights where there is one."),
 ]
+Named = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="SRC",
+        help_behavior_hint="(default: as convert was told here)",
+        help="What may be read of the sources that DST names: a folder, or SRC as for convert. "
+        "What this user gave to convert for this DST on this machine needs no mention.",
+    ),
+]
 Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 """A number that may be left out."""
 
@@ -140,6 +149,7 @@ class RedoOptions(RunOptions):
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """Folder given to splatshard convert."""
+    src: Named = ""
     backend: BackendName = "auto"
     """Kernel backend; auto is triton on CUDA and cpu elsewhere."""
 

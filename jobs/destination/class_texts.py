@@ -9,6 +9,7 @@ from splatshard.jobs.cli.log import log
 from splatshard.jobs.cli.text import count, say
 from splatshard.jobs.destination.plan import PlannedShard
 from splatshard.jobs.destination.plan_file import read_plan
+from splatshard.jobs.destination.sources import named
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardManifest, ShardRef
 
@@ -32,6 +33,8 @@ def folders_of(src: str) -> list[str]:
     src, _ = folder_and_files(src)
     markers = (m for m in read_markers(src).values() if isinstance(m, ShardManifest))
     source = next((marker.source_url for marker in markers), "")
+    if source and not named(src)(source):
+        source = ""  # whoever wrote the markers could name any place
     is_file = source.endswith((".tar", ".parquet"))
     folders = [src, source.rpartition("/")[0] if is_file else source]
     return [place for folder in folders for place in beside(folder)]

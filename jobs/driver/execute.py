@@ -32,14 +32,16 @@ def execute(
     left_out: Mapping[str, Mapping[str, int]] | None = None,
 ) -> int:
     """Convert what is left to do of `plan`, tell the result; returns the exit code. `left_out` are
-    files of SRC that are not converted, as `Listing` has them; None: as the last run had them."""
+    files of SRC that are not converted, as `Listing` has them; None where SRC
+    was not listed: as the last run had them, and class names are left as they are."""
     from splatshard.pipeline.shards.commit import clean_staging, remove
 
-    say(describe(plan, len(refs)))
+    say(describe(plan))
     if warning := mixed(plan, config):
         log("mixed", f"warning: {warning}", level="warning")
     write_plan(dst, planned(refs, plan, config), plan.folders)
-    place_texts(refs, dst)
+    if left_out is not None:
+        place_texts(refs, dst)
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started, dst)
     catalog = Catalog(dst, [*plan.done, *plan.others])  # what is replaced stays until it is
@@ -103,8 +105,9 @@ def drive(
                 say(f"some of this job's own leftovers stay in {dst}: {e}")
 
 
-def describe(plan: Plan, total: int) -> str:
+def describe(plan: Plan) -> str:
     """`4 shards: 1 done, 1 to retry, 2 to convert`."""
+    total = len(plan.done) + len(plan.work)
     parts = [
         (len(plan.done), "done"),
         (len(plan.todo), "to convert"),

@@ -15,6 +15,7 @@ from splatshard.jobs.cli.command import EXIT_OK
 from splatshard.jobs.cli.options import RedoOptions
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.plan import Marker, Plan, PlannedShard, status
+from splatshard.jobs.destination.sources import refuse_outside
 from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.storage.options import is_redacted
 from splatshard.schemas.config import ConvertConfig, config_from_output, recipe_digest
@@ -32,8 +33,9 @@ def redo(
     """Convert the shards `names` (all of them planned ones) again; returns the exit code.
 
     Their old markers and data stay until the new ones are there. Raises UsageError for a recipe
-    that this build cannot repeat, a source whose address was a secret, or one in `dst`, before
-    anything is done; and for a foreign file in the place of a marker.
+    that this build cannot repeat, a source whose address was a secret, that the user has not
+    named, or one in `dst`, before anything is done; and for a foreign file in the place of a
+    marker.
     """
     from splatshard.pipeline.shards.markers import markers_and_others, refuse_foreign
     from splatshard.pipeline.source.listing import check_apart, current
@@ -46,6 +48,7 @@ def redo(
                 "_plan.json: give it to splatshard convert again, which redoes missing and failed "
                 "shards, and damaged ones whose markers were deleted"
             )
+    refuse_outside((shards[name].ref for name in sorted(names)), dst, options.src, "--src")
     code = EXIT_OK
     left = set(names)
     for config, group in list(by_recipe(names, shards, options.backend)):
@@ -56,9 +59,8 @@ def redo(
         markers, foreign = markers_and_others(dst)
         refuse_foreign(dst, group, foreign)
         plan = redo_plan(refs, left, shards, markers)
-        planned = [shards[m.name].ref for m in plan.done if m.name in shards]
         quiet = dataclasses.replace(options, json=False)
-        code = max(code, execute(plan, [*planned, *refs], config, dst, quiet, started))
+        code = max(code, execute(plan, refs, config, dst, quiet, started))
         left -= set(group)
     return code
 

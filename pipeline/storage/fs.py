@@ -317,7 +317,7 @@ def glob(pattern: str) -> dict[str, Stat]:
     """
     fs, path = driver(pattern)
     parts = path.split("/")
-    heads = [_regex("/".join(parts[: n + 1])) for n in range(len(parts))]
+    heads = [glob_regex("/".join(parts[: n + 1])) for n in range(len(parts))]
     fixed = re.split(r"[*?\[]", path)[0]
     folder = fixed[: fixed.rfind("/") + 1]
 
@@ -332,10 +332,10 @@ def glob(pattern: str) -> dict[str, Stat]:
 
 def matches(pattern: str, url: str) -> bool:
     """Whether `glob(pattern)` would look at files in the folder `url`."""
-    return _regex(place(pattern).rpartition("/")[0]).match(place(url)) is not None
+    return glob_regex(place(pattern).rpartition("/")[0]).match(place(url)) is not None
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
+def glob_regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(glob_translate(pattern))
     except ValueError as e:

@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from splatshard.jobs.destination.class_texts import lines_of
+from splatshard.jobs.destination.sources import remember
 from splatshard.jobs.evaluate import EvaluateOptions, datasets_of
 from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.evaluation.class_texts import CLASSNAMES
 from splatshard.pipeline.evaluation.metrics import classification, retrieval
 from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.models.classifier import SplatClassifier
@@ -231,6 +234,8 @@ def test_texts_beside_the_images(
     for marker in Path(data).glob("0*.json"):
         values = json.loads(marker.read_text()) | {"source_url": f"{tmp_path}/in/test/0.tar"}
         marker.write_text(json.dumps(values))
+    assert lines_of("", CLASSNAMES, data) == []  # a marker may name any place
+    remember(data, f"{tmp_path}/in/test")
     code, total, err = run_job(capsys, ckpt, data, "--output", tmp_path / "results")
     assert code == 0, err
     assert total["datasets"] == {"out/test": pytest.approx(expected_zeroshot(model, data))}
