@@ -24,6 +24,7 @@ from splatshard.jobs.destination.figures import left_out_line
 from splatshard.jobs.destination.plan import make_plan, refuse_stale
 from splatshard.jobs.destination.sources import remember
 from splatshard.jobs.driver.execute import execute
+from splatshard.pipeline.shards.names import check_names
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig, PresetName
 from splatshard.schemas.errors import SourceError, UsageError
@@ -130,6 +131,8 @@ def convert(options: ConvertOptions, started: float) -> int:
         check_destination(dst)
     markers, foreign = markers_and_others(dst)
     refuse_foreign(dst, (ref.name for ref in refs), foreign)
+    if not options.dry_run:
+        check_names(refs, markers, dst)
     plan = make_plan(refs, markers, config, source_sha256, whole=options.limit is None)
     if not options.overwrite_stale:
         refuse_stale(plan, markers, options.dst)

@@ -36,6 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE, FAILED, read_marker
+from splatshard.pipeline.shards.names import is_shard_name
 from splatshard.pipeline.shards.rows import is_shard
 from splatshard.pipeline.shards.verify import survey
 from splatshard.pipeline.storage import atomic, fs
@@ -47,9 +48,6 @@ from splatshard.schemas.config import ConvertConfig, describe_difference, finger
 from splatshard.schemas.errors import CorruptShardError, StorageError, UnavailableError, UsageError
 from splatshard.schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest, to_json
 from splatshard.schemas.splats import EXTENSIONS
-
-SHARD_NAME = r"[^_./\\\0][^/\\\0]*"
-"""Names with a leading underscore or dot are not shards (`_plan.json`, `_staging`)."""
 
 DELETERS = 16
 """Shards deleted at once: each takes a few requests on S3."""
@@ -96,7 +94,7 @@ def staged_file(dst: str, shard_name: str) -> AbstractContextManager[Path]:
     Raises StorageError when it cannot be created, UsageError for a shard name that would clash with
     splatshard's own files.
     """
-    if re.fullmatch(SHARD_NAME, shard_name) is None or shard_name.endswith(".failed"):
+    if not is_shard_name(shard_name):
         raise UsageError(
             f"shard name {shard_name!r} would clash with splatshard's own files: rename the source"
         )
