@@ -219,7 +219,7 @@ def datasets_of(options: EvaluateOptions) -> list[Dataset]:
 
 def listed(url: str, shared: dict[str, str]) -> Iterator[Dataset]:
     """The datasets of a list file."""
-    from splatshard.pipeline.evaluation.zeroshot import read_lines
+    from splatshard.pipeline.evaluation.class_texts import read_lines
 
     for number, line in enumerate(read_lines(url, numbered=False)):
         words = line.partition("#")[0].split()

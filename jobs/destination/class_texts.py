@@ -17,8 +17,7 @@ from splatshard.schemas.shard import ShardManifest, ShardRef
 def lines_of(given: str, name: str, src: str) -> list[str]:
     """The lines of the file `given`, else of the one called `name` beside the data; none where
     there is none."""
-    from splatshard.pipeline.evaluation.class_texts import find
-    from splatshard.pipeline.evaluation.zeroshot import read_lines
+    from splatshard.pipeline.evaluation.class_texts import find, read_lines
 
     url = given or find(name, folders_of(src))
     return read_lines(url) if url else []
@@ -43,8 +42,7 @@ def folders_of(src: str) -> list[str]:
 def read_classes(place: str) -> tuple[str, ...]:
     """Class folders in the order of their numbers: the lines of a file, or what the folder `place`,
     a DST, was numbered by. Raises UsageError where there are none, or several lists."""
-    from splatshard.pipeline.evaluation.class_texts import CLASSNAMES
-    from splatshard.pipeline.evaluation.zeroshot import read_lines
+    from splatshard.pipeline.evaluation.class_texts import CLASSNAMES, read_lines
     from splatshard.pipeline.storage.fs import absolute, exists, is_dir
 
     url = absolute(place).rstrip("/")
@@ -74,8 +72,12 @@ def planned_classes(shards: Mapping[str, PlannedShard]) -> set[tuple[str, ...]]:
 def place_texts(refs: Sequence[ShardRef], dst: str) -> None:
     """Put the class names and prompts of the images `refs` beside their shards, and tell where
     numbers and names do not fit. Raises StorageError and UnavailableError."""
-    from splatshard.pipeline.evaluation.class_texts import CLASSNAMES, copy_texts, write_names
-    from splatshard.pipeline.evaluation.zeroshot import read_lines
+    from splatshard.pipeline.evaluation.class_texts import (
+        CLASSNAMES,
+        copy_texts,
+        read_lines,
+        write_names,
+    )
 
     for url in copy_texts(refs, dst):
         say(f"copied for evaluation: {url}")

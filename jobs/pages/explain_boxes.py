@@ -24,7 +24,7 @@ COLUMNS = ("image", "left", "top", "right", "bottom")
 
 def read_boxes(url: str) -> dict[str, list[Box]]:
     """All boxes of the file, by the image's name. Raises UsageError for what is no such file."""
-    from splatshard.pipeline.evaluation.zeroshot import read_lines
+    from splatshard.pipeline.evaluation.class_texts import read_lines
 
     found: dict[str, list[Box]] = {}
     for number, row in rows_of(url, read_lines(url, numbered=False)):

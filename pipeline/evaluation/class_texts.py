@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from splatshard.pipeline.source.values import storable
 from splatshard.pipeline.storage import fs
-from splatshard.schemas.errors import SourceError, UnavailableError
+from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
 from splatshard.schemas.shard import ShardRef
 
 CLASSNAMES = "classnames.txt"
@@ -36,6 +36,22 @@ def beside(folder: str) -> tuple[str, ...]:
     """Where the texts of a dataset in `folder` may be: there, and one folder up."""
     folder = folder.rstrip("/")
     return tuple(place for place in (folder, folder.rpartition("/")[0]) if place)
+
+
+def read_lines(url: str, *, numbered: bool = True) -> list[str]:
+    """The lines of a text without blanks at its end. Raises UsageError where there is none, or one
+    among them is blank though their numbers count."""
+    try:
+        with fs.open_read(url) as stream:
+            text = stream.read().decode("utf-8-sig")
+    except (SourceError, ValueError) as e:
+        raise UsageError(f"{url} cannot be read: {e}") from e
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if not lines:
+        raise UsageError(f"{url} is empty: write one entry per line")
+    if numbered and "" in lines:
+        raise UsageError(f"{url}: line {lines.index('') + 1} is blank: the lines are numbered")
+    return lines
 
 
 def copy_texts(refs: Iterable[ShardRef], dst: str) -> list[str]:

@@ -14,27 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
-from splatshard.pipeline.storage import fs
-from splatshard.schemas.errors import SourceError, UsageError
+from splatshard.schemas.errors import UsageError
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 TOGETHER = 256
-
-
-def read_lines(url: str, *, numbered: bool = True) -> list[str]:
-    """The lines of a text without blanks at its end. Raises UsageError where there is none, or one
-    among them is blank though their numbers count."""
-    try:
-        with fs.open_read(url) as stream:
-            text = stream.read().decode("utf-8-sig")
-    except (SourceError, ValueError) as e:
-        raise UsageError(f"{url} cannot be read: {e}") from e
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not lines:
-        raise UsageError(f"{url} is empty: write one entry per line")
-    if numbered and "" in lines:
-        raise UsageError(f"{url}: line {lines.index('') + 1} is blank: the lines are numbered")
-    return lines
 
 
 def checked_templates(templates: Sequence[str], url: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ from splatshard.pipeline.train.loop import train
 from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
 from splatshard.schemas.errors import SourceError, UsageError
 from tests.bare import ABSENT, bare_environment
-from tests.make import image_folder
+from tests.make import datacomp_tar, image_folder
 from tests.training import toy_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,27 @@ def test_converting_and_reading_need_no_extra(module: str) -> None:
         "assert not loaded, loaded\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_driver_loads_neither_torch_nor_an_extra(tmp_path: Path) -> None:
+    """All of a conversion but what its workers do: seconds of every job would go by."""
+    datacomp_tar(tmp_path / "in" / "00000000.tar", 2)
+    script = (
+        "import sys\n"
+        "from unittest import mock\n"
+        "import splatshard.jobs.driver.driver\n"
+        "from splatshard.jobs import convert, status\n"
+        "with mock.patch('splatshard.jobs.driver.execute.drive', return_value=1):\n"
+        "    code = convert.main(['in', 'out', '--workers=1'])\n"
+        "status.main(['out'])\n"
+        f"loaded = {EXTRAS | {'torch', 'numba'}!r} & set(sys.modules)\n"
+        "assert (code, loaded) == (3, set()), (code, loaded)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
