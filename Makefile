@@ -10,8 +10,8 @@ GPU_TESTS := \
 	tests/unit/test_kernels.py \
 	tests/unit/test_triton.py
 
-# Much of the time of tests with Ray is waiting: two of them run at a time, each file in one process.
-TWO_RAYS := --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/integration
+# Two tests with Ray run at a time; what shares a cluster or prepares a file runs in one process.
+TWO_RAYS := --numprocesses 2 --dist loadgroup --no-loadscope-reorder tests/integration
 
 .DEFAULT_GOAL := help
 .PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo docs clean

@@ -27,16 +27,20 @@ from tests.integration.stores import Store, ceph_store, missing_ceph, moto_store
 
 Folders = pytest.TempPathFactory
 
-RAYS = {"shared_ray", "nodes", "arena"}
+ARENAS = {"arena", "moto_arena", "ceph_arena"}
+RAYS = {"shared_ray", "free_ray", "nodes", *ARENAS}
 """Fixtures that start one."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a Ray."""
+    """Mark the tests that use a Ray, and keep together what shares a fixture: a file, an arena."""
     for item in items:
-        if not RAYS.isdisjoint(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & RAYS:
             item.add_marker("ray")
+        name = "arena" if fixtures & ARENAS else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +57,21 @@ def shared_ray() -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=100 * 2**20,
+        _system_config={"metrics_report_interval_ms": 1000},
     )
-    yield
+    from tests.integration.warm import kept_workers
+
+    with kept_workers():
+        yield
     ray.shutdown()
+
+
+@pytest.fixture
+def free_ray(shared_ray: None) -> None:
+    """The same with all of its cores free."""
+    from tests.integration.warm import release
+
+    release()
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,10 @@ SMALL = ("--image-size=32", "--num-gaussians=16", "--steps=3", "--workers=1")
 """Fits in milliseconds; each worker takes seconds to load torch."""
 
 LONG = (
-    *("--image-size=128", "--num-gaussians=200", "--steps=600"),
+    *("--image-size=128", "--num-gaussians=200", "--steps=200"),
     *("--batch-size=2", "--workers=2"),
 )
-"""A second or more per shard, so that there is time to interfere."""
+"""Half a second per shard, so that there is time to interfere."""
 
 PER_RUN = ("_run.json", "_progress.json", "_manifest.json", "_card.md")
 """Files that differ from run to run."""

@@ -6,9 +6,9 @@
     driver     SIGKILL to the driver alone; its workers may still write while the next run begins
     machine    SIGKILL to a driver, its own Ray and all workers at once
 
-A moment is a request to S3, of those that the undisturbed run took, and up to a second after it,
-both drawn from the seed. So moments crowd where jobs read and commit, on a slow machine as on a
-fast one; seconds from the start would nearly all fall into the loading of the workers.
+A moment is a request to S3, of those that the undisturbed run took, and up to 0.4 s after it, both
+drawn from the seed. So moments crowd where jobs read and commit, on a slow machine as on a fast
+one; seconds from the start would nearly all fall into the loading of the workers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def ordeal(arena: Arena, what: str, seed: int, plan: FaultPlan | None = None) ->
 
 def struck_run(arena: Arena, dst: str, moment: Moment, chance: random.Random, log: Path) -> int:
     """One run, struck at a moment that `chance` draws; its exit code."""
-    moment.at, later_s = chance.randint(1, arena.normal_requests), chance.choice((0, 0.1, 1))
+    moment.at, later_s = chance.randint(1, arena.normal_requests), chance.choice((0, 0.1, 0.4))
     process = launch(arena, dst, log=log, alone=moment.what == "machine")
     while arena.proxy.requests() < moment.at and process.poll() is None:
         time.sleep(0.005)

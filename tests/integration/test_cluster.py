@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.nodes import Nodes, ray_nodes
-from tests.integration.running import LONG, assert_verified, tars, wait_until
+from tests.integration.running import SMALL, assert_verified, tars, wait_until
 
 pytestmark = pytest.mark.integration
 
-SLOW = [flag for flag in LONG if not flag.startswith("--workers")]
+SHARDS = 60
+FLAGS = [flag for flag in SMALL if not flag.startswith("--workers")]
 
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
     with ray_nodes({}, number=1) as cluster:
         yield cluster
+
+
+@contextmanager
+def slow_source(folder: Path, hurry: threading.Event) -> Iterator[str]:
+    """`folder` over HTTP, half a second for each file until `hurry` is set: a job that lasts as
+    long as it must, and keeps no core busy meanwhile."""
+
+    class Slow(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            hurry.wait(0.5)
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Slow, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def drain(address: str, node_id: str) -> None:
@@ -45,36 +74,35 @@ def progress(dst: Path) -> dict[str, Any]:
 def test_workers_follow_the_nodes(
     nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    src, dst, log = tars(tmp_path / "in", shards=28, samples=8), tmp_path / "out", tmp_path / "log"
-    command = [
-        sys.executable,
-        "-m",
-        "jobs",
-        "convert",
-        src,
-        str(dst),
-        *SLOW,
-        "--json",
-        "--log-format=json",
-    ]
-    environment = os.environ | {"RAY_ADDRESS": nodes.address}
-    with log.open("wb") as stream:
-        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, env=environment)
-    try:
-        wait_until(lambda: progress(dst).get("images"), "the first node works")
-        assert progress(dst)["workers"] == 1
-        first = nodes.members()[0]
-        nodes.add()
-        wait_until(lambda: progress(dst).get("workers") == 2, "the second node has a worker")
-        drain(nodes.address, first.node_id)
-        wait_until(lambda: "is draining" in log.read_text(), "the drain is noticed")
-        left = "a worker leaves: its node is draining"
-        wait_until(lambda: left in log.read_text(), "the drained node's worker leaves")
-        out, _ = job.communicate(timeout=240)
-    finally:
-        job.kill()
-        job.communicate()
+    tars(tmp_path / "in", shards=SHARDS, samples=1)
+    dst, log, hurry = tmp_path / "out", tmp_path / "log", threading.Event()
+    with slow_source(tmp_path / "in", hurry) as url, log.open("wb") as stream:
+        src = f"{url}/{{{0:08d}..{SHARDS - 1:08d}}}.tar"
+        job = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "jobs", "convert", src, str(dst), *FLAGS),
+                *("--json", "--log-format=json"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            env=os.environ | {"RAY_ADDRESS": nodes.address},
+        )
+        try:
+            wait_until(lambda: progress(dst).get("images"), "the first node works")
+            assert progress(dst)["workers"] == 1
+            first = nodes.members()[0]
+            nodes.add()
+            wait_until(lambda: progress(dst).get("workers") == 2, "the second node has a worker")
+            drain(nodes.address, first.node_id)
+            wait_until(lambda: "is draining" in log.read_text(), "the drain is noticed")
+            left = "a worker leaves: its node is draining"
+            wait_until(lambda: left in log.read_text(), "the drained node's worker leaves")
+            hurry.set()
+            out, _ = job.communicate(timeout=240)
+        finally:
+            job.kill()
+            job.communicate()
     assert job.returncode == 0, log.read_text()
     found = json.loads(out.splitlines()[-1])
-    assert (found["shards_done"], found["retries"], found["workers"]) == (28, {}, 2)
-    assert assert_verified(capsys, dst)["shards_done"] == 28
+    assert (found["shards_done"], found["retries"], found["workers"]) == (SHARDS, {}, 2)
+    assert assert_verified(capsys, dst)["shards_done"] == SHARDS

@@ -60,7 +60,7 @@ class Prometheus:
 
 
 @pytest.fixture
-def prometheus(shared_ray: None, tmp_path: Path) -> Iterator[Prometheus]:
+def prometheus(free_ray: None, tmp_path: Path) -> Iterator[Prometheus]:
     """Scrapes the shared Ray, which it finds through the file that a job would write."""
     program = shutil.which("prometheus")
     if program is None:
@@ -210,6 +210,7 @@ def test_an_embedded_ray_can_be_scraped_and_leaves_nothing(
     src, dst = tars(tmp_path / "in", shards=40, samples=4), tmp_path / "out"
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets: short paths
         monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
         job = start(src, dst, *LONG, log=tmp_path / "log")
         try:
             path = wait_until(lambda: list(Path(folder).glob("ray/prom_metrics_*.json")), "ports")[

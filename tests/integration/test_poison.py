@@ -47,11 +47,11 @@ class Poisoned(FitActor):
 
 
 class Crashes(Poisoned):
-    keys = ("000000000004",)
+    keys = ("000000000003",)
 
 
 class Hangs(Poisoned):
-    keys = ("000000000011",)
+    keys = ("000000000006",)
 
     def end(self) -> None:
         time.sleep(1000)
@@ -108,15 +108,15 @@ def rows(dst: Path, shard: str) -> dict[str, tuple[str, str | None, str | None]]
 def test_samples_that_crash_their_worker_are_quarantined(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    src, dst = tars(tmp_path / "in", shards=3, samples=8), tmp_path / "out"
+    src, dst = tars(tmp_path / "in", shards=2, samples=4), tmp_path / "out"
     monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", Crashes)
     code, summary, err = convert_json(capsys, src, dst)
-    assert (code, summary["shards_done"], summary["samples"]) == (0, 3, 24), err
+    assert (code, summary["shards_done"], summary["samples"]) == (0, 2, 8), err
     assert summary["skipped"] == {"quarantined": 1}
     assert summary["retries"]["worker_death"] > 2
     found = rows(dst, "00000000")
-    assert len(found) == 8
-    status, uid, error = found.pop("000000000004")
+    assert len(found) == 4
+    status, uid, error = found.pop("000000000003")
     assert status == "quarantined"
     assert uid
     assert "killed its worker" in (error or "")
@@ -124,19 +124,19 @@ def test_samples_that_crash_their_worker_are_quarantined(
     assert_verified(capsys, dst)
     before = files(dst)
     code, summary, err = convert_json(capsys, src, dst)
-    assert (code, summary["shards_skipped_done"]) == (0, 3), err
+    assert (code, summary["shards_skipped_done"]) == (0, 2), err
     assert files(dst) == before
 
 
 def test_a_sample_that_hangs_is_quarantined(
     tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    src, dst = tars(tmp_path / "in", shards=2, samples=8), tmp_path / "out"
+    src, dst = tars(tmp_path / "in", shards=2, samples=4), tmp_path / "out"
     monkeypatch.setattr("splatshard.jobs.driver.driver.FitActor", Hangs)
     code, summary, err = convert_json(capsys, src, dst, "--sample-timeout=2")
     assert (code, summary["skipped"]) == (0, {"quarantined": 1}), err
     assert summary["retries"]["hang"] > 2
-    assert "--sample-timeout" in (rows(dst, "00000001")["000000000011"][2] or "")
+    assert "--sample-timeout" in (rows(dst, "00000001")["000000000006"][2] or "")
     assert_verified(capsys, dst)
 
 

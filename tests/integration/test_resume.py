@@ -73,7 +73,7 @@ def test_killed_at_random_moments(
         before = finished(dst) if dst.exists() else {}
         process = start(src, dst, *LONG, log=log)
         wait_until(lambda p=process: converting(p.pid) or p.poll() is not None, log.read_text())
-        time.sleep(chance.uniform(0, 2.5))
+        time.sleep(chance.uniform(0, 1.2))
         kill_tree(process)
         assert before.items() <= finished(dst).items()
     finish(src, dst, log)

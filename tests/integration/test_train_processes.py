@@ -218,7 +218,7 @@ def test_a_killed_command_goes_on(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
-@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.usefixtures("free_ray")
 def test_ray_train_with_two_workers(shards: Path, tmp_path: Path) -> None:
     """The same as one process; its records come to the driver."""
     from splatshard.jobs.driver.ray_train import launch
@@ -234,7 +234,7 @@ def test_ray_train_with_two_workers(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
-@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.usefixtures("free_ray")
 def test_ray_workers_have_the_storage_options(shards: Path, moto: Store) -> None:
     from splatshard.jobs.driver.ray_train import launch
 
