@@ -10,8 +10,8 @@ GPU_TESTS := \
 	tests/unit/test_kernels.py \
 	tests/unit/test_triton.py
 
-# Two tests with Ray run at a time; what shares a cluster or prepares a file runs in one process.
-TWO_RAYS := --numprocesses 2 --dist loadgroup --no-loadscope-reorder tests/integration
+# One process more than there are cores, since tests with Ray wait much; those that share one run in one process.
+PROCESSES := --dist loadgroup --numprocesses $(shell $(PYTHON) -c 'import os; print(1 + os.cpu_count())')
 
 .DEFAULT_GOAL := help
 .PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo docs clean
@@ -43,15 +43,13 @@ check: install  ## lint, format and types, without changing anything
 	$(BIN)/pyright
 
 test: install .venv/triton-3.6.0  ## all tests that need neither a GPU nor many minutes
-	$(BIN)/pytest -m "not ray and not slow and not gpu" --numprocesses auto
-	$(BIN)/pytest -m "ray and not slow and not gpu" $(TWO_RAYS)
+	$(BIN)/pytest -m "not slow and not gpu" $(PROCESSES)
 
 test-unit: install .venv/triton-3.6.0  ## the fast tests only
-	$(BIN)/pytest -m "not integration and not slow and not gpu" --numprocesses auto
+	$(BIN)/pytest -m "not integration and not slow and not gpu" $(PROCESSES)
 
 test-integration: install  ## the tests that start other processes, servers and Ray
-	$(BIN)/pytest -m "integration and not ray and not slow and not gpu" --numprocesses auto tests/integration
-	$(BIN)/pytest -m "ray and not slow and not gpu" $(TWO_RAYS)
+	$(BIN)/pytest -m "integration and not slow and not gpu" $(PROCESSES) tests/integration
 
 test-slow: install .venv/triton-3.6.0  ## everything, also what takes minutes
 	$(BIN)/pytest -m "not gpu"

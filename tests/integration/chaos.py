@@ -181,7 +181,7 @@ def finish(arena: Arena, dst: str, moment: Moment, log: Path) -> None:
         assert 0 not in moment.exits[-1:] or len(done) == SHARDS, f"not all is done:\n{tail(log)}"
         assert len(moment.exits) < MAX_RUNS, f"exit codes {moment.exits}:\n{tail(log)}"
         before = done
-        code = ended(launch(arena, dst, log=log), log)
+        code = ended(launch(arena, dst, "--workers=1", log=log), log)
         moment.exits.append(code)
         done = markers(arena, dst)
         redone = [name for name, marker in before.items() if done.get(name) != marker]

@@ -1,8 +1,8 @@
 """One Ray and one S3 server for all tests that run in this process; the tally at their end.
 
 Tests that use a Ray are marked `ray`, by their fixtures or by hand where they start one of their
-own. Two processes run them at a time, each with its own Ray, servers and cluster; a file stays in
-one process (`--dist loadfile`), so that what it prepares is prepared once.
+own. They are in three groups, each of which runs in one process (`--dist loadgroup`), so that what
+they share is prepared once; xdist begins with the groups, and all other tests fill what is left.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ Folders = pytest.TempPathFactory
 ARENAS = {"arena", "moto_arena", "ceph_arena"}
 RAYS = {"shared_ray", "free_ray", "nodes", *ARENAS}
 """Fixtures that start one."""
+RAYS_OF_THEIR_OWN = {"test_cluster.py", "test_metrics.py", "test_resume.py"}
+"""Files of which most tests start one."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a Ray, and keep together what shares a fixture: a file, an arena."""
+    """Mark the tests that use a Ray, and keep in one process those that share it."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & RAYS:
             item.add_marker("ray")
-        name = "arena" if fixtures & ARENAS else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
+        if item.get_closest_marker("ray"):
+            shared = "arena" if fixtures & ARENAS else "shared ray"
+            group = "rays of their own" if item.path.name in RAYS_OF_THEIR_OWN else shared
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -31,10 +31,10 @@ def main(src, out, rank):
             "gloo", init_method=f"file://{out}/group", rank=int(rank), world_size=2
         )
     read = {"alone": early}
-    for context in ("fork", "spawn"):
+    for context, workers in (("fork", 2), ("spawn", 1)):  # each spawned one loads torch
         dataset = SplatDataset(src, batch_size=2, drop_last=False, lanes=4)
         read[context] = DataLoader(
-            dataset, batch_size=None, num_workers=2, multiprocessing_context=context
+            dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
         )
     found = {
         name: [k for b in batches for k, v in zip(b.keys, b.valid.tolist()) if v]

@@ -12,16 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from splatshard.pipeline.convert import convert_shard
-from splatshard.pipeline.data import SplatDataset
-from splatshard.pipeline.kernels.select import select_backend
-from splatshard.pipeline.source.listing import list_shards
-from splatshard.pipeline.train.loop import train
-from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
 from splatshard.schemas.errors import SourceError, UsageError
 from tests.bare import ABSENT, bare_environment
 from tests.make import datacomp_tar, image_folder
-from tests.training import toy_config
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
@@ -150,6 +143,14 @@ def test_a_bare_machine_converts_reads_and_trains(tmp_path: Path) -> None:
 
 
 def convert_read_train(folder: Path) -> None:
+    from splatshard.pipeline.convert import convert_shard
+    from splatshard.pipeline.data import SplatDataset
+    from splatshard.pipeline.kernels.select import select_backend
+    from splatshard.pipeline.source.listing import list_shards
+    from splatshard.pipeline.train.loop import train
+    from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig
+    from tests.training import toy_config
+
     (ref,) = list_shards(str(image_folder(folder / "images")))
     config = ConvertConfig(
         decode=DecodeConfig(image_size=32), fit=FitConfig(num_gaussians=8, steps=2), backend="cpu"
@@ -168,6 +169,8 @@ def test_a_bare_machine_says_what_a_source_needs(tmp_path: Path) -> None:
 
 
 def say_what_is_needed() -> None:
+    from splatshard.pipeline.source.listing import list_shards
+
     with pytest.raises(UsageError, match="which is not installed: pip install braceexpand, or"):
         list_shards("shards/{0..3}.tar")
     with pytest.raises(SourceError, match="needs the package s3fs: install it here"):
