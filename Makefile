@@ -10,8 +10,8 @@ GPU_TESTS := \
 	tests/unit/test_kernels.py \
 	tests/unit/test_triton.py
 
-# One process more than there are cores, since tests with Ray wait much; those that share one run in one process.
-PROCESSES := --dist loadgroup --numprocesses $(shell $(PYTHON) -c 'import os; print(1 + os.cpu_count())')
+# One process more than there are cores, since tests with Ray wait much (tests/groups.py).
+PROCESSES := --numprocesses $(shell $(PYTHON) -c 'import os; print(1 + os.cpu_count())')
 
 .DEFAULT_GOAL := help
 .PHONY: help install fmt check test test-unit test-integration test-slow test-gpu bench demo docs clean

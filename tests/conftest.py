@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would onl
 def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What convert remembers of its sources, apart from the user's."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How tests are handed to the processes, unless --dist says otherwise."""
+    if config.getvalue("dist") != "load":
+        return None
+    from tests.groups import Groups
+
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """One Ray and one S3 server for all tests that run in this process; the tally at their end.
 
 Tests that use a Ray are marked `ray`, by their fixtures or by hand where they start one of their
-own. They are in three groups, each of which runs in one process (`--dist loadgroup`), so that what
-they share is prepared once; xdist begins with the groups, and all other tests fill what is left.
+own; tests/groups.py says which of them run in one process, so that what they share is prepared
+once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.groups import group_of
 from tests.integration.chaos import (
     TALLY,
     Arena,
@@ -27,24 +28,18 @@ from tests.integration.stores import Store, ceph_store, missing_ceph, moto_store
 
 Folders = pytest.TempPathFactory
 
-ARENAS = {"arena", "moto_arena", "ceph_arena"}
-RAYS = {"shared_ray", "free_ray", "nodes", *ARENAS}
+RAYS = {"shared_ray", "free_ray", "nodes", "arena", "moto_arena", "ceph_arena"}
 """Fixtures that start one."""
-RAYS_OF_THEIR_OWN = {"test_cluster.py", "test_metrics.py", "test_resume.py"}
-"""Files of which most tests start one."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a Ray, and keep in one process those that share it."""
+    """Mark the tests that use a Ray, and see that groups.py knows their files."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & RAYS:
+        if not RAYS.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("ray")
-        if item.get_closest_marker("ray"):
-            shared = "arena" if fixtures & ARENAS else "shared ray"
-            group = "rays of their own" if item.path.name in RAYS_OF_THEIR_OWN else shared
-            item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("ray") and not group_of(item.nodeid):
+            raise pytest.UsageError(f"{item.path.name} uses a Ray: name it in tests/groups.py")
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +58,23 @@ def shared_ray() -> Iterator[None]:
         object_store_memory=100 * 2**20,
         _system_config={"metrics_report_interval_ms": 1000},
     )
-    from tests.integration.warm import kept_workers
+    yield
+    from tests.integration.warm import release
 
-    with kept_workers():
-        yield
+    release()
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def kept_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Jobs on the shared Ray leave their workers to each other."""
+    if "shared_ray" not in request.fixturenames:
+        yield
+        return
+    from tests.integration import warm
+
+    with warm.kept_workers():
+        yield
 
 
 @pytest.fixture
