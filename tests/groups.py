@@ -2,7 +2,7 @@
 
 The groups come first and the single tests fill what is left, so all processes end together. Known
 by file, since the process that hands out tests has no more than their names; and not by xdist's
-own marks, which pytest 9.2 hides from it (findings/xdist_loadgroup.sh).
+own marks, which pytest 9.2 hides from it (findings/pytest_xdist_groups.sh).
 """
 
 from __future__ import annotations
