@@ -65,10 +65,10 @@ def shared_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # before what a file prepares once
 def kept_workers(request: pytest.FixtureRequest) -> Iterator[None]:
     """Jobs on the shared Ray leave their workers to each other."""
-    if "shared_ray" not in request.fixturenames:
+    if not group_of(request.node.nodeid):
         yield
         return
     from tests.integration import warm
