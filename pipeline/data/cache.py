@@ -11,14 +11,13 @@ What else lies there is not the cache's: it is neither counted nor deleted.
 A file is renamed into place once its bytes have the digest of the shard's marker and are on the
 disk. What a disk did to it since is found by its size, or when a process first opens it, by its
 digest; then it is fetched again. The longest unused (by modification time, which a use
-renews) go first. A file that is being read may go, too: whoever has it open keeps it (POSIX), and
-its room is free when it is closed.
+renews) go first. A file that is being read may go, too: whoever has it open keeps it, and its room
+is free when it is closed. On Windows such a file stays until then.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -32,6 +31,7 @@ from typing import BinaryIO
 
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.errors import storage_errors
+from splatshard.pipeline.storage.lock import lock, unlock
 from splatshard.pipeline.storage.staging import STAGING, is_from_here, staged, sweep
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 
@@ -80,7 +80,8 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 stream = path.open("rb")
                 if self._is_whole(stream, path.name, size_bytes, sha256 if checksum else None):
-                    os.utime(stream.fileno())  # by name it may be gone by now
+                    with suppress(FileNotFoundError):  # it went meanwhile
+                        os.utime(path)
                     return stream
             with self._locked(path.name[:2]):  # of all who want this file, one fetches it
                 if stream:
@@ -103,8 +104,10 @@ class ShardCache:
 
     def _drop(self, path: Path, damaged: BinaryIO) -> None:
         """Delete `path`, unless another did so and fetched it again."""
-        with damaged, suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(damaged.fileno())):
+        with damaged:
+            info = os.fstat(damaged.fileno())
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), info):
                 log.warning("%s was damaged on this disk: it is fetched again", path)
                 path.unlink()
 
@@ -181,27 +184,29 @@ class ShardCache:
             if total <= self.max_bytes:
                 break
             with suppress(FileNotFoundError):
-                os.unlink(path)
+                try:
+                    os.unlink(path)
+                except PermissionError:
+                    if os.name != "nt":  # there it stays while somebody reads it
+                        raise
+                    continue
             total -= size
         return total <= self.max_bytes
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Held by one thread of one process at a time; freed by the system if that dies.
-
-        Closing the file would not free it while a process forked meanwhile has it open, too.
-        """
+        """Held by one thread of one process at a time; freed by the system if that dies."""
         path = self.folder / LOCKS / name
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.open("ab")
-        with lock:
+            file = path.open("ab")
+        with file:
             with storage_errors(path, "lock"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock(file.fileno(), wait=True)
             try:
                 yield
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)
+                unlock(file.fileno())
 
     @contextmanager
     def _full_disk(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -141,6 +142,7 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]
 def folder_and_files(url: str) -> tuple[str, str]:
     """The destination of `url`, and which of its shards are meant: the name of a file or a glob of
     names, empty for all. The destination is a glob, too, where the folders of `url` have one."""
+    url = url.replace(os.sep, "/") if fs.is_local(url) else url  # Windows
     is_file = fs.is_local(url) and fs.local_path(url).is_file()
     if not is_file and not is_glob(url) and (not kind_of(url) or fs.is_dir(url)):
         return url.rstrip("/"), ""

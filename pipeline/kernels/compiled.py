@@ -39,13 +39,15 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def private_folder() -> Path | None:
-    """A folder below TMPDIR of this user alone; None where that cannot be written, or somebody
-    else was first."""
-    folder = Path(tempfile.gettempdir()) / f"splatshard-numba-{os.getuid()}"
+    """A folder below TMPDIR (on Windows the user's own) of this user alone; None where that cannot
+    be written, or somebody else was first."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    folder = Path(tempfile.gettempdir()) / f"splatshard-numba-{'' if user is None else user}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        if found.st_uid != os.getuid() or found.st_mode & 0o077 or folder.is_symlink():
+        others = user is not None and (found.st_uid != user or found.st_mode & 0o077)
+        if others or folder.is_symlink():
             return None
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:

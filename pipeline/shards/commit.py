@@ -43,7 +43,7 @@ from splatshard.pipeline.storage import atomic, fs
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
 from splatshard.pipeline.storage.options import redact, redact_url
-from splatshard.pipeline.storage.staging import STAGING, scratch, staged, sweep
+from splatshard.pipeline.storage.staging import ON_WINDOWS, STAGING, scratch, staged, sweep
 from splatshard.schemas.config import ConvertConfig, describe_difference, fingerprint, inputs
 from splatshard.schemas.errors import CorruptShardError, StorageError, UnavailableError, UsageError
 from splatshard.schemas.shard import FailedShard, ShardManifest, ShardRef, marker_digest, to_json
@@ -81,7 +81,10 @@ def check_destination(dst: str) -> None:
 
 
 def check_scheme(dst: str) -> None:
-    """Raises UsageError for what is no folder and no s3:// address; loads no driver."""
+    """Raises UsageError for what is no folder and no s3:// address, and on Windows; loads no
+    driver."""
+    if ON_WINDOWS:
+        raise UsageError("on Windows shards are read, not written: run this on Linux, or in WSL")
     if not is_local(dst) and re.fullmatch(r"s3a?://[^/]+(/.*)?", dst) is None:
         raise UsageError(
             f"DST {redact(dst)}: only local folders and s3://bucket/... can be written; choose one"

@@ -19,7 +19,6 @@ of two that race wins.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -36,6 +35,7 @@ from splatshard.pipeline.storage.errors import (
     storage_errors,
 )
 from splatshard.pipeline.storage.fs import Stat, driver, is_local, local_path
+from splatshard.pipeline.storage.lock import lock
 from splatshard.pipeline.storage.staging import STAGING, opened, staged
 from splatshard.schemas.errors import StorageError, UnavailableError
 
@@ -212,10 +212,11 @@ def _locked(path: Path, end: float) -> tuple[int, bool]:
         with suppress(FileExistsError):  # see staging
             path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the folder vanished
-            os.close(opened(path.parent))
+            with opened(path.parent):
+                pass
             number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(number, wait=False)
                 if os.path.samestat(os.fstat(number), path.stat()):
                     return number, True
             except (BlockingIOError, FileNotFoundError):

@@ -33,6 +33,9 @@ from splatshard.schemas.errors import StorageError
 
 STAGING = "_staging"
 
+ON_WINDOWS = not hasattr(os, "geteuid")
+"""Where folders are not opened, and TMPDIR is the user's own."""
+
 IDLE_S = 7 * 24 * 3600.0
 """After so long a file is nobody's; the slowest shard takes hours."""
 
@@ -70,13 +73,9 @@ def _create(path: Path) -> None:
     for _ in range(100):
         with suppress(FileExistsError):  # mkdir met the folder, then found it gone
             path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            number = opened(path.parent)
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                return os.close(os.open(path.name, flags, 0o666, dir_fd=number))
-            finally:
-                os.close(number)
+        with suppress(FileNotFoundError), opened(path.parent) as (here, number):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            return os.close(os.open(here + path.name, flags, 0o666, dir_fd=number))
     raise FileNotFoundError(errno.ENOENT, "the folder vanishes again and again", str(path.parent))
 
 
@@ -85,35 +84,45 @@ def sweep(folder: Path) -> None:
     idle for IDLE_S. A process id that was given to a new process keeps its leftovers until a later
     call. Raises OSErrors."""
     staging, ours = folder / STAGING, _space()
-    try:
-        number = opened(staging)
-    except FileNotFoundError:
-        return
-    try:
-        for file in sorted(os.listdir(number)):
+    with suppress(FileNotFoundError), opened(staging) as (here, number):
+        for file in sorted(os.listdir(staging if number is None else number)):
             pid = _pid_of(file, ours)
             if pid is not None:
                 dead = not _is_alive(pid)
             else:
-                dead = not file.endswith(".lock") and _is_idle(file, number)
+                dead = not file.endswith(".lock") and _is_idle(here + file, number)
             if dead:
                 with suppress(FileNotFoundError):  # another process may delete it at any time
-                    os.unlink(file, dir_fd=number)
-    finally:
-        os.close(number)
-    with suppress(OSError):  # others are still using it
+                    os.unlink(here + file, dir_fd=number)
+    with suppress(OSError):  # not there, or others are still using it
         staging.rmdir()
 
 
-def opened(folder: Path) -> int:
-    """A descriptor of `folder` itself. Raises StorageError where that is a link or no folder, and
-    OSErrors."""
+@contextmanager
+def opened(folder: Path) -> Iterator[tuple[str, int | None]]:
+    """`folder` itself: what goes before the names of files in it, and the `dir_fd` for them.
+
+    Raises StorageError where it is a link or no folder, and OSErrors.
+    """
+    if ON_WINDOWS:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise _not_ours(folder)
+        yield f"{folder}{os.sep}", None
+        return
     try:
-        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except NotADirectoryError as e:
-        raise StorageError(
-            f"{folder} is a link, or no folder, and not of splatshard's making: delete it"
-        ) from e
+        raise _not_ours(folder) from e
+    try:
+        yield "", number
+    finally:
+        os.close(number)
+
+
+def _not_ours(folder: Path) -> StorageError:
+    return StorageError(
+        f"{folder} is a link, or no folder, and not of splatshard's making: delete it"
+    )
 
 
 def is_from_here(name: str) -> bool:
@@ -122,6 +131,10 @@ def is_from_here(name: str) -> bool:
 
 
 def _pid_of(name: str, space: str) -> int | None:
+    """The process here whose file it is. On Windows nobody can ask whether one lives: os.kill ends
+    it."""
+    if ON_WINDOWS:
+        return None
     found, _, pid = name.rpartition("@")[2].rpartition("-")[0].rpartition("-")
     return int(pid) if found == space and pid.isdecimal() else None
 
@@ -131,7 +144,8 @@ def scratch() -> Path:
 
     Raises StorageError where it cannot be made, or others could write to it.
     """
-    folder = temporary() / f"splatshard-{os.geteuid()}"
+    user = "" if ON_WINDOWS else f"-{os.geteuid()}"
+    folder = temporary() / f"splatshard{user}"
     make_private(folder)
     with storage_errors(folder):
         sweep(folder)
@@ -149,13 +163,15 @@ def temporary() -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """See to it that `folder` is there and this user's alone. Raises StorageError otherwise."""
+    """See to it that `folder` is there and this user's alone, as on Windows all below TMPDIR is.
+    Raises StorageError otherwise."""
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             folder.mkdir(0o700)
-        number = opened(folder)
-        try:
+        with opened(folder) as (_, number):
+            if number is None:
+                return
             info = os.fstat(number)
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 raise StorageError(
@@ -164,11 +180,9 @@ def make_private(folder: Path) -> None:
                     "it, or set TMPDIR to another folder"
                 )
             os.fchmod(number, 0o700)
-        finally:
-            os.close(number)
 
 
-def _is_idle(name: str, folder: int) -> bool:
+def _is_idle(name: str, folder: int | None) -> bool:
     with suppress(FileNotFoundError):
         info = os.stat(name, dir_fd=folder, follow_symlinks=False)
         return stat.S_ISREG(info.st_mode) and time.time() - info.st_mtime > IDLE_S
