@@ -56,7 +56,7 @@ class ReportOptions(DatasetOptions):
     """Write one self-contained HTML page about DST: pictures, key figures, histograms."""
 
     samples: Annotated[int, tyro.conf.arg(metavar="N")] = 12
-    """Pictures in the gallery, from the worst PSNR to the best."""
+    """Pictures in the gallery, from the best PSNR to the worst."""
     output: Annotated[
         str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: DST/report.html)")
     ] = None

@@ -169,7 +169,7 @@ def sizes(data: ReportData) -> str:
     )
     note = (
         f"Bytes and PSNR per image. JPEG is measured on {count(jpeg.images, 'fitted crop')}; "
-        "splats are the payload alone, before the container compresses it."
+        "splats are what their payloads take in the file (in format version 1: before compression)."
     )
     return (
         f'<section><h2>Size</h2><div class="bars">{bars}</div><p class="note">{note}</p></section>'

@@ -130,6 +130,25 @@ def test_the_page_is_self_contained_and_escaped() -> None:
         assert words in html
 
 
+def test_the_best_picture_comes_first_as_the_help_says() -> None:
+    """They are given in the order of their PSNR."""
+    some = [replace(make_picture(), psnr=psnr) for psnr in (21.5, 25.5, 33.5)]
+    html = page(make_data(pictures=some))
+    assert sorted(("33.50 dB", "25.50 dB", "21.50 dB"), key=html.index) == [
+        "33.50 dB",
+        "25.50 dB",
+        "21.50 dB",
+    ]
+    options = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    assert "Pictures in the gallery, from the best PSNR to the worst." in options
+
+
+def test_sizes_are_those_in_the_file() -> None:
+    html = page(make_data())
+    assert "splats are what their payloads take in the file" in html
+    assert "before the container compresses" not in html
+
+
 def test_long_captions_are_cut_before_they_are_escaped() -> None:
     html = page(make_data(pictures=[make_picture("&" * 500)]))
     check(html)
