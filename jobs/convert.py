@@ -8,7 +8,6 @@ to run the same command again: done shards are recognised by their markers and n
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -27,8 +26,7 @@ from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.shards.names import check_names
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig, PresetName
-from splatshard.schemas.errors import SourceError, UsageError
-from splatshard.schemas.shard import ShardRef
+from splatshard.schemas.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +115,7 @@ def convert(options: ConvertOptions, started: float) -> int:
     from splatshard.pipeline.shards.commit import check_destination, check_scheme
     from splatshard.pipeline.shards.markers import markers_and_others, refuse_foreign
     from splatshard.pipeline.source.listing import list_source
+    from splatshard.pipeline.source.read import source_sha256
 
     prepare(options)
     check_scheme(options.dst)
@@ -168,19 +167,6 @@ def with_encoder(config: ConvertConfig) -> ConvertConfig:
         config,
         fit=replace(fit, init=resolve_encoder(fit.init, (*fit.budgets, fit.num_gaussians)[0])),
     )
-
-
-def source_sha256(ref: ShardRef) -> str:
-    """The checksum that the shard's marker would hold; "" for a source that is damaged by now."""
-    from splatshard.pipeline.source.read import read
-
-    digest = hashlib.sha256()
-    try:
-        for _ in read(ref, digest):
-            pass
-    except SourceError:
-        return ""
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Key figures come from all markers. Distributions come from the rows of at most M
 evenly spread, so that a report over ImageNet does not take an hour; the page says so. Samples are
 picked at even quantiles of PSNR, best and worst included, so that the gallery neither flatters nor
 scares. JPEG sizes and PSNR are measured on the very crops that were fitted. Originals are read
-again from the source; where it is gone the page says so and shows the rest.
+again from the source; where it is gone, or another one by now, the page says so and shows the rest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from splatshard.jobs.destination.plan_file import (
 from splatshard.jobs.pages.report_page import JpegFigures, Picture, ReportData, Skip, page
 from splatshard.pipeline.storage.fs import is_local
 from splatshard.schemas.config import BackendName, DecodeConfig
-from splatshard.schemas.errors import CorruptShardError, SampleError, SplatshardError, UsageError
+from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
 from splatshard.schemas.plain import from_dict
 from splatshard.schemas.shard import OK, ShardManifest
 from splatshard.schemas.splats import metadata_of, payload_bytes
@@ -105,7 +105,8 @@ def report(options: ReportOptions) -> int:
         write_text(dst, REPORT_FILE, page(data))
     print(path, flush=True)
     if options.json:
-        print_json({"output": path, "pictures": len(data.pictures), **data.figures})
+        known = {"output": path, "pictures": len(data.pictures), "changed_sources": data.changed}
+        print_json({**known, **data.figures})
     if options.open:
         webbrowser.open(Path(path).absolute().as_uri())
     return EXIT_OK
@@ -130,7 +131,7 @@ def gather(dst: str, options: ReportOptions) -> ReportData:
     compared = spread(entries, JPEG_SAMPLES)
     say(f"report over {len(state.done):,} shards, {len(chosen)} pictures")
     shown = [*chosen, *compared]
-    originals = reread(readable(dst, shards, shown, options.src), shown)
+    originals, changed = reread(readable(dst, shards, shown, options.src), shown)
     return ReportData(
         dst=dst,
         figures=dataset_figures(state.done),
@@ -141,6 +142,7 @@ def gather(dst: str, options: ReportOptions) -> ReportData:
         skips=skips,
         skipped=skipped,
         pictures=pictures(dst, chosen, originals, options.backend),
+        changed=changed,
         jpeg=jpeg_figures([originals[k] for k in map(place, compared) if k in originals]),
         recipe=state.done[0].inputs["recipe"],
         recipes=len({json.dumps(m.inputs["recipe"], sort_keys=True) for m in state.done}),
@@ -226,17 +228,29 @@ def readable(
     return {name: shard for name, shard in wanted.items() if name not in refused}
 
 
-def reread(shards: dict[str, PlannedShard], entries: Sequence[Entry]) -> dict[tuple[str, int], Any]:
-    """The fitted crops (uint8 [S, S, 3]) of `entries`, as far as the source is still there."""
+def reread(
+    shards: dict[str, PlannedShard], entries: Sequence[Entry]
+) -> tuple[dict[tuple[str, int], Any], list[str]]:
+    """The fitted crops (uint8 [S, S, 3]) of `entries`, as far as the source is still there and the
+    one that was converted; and the shards whose source is another one."""
     from splatshard.pipeline.source.decode import decode
+    from splatshard.pipeline.source.listing import is_source_of
     from splatshard.pipeline.source.read import read
 
     found: dict[tuple[str, int], Any] = {}
+    changed: list[str] = []
     for name, wanted in by_shard(entries).items():
         if name not in shards:
             continue
         manifest = next(iter(wanted.values())).shard
         try:
+            if not is_source_of(shards[name].ref, manifest):
+                changed.append(name)
+                say(
+                    f"the source of {name} has changed since it was converted "
+                    f"({shards[name].ref.urls[0]}): its originals are left out"
+                )
+                continue
             config = from_dict(DecodeConfig, manifest.inputs["recipe"]["decode"])
             for index, sample in enumerate(read(shards[name].ref, hashlib.sha256())):
                 if index in wanted and not sample.error:
@@ -245,11 +259,8 @@ def reread(shards: dict[str, PlannedShard], entries: Sequence[Entry]) -> dict[tu
                 if index >= max(wanted):
                     break
         except (SplatshardError, OSError) as e:
-            if isinstance(e, SampleError):
-                say(f"the source of {name} has changed since it was converted")
-            else:
-                say(f"originals of {name} cannot be read: {e}")
-    return found
+            say(f"originals of {name} cannot be read: {e}")
+    return found, changed
 
 
 def pictures(

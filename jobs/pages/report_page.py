@@ -69,7 +69,8 @@ class JpegFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All that the page shows; `psnrs` (sorted) and `payload_sizes` are of the surveyed shards."""
+    """All that the page shows; `psnrs` (sorted) and `payload_sizes` are of the surveyed shards,
+    `changed` the shards whose source is another one than was converted."""
 
     dst: str
     figures: dict[str, Any]
@@ -80,6 +81,7 @@ class ReportData:
     skips: list[Skip]
     skipped: dict[str, int]
     pictures: list[Picture]
+    changed: list[str] = field(default_factory=list)
     jpeg: JpegFigures | None
     recipe: dict[str, Any]
     recipes: int
@@ -93,7 +95,7 @@ def page(data: ReportData) -> str:
     sections = (
         header(data, name),
         sizes(data),
-        gallery(data.pictures),
+        gallery(data.pictures, data.changed),
         histograms(data),
         shard_table(data),
         skip_table(data),
@@ -155,6 +157,8 @@ def sizes(data: ReportData) -> str:
         return ""
     if jpeg is None:
         note = "The source images are no longer there, so JPEG sizes cannot be measured."
+        if data.changed:
+            note = "The source images have changed since, so JPEG sizes cannot be measured."
         return f'<section><h2>Size</h2><p class="note">{note}</p></section>'
     rows = [
         ("raw pixels", jpeg.raw_bytes, "exact", "plain"),
@@ -176,27 +180,31 @@ def sizes(data: ReportData) -> str:
     )
 
 
-def gallery(pictures: Sequence[Picture]) -> str:
-    """Cards of original, reconstruction and ellipses, best PSNR first."""
+def gallery(pictures: Sequence[Picture], changed: Sequence[str] = ()) -> str:
+    """Cards of original, reconstruction and ellipses, best PSNR first; without the originals of the
+    shards `changed`."""
     if not pictures:
         return ""
-    cards = "".join(card(p) for p in reversed(pictures))
-    gone = sum(p.original is None for p in pictures)
+    cards = "".join(card(p, p.shard in changed) for p in reversed(pictures))
+    gone = sum(p.original is None and p.shard not in changed for p in pictures)
+    others = sum(p.shard in changed for p in pictures)
     note = "Evenly spread over the quantiles of PSNR, from the best to the worst."
     if gone:
         note += f" {count(gone, 'original')} could not be read from the source any more."
+    if others:
+        note += f" {count(others, 'original')} left out: the source has changed since."
     return (
         f'<section><h2>Pictures</h2><p class="note">{note}</p>'
         f'<div class="gallery">{cards}</div></section>'
     )
 
 
-def card(p: Picture) -> str:
-    """One gallery entry."""
+def card(p: Picture, changed: bool) -> str:
+    """One gallery entry, of a source that may be another one by now."""
     if p.original is not None:
         original = image(p.original, "png", f"original of {p.key}", p)
     else:
-        original = '<div class="gone">source gone</div>'
+        original = f'<div class="gone">source {"changed" if changed else "gone"}</div>'
     reconstruction = image(p.reconstruction, "png", f"reconstruction of {p.key}", p)
     caption = p.caption if len(p.caption) <= CAPTION_CHARS else p.caption[:CAPTION_CHARS] + "…"
     return (

@@ -59,12 +59,12 @@ from splatshard.pipeline.source.patterns import (
     refuse_compressed,
     stem_of,
 )
-from splatshard.pipeline.source.read import count_samples
+from splatshard.pipeline.source.read import count_samples, source_sha256
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.fs import Stat
 from splatshard.pipeline.storage.options import redact, scheme_of
 from splatshard.schemas.errors import SourceError, UsageError
-from splatshard.schemas.shard import ShardRef
+from splatshard.schemas.shard import ShardManifest, ShardRef
 
 
 @dataclass
@@ -392,3 +392,18 @@ def _current(ref: ShardRef, found: dict[str, Stat]) -> ShardRef:
     if ref.kind == "folder":
         return replace(ref, size_bytes=size_bytes, etag=_etag_of(ref.root, ref.urls, found))
     return replace(ref, size_bytes=size_bytes, etag=found[ref.urls[0]].etag)
+
+
+def is_source_of(ref: ShardRef, manifest: ShardManifest) -> bool:
+    """Whether the files of `ref` are, by now, those that the shard was made of: by size and etag,
+    and where the etag is another one, or there is none, by their checksum.
+
+    Raises SourceError when a place cannot be read, and UnavailableError.
+    """
+    (now,), before = current([ref]), manifest.inputs["source"]
+    if now.size_bytes != before.get("size_bytes"):
+        return False
+    if now.etag and now.etag == before.get("etag"):
+        return True
+    checksum = source_sha256(replace(now, limit=before.get("limit")))
+    return bool(checksum) and checksum == manifest.source_sha256

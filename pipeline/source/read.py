@@ -78,6 +78,17 @@ def _some(extensions: frozenset[str]) -> str:
     return ", ".join(f".{extension}" for extension in sorted(extensions))
 
 
+def source_sha256(ref: ShardRef) -> str:
+    """The checksum that the shard's marker would hold; "" for a source that is damaged by now."""
+    digest = hashlib.sha256()
+    try:
+        for _ in read(ref, digest):
+            pass
+    except SourceError:
+        return ""
+    return digest.hexdigest()
+
+
 def count_samples(ref: ShardRef, at_most: int) -> int:
     """How many samples `ref` has, up to `at_most`; image data is passed over where possible.
 

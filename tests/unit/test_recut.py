@@ -17,6 +17,7 @@ from splatshard.jobs.driver import execute
 from splatshard.jobs.driver.worker import Outcome
 from splatshard.pipeline.shards.commit import mark_failed, publish, remove, staged_file
 from splatshard.pipeline.shards.markers import read_manifest, read_markers
+from splatshard.pipeline.source import read
 from splatshard.schemas.errors import SourceError, StaleShardError
 from splatshard.schemas.shard import FailedShard, ShardManifest
 from tests.make import image_folder
@@ -52,7 +53,7 @@ def no_fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 1
 
     monkeypatch.setattr(execute, "drive", drive)
-    monkeypatch.setattr(convert, "source_sha256", lambda ref: "ab" * 32)
+    monkeypatch.setattr(read, "source_sha256", lambda ref: "ab" * 32)
     return failing
 
 
