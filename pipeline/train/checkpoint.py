@@ -7,7 +7,8 @@
         config.json          comes last: readers trust only a folder that has it
 
 Each file is written aside, synced and moved (or uploaded) to its place; config.json has the others'
-sizes and SHA-256, so a torn file is seen when it is loaded. A run that was killed while it wrote
+sizes and SHA-256, so a torn file is seen when it is loaded, and the step, so that one that was
+copied over another is. A run that was killed while it wrote
 leaves a folder without config.json, which the next checkpoint deletes. The newest one that is
 whole is where a run goes on.
 
@@ -27,9 +28,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +82,7 @@ class Checkpoint:
         try:
             with fs.local_copy(url, digest) as path:
                 if digest.hexdigest() == self.files.get(name, {}).get("sha256"):
-                    return load(path)
+                    return _loaded(url, load, path, self._remedy)
         except SourceError as e:
             raise CorruptShardError(f"{url} is missing: {self._remedy}") from e
         raise CorruptShardError(
@@ -89,6 +92,17 @@ class Checkpoint:
     @property
     def _remedy(self) -> str:
         return f"delete the folder {self.url}, and the one before is taken"
+
+
+def _loaded(url: str, load: Callable[[str], Any], path: str, remedy: str) -> Any:
+    """What `load` makes of `path`, a copy of `url`. Raises CorruptShardError for other contents."""
+    try:
+        return load(path)
+    except (UnpicklingError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as e:
+        raise CorruptShardError(
+            f"{url} holds more or something else than the tensors, numbers and texts of a run, and "
+            f"nothing else is loaded, since that could run code: {remedy}"
+        ) from e
 
 
 def save(
@@ -113,11 +127,11 @@ def save(
                 sweep(local_path(folder))  # what a killed process was writing
     atomic.delete(f"{url}/{CONFIG}")  # of a run that went on from an earlier one
     files = {
-        MODEL: lambda path: save_file(_plain(model), path),
-        STATE: lambda path: torch.save(dict(state), path),
+        MODEL: lambda path: _save_weights(_plain(model), path),
+        STATE: lambda path: _save_state(dict(state), path),
     }
     if average is not None:
-        files[AVERAGE] = lambda path: save_file(_plain(average), path)
+        files[AVERAGE] = lambda path: _save_weights(_plain(average), path)
     aside = local_path(dst) if is_local(dst) else scratch()
     entries = {name: _put(url, name, write, aside) for name, write in files.items()}
     values = to_dict(config)
@@ -131,6 +145,27 @@ def save(
 
 def _plain(weights: Weights) -> Weights:
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+
+
+def _save_weights(weights: Weights, path: Path) -> None:
+    """Raises OSErrors; safetensors says them in words."""
+    try:
+        save_file(weights, path)
+    except SafetensorError as e:
+        if found := re.search(r"os error (\d+)", str(e)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from e
+        raise
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    """Raises OSErrors; torch hides them behind its own."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as e:
+        if isinstance(e.__context__, OSError):
+            raise e.__context__ from None
+        raise
 
 
 def _put(url: str, name: str, write: Callable[[Path], None], aside: Path) -> dict[str, Any]:
@@ -178,14 +213,15 @@ def prune(dst: str, keep: int) -> None:
 
 
 def latest(dst: str) -> Checkpoint | None:
-    """The newest whole checkpoint of the run in `dst`; None where there is none."""
+    """The newest whole checkpoint of the run in `dst`; None where there is none. Raises
+    CorruptShardError where it cannot be understood, or is that of another step."""
     whole, _ = saved_steps(dst)
     return read_checkpoint(_folder(dst, whole[-1])) if whole else None
 
 
 def read_checkpoint(url: str) -> Checkpoint:
     """What config.json of the checkpoint at `url` says. Raises UsageError where there is none,
-    CorruptShardError where it cannot be understood."""
+    CorruptShardError where it cannot be understood, or the folder is named after another step."""
     url = url.rstrip("/")
     with storage_errors(url, "read"):
         try:
@@ -200,11 +236,23 @@ def read_checkpoint(url: str) -> Checkpoint:
             raise UsageError(
                 f"{url} is a checkpoint of version {found['version']}, this build reads {VERSION}"
             )
-        return Checkpoint(url, found["step"], found["config"], found["shards"], found["files"])
+        if type(found["step"]) is not int:
+            raise TypeError(f"step is {found['step']!r}")
+        checkpoint = Checkpoint(
+            url, found["step"], found["config"], found["shards"], found["files"]
+        )
     except (ValueError, KeyError, TypeError) as e:
         if isinstance(e, UsageError):
             raise
         raise CorruptShardError(f"{url}/{CONFIG} is damaged ({e}): delete that folder") from e
+    name = url.rpartition("/")[2]
+    if re.fullmatch("[0-9]{8,}", name) and int(name) != checkpoint.step:
+        raise CorruptShardError(
+            f"{url} holds the checkpoint of step {checkpoint.step}, which was put there from "
+            f"elsewhere: call the folder {checkpoint.step:08d}, or delete it, and the one before "
+            "is taken"
+        )
+    return checkpoint
 
 
 def refuse_changes(checkpoint: Checkpoint, config: TrainConfig) -> None:
@@ -239,7 +287,8 @@ def initial_weights(url: str) -> tuple[Weights, Checkpoint | None]:
         url, _, name = url.rpartition("/")
         if not fs.exists(f"{url}/{CONFIG}"):
             with fs.local_copy(f"{url}/{name}", hashlib.sha256()) as path:
-                return load_file(path), None
+                other = "give a file of safetensors, or the dst of another run"
+                return _loaded(f"{url}/{name}", load_file, path, other), None
     found = read_checkpoint(url) if fs.exists(f"{url}/{CONFIG}") else latest(url)
     if found is None:
         raise UsageError(f"init is {url}: no checkpoint is there; give the dst of another run")
