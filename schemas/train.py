@@ -7,6 +7,7 @@ config.json, which `from_dict` of plain.py reads back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -103,9 +104,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What pipeline/data/augment.py does to the training samples; see `Augment` there for the exact
-    meaning. With these defaults nothing but the size changes. The same numbers do the same to
-    images (pipeline/data/augment_pixels.py), but for dropout, which they cannot have."""
+    """What is done to the training samples: to Gaussians by pipeline/data/augment.py, to images by
+    augment_pixels.py beside it, the same with the same numbers, but for dropout, which images
+    cannot have. With these defaults only the size changes.
+
+    Ranges are drawn from evenly, for each image on its own; a factor of 0.4 means 0.6 to 1.4.
+    """
 
     height: int = 224
     """Of the augmented image, px; a model that reads images wants its image_size."""
@@ -114,7 +118,8 @@ class AugmentConfig:
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Share of the image's area in the crop; (1, 1) takes the whole image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width / height of the crop."""
+    """Width / height of the crop, drawn evenly on a logarithmic scale; a crop that would be wider
+    or higher than the image is clamped to it. Without meaning for the whole image."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
     rotation: float = 0.0
@@ -122,11 +127,11 @@ class AugmentConfig:
     shear: float = 0.0
     """Degrees, at most, either way, along x."""
     zoom: tuple[float, float] = (1.0, 1.0)
-    """Factor about the centre."""
+    """Factor about the centre, drawn evenly on a logarithmic scale."""
     shift: float = 0.0
     """Share of width and height, at most, either way."""
     brightness: float = 0.0
-    """Factor of all colours: 0.4 means 0.6 to 1.4."""
+    """Factor of all colours."""
     contrast: float = 0.0
     """Factor of the distance to the mean grey; adds one Gaussian to each image."""
     saturation: float = 0.0
@@ -138,7 +143,32 @@ class AugmentConfig:
     dropout: float = 0.0
     """Probability of each Gaussian to be left out; one is always kept."""
     rescale: bool = False
-    """Divide the colours of those that dropout keeps by the probability of keeping."""
+    """Divide the colours of those that dropout keeps by the probability of keeping, so that the
+    expected picture is the same."""
+
+    def __post_init__(self) -> None:
+        for names, lowest, highest, remedy in _AUGMENT_RANGES:
+            for name in names:
+                value = getattr(self, name)
+                _check(lowest <= value <= highest, f"augment.{name}", value, f"choose {remedy}")
+        below = 0 <= self.dropout < 1
+        _check(below, "augment.dropout", self.dropout, "choose 0 (off) to below 1")
+        low, high = self.crop_scale
+        remedy = "choose two shares, 0 < low <= high <= 1"
+        _check(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, remedy)
+        for name in ("crop_ratio", "zoom"):
+            low, high = getattr(self, name)
+            remedy = "choose two numbers, 0 < low <= high"
+            _check(0 < low <= high < math.inf, f"augment.{name}", (low, high), remedy)
+
+
+_AUGMENT_RANGES = (
+    (("height", "width"), 1, 65536, "1 to 65536 px"),
+    (("flip", "grayscale"), 0, 1, "a probability, 0 to 1"),
+    (("shift", "brightness", "contrast", "saturation"), 0, 1, "0 (off) to 1"),
+    (("rotation", "hue"), 0, 180, "0 (off) to 180 degrees"),
+    (("shear",), 0, 80, "0 (off) to 80 degrees"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from splatshard.pipeline.splats import Splats
-from splatshard.schemas.errors import UsageError
+from splatshard.schemas.train import AugmentConfig
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of R, G, B in greyscale (ITU-R BT.601), as Pillow's."""
@@ -48,76 +48,6 @@ TO_YIQ = (LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135
 FLAT = 4096.0
 """Standard deviation of a Gaussian that is constant over a picture, in diagonals of the picture:
 exp(-q / 2) > 1 - 2^-26 everywhere, which is 1 in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """What `augment` does. With these defaults only the size changes, as for evaluation.
-
-    Ranges are drawn from evenly, for each image on its own; a factor of 0.4 means 0.6 to 1.4.
-    """
-
-    height: int = 224
-    """Of the augmented image, px."""
-    width: int = 224
-    """Of the augmented image, px."""
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Share of the image's area in the crop; (1, 1) takes the whole image."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width / height of the crop, drawn evenly on a logarithmic scale; a crop that would be wider
-    or higher than the image is clamped to it. Without meaning for the whole image."""
-    flip: float = 0.0
-    """Probability of a horizontal flip."""
-    rotation: float = 0.0
-    """Degrees, at most, either way."""
-    shear: float = 0.0
-    """Degrees, at most, either way, along x."""
-    zoom: tuple[float, float] = (1.0, 1.0)
-    """Factor about the centre, drawn evenly on a logarithmic scale."""
-    shift: float = 0.0
-    """Share of width and height, at most, either way."""
-    brightness: float = 0.0
-    """Factor of all colours."""
-    contrast: float = 0.0
-    """Factor of the distance to the mean grey; adds one Gaussian to each image, see `contrast`."""
-    saturation: float = 0.0
-    """Factor of the distance to greyscale."""
-    hue: float = 0.0
-    """Degrees, at most, either way."""
-    grayscale: float = 0.0
-    """Probability of no colours at all."""
-    dropout: float = 0.0
-    """Probability of each Gaussian to be left out; one is always kept."""
-    rescale: bool = False
-    """Divide the colours of those that dropout keeps by the probability of keeping, so that the
-    expected picture is the same."""
-    cutoff: float = 3.0
-    """Standard deviations beyond which a Gaussian is zero, from the shard's metadata; Gaussians
-    that do not reach into the image are hidden."""
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            _check(1 <= getattr(self, name) <= 65536, name, self, "choose 1 to 65536 px")
-        for name in ("flip", "grayscale"):
-            _check(0 <= getattr(self, name) <= 1, name, self, "choose a probability, 0 to 1")
-        for name in ("brightness", "contrast", "saturation"):
-            _check(0 <= getattr(self, name) <= 1, name, self, "choose 0 (off) to 1")
-        for name in ("rotation", "hue"):
-            _check(0 <= getattr(self, name) <= 180, name, self, "choose 0 (off) to 180 degrees")
-        _check(0 <= self.shear <= 80, "shear", self, "choose 0 (off) to 80 degrees")
-        _check(0 <= self.shift <= 1, "shift", self, "choose 0 (off) to 1")
-        _check(0 <= self.dropout < 1, "dropout", self, "choose 0 (off) to below 1")
-        _check(0 < self.cutoff < math.inf, "cutoff", self, "choose a positive number")
-        low, high = self.crop_scale
-        _check(0 < low <= high <= 1, "crop_scale", self, "choose two shares, 0 < low <= high <= 1")
-        for name in ("crop_ratio", "zoom"):
-            low, high = getattr(self, name)
-            _check(0 < low <= high < math.inf, name, self, "choose two numbers, 0 < low <= high")
-
-
-def _check(ok: bool, name: str, config: Augment, remedy: str) -> None:
-    if not ok:
-        raise UsageError(f"augmentation: {name} is {getattr(config, name)}: {remedy}")
 
 
 DRAWS = 15
@@ -139,7 +69,7 @@ class Plan:
     contrast: Tensor
 
 
-def draw_plan(draws: Tensor, heights: Tensor, widths: Tensor, config: Augment) -> Plan:
+def draw_plan(draws: Tensor, heights: Tensor, widths: Tensor, config: AugmentConfig) -> Plan:
     """The plan that the numbers `draws` [B, DRAWS], from 0 to below 1, mean for images of
     `heights` x `widths` px (int [B])."""
     boxes = _random_boxes(draws[:, :4], heights.to(draws), widths.to(draws), config)
@@ -149,7 +79,12 @@ def draw_plan(draws: Tensor, heights: Tensor, widths: Tensor, config: Augment) -
 
 
 def augment(
-    splats: Splats, heights: Tensor, widths: Tensor, config: Augment, generator: torch.Generator
+    splats: Splats,
+    heights: Tensor,
+    widths: Tensor,
+    config: AugmentConfig,
+    generator: torch.Generator,
+    cutoff: float = 3.0,
 ) -> Splats:
     """The B images of heights x widths px (int [B]), each augmented in its own way, to images of
     `config.height` x `config.width` px; see `augment_with`. A generator of the CPU gives the same
@@ -160,17 +95,20 @@ def augment(
     if config.dropout and splats.mask.shape[1]:
         chance = torch.rand(splats.mask.shape, generator=generator, device=generator.device)
         chance = chance.to(splats.means.device)
-    return augment_with(splats, plan, config, chance)
+    return augment_with(splats, plan, config, chance, cutoff)
 
 
-def augment_with(splats: Splats, plan: Plan, config: Augment, chance: Tensor | None) -> Splats:
-    """The B images augmented by `plan`; `chance` [B, N] are dropout's numbers, from 0 to below 1.
+def augment_with(
+    splats: Splats, plan: Plan, config: AugmentConfig, chance: Tensor | None, cutoff: float = 3.0
+) -> Splats:
+    """The B images augmented by `plan`; `chance` [B, N] are dropout's numbers, from 0 to below 1;
+    `cutoff` is that of the shard's metadata.
 
     N stays, but is one more with contrast. Gaussians that can no longer be seen, or that dropout
     took, are masked; masked entries come back as padding: zeros and l11 = l22 = 1.
     """
     splats = affine(splats, plan.matrix, plan.offset)
-    splats = hide(splats, visible(splats, config.height, config.width, config.cutoff))
+    splats = hide(splats, visible(splats, config.height, config.width, cutoff))
     if config.dropout and splats.mask.shape[1]:
         assert chance is not None, "dropout needs numbers"
         kept = _not_none(chance >= config.dropout, chance, splats.mask)
@@ -178,11 +116,11 @@ def augment_with(splats: Splats, plan: Plan, config: Augment, chance: Tensor | N
     if changes_colors(config):
         splats = recolor(splats, plan.colors)
     if config.contrast:
-        splats = contrast(splats, plan.contrast, config.height, config.width, config.cutoff)
+        splats = contrast(splats, plan.contrast, config.height, config.width, cutoff)
     return splats
 
 
-def changes_colors(config: Augment) -> bool:
+def changes_colors(config: AugmentConfig) -> bool:
     """Whether a plan's colour matrix is more than the identity."""
     return bool(config.brightness or config.saturation or config.hue or config.grayscale)
 
@@ -268,7 +206,7 @@ def _diagonal(x: Tensor, y: Tensor) -> Tensor:
     return torch.diag_embed(torch.stack((x, y), -1))
 
 
-def _random_boxes(draws: Tensor, heights: Tensor, widths: Tensor, config: Augment) -> Tensor:
+def _random_boxes(draws: Tensor, heights: Tensor, widths: Tensor, config: AugmentConfig) -> Tensor:
     """Boxes [B, 4] as `crop` takes them, inside the images; draws [B, 4] in 0..1."""
     area, ratio, x, y = draws.unbind(1)
     if config.crop_scale == (1.0, 1.0):
@@ -279,7 +217,7 @@ def _random_boxes(draws: Tensor, heights: Tensor, widths: Tensor, config: Augmen
     return torch.stack((x * (widths - width), y * (heights - height), width, height), -1)
 
 
-def _random_map(draws: Tensor, config: Augment) -> Map:
+def _random_map(draws: Tensor, config: AugmentConfig) -> Map:
     """Flip, shear, rotation and zoom about the centre of the new image, and a shift."""
     flipped, angle, slope, zoom, *shift = draws.unbind(1)
     one = torch.ones_like(angle)
@@ -369,7 +307,7 @@ def mean_color(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> 
     return (weight[:, None] @ splats.colors)[:, 0]
 
 
-def _random_colors(draws: Tensor, config: Augment) -> tuple[Tensor, Tensor]:
+def _random_colors(draws: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
     """Brightness, saturation, hue and greyscale as one matrix [B, 3, 3], and contrast's factors
     [B]; draws [B, 5]."""
     brightness, contrast_, saturation, hue, gray = draws.unbind(1)

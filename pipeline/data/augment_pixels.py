@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splatshard.pipeline.data.augment import LUMA, Augment, Plan, changes_colors, constant
+from splatshard.pipeline.data.augment import LUMA, Plan, changes_colors, constant
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.train import AugmentConfig
 
 
-def check_pixels(config: Augment) -> None:
+def check_pixels(config: AugmentConfig) -> None:
     """Raises UsageError for what cannot be done to pixels."""
     if config.dropout:
         raise UsageError(
@@ -28,7 +29,7 @@ def check_pixels(config: Augment) -> None:
         )
 
 
-def augment_pixels(pixels: Tensor, plan: Plan, config: Augment) -> Tensor:
+def augment_pixels(pixels: Tensor, plan: Plan, config: AugmentConfig) -> Tensor:
     """Images float [B, 3, H, W], white is 1, augmented by `plan` to [B, 3, config.height,
     config.width]. Raises UsageError for dropout."""
     check_pixels(config)
@@ -43,7 +44,7 @@ def augment_pixels(pixels: Tensor, plan: Plan, config: Augment) -> Tensor:
     return pixels
 
 
-def sources(plan: Plan, config: Augment, width: int, height: int) -> Tensor:
+def sources(plan: Plan, config: AugmentConfig, width: int, height: int) -> Tensor:
     """Where each pixel of the augmented images lies in those of `width` x `height` px:
     [B, config.height, config.width, 2], x and y from -1 to 1 between the borders."""
     kind = {"dtype": plan.matrix.dtype, "device": plan.matrix.device}

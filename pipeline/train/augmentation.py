@@ -8,11 +8,9 @@ hashed from that (data/random_numbers.py).
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-
 from torch import Tensor
 
-from splatshard.pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
+from splatshard.pipeline.data.augment import DRAWS, augment_with, draw_plan
 from splatshard.pipeline.data.augment_pixels import augment_pixels
 from splatshard.pipeline.data.random_numbers import uniform
 from splatshard.pipeline.splats import Splats
@@ -22,13 +20,6 @@ START = 0x5851F42D4C957F2D
 """What tells the two uses of a sample's seed apart: any 63 bits."""
 
 
-def augment_of(config: AugmentConfig, cutoff: float | None) -> Augment:
-    """`config` for shards with this cutoff, or for images (None). Raises UsageError for values it
-    does not take."""
-    found = Augment(**asdict(config))
-    return found if cutoff is None else replace(found, cutoff=cutoff)
-
-
 def start_seeds(seeds: Tensor) -> Tensor:
     """Seeds [B] of the Gaussians that GViT starts from: `uniform` of them has nothing to do with
     the numbers that augment the same samples."""
@@ -36,17 +27,22 @@ def start_seeds(seeds: Tensor) -> Tensor:
 
 
 def augmented(
-    splats: Splats, heights: Tensor, widths: Tensor, config: Augment, seeds: Tensor
+    splats: Splats,
+    heights: Tensor,
+    widths: Tensor,
+    config: AugmentConfig,
+    seeds: Tensor,
+    cutoff: float,
 ) -> Splats:
     """As `pipeline.data.augment.augment`, with `seeds` (int64 [B]) in place of a generator."""
     numbers = uniform(seeds, DRAWS + splats.mask.shape[1] * bool(config.dropout))
     draws, chance = numbers[:, :DRAWS], numbers[:, DRAWS:]
     plan = draw_plan(draws.to(splats.means), heights, widths, config)
-    return augment_with(splats, plan, config, chance)
+    return augment_with(splats, plan, config, chance, cutoff)
 
 
 def augmented_pixels(
-    pixels: Tensor, heights: Tensor, widths: Tensor, config: Augment, seeds: Tensor
+    pixels: Tensor, heights: Tensor, widths: Tensor, config: AugmentConfig, seeds: Tensor
 ) -> Tensor:
     """Images float [B, 3, H, W] by the plans that `augmented` has for the same seeds."""
     draws = uniform(seeds, DRAWS).to(pixels)

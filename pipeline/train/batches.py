@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
-from splatshard.pipeline.data.augment import Augment
 from splatshard.pipeline.data.augment_pixels import check_pixels
 from splatshard.pipeline.data.base import Ordering
 from splatshard.pipeline.data.batch import values_of
@@ -29,11 +28,11 @@ from splatshard.pipeline.models.clip import load_tokenizer, tokenize
 from splatshard.pipeline.models.gvit import UNGUIDED, Guidance
 from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.pipeline.splats import Splats
-from splatshard.pipeline.train.augmentation import augment_of, augmented, augmented_pixels
+from splatshard.pipeline.train.augmentation import augmented, augmented_pixels
 from splatshard.pipeline.train.distributed import World, ignore_signals, on_rank_zero
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.splats import TEACHER
-from splatshard.schemas.train import TrainConfig
+from splatshard.schemas.train import AugmentConfig, TrainConfig
 
 State = dict[str, Any]
 Dataset = SplatDataset | ImageDataset
@@ -182,7 +181,6 @@ class Feed:
         self.steps_per_epoch = len(self.dataset)
         constants = constants_of(self.dataset, config)
         self.cutoff: float | None = constants["cutoff"]
-        self.augment = config.augment and augment_of(config.augment, self.cutoff)
         self.state: State = self.dataset.state_dict()
         self.shards = {"data": self.state["data"], **constants}
         self.waited_s = 0.0
@@ -227,9 +225,10 @@ class Feed:
         step = step.to(self.world.device)
         if isinstance(step.batch, ImageBatch):
             step = replace(step, batch=step.batch.floating())
-        if self.augment is None:
+        augment = self.config.augment
+        if augment is None:
             return step
-        return replace(step, batch=augmented_batch(step.batch, self.augment, step.seeds))
+        return replace(step, batch=augmented_batch(step.batch, augment, step.seeds, self.cutoff))
 
     def _complain(self, step: Step) -> None:
         assert step.problem is not None
@@ -259,7 +258,7 @@ def check_images(config: TrainConfig) -> None:
         )
     if config.augment is None:
         return
-    check_pixels(augment_of(config.augment, None))
+    check_pixels(config.augment)
     size, side = (
         (config.augment.height, config.augment.width),
         image_config(config.model).image_size,
@@ -302,9 +301,10 @@ def open_dataset(config: TrainConfig, world: World) -> Dataset:
 
 
 def augmented_batch(
-    batch: TrainBatch | ImageBatch, config: Augment, seeds: Tensor
+    batch: TrainBatch | ImageBatch, config: AugmentConfig, seeds: Tensor, cutoff: float | None
 ) -> TrainBatch | ImageBatch:
-    """`batch` augmented, sample by sample by `seeds` (int64 [B]), to images of `config`'s size."""
+    """`batch` augmented, sample by sample by `seeds` (int64 [B]), to images of `config`'s size;
+    `cutoff` of the shards, None of images."""
     sides = {
         "heights": torch.full_like(batch.heights, config.height),
         "widths": torch.full_like(batch.widths, config.width),
@@ -313,7 +313,8 @@ def augmented_batch(
         if isinstance(batch, ImageBatch):
             pixels = augmented_pixels(batch.pixels, batch.heights, batch.widths, config, seeds)
             return replace(batch, pixels=pixels, **sides)
-        splats = augmented(batch.splats, batch.heights, batch.widths, config, seeds)
+        assert cutoff is not None, "splats have a cutoff"
+        splats = augmented(batch.splats, batch.heights, batch.widths, config, seeds, cutoff)
         return replace(batch, splats=splats, **sides)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splatshard.pipeline.data.augment import (
-    Augment,
-)
 from splatshard.pipeline.splats import Splats, covariances
+from splatshard.schemas.train import AugmentConfig
 
 HEIGHT, WIDTH = 20, 28
-FULL = Augment(
+FULL = AugmentConfig(
     height=24,
     width=16,
     crop_scale=(0.2, 0.9),

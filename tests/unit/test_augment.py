@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splatshard.pipeline.data.augment import (
-    Augment,
     augment,
     constant,
     hide,
@@ -19,6 +18,7 @@ from splatshard.pipeline.data.augment import (
 from splatshard.pipeline.kernels import reference
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.train import AugmentConfig
 from tests.unit.augmented import (
     FULL,
     HEIGHT,
@@ -32,7 +32,7 @@ from tests.unit.augmented import (
 )
 
 
-def drawn(config: Augment, batch: int = 6, seed: int = 1, dtype=torch.float64) -> Splats:
+def drawn(config: AugmentConfig, batch: int = 6, seed: int = 1, dtype=torch.float64) -> Splats:
     splats = some_splats(batch, 40, dtype=dtype)
     sizes = torch.full((batch,), HEIGHT), torch.full((batch,), WIDTH)
     return augment(splats, *sizes, config, torch.Generator().manual_seed(seed))
@@ -40,7 +40,7 @@ def drawn(config: Augment, batch: int = 6, seed: int = 1, dtype=torch.float64) -
 
 def test_by_default_only_the_size_changes() -> None:
     splats = some_splats(6, 40)
-    after = drawn(Augment(height=2 * HEIGHT, width=2 * WIDTH))
+    after = drawn(AugmentConfig(height=2 * HEIGHT, width=2 * WIDTH))
     inside = centers(6, 2 * HEIGHT, 2 * WIDTH) / 2
     close(
         reference.render(after, 2 * HEIGHT, 2 * WIDTH),
@@ -49,7 +49,9 @@ def test_by_default_only_the_size_changes() -> None:
 
 
 GEOMETRY = replace(FULL, brightness=0, contrast=0, saturation=0, hue=0, grayscale=0, dropout=0)
-COLORS = Augment(height=HEIGHT, width=WIDTH, brightness=0.4, saturation=0.4, hue=40, grayscale=0.3)
+COLORS = AugmentConfig(
+    height=HEIGHT, width=WIDTH, brightness=0.4, saturation=0.4, hue=40, grayscale=0.3
+)
 
 
 def test_random_geometry_is_one_affine_map_of_each_image() -> None:
@@ -72,7 +74,7 @@ def test_random_geometry_is_one_affine_map_of_each_image() -> None:
 
 
 def test_random_colours_are_one_matrix_for_each_image() -> None:
-    before = drawn(Augment(height=HEIGHT, width=WIDTH))
+    before = drawn(AugmentConfig(height=HEIGHT, width=WIDTH))
     after = drawn(COLORS)
     points = some_points(6)
     for i in range(6):
@@ -85,13 +87,13 @@ def test_random_colours_are_one_matrix_for_each_image() -> None:
 
 @given(st.integers(0, 10_000))
 def test_crops_stay_in_the_image_and_in_their_ranges(seed: int) -> None:
-    config = Augment(height=10, width=10, crop_scale=(0.1, 0.5), crop_ratio=(0.5, 2.0))
+    config = AugmentConfig(height=10, width=10, crop_scale=(0.1, 0.5), crop_ratio=(0.5, 2.0))
     corners = torch.tensor([[0.0, 0], [WIDTH, HEIGHT]]).double().expand(4, 2, 2)
     unit = torch.tensor([1.0, 0, 1]).double().expand(4, 2, 3)
     splats = Splats(corners, unit, unit, torch.ones(4, 2, dtype=torch.bool))
     sizes = torch.full((4,), HEIGHT), torch.full((4,), WIDTH)
-    config = replace(config, cutoff=1e6)  # so that both corners stay
-    after = augment(splats, *sizes, config, torch.Generator().manual_seed(seed)).means
+    generator = torch.Generator().manual_seed(seed)
+    after = augment(splats, *sizes, config, generator, 1e6).means  # so far, both corners stay
     scale = (after[:, 1] - after[:, 0]) / torch.tensor([WIDTH, HEIGHT])
     left_top, size = -after[:, 0] / scale, 10 / scale
     assert (left_top > -1e-6).all()
@@ -175,7 +177,6 @@ def test_empty_batches_images_and_rows_that_pad_a_batch() -> None:
         ("shear", 90.0),
         ("shift", 2.0),
         ("dropout", 1.0),
-        ("cutoff", math.inf),
         ("crop_scale", (0.0, 1.0)),
         ("crop_scale", (0.5, 1.1)),
         ("crop_ratio", (2.0, 1.0)),
@@ -183,8 +184,8 @@ def test_empty_batches_images_and_rows_that_pad_a_batch() -> None:
     ],
 )
 def test_bad_settings_are_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(UsageError, match=rf"augmentation: {name} is .*: choose"):
-        Augment(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=rf"augment\.{name} is .*: choose"):
+        AugmentConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_constants_are_made_once_and_take_part_in_gradients() -> None:

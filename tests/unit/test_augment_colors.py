@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from splatshard.pipeline.data.augment import (
-    Augment,
     affine,
     augment,
     brightness_matrix,
@@ -24,6 +23,7 @@ from splatshard.pipeline.data.augment import (
     saturation_matrix,
 )
 from splatshard.pipeline.kernels import reference
+from splatshard.schemas.train import AugmentConfig
 from tests.unit.augmented import (
     HEIGHT,
     WIDTH,
@@ -121,9 +121,9 @@ def test_dropout_on_average(rescale: bool) -> None:
     """The mean of 3,000 draws against the picture; deviations fall with their square root."""
     one, points = some_splats(1, 8), some_points(1, 50)
     many = one[torch.zeros(3000, dtype=torch.long)]
-    config = Augment(height=HEIGHT, width=WIDTH, dropout=0.25, rescale=rescale, cutoff=1e3)
+    config = AugmentConfig(height=HEIGHT, width=WIDTH, dropout=0.25, rescale=rescale)
     sizes = torch.full((3000,), HEIGHT), torch.full((3000,), WIDTH)
-    after = augment(many, *sizes, config, torch.Generator().manual_seed(5))
+    after = augment(many, *sizes, config, torch.Generator().manual_seed(5), 1e3)
     assert abs(float(after.mask.sum() / many.mask.sum()) - 0.75) < 0.02
     found = picture(after, points.expand(3000, -1, -1)).mean(0, keepdim=True)
     close(found, picture(one, points) * (1.0 if rescale else 0.75), atol=0.08)
@@ -131,9 +131,9 @@ def test_dropout_on_average(rescale: bool) -> None:
 
 def test_dropout_always_keeps_one() -> None:
     splats = some_splats(3, 5)
-    config = Augment(dropout=0.999, cutoff=1e3)
+    config = AugmentConfig(dropout=0.999)
     sizes = torch.full((3,), HEIGHT), torch.full((3,), WIDTH)
     for seed in range(20):
-        after = augment(splats, *sizes, config, torch.Generator().manual_seed(seed))
+        after = augment(splats, *sizes, config, torch.Generator().manual_seed(seed), 1e3)
         assert (after.num_gaussians >= 1).all()
         assert not (after.mask & ~splats.mask).any()

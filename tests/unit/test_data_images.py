@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset
-from splatshard.pipeline.data.augment import DRAWS, Augment, augment_with, draw_plan
+from splatshard.pipeline.data.augment import DRAWS, augment_with, draw_plan
 from splatshard.pipeline.data.augment_pixels import augment_pixels
 from splatshard.pipeline.data.random_numbers import uniform
 from splatshard.pipeline.kernels import reference
@@ -30,6 +30,7 @@ from splatshard.pipeline.train.distributed import World
 from splatshard.pipeline.train.loop import train
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import SourceError, UsageError
+from splatshard.schemas.train import AugmentConfig
 from tests.make import image_folder, image_parquet, imagenet_tar, jpeg, write_parquet, write_tar
 from tests.splat_shards import keys_of
 from tests.training import images_config, toy_config
@@ -229,7 +230,7 @@ def test_a_mixture_of_images(tmp_path: Path) -> None:
 
 # Augmentation
 
-FULL = Augment(
+FULL = AugmentConfig(
     height=40, width=48, crop_scale=(0.3, 0.9), flip=0.5, rotation=25, shear=10, zoom=(0.8, 1.3),
     shift=0.1, brightness=0.3, contrast=0.3, saturation=0.4, hue=30, grayscale=0.2,
 )  # fmt: skip
@@ -261,7 +262,7 @@ def test_pixels_are_augmented_as_splats_are(contrast: float, least: float) -> No
 
 def test_without_augmentation_pixels_stay() -> None:
     pixels, side = torch.rand(2, 3, 12, 12), torch.tensor([12, 12])
-    config = Augment(height=12, width=12)
+    config = AugmentConfig(height=12, width=12)
     plan = draw_plan(torch.rand(2, DRAWS), side, side, config)
     torch.testing.assert_close(augment_pixels(pixels, plan, config), pixels, atol=1e-5, rtol=0)
     config = replace(config, flip=1.0)

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.jobs.train import Shown, step_line
-from splatshard.pipeline.train.augmentation import augment_of
 from splatshard.pipeline.train.batches import augmented_batch
 from splatshard.pipeline.train.distributed import World
 from splatshard.pipeline.train.losses import STAGES, clamp
@@ -136,7 +135,7 @@ def test_a_step_copies_nothing_to_the_device(
         step = step_of(stage=stage)
         step = replace(step.to(here.device), guidance=step.guidance)
         with Copies() as copies:
-            batch = augmented_batch(step.batch, augment_of(small, 3.0), step.seeds)
+            batch = augmented_batch(step.batch, small, step.seeds, 3.0)
             gradients(replace(step, batch=batch), number)
     assert copies.found == []
 
