@@ -178,10 +178,8 @@ def opponent(device: torch.device | None = None) -> Tensor:
     return torch.tensor(OPPONENT, dtype=torch.double, device=device)
 
 
-@lru_cache(maxsize=16)
-def hilbert_tables(level: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Place on the curve of each cell [y, x], int64 [2^level, 2^level], and the cell y 2^level + x
-    of each place.
+def hilbert_curve(level: int) -> Tensor:
+    """Place on a Hilbert curve of each cell [y, x], int64 [2^level, 2^level].
 
     A curve of twice the side is four copies: mirrored on the diagonal (top left), twice as it is
     (bottom), mirrored on the other diagonal (top right).
@@ -192,4 +190,12 @@ def hilbert_tables(level: int, device: torch.device | None = None) -> tuple[Tens
         top = torch.cat((curve.T, 3 * cells + curve.T.flip(0, 1)), 1)
         bottom = torch.cat((cells + curve, 2 * cells + curve), 1)
         curve = torch.cat((top, bottom))
+    return curve
+
+
+@lru_cache(maxsize=16)
+def hilbert_tables(level: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """`hilbert_curve`, int64 [2^level, 2^level], and the cell y 2^level + x of each place, int64
+    [4^level]."""
+    curve = hilbert_curve(level)
     return curve.to(device), torch.argsort(curve.flatten()).to(device)

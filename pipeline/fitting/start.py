@@ -23,11 +23,11 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from splatshard.pipeline.codec.layout import hilbert_curve
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.blur import blur
 from splatshard.pipeline.kernels.solve_colors import solve_colors
@@ -148,18 +148,9 @@ def sample_density(rho: Tensor, n: int) -> Tensor:
 def hilbert_order(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Raster indices of an H x W picture's pixels in the order of a Hilbert curve over it, int64
     [H * W]."""
-    side = 1 << max(1, (max(height, width) - 1).bit_length())
-    y, x = np.divmod(np.arange(height * width), width)
-    index = np.zeros_like(x)
-    half = side // 2
-    while half:
-        right, below = (x & half) > 0, (y & half) > 0
-        index += half * half * ((3 * right) ^ below)
-        mirrored, turned = right & ~below, ~below
-        x, y = np.where(mirrored, side - 1 - x, x), np.where(mirrored, side - 1 - y, y)
-        x, y = np.where(turned, y, x), np.where(turned, x, y)
-        half //= 2
-    return torch.from_numpy(np.argsort(index, kind="stable")).to(device)
+    level = max(1, (max(height, width) - 1).bit_length())
+    places = hilbert_curve(level)[:height, :width]
+    return torch.argsort(places.flatten(), stable=True).to(device)
 
 
 def cholesky_along_edges(tensor: Tensor, sigma: Tensor) -> Tensor:
