@@ -1,6 +1,7 @@
 """The splat encoder: stem, resampler, and the blocks of transformers' CLIP vision model.
 
-    B images, N Gaussians, T tokens, D width
+    B images, N Gaussians, T tokens (CLS among them once it is in front), D width; of an RGB model
+    H x W patches of P x P px
 
     splats -> stem [B, N, D] -> resampler [B, T, D] -> CLS in front -> blocks -> CLS [B, D]
 
@@ -94,12 +95,12 @@ class SplatEncoder(nn.Module):
         missing, unexpected = self.load_state_dict(blocks, strict=False)
         missing = [k for k in missing if k.startswith(shared)]
         assert not missing + unexpected, missing + unexpected
-        positions_PD = state["embeddings.position_embedding.weight"].float()
-        self.class_embedding.copy_(state["embeddings.class_embedding"] + positions_PD[0])
+        positions_TD = state["embeddings.position_embedding.weight"].float()
+        self.class_embedding.copy_(state["embeddings.class_embedding"] + positions_TD[0])
         if self.resampler is None:
             return
-        side = round((len(positions_PD) - 1) ** 0.5)
-        grid_DHW = positions_PD[1:].T.unflatten(1, (side, side))
+        side = round((len(positions_TD) - 1) ** 0.5)
+        grid_DHW = positions_TD[1:].T.unflatten(1, (side, side))
         places = self.resampler.anchors[None, None].to(grid_DHW)
         values = F.grid_sample(grid_DHW[None], places, padding_mode="border", align_corners=False)
         self.resampler.latents.copy_(values[0, :, 0].T)

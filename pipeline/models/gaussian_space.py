@@ -1,6 +1,6 @@
 """The space in which GViT predicts Gaussians: nine unconstrained numbers each.
 
-    B images, k Gaussians
+    B images, k Gaussians, C colours, H x W px
 
     g [B, k, 9] = x, y, log s1, log s2, angle, red, green, blue, opacity
 

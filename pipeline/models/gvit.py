@@ -1,6 +1,7 @@
 """GViT: Gaussians learned together with the classifier that reads them.
 
-    B images, P patches, k Gaussians, F features, D width of the predictor, C classes
+    B images, P patches, k Gaussians, T = 1 + P + k tokens, F features, D width of the predictor,
+    C classes; M and N places
 
     pixels [B, 3, H, W] -> patch embeddings [B, 1 + P, D] (as in PatchEncoder, CLS included)
     g0 [B, k, 9], drawn, in the pixels' colours -> features [B, k, F] -> Gaussian tokens [B, k, D]
@@ -160,11 +161,11 @@ class GaussianPredictor(nn.Module):
             features_BkF = self._features(g0)
             if self.config.bias == "distance":
                 bias = distance_bias(g0, self.config.predictor)
-        patches_BPD = self.tower.embeddings(normalised(pixels))
+        patches = self.tower.embeddings(normalised(pixels))  # [B, 1 + P, D]
         tokens_BkD = self.embedding(features_BkF)
         if bias is not None:  # autocast would cast it in every block, and keep each copy
             bias = bias.to(tokens_BkD.dtype)
-        x_BTD = torch.cat((patches_BPD, tokens_BkD.to(patches_BPD.dtype)), 1)
+        x_BTD = torch.cat((patches, tokens_BkD.to(patches.dtype)), 1)
         checkpointed = self.config.predictor.gradient_checkpointing
         x_BTD = run_blocks(self.tower, x_BTD, checkpointed, bias)
         x_BkD = cast(nn.Module, self.tower.post_layernorm)(x_BTD[:, -g0.shape[1] :])
@@ -215,13 +216,13 @@ def distance_bias(g0: Tensor, config: EncoderConfig) -> Tensor:
     side = config.image_size // config.patch_size
     patches_P2, _ = grid(config.tokens, side, side, g0.device)
     places_Bk2 = (1 + 2 * MARGIN) * g0[..., :2].sigmoid() - MARGIN
-    seen_BT2 = torch.cat((patches_P2.expand(len(g0), -1, -1), places_Bk2), 1)
-    distances_BkT = squared_distances(side * places_Bk2, side * seen_BT2)
+    seen_BM2 = torch.cat((patches_P2.expand(len(g0), -1, -1), places_Bk2), 1)
+    distances_BkM = squared_distances(side * places_Bk2, side * seen_BM2)
     heads = torch.arange(config.heads, device=g0.device)
     slopes = STEEPEST * FLATTEST ** (heads / max(1, config.heads - 1))
-    first, tokens = 1 + config.tokens, 1 + seen_BT2.shape[1]
+    first, tokens = 1 + config.tokens, 1 + seen_BM2.shape[1]
     bias = g0.new_zeros(len(g0), config.heads, tokens, tokens)
-    bias[:, :, first:, 1:] = -slopes[:, None, None] * distances_BkT[:, None]
+    bias[:, :, first:, 1:] = -slopes[:, None, None] * distances_BkM[:, None]
     return bias
 
 

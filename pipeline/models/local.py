@@ -1,6 +1,7 @@
 """Local tokens: a patch embedding of what the splats would render, without rendering.
 
-    B images, N Gaussians, T anchors, K nearest, J frequencies, F features, D width
+    B images, N Gaussians, T anchors, K nearest, J frequencies, R = 2 J - 1 real numbers of them,
+    F = 3 R features, D width; P x P px of a patch, Q = Y x X px of three by three patches
 
 Around each anchor a, the picture I under a Gaussian window, in waves:
 
@@ -69,17 +70,17 @@ class LocalTokens(nn.Module):
         """Make it the patch embedding `kernel_D3PP` of pixels standardised by `mean` and `std`
         [3], by least squares over three patches around; patches as wide as the spacing."""
         size = kernel_D3PP.shape[-1]
-        x_P = (torch.arange(3 * size) + 0.5) / size - 1.5
-        y_YX, x_YX = torch.meshgrid(x_P, x_P, indexing="ij")
+        x_X = (torch.arange(3 * size) + 0.5) / size - 1.5
+        y_YX, x_YX = torch.meshgrid(x_X, x_X, indexing="ij")
         p_Q2 = torch.stack((x_YX, y_YX), -1).flatten(0, 1).double()
         phase_QJ = p_Q2 @ self.waves_J2.cpu().double().T
         window_Q1 = (-p_Q2.square().sum(-1, keepdim=True) / (2 * WINDOW**2)).exp()
-        basis_QF = torch.cat((phase_QJ.cos(), -phase_QJ.sin()[:, 1:]), -1) * window_Q1
+        basis_QR = torch.cat((phase_QJ.cos(), -phase_QJ.sin()[:, 1:]), -1) * window_Q1
         target = kernel_D3PP.new_zeros(*kernel_D3PP.shape[:2], 3 * size, 3 * size)
         target[..., size : 2 * size, size : 2 * size] = kernel_D3PP / std[:, None, None]
         flat = target.flatten(2).double().cpu().permute(2, 1, 0).flatten(1)  # [Q, 3 D]
-        ridge = 1e-4 * basis_QF.square().sum(0).max() * torch.eye(basis_QF.shape[1]).double()
-        solved = torch.linalg.solve(basis_QF.T @ basis_QF + ridge, basis_QF.T @ flat)
+        ridge = 1e-4 * basis_QR.square().sum(0).max() * torch.eye(basis_QR.shape[1]).double()
+        solved = torch.linalg.solve(basis_QR.T @ basis_QR + ridge, basis_QR.T @ flat)
         weight = solved.unflatten(1, (3, -1)).permute(2, 0, 1).flatten(1)  # features: wave, colour
         self.projection.weight.copy_(weight * size * size)  # a sum over pixels, not an integral
         self.projection.bias.copy_(-(kernel_D3PP.sum((2, 3)) @ (mean / std)))
@@ -126,8 +127,8 @@ def coefficients(
     phase_BTKJ = torch.cat((mx, my), -1) @ waves_J2.T
     damping_BTKJ = spread_BTKJ.exp() * weight_BTK1
     real, imaginary = phase_BTKJ.cos() * damping_BTKJ, phase_BTKJ.sin() * damping_BTKJ
-    waves_BTF3 = torch.cat((real.mT @ color_BTK3, -(imaginary[..., 1:].mT @ color_BTK3)), -2)
-    return waves_BTF3.flatten(2)
+    waves_BTR3 = torch.cat((real.mT @ color_BTK3, -(imaginary[..., 1:].mT @ color_BTK3)), -2)
+    return waves_BTR3.flatten(2)
 
 
 def weightiest(
@@ -143,7 +144,7 @@ def weightiest(
     size = share + (colors_BN3.square().sum(-1) + 1e-30).log() / 2
     # the quadratic form of place - mean, as one matrix product
     one = torch.ones_like(x)
-    place_TJ = torch.stack((-x * x / 2, -x * y, -y * y / 2, x, y, one), -1)
+    place_T6 = torch.stack((-x * x / 2, -x * y, -y * y / 2, x, y, one), -1)
     far = size - (a * mx * mx + 2 * b * mx * my + c * my * my) / 2
-    gaussian_BNJ = torch.stack((a, b, c, a * mx + b * my, b * mx + c * my, far), -1)
-    return (place_TJ @ gaussian_BNJ.transpose(1, 2)).topk(count, dim=-1).indices
+    gaussian_BN6 = torch.stack((a, b, c, a * mx + b * my, b * mx + c * my, far), -1)
+    return (place_T6 @ gaussian_BN6.transpose(1, 2)).topk(count, dim=-1).indices

@@ -1,6 +1,6 @@
 """The RGB twin of the splat encoder: transformers' CLIP vision model on patches.
 
-    B images, T patches, D width
+    B images, T tokens (CLS and the patches), D width
 
 Parameters are named as in transformers' CLIPVisionModel, the blocks', norms' and projection's
 also as in SplatEncoder: a state dict of one fits the other there.

@@ -1,6 +1,6 @@
 """The stem: each Gaussian's parameters to one token.
 
-    B images, N Gaussians, F features, D width
+    B images, N Gaussians, K bands, F features, D width
 
     means, scales, angle, colours -> log, Fourier -> LayerNorm -> Linear, GELU, Linear -> tokens
 

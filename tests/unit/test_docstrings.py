@@ -1,4 +1,5 @@
-"""Every public function of pipeline/ that takes or returns tensors says their shapes."""
+"""Every public function of pipeline/ that takes or returns tensors says their shapes; letters of
+shapes in names such as `x_BTD` are explained."""
 
 from __future__ import annotations
 
@@ -18,6 +19,10 @@ STATE_DICT = "dict[str, Tensor]"
 
 SHAPE = re.compile(r"(?<![\w\])])\[(?!0\b)[\w.][^\[\]]*\]|\bscalars?\b")
 """`[B, N, 2]`, `[...]`, a scalar; not the range `[-1, 1]` or `[0, 1]`."""
+
+
+SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_((?:[A-Z0-9]|k(?=[A-Z0-9]))+)")
+"""`x_BTD`, `places_Bk2`; not `MAX_WIDTH`."""
 
 
 def functions(body: list[ast.stmt], above: str = "") -> Iterator[tuple[str, str, str]]:
@@ -74,3 +79,26 @@ def test_what_needs_no_shape() -> None:
     assert shapeless("def _own(x: Tensor) -> Tensor: ...") == []
     assert shapeless('class A:\n    """x [B]."""\n    def f(self) -> Tensor: ...') == []
     assert shapeless("class A:\n    def f(self) -> Tensor: ...") == ["A.f"]
+
+
+# Names that end with a shape
+
+
+def unexplained(source: str) -> set[str]:
+    """Letters of shapes in names that the module's docstring does not have as a word."""
+    tree = ast.parse(source)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    shapes = [found[1] for found in map(SUFFIXED.fullmatch, names) if found]
+    letters = {letter for shape in shapes for letter in shape if letter.isalpha()}
+    return letters - set(re.findall(r"\b\w\b", ast.get_docstring(tree) or ""))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("pipeline/models/")])
+def test_letters_of_shapes_are_explained(name: str) -> None:
+    assert unexplained((ROOT / name).read_text()) == set()
+
+
+def test_what_explains_a_letter() -> None:
+    source = '"""B images, T tokens."""\ndef f(x_BTD, MAX_WIDTH, spacing_2): places_Bk2 = x_BTD'
+    assert unexplained(source) == {"D", "k"}
