@@ -290,7 +290,7 @@ def output_config(config: ConvertConfig) -> dict[str, Any]:
         name: dataclasses.asdict(getattr(config, name))
         for name in ("decode", "fit", "prune", "pack")
     }
-    if config.teacher:  # no entry without one: shards made before there were teachers stay current
+    if config.teacher:  # no entry without one, as in recipes that know no teachers
         values = dataclasses.asdict(config.teacher)
         lists = {name: list(values[name]) for name in ("mean", "std")}  # as JSON has them
         stages["teacher"] = values | lists

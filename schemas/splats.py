@@ -21,7 +21,7 @@ FORMAT_VERSION = 2
 
 CodecName = Literal["fp16", "balanced", "compact"]
 CODECS = get_args(CodecName)
-"""Payload codecs that are written; format version 1 also had q11."""
+"""Payload codecs that are written; format version 1 also has q11."""
 
 PLANAR = ("balanced", "compact")
 """Codecs whose payloads are several columns, those of PLANES."""

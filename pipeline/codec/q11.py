@@ -1,4 +1,4 @@
-"""q11, the quantiser of format version 1: read, no longer written. schemas/FORMAT.md has it."""
+"""q11, the quantiser of format version 1, only read. schemas/FORMAT.md has it."""
 
 from __future__ import annotations
 

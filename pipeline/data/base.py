@@ -2,8 +2,8 @@
 
     shards -> order -> windows (loaded ahead) -> blocks -> batch
 
-    order.py    in which order                state.py    how far it was read
-    windows.py  what is loaded when
+    epoch_order.py  in which order            state.py    how far it was read
+    windows.py      what is loaded when
 
 What counts as read is what was delivered, though workers read ahead: every batch carries its place
 in the order, and `state_after(batch)` is the state to save with the checkpoint of its step. It fits

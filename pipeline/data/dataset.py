@@ -3,7 +3,7 @@
     markers -> shards -> order -> windows (loaded ahead) -> blocks -> batch
 
     catalog.py  which shards there are        filters.py  which of their rows are read
-    ordered.py  the order of samples, and how far it was read: the same for images (images.py)
+    base.py     the order of samples, and how far it was read: the same for images (images.py)
     files.py    opened and checked            cache.py    remote ones by way of a local disk
     read_parquet.py, read_tar.py              rows in memory, packed (block.py)
     batch.py    what comes out

@@ -4,7 +4,7 @@
 
 Images of any size: the encoder sees them at the size that it was trained on, and what it says is
 scaled. Any number of Gaussians, but it is best at the one that it was trained with. Colours are
-solved anew by the caller (init.py), so the cutoff need not be that of training. After arXiv
+solved anew by the caller (start.py), so the cutoff need not be that of training. After arXiv
 2506.23532, whose predictions are never refined.
 
 A recipe has such a start as `encoder:URL#DIGEST`, a checkpoint and the beginning of its weights'

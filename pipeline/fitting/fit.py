@@ -10,7 +10,7 @@ How this differs from the published loop (Adam 0.9/0.999 on raw parameters, thou
   4 pi s^2 |blur_s(residual)|^2. A move happens only if it wins more than it costs.
 - the step size holds, then falls linearly to 1 %.
 - means and sizes stay where a shard can hold them (`splats.bounds`). At 100 steps and 400 Gaussians
-  nothing gets there; of long fits, or a handful of Gaussians, what was stored was another picture.
+  nothing gets there; of long fits, or a handful of Gaussians, another picture would be stored.
 
 `whitened=False, relocate=False, schedule="cosine"` is the published loop (`--preset paper`).
 

@@ -149,8 +149,8 @@ def detail_tier(error: Tensor, total: int, config: FitConfig, backend: Backend) 
 
 
 def detail_splats(error: Tensor, total: int, config: FitConfig, backend: Backend) -> Splats:
-    """Start for an `error` [B, 3, H, W], signed and lifted: as `init.adaptive`, but dense where the
-    squared error is, sized by the spacing of all `total` Gaussians, and colours from black."""
+    """Start for an `error` [B, 3, H, W], signed and lifted: as `start.adaptive`, but dense where
+    the squared error is, sized by the spacing of all `total` Gaussians, and colours from black."""
     n = config.num_gaussians
     smooth = backend.blur or blur
     squares = smooth(error.square().sum(1, keepdim=True), BLUR_PX)

@@ -7,7 +7,7 @@ nor on vector widths. The twin is `reference.blur`.
 
 The cost per pixel is 2 radius multiplications and 4 radius additions; loops run along a row, so
 LLVM vectorises them without reordering a sum. Left out: two dense matrix products. On one thread,
-three planes of 224 px, they took 1.3 ms; this takes 0.15 at radius 3 and 4, as for 400
+three planes of 224 px, they take 1.3 ms; this takes 0.15 at radius 3 and 4, as for 400
 Gaussians, and 1.0 to 1.3 at 48, the most there is (one Gaussian).
 """
 

@@ -35,7 +35,7 @@ with a margin of 1.25, up to 15 % do."""
 ORDER_EVERY = 8
 """Steps that one order of the Gaussians serves. Windows change slowly: an order of up to 8 steps
 ago costs the backward kernel 3 % more instructions than one of the same step, up to 16 steps 6 %
-(replayed over CPU fits; benchmarks/gpu_counts.py). What a sort costs a GPU was not measured."""
+(replayed over CPU fits; benchmarks/gpu_counts.py). What a sort costs a GPU is not measured."""
 
 
 def device() -> torch.device:

@@ -228,7 +228,7 @@ def _differences(path: str, manifest: ShardManifest) -> list[str]:
         problems.append("it was made by another recipe than its marker says")
     found = survey(path, manifest.format)
     problems += found.problems
-    if "psnr_histogram" not in manifest.statistics:  # the first markers had none
+    if "psnr_histogram" not in manifest.statistics:  # early markers have none
         for name in ("psnr_histogram", "psnr_histogram_from"):
             found.statistics.pop(name, None)
     for name in ("samples", "counts", "statistics"):

@@ -86,9 +86,9 @@ def train(
 def train_here(
     config: TrainConfig, here: World, show: Show, asked: Callable[[], int]
 ) -> TrainResult:
-    """`train` in one of the processes. Its frame holds DDP, which holds the process group: that one
-    then ended outside of the barrier, when the other process was gone, and waited for it for ever
-    in 2 of 8 stopped runs of two processes; since then in none of 15."""
+    """`train` in one of the processes. Its frame holds DDP, which holds the process group. In the
+    frame of `train` that would end outside of the barrier, when the other process may be gone, and
+    wait for it for ever (2 of 8 stopped runs of two processes; so, none of 15)."""
     feed = Feed(config, here)
     steps = total_steps(config.optim, feed.steps_per_epoch)
     stage = stage_of(config, here.device)

@@ -1,5 +1,5 @@
 """Every public function of pipeline/ that takes or returns tensors says their shapes; letters of
-shapes in names such as `x_BTD` are explained."""
+shapes in names such as `x_BTD` are explained; files that are named exist."""
 
 from __future__ import annotations
 
@@ -102,3 +102,22 @@ def test_letters_of_shapes_are_explained(name: str) -> None:
 def test_what_explains_a_letter() -> None:
     source = '"""B images, T tokens."""\ndef f(x_BTD, MAX_WIDTH, spacing_2): places_Bk2 = x_BTD'
     assert unexplained(source) == {"D", "k"}
+
+
+# Files that are named
+
+HOUSE = [path for part in ("schemas", "pipeline", "jobs") for path in (ROOT / part).rglob("*.py")]
+FILES = {path.name for part in ("benchmarks", "tests") for path in (ROOT / part).rglob("*.py")}
+FILES |= {path.name for path in HOUSE}
+THEIRS = {"compiler.py"}
+"""Files of other packages."""
+
+
+def test_files_that_are_named_exist() -> None:
+    """In docstrings and comments, as `start.py` or `fitting/start.py`."""
+    named = {
+        (str(path.relative_to(ROOT)), name)
+        for path in HOUSE
+        for name in re.findall(r"(?<![\w.*{}])([a-z_0-9]+\.py)\b", path.read_text())
+    }
+    assert {pair for pair in named if pair[1] not in FILES | THEIRS} == set()
