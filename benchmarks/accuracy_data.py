@@ -226,9 +226,9 @@ def shuffle(splats: Inputs, folder: Path) -> Inputs:
             random = torch.Generator().manual_seed(number)
             metadata = shard_metadata_of(shard.path)
             rows = [shuffled(row, metadata, random) for row in shard.rows()]
-            told = shard_metadata("fp16", config.fit.cutoff, output_config(config))
+            fp16_metadata = shard_metadata("fp16", config.fit.cutoff, output_config(config))
             with staged_file(str(folder / split), shard.manifest.name) as path:
-                with open_writer(path, config.pack.format, told) as writer:
+                with open_writer(path, config.pack.format, fp16_metadata) as writer:
                     writer.write(rows)
                 ref, sha256 = refs[shard.manifest.name], shard.manifest.source_sha256
                 publish(str(folder / split), path, ref, config, sha256, len(rows))

@@ -39,11 +39,11 @@ def draw_ellipses(splats: Splats) -> Image.Image:
     picture = Image.new("RGB", (SIDE * zoom, SIDE * zoom))
     draw = ImageDraw.Draw(picture)
     scales, angles = scales_and_angles(splats.cholesky[0])
-    turn = torch.linspace(0, 2 * math.pi, 33)
+    angle = torch.linspace(0, 2 * math.pi, 33)
     for mean, (s1, s2), a, color in zip(
         splats.means[0], scales, angles, splats.colors[0], strict=True
     ):
-        u, v = s1 * turn.cos(), s2 * turn.sin()
+        u, v = s1 * angle.cos(), s2 * angle.sin()
         x = mean[0] + a.cos() * u - a.sin() * v
         y = mean[1] + a.sin() * u + a.cos() * v
         fill = tuple(int(c) for c in (color.abs() * 255 * 1.6 + 40).clamp(0, 255))

@@ -156,7 +156,7 @@ def execute(args: Args, place: Place, seed: int) -> list[dict[str, Any]]:
             base, model=model_of(args, place, kind), init_clip=str(folder / "teacher")
         )
         stage1 = replace(student, stage="distill", augment=None)
-        told: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         first = run(
             stage1,
             f"{folder}/taught",
@@ -164,7 +164,7 @@ def execute(args: Args, place: Place, seed: int) -> list[dict[str, Any]]:
             place.samples,
             args.first,
             STUDENT,
-            told,
+            records,
         )
         arms = {
             "1 + 2": (replace(student, init=first), args.second),
@@ -175,7 +175,7 @@ def execute(args: Args, place: Place, seed: int) -> list[dict[str, Any]]:
             dst = run(config, splats, folder / kind / arm, place.samples, epochs, STAGE2)
             found = result(place, seed, arm, kind, dst, held_out, epochs)
             if arm == "1 + 2":
-                found["cosine"] = [r["cosine"] for r in told if r["event"] == "step"][-1]
+                found["cosine"] = [r["cosine"] for r in records if r["event"] == "step"][-1]
             results.append(found)
     return results
 
@@ -187,9 +187,9 @@ def run(
     samples: int,
     epochs: int,
     trainable: tuple[str, ...] = ("*",),
-    told: list[dict[str, Any]] | None = None,
+    records: list[dict[str, Any]] | None = None,
 ) -> str:
-    """Train and return `dst`; records go to `told`."""
+    """Train and return `dst`; records go to `records`."""
     steps = epochs * (samples // config.data.batch_size)
     optim = replace(
         config.optim,
@@ -199,8 +199,8 @@ def run(
         label_smoothing=0.0,
     )
     config = replace(config, data=replace(config.data, src=src), dst=str(dst), optim=optim)
-    records = told if told is not None else []
-    train(config, lambda record: records.append(dict(record)))
+    kept = records if records is not None else []
+    train(config, lambda record: kept.append(dict(record)))
     return str(dst)
 
 
@@ -209,9 +209,9 @@ def result(
 ) -> dict[str, Any]:
     trained = load_trained(dst, "auto", torch.device("cpu"))
     found = zeroshot(trained, open_data(trained, held_out, 250), place.names, [PROMPT])
-    told = {"arm": arm, "resampler": resampler, "seed": seed, "epochs": epochs}
-    print(f"  {told}: {100 * found['metrics']['top1']:.1f} %", flush=True)
-    return told | {"samples": found["samples"], **found["metrics"]}
+    settings = {"arm": arm, "resampler": resampler, "seed": seed, "epochs": epochs}
+    print(f"  {settings}: {100 * found['metrics']['top1']:.1f} %", flush=True)
+    return settings | {"samples": found["samples"], **found["metrics"]}
 
 
 def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ class FitActor:
         self._timer = StageTimer()
         self._counters: dict[str, Counters] = {}
         self._backend: Backend | None = None
-        self._turns = threading.Semaphore(1)
+        self._slots = threading.Semaphore(1)
 
     def start(self, backend: str) -> Started:
         """Load everything; comes before any `convert`."""
@@ -171,7 +171,7 @@ class FitActor:
         except SplatshardError as e:
             return Started(error=str(e), node=node, pid=os.getpid())
         if self._backend.device.type != "cpu":
-            self._turns = threading.Semaphore(IN_FLIGHT)
+            self._slots = threading.Semaphore(IN_FLIGHT)
         self._timer = StageTimer()  # shares of time count from here
         return Started(backend=self._backend.name, node=node, pid=os.getpid())
 
@@ -250,7 +250,7 @@ class FitActor:
             on_batch,
             on_sample=on_sample,
             timer=self._timer,
-            slot=self._turn(),
+            slot=self._slot(),
             quarantine=dict(task.quarantine),
             attempt=task.attempt,
             replaces=task.replaces,
@@ -264,7 +264,7 @@ class FitActor:
 
         tried = 0
         quarantine = dict(task.quarantine)
-        with self._turn():
+        with self._slot():
             if span == READ:
                 batches = try_reading(task.ref, backend, self._timer)
             else:
@@ -280,8 +280,8 @@ class FitActor:
             raise _StopConverting
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._turns:
+    def _slot(self) -> Iterator[None]:
+        with self._slots:
             self._check()
             yield
 

@@ -119,8 +119,8 @@ def ellipses_of(splats: Splats) -> Tensor:
     sin t)."""
     import torch
 
-    turn = torch.linspace(0, 2 * math.pi, 33)
+    angle = torch.linspace(0, 2 * math.pi, 33)
     l11, l21, l22 = splats.cholesky[0].cpu().unbind(-1)
-    x = l11[:, None] * turn.cos()
-    y = l21[:, None] * turn.cos() + l22[:, None] * turn.sin()
+    x = l11[:, None] * angle.cos()
+    y = l21[:, None] * angle.cos() + l22[:, None] * angle.sin()
     return splats.means[0].cpu()[:, None] + torch.stack((x, y), -1)

@@ -88,8 +88,8 @@ def _pack_planar(
     columns: dict[str, Sequence[Payload]] = {}
     for name, part in parts.items():
         if name == last:
-            lost = squared_error(part, target, stored, cutoff, backend) - whole
-            share = torch.maximum(allowed - lost, LEAST_SHARE * allowed)
+            added = squared_error(part, target, stored, cutoff, backend) - whole
+            share = torch.maximum(allowed - added, LEAST_SHARE * allowed)
             columns[name] = planes.encode(quantise(part, target, stored, share, cutoff, backend))
             break
         fitted = fitted + backend.render(part, height, width, cutoff)

@@ -260,8 +260,8 @@ def hue_matrix(angle: Tensor) -> Tensor:
     to_yiq, from_yiq = (constant(rows, angle) for rows in _yiq())
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     rows = (zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos)
-    turn = torch.stack(rows, -1).unflatten(1, (3, 3))
-    return from_yiq @ turn @ to_yiq
+    rotation = torch.stack(rows, -1).unflatten(1, (3, 3))
+    return from_yiq @ rotation @ to_yiq
 
 
 @cache

@@ -41,12 +41,12 @@ PERIOD = 4096
 class WindowKey(NamedTuple):
     """Window number `number` of a lane's part of a source; `lane` is `lanes` for the rest.
 
-    `turn` counts how often the epoch has been through that part.
+    `cycle` counts how often the epoch has been through that part.
     """
 
     source: int
     lane: int
-    turn: int
+    cycle: int
     number: int
 
     @property
@@ -126,13 +126,13 @@ class EpochOrder:
         found: list[Span] = []
         while begin < end:
             grain, skipped = divmod(begin, self.grain)
-            turn, lane = divmod(grain, self.lanes)
+            row, lane = divmod(grain, self.lanes)
             size = min(end, begin + self.grain - skipped) - begin
             if self.choice is not None:
-                source, number = self.choice.at(lane, turn)
+                source, number = self.choice.at(lane, row)
                 found += self._looped(source, lane, number * self.grain + skipped, size)
             elif begin < self.per_lane * self.lanes:
-                found += self._windows(0, lane, 0, turn * self.grain + skipped, size)
+                found += self._windows(0, lane, 0, row * self.grain + skipped, size)
             else:
                 size = end - begin
                 offset = begin - self.per_lane * self.lanes
@@ -143,7 +143,7 @@ class EpochOrder:
     def window(self, key: WindowKey) -> Window:
         """The samples of a window, and their order."""
         begin, end = self._window_bounds(key)
-        line = self._line(key.source, key.turn)
+        line = self._line(key.source, key.cycle)
         first = int(np.searchsorted(line.starts, begin, "right")) - 1
         last = int(np.searchsorted(line.starts, end, "left"))
         pieces = []
@@ -151,7 +151,7 @@ class EpochOrder:
             start, stop = int(line.starts[i]), int(line.starts[i + 1])
             shard = int(line.shards[i])
             pieces.append(Piece(shard, max(begin, start) - start, min(end, stop) - start))
-        key_numbers = (*self.key, key.source, key.turn, key.lane + 1, key.number)
+        key_numbers = (*self.key, key.source, key.cycle, key.lane + 1, key.number)
         order = permutation(end - begin, *key_numbers) if self.shuffle else np.arange(end - begin)
         return Window(key.source, pieces, order)
 
@@ -159,19 +159,21 @@ class EpochOrder:
         """`size` samples from `offset` on of a lane's part, which begins anew at its end."""
         begin, end = self._region(source, lane)
         while size:
-            turn, place = divmod(offset, end - begin)
+            cycle, place = divmod(offset, end - begin)
             part = min(size, end - begin - place)
-            yield from self._windows(source, lane, turn, place, part)
+            yield from self._windows(source, lane, cycle, place, part)
             offset, size = offset + part, size - part
 
-    def _windows(self, source: int, lane: int, turn: int, offset: int, size: int) -> Iterator[Span]:
+    def _windows(
+        self, source: int, lane: int, cycle: int, offset: int, size: int
+    ) -> Iterator[Span]:
         """`size` samples from `offset` on of a region, cut where a window ends."""
         begin, _ = self._region(source, lane)
-        starts = self._line(source, turn).starts
+        starts = self._line(source, cycle).starts
         first = int(np.searchsorted(starts, begin, "right")) - 1
         while size:
             place = int(np.searchsorted(starts, begin + offset, "right")) - 1
-            key = WindowKey(source, lane, turn, (place - first) // self.shuffle_shards)
+            key = WindowKey(source, lane, cycle, (place - first) // self.shuffle_shards)
             start, stop = self._window_bounds(key)
             part = min(size, stop - begin - offset)
             at = begin + offset - start
@@ -188,15 +190,15 @@ class EpochOrder:
 
     def _window_bounds(self, key: WindowKey) -> tuple[int, int]:
         begin, end = self._region(key.source, key.lane)
-        starts = self._line(key.source, key.turn).starts
+        starts = self._line(key.source, key.cycle).starts
         first = int(np.searchsorted(starts, begin, "right")) - 1 + key.number * self.shuffle_shards
         last = min(first + self.shuffle_shards, len(starts) - 1)
         return max(begin, int(starts[first])), min(end, int(starts[last]))
 
-    def _new_line(self, source: int, turn: int) -> Line:
+    def _new_line(self, source: int, cycle: int) -> Line:
         shards = np.flatnonzero(self.counts[source])
         if self.shuffle:
-            shards = shards[permutation(len(shards), *self.key, source, turn, 0)]
+            shards = shards[permutation(len(shards), *self.key, source, cycle, 0)]
         starts = np.concatenate(([0], np.cumsum(self.counts[source][shards])))
         return Line(shards, starts.astype(np.int64))
 
@@ -213,12 +215,12 @@ class Choices:
         chosen = self.sources[:, None] == np.arange(len(quotas))
         self.before = np.concatenate((np.zeros((1, len(quotas)), np.int64), chosen.cumsum(0)))
 
-    def at(self, lane: int, turn: int) -> tuple[int, int]:
-        """The source of a lane's grain `turn`, and how many of its grains before that are that
+    def at(self, lane: int, row: int) -> tuple[int, int]:
+        """The source of a lane's grain `row`, and how many of its grains before that are that
         source's. Lanes begin at different phases, so that a step mixes the sources."""
         phase = lane * GOLDEN % (1 << 64) * PERIOD >> 64
-        source = int(self.sources[(phase + turn) % PERIOD])
-        return source, self._count(source, phase + turn) - self._count(source, phase)
+        source = int(self.sources[(phase + row) % PERIOD])
+        return source, self._count(source, phase + row) - self._count(source, phase)
 
     def _count(self, source: int, place: int) -> int:
         periods, rest = divmod(place, PERIOD)

@@ -109,16 +109,16 @@ def _all_seen(dataset: SplatDataset, config: TrainConfig) -> Iterator[Seen]:
     said: dict[str, Constants] = {}
     if any(source.shards[i].format == "webdataset" for source, i in shards):
         said = constants_said({source.shards[i].url.rpartition("/")[0] for source, i in shards})
-    begin = told = time.monotonic()
+    begin = reported = time.monotonic()
     with ThreadPoolExecutor(READERS, thread_name_prefix="check") as pool:
         found = pool.map(lambda place: see(place[0], place[1], config, said), shards)
         for number, each in enumerate(found, 1):
             yield each
-            if time.monotonic() - told > PATIENCE_S:
-                told = time.monotonic()
+            if time.monotonic() - reported > PATIENCE_S:
+                reported = time.monotonic()
                 log.warning(
                     "before the first step: %d of %d shards looked at in %.0f s", number,
-                    len(shards), told - begin,
+                    len(shards), reported - begin,
                 )  # fmt: skip
 
 

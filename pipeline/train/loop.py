@@ -104,8 +104,8 @@ def train_here(
     scaler = torch.amp.GradScaler(here.device.type, enabled=config.precision == "fp16")
     average = Average(model, config.optim.ema) if config.optim.ema else None
     first = resume(found, config, feed, optimizer, scaler, average) if found else 0
-    told = MetricsLogger(config, here, feed, first, steps, show)
-    told.start(report(model, groups))
+    logger = MetricsLogger(config, here, feed, first, steps, show)
+    logger.start(report(model, groups))
 
     stopping = Stopping(here, asked)
     gradients = None
@@ -132,16 +132,16 @@ def train_here(
         stopped = stopping.after_step() if done < steps else 0
         saving = done == steps or done % config.checkpoint.every == 0
         if saving or done % config.log.every == 0 or done == 1:
-            told.step(done, loss, metrics | {"grad_norm": norm})
+            logger.step(done, loss, metrics | {"grad_norm": norm})
         elif stopped:
-            told.unrecorded(done, loss, norm)
+            logger.unrecorded(done, loss, norm)
         if (saving or stopped) and here.rank == 0:
             url = save(done, config, model, average, optimizer, scaler, feed)
-            told.checkpoint(done, url)
+            logger.checkpoint(done, url)
         if stopped:
             break
-    told.end(done, url, stopped)
-    return TrainResult(done, here.same(url), told.record, stopped)
+    logger.end(done, url, stopped)
+    return TrainResult(done, here.same(url), logger.record, stopped)
 
 
 def save(

@@ -175,8 +175,8 @@ def test_windows_of_a_stream_come_one_after_the_other(order: EpochOrder) -> None
     latest: dict[tuple[int, int], tuple[int, int]] = {}
     for span in order.spans(0, order.total):
         key = span.window
-        assert latest.get(key.stream, (0, 0)) <= (key.turn, key.number)
-        latest[key.stream] = (key.turn, key.number)
+        assert latest.get(key.stream, (0, 0)) <= (key.cycle, key.number)
+        latest[key.stream] = (key.cycle, key.number)
 
 
 @given(orders())
