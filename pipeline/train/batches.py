@@ -30,6 +30,14 @@ from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.pipeline.splats import Splats
 from splatshard.pipeline.train.augmentation import augmented, augmented_pixels
 from splatshard.pipeline.train.distributed import World, ignore_signals, on_rank_zero
+from splatshard.pipeline.train.faults import (
+    Bools,
+    caption_faults,
+    label_faults,
+    other_width,
+    reasons,
+    teacher_faults,
+)
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.splats import TEACHER
 from splatshard.schemas.train import AugmentConfig, TrainConfig
@@ -98,63 +106,34 @@ def problem_of(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str
     if isinstance(batch, TrainBatch):
         values = values_of(batch.splats)
         assert values is not None, "a batch as the dataset made it"
-        bad = first_of(~values.isfinite().flatten(1).all(1))
-        if bad is not None:
+        bad = ~values.isfinite().flatten(1).all(1)
+        if bool(bad.any()):
             message = "has numbers that are not finite: make the shard anew with splatshard repair"
-            return message, batch.keys[bad]
-    find = {"distill": _teacher_problem, "contrast": _caption_problem}
-    return find.get(config.stage, _label_problem)(batch, config)
+            return message, batch.keys[int(bad.int().argmax())]
+    if config.stage == "distill":
+        if batch.teacher is None:
+            return "is in a shard without teacher's embeddings: run splatshard embed", batch.keys[0]
+        size, width = batch.teacher.shape[1], config.model.encoder.width
+        if size != width:
+            return f"has a teacher's embedding of {other_width(size, width)}", batch.keys[0]
+    for fault, bad in faults_of(batch, config).items():
+        if bad.any():
+            i, count = int(bad.argmax()), int(bad.sum())
+            left = len(bad) - count or None
+            what, remedy = reasons(fault, int(batch.labels[i]), left, config)
+            share = f"{count} of {len(bad)} samples of its batch are so"
+            return f"{what} ({share}): {remedy}", batch.keys[i]
+    return None
 
 
-def _label_problem(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:
-    classes = config.model.num_classes
-    assert classes is not None, "checked by the configuration"
-    bad = first_of((batch.labels < 0) | (batch.labels >= classes))
-    if bad is None:
-        return None
-    label, key = int(batch.labels[bad]), batch.keys[bad]
-    if label == -1:
-        remedy = 'leave such samples out with data.filter=(("label", ">=", 0),)'
-        return f"has no label, which classification needs: {remedy}", key
-    remedy = "set model.num_classes to one more than the largest label"
-    return f"has the label {label}, and model.num_classes is {classes}: {remedy}", key
-
-
-def _teacher_problem(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:
-    if batch.teacher is None:
-        return "is in a shard without teacher's embeddings: run splatshard embed", batch.keys[0]
-    size, width = batch.teacher.shape[1], config.model.encoder.width
-    if size != width:
-        remedy = f"set model.encoder.width to {size}, or embed with a teacher of width {width}"
-        message = (
-            f"has a teacher's embedding of {size} numbers, the encoder makes {width}: {remedy}"
-        )
-        return message, batch.keys[0]
-    norms = batch.teacher.norm(dim=1)
-    bad = first_of(~((norms > 0) & norms.isfinite()))
-    if bad is None:
-        return None
-    return "has a teacher's embedding that is zero or not finite: embed again", batch.keys[bad]
-
-
-def _caption_problem(batch: TrainBatch | ImageBatch, config: TrainConfig) -> tuple[str, str] | None:
-    if config.data.empty_captions == "keep":
-        return None
-    missing = [not (caption or "").strip() for caption in batch.captions]
-    if not any(missing):
-        return None
-    share = f"{sum(missing)} of {len(missing)} samples of its batch have none"
-    remedy = (
-        'leave such samples out with data.filter=(("caption_length", ">", 0),), or take them as '
-        "the empty text with data.empty_captions=keep"
-    )
-    key = batch.keys[missing.index(True)]
-    return f"has no caption, which contrastive training needs ({share}): {remedy}", key
-
-
-def first_of(bad: Tensor) -> int | None:
-    """The first place where `bad` (bool [B]) is true."""
-    return int(bad.int().argmax()) if bool(bad.any()) else None
+def faults_of(batch: TrainBatch | ImageBatch, config: TrainConfig) -> dict[str, Bools]:
+    """What is wrong with the samples of `batch`, by the names of faults.py."""
+    if config.stage == "contrast":
+        return caption_faults(batch.captions, config)
+    if config.stage == "distill":
+        assert batch.teacher is not None, "looked for before"
+        return teacher_faults(batch.teacher.numpy())
+    return label_faults(batch.labels.numpy(), config)
 
 
 class Feed:

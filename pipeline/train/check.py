@@ -39,6 +39,14 @@ from splatshard.pipeline.shards.rows import parquet_metadata
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.batches import Dataset
 from splatshard.pipeline.train.distributed import World, on_rank_zero
+from splatshard.pipeline.train.faults import (
+    Bools,
+    caption_faults,
+    label_faults,
+    other_width,
+    reasons,
+    teacher_faults,
+)
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.shard import ShardManifest
 from splatshard.schemas.splats import TEACHER, canonical_json, metadata_of
@@ -54,7 +62,6 @@ ROWS = 4096
 
 Constants = dict[str, Any]
 """A shard's cutoff and teacher."""
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -196,45 +203,35 @@ def faults_of(
     }
 
 
-def label_faults(column: pa.Array, constants: Constants, config: TrainConfig) -> dict[str, Bools]:
+def labels_of(column: pa.Array, constants: Constants, config: TrainConfig) -> dict[str, Bools]:
     """Of labels int64 [K], null where there is none (as is -1)."""
-    labels = column.fill_null(-1).to_numpy(zero_copy_only=False)
-    missing = labels == -1
-    return {
-        "no label": missing,
-        "label": ~missing & ((labels < 0) | (labels >= (config.model.num_classes or 0))),
-    }
+    return label_faults(column.fill_null(-1).to_numpy(zero_copy_only=False), config)
 
 
-def caption_faults(column: pa.Array, constants: Constants, config: TrainConfig) -> dict[str, Bools]:
+def captions_of(column: pa.Array, constants: Constants, config: TrainConfig) -> dict[str, Bools]:
     """Of captions [K], null where there is none."""
-    if config.data.empty_captions == "keep":
-        return {}
-    trimmed = pc.call_function("utf8_trim_whitespace", [column.fill_null("")])
-    lengths = pc.call_function("utf8_length", [trimmed])
-    return {"no caption": lengths.to_numpy(zero_copy_only=False) == 0}
+    return caption_faults(column.to_pylist(), config)
 
 
-def teacher_faults(column: pa.Array, constants: Constants, config: TrainConfig) -> dict[str, Bools]:
+def embeddings_of(column: pa.Array, constants: Constants, config: TrainConfig) -> dict[str, Bools]:
     """Of embeddings [K], each the bytes of as many halves as the shard's teacher makes."""
     lengths = pc.fill_null(pc.call_function("binary_length", [column]), -1).to_numpy(
         zero_copy_only=False
     )
     right = lengths == 2 * constants[TEACHER]["dim"]
-    bad = np.zeros(len(column), bool)
+    found = {"no embedding": ~right}
     if right.any():
-        norms = np.linalg.norm(
-            teacher_of(column.filter(pa.array(right))).astype(np.float32), axis=1
-        )
-        bad[right] = ~((norms > 0) & np.isfinite(norms))
-    return {"no embedding": ~right, "embedding": bad}
+        for fault, bad in teacher_faults(teacher_of(column.filter(pa.array(right)))).items():
+            found[fault] = np.zeros(len(column), bool)
+            found[fault][right] = bad
+    return found
 
 
 Find = Callable[[pa.Array, Constants, TrainConfig], dict[str, Bools]]
 COLUMNS: dict[str, tuple[str, Find]] = {
-    "classify": ("label", label_faults),
-    "contrast": ("caption", caption_faults),
-    "distill": (TEACHER, teacher_faults),
+    "classify": ("label", labels_of),
+    "contrast": ("caption", captions_of),
+    "distill": (TEACHER, embeddings_of),
 }
 """By stage, the column that it trains on, and what finds the faults in it."""
 
@@ -278,10 +275,7 @@ def refuse_width(seen: Sequence[Seen], config: TrainConfig) -> None:
     """Raises UsageError unless the encoder is as wide as the teacher's embeddings."""
     size, width = seen[0].constants[TEACHER]["dim"], config.model.encoder.width
     if size != width:
-        raise UsageError(
-            f"{seen[0].url} has teacher's embeddings of {size} numbers, the encoder makes {width}: "
-            f"set model.encoder.width to {size}, or embed with a teacher of width {width}"
-        )
+        raise UsageError(f"{seen[0].url} has teacher's embeddings of {other_width(size, width)}")
 
 
 def refuse_faults(seen: Sequence[Seen], config: TrainConfig) -> None:
@@ -290,36 +284,8 @@ def refuse_faults(seen: Sequence[Seen], config: TrainConfig) -> None:
     for each in seen:
         for fault, bad in each.faults.items():
             alike = [s.faults[fault].count for s in seen if fault in s.faults]
-            share = (
-                f"{sum(alike):,} of {sum(s.samples for s in seen):,} samples are so, in "
-                f"{len(alike):,} of {len(seen):,} shards"
-            )
-            what, remedy = reasons(fault, bad.value, config)
+            count, samples = sum(alike), sum(s.samples for s in seen)
+            shards = f"{len(alike):,} of {len(seen):,} shards"
+            share = f"{count:,} of {samples:,} samples are so, in {shards}"
+            what, remedy = reasons(fault, bad.value, samples - count, config)
             raise UsageError(f"{each.url}: sample {bad.key} {what} ({share}): {remedy}")
-
-
-def reasons(fault: str, value: Any, config: TrainConfig) -> tuple[str, str]:
-    """What is wrong, and what to do about it."""
-    return {
-        "no label": (
-            "has no label, which classification needs",
-            'leave such samples out with data.filter=(("label", ">=", 0),)',
-        ),
-        "label": (
-            f"has the label {value}, and model.num_classes is {config.model.num_classes}",
-            "set model.num_classes to one more than the largest label",
-        ),
-        "no caption": (
-            "has no caption, which contrastive training needs",
-            'leave such samples out with data.filter=(("caption_length", ">", 0),), or take them '
-            "as the empty text with data.empty_captions=keep",
-        ),
-        "no embedding": (
-            "has no teacher's embedding, or one of another length than its shard's others",
-            "embed again with splatshard embed, or look for damage with splatshard verify",
-        ),
-        "embedding": (
-            "has a teacher's embedding that is zero or not finite",
-            "embed again with splatshard embed",
-        ),
-    }[fault]

@@ -100,6 +100,21 @@ def test_faults_are_counted_over_all_shards(shards: Path, tmp_path: Path) -> Non
         look(config)
 
 
+@pytest.mark.parametrize(
+    ("stage", "column", "wanted"),
+    [("classify", "label", r"labels \(class folders"), ("contrast", "caption", r"captions \(.txt")],
+)
+def test_no_filter_is_proposed_that_would_leave_nothing(
+    shards: Path, tmp_path: Path, stage: str, column: str, wanted: str
+) -> None:
+    shutil.copytree(shards, tmp_path / "changed")
+    rewrite(tmp_path / "changed/splats", with_values(column, dict.fromkeys(range(90))))
+    with pytest.raises(UsageError, match=rf"90 of 90 .*: use a source with {wanted}") as raised:
+        look(toy_config(tmp_path / "changed", tmp_path / "run", stage))
+    assert "data.filter" not in str(raised.value)
+    assert "keep" not in str(raised.value)
+
+
 def test_what_a_filter_leaves_out_may_be_anything(shards: Path, tmp_path: Path) -> None:
     bad = changed(shards, tmp_path, with_values("label", {3: None, 4: 77}))
     config = toy_config(
@@ -209,8 +224,8 @@ def test_a_run_that_goes_on_does_not_look_again(
 ) -> None:
     looked = []
     monkeypatch.setattr(check, "look_through", lambda *a: looked.append(a))
-    train(toy_config(shards, tmp_path, steps=1))
     train(toy_config(shards, tmp_path, steps=2))
+    train(toy_config(shards, tmp_path, steps=3))
     assert len(looked) == 1
 
 
