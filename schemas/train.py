@@ -184,7 +184,7 @@ class OptimConfig:
     final_lr: float = 0.0
     """Share of it that is left at the end of the cosine."""
     warmup_steps: int = 500
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; not more than the run has."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's decays."""
     eps: float = 1e-6

@@ -142,7 +142,7 @@ def toy_config(
         dst=str(dst),
         model=toy_model(shards, stage),
         data=DataConfig(src=str(shards / "splats"), batch_size=16, workers=0, lanes=1),
-        optim=OptimConfig(steps=steps, lr=3e-3, warmup_steps=2),
+        optim=OptimConfig(steps=steps, lr=3e-3, warmup_steps=min(2, steps)),
         log=LogConfig(every=1),
         checkpoint=CheckpointConfig(every=4),
         device="cpu",

@@ -177,8 +177,18 @@ def destination(config: TrainConfig) -> str:
 
 
 def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
-    """Steps of the whole run."""
-    return config.steps or (config.epochs or 0) * steps_per_epoch
+    """Steps of the whole run. Raises UsageError where it ends before its warm-up does."""
+    steps = config.steps or (config.epochs or 0) * steps_per_epoch
+    if config.warmup_steps > steps:
+        length = f"optim.steps is {steps:,}"
+        if config.epochs:
+            length = f"the run's {config.epochs:,} epochs are {steps:,} ({steps_per_epoch:,} each)"
+        raise UsageError(
+            f"optim.warmup_steps is {config.warmup_steps:,}, but {length}, and optim.lr is never "
+            f"reached: set optim.warmup_steps to at most that, such as {steps // 10:,}, or train "
+            "for longer"
+        )
+    return steps
 
 
 def refuse_another_ramp(found: Checkpoint, config: TrainConfig) -> None:

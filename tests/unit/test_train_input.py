@@ -16,6 +16,7 @@ from splatshard.pipeline.train.checkpoint import latest
 from splatshard.pipeline.train.loop import train
 from splatshard.pipeline.train.step import Gradients
 from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
+from splatshard.schemas.train import OptimConfig
 from tests.training import changed, events, toy_config, weights_of, with_metadata, without_teacher
 
 
@@ -34,7 +35,8 @@ def with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
 @pytest.mark.usefixtures("unchecked")
 def test_captions_are_missing(shards: Path, tmp_path: Path) -> None:
     bad = changed(shards, tmp_path, lambda t: with_column(t, "caption", [None] * len(t)))
-    with pytest.raises(UsageError, match=r"sample \d+ has no caption, .*16 of 16.*empty_captions"):
+    wanted = r"sample \d+ has no caption, .*16 of 16.*: use a source with .*; if other samples have"
+    with pytest.raises(UsageError, match=rf"{wanted} some, .*filter.*empty_captions"):
         train(toy_config(bad, tmp_path / "run", "contrast"))
     assert "step" not in events(tmp_path / "run")
     train(toy_config(bad, tmp_path / "keep", "contrast", steps=1, data__empty_captions="keep"))
@@ -43,7 +45,10 @@ def test_captions_are_missing(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("label", "message"),
-    [(None, "has no label.*data.filter"), (24, "has the label 24, and model.num_classes is 24")],
+    [
+        (None, r"has no label.*\(1 of 16 .* so\): leave .*data.filter"),
+        (24, "has the label 24, and model.num_classes is 24"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # few cores
 @pytest.mark.parametrize("workers", [0, 1])
@@ -103,6 +108,14 @@ def test_the_teachers_column(shards: Path, tmp_path: Path) -> None:
             "batch_size is 91 on .* has only 90 samples .* choose at most 90",
         ),
         ({"data__src": ""}, "data.src is empty"),
+        (
+            {"optim__warmup_steps": 7},
+            "optim.warmup_steps is 7, but optim.steps is 6, .* to at most that, .* for longer",
+        ),
+        (
+            {"optim": OptimConfig(epochs=2)},
+            r"warmup_steps is 500, but the run's 2 epochs are 10 \(5 each\)",
+        ),
         ({"dst": ""}, "dst is empty"),
         ({"device": "cuda:0"}, "device is 'cuda:0'"),
         ({"device": "tpu"}, "device is 'tpu'"),
@@ -117,11 +130,12 @@ def test_configurations_that_do_not_fit(
         pytest.skip("this machine has one")
     with pytest.raises(UsageError, match=message):
         train(toy_config(shards, **{"dst": tmp_path, **fields}))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_loss_that_is_not_finite_is_not_saved(shards: Path, tmp_path: Path) -> None:
     config = toy_config(shards, tmp_path, steps=8, optim__lr=9.9, optim__clip=None)
-    train(replace(config, optim=replace(config.optim, lr=1e-3, steps=1)))
+    train(replace(config, optim=replace(config.optim, lr=1e-3, steps=1, warmup_steps=0)))
     url = f"{tmp_path}/checkpoints/00000001"
     weights = weights_of(url)
     from safetensors.torch import save_file
