@@ -3,6 +3,7 @@
     splatshard train RECIPE --set data.src=splats --set dst=runs/a
     torchrun --nproc-per-node 8 -m jobs.train RECIPE ...
     ray job submit -- python -m jobs.train RECIPE ... --ray-workers 16
+    splatshard train RECIPE --dry-run    its parameters by group, and which are trained
 
 The same command again goes on from the last checkpoint in dst. SIGTERM and the first Ctrl-C end the
 run after its step, with a checkpoint (exit codes 143 and 130); torchrun passes both on, but kills
@@ -16,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -32,12 +33,14 @@ from splatshard.jobs.cli.options import (
     LogFormat,
     Number,
     StorageOptions,
+    Switch,
     use_storage_options,
 )
 from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.jobs.cli.signals import MESSAGES, StopSignals
-from splatshard.jobs.cli.text import duration, print_json, size
+from splatshard.jobs.cli.text import answer, duration, print_json, size
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.train import TrainConfig
 
 LINE_EVERY_S = 5.0
 
@@ -52,6 +55,8 @@ class TrainOptions:
     """Another value for a field of the recipe, as in --set optim.lr=1e-3; as often as you like."""
     ray_workers: Number = None
     """Train in N processes on Ray, one per GPU: the cluster of `ray job submit`, else one here."""
+    dry_run: Switch = False
+    """Print the model's parameters by group, and which are trained; reads and writes no data."""
     storage_options: Annotated[StorageOptions, USUAL_ENVIRONMENT] = ""
     log_format: LogFormat = "text"
     json: Json = False
@@ -73,6 +78,8 @@ def start(options: TrainOptions) -> int:
     given = use_storage_options(options.storage_options)
     config = load_recipe(options.recipe, options.set)
     first = os.environ.get("RANK", "0") == "0"  # the others of torchrun tell nothing
+    if options.dry_run:
+        return dry_run(config, options.json) if first else EXIT_OK
     with Shown(first) as shown:
         if options.ray_workers:
             from splatshard.jobs.driver.ray_train import launch
@@ -90,6 +97,34 @@ def start(options: TrainOptions) -> int:
         raise Interrupted(128 + result.stopped, f"{message} (saved: {result.checkpoint})")
     if options.json and shown.end:
         print_json(shown.last | shown.end)
+    return EXIT_OK
+
+
+def dry_run(config: TrainConfig, as_json: bool) -> int:
+    """Print the parameters that `config` has and trains, of a model with random weights."""
+    import torch
+
+    from splatshard.pipeline.models.build import build_model
+    from splatshard.pipeline.models.count import count, table
+    from splatshard.pipeline.train.distributed import World
+    from splatshard.pipeline.train.groups import report
+    from splatshard.pipeline.train.loop import total_steps, used_groups
+    from splatshard.pipeline.train.losses import stage_of
+
+    if config.optim.steps:
+        total_steps(config.optim, 0)
+    here = World(0, 1, torch.device("cpu"))
+    model = build_model(config.model)
+    groups = used_groups(model, stage_of(config, here.device), config, here)
+    counts = count(model, groups.now, groups.later)
+    answer(table(counts, groups.later_from if groups.later else None), as_json)
+    if groups.unused:
+        unused = count(model, groups.unused)[-1].trained
+        note = f"{unused:,} more are chosen, but the loss of {config.stage} does not depend on them"
+        answer(note, as_json)
+    if as_json:
+        by_group = {c.name: asdict(c) for c in counts}
+        print_json({"dry_run": True, "groups": by_group, **report(model, groups)})
     return EXIT_OK
 
 

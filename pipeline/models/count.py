@@ -1,9 +1,9 @@
-"""Parameters by group, and the share that trains.
+"""Parameters by group, and the share that is trained.
 
 The published facts (arXiv 2509.22615): ViT-B/16 (Small), width 512, has 38.6 M vision parameters;
 stage 2 trains 9.7 % with the text tower frozen (stem, first two blocks, final norm, projection),
-13.8 % with the text tower's last block, norm and projection. `STAGE2` and `STAGE2_TEXT` are these
-two. With our stem and resampler, and open_clip's text tower of 12 layers:
+13.8 % with the text tower's last block, norm and projection. jobs/recipes/contrast_stage2.py trains
+the one, then the other. With our stem and resampler, and open_clip's text tower of 12 layers:
 
     stem and resampler       3.66 M    of the whole, 105.18 M:
     first two blocks         6.30 M    trained, text frozen    10.23 M    9.7 %    (9.7)
@@ -18,22 +18,11 @@ and tables say neither how deep the text tower is nor how large the stem.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
-
-STAGE2 = (
-    "vision.stem.*",
-    "vision.resampler.*",
-    "vision.class_embedding",
-    "vision.encoder.layers.0.*",
-    "vision.encoder.layers.1.*",
-    "vision.post_layernorm.*",
-    "visual_projection.*",
-)
-"""What stage 2 trains with the text tower frozen."""
 
 GROUPS = {
     "predictor": ("predictor.*",),
@@ -53,53 +42,51 @@ GROUPS = {
 """By name; a classifier's `encoder.` counts as `vision.`."""
 
 
-def stage2_text(text_layers: int) -> tuple[str, ...]:
-    """STAGE2 and the last block, norm and projection of a text tower of so many blocks."""
-    last = f"text.encoder.layers.{text_layers - 1}.*"
-    return (*STAGE2, last, "text.final_layer_norm.*", "text_projection.*")
-
-
 @dataclass(frozen=True)
 class Count:
-    """Parameters of a group: all, and those that train."""
+    """Parameters of a group: all, those that are trained, and those that are trained later."""
 
     name: str
     total: int
-    trainable: int
+    trained: int
+    later: int
 
 
-def count(model: nn.Module, trainable: Iterable[str] | None = None) -> list[Count]:
-    """By group, then `all`. `trainable` are patterns of names (fnmatch); None counts what requires
-    a gradient."""
-    patterns = None if trainable is None else tuple(trainable)
-    sums = {name: [0, 0] for name in (*GROUPS, "other", "all")}
+def count(model: nn.Module, now: Collection[str], later: Collection[str] = ()) -> list[Count]:
+    """By group, then `all`. `now` are names of parameters that are trained from the start, `later`
+    of those that are from some step on."""
+    now, later = set(now), set(later)
+    sums = {name: [0, 0, 0] for name in (*GROUPS, "other", "all")}
     for name, parameter in model.named_parameters():
-        trains = parameter.requires_grad if patterns is None else matches(name, patterns)
         for group in (group_of(name), "all"):
-            sums[group][0] += parameter.numel()
-            sums[group][1] += parameter.numel() * trains
-    return [Count(name, *pair) for name, pair in sums.items() if pair[0] or name == "all"]
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter's name is like one of the patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+            for i, counted in enumerate((True, name in now, name in later)):
+                sums[group][i] += parameter.numel() * counted
+    return [Count(name, *found) for name, found in sums.items() if found[0] or name == "all"]
 
 
 def group_of(name: str) -> str:
     """The group that a parameter's name belongs to, or `other`."""
     if name.startswith("encoder."):
         name = "vision." + name.removeprefix("encoder.")
-    return next((group for group, like in GROUPS.items() if matches(name, like)), "other")
+    matching = (
+        group
+        for group, patterns in GROUPS.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
+    return next(matching, "other")
 
 
-def share(counts: list[Count]) -> float:
-    """Trainable parameters of `all`, 0 to 1."""
-    return counts[-1].trainable / max(1, counts[-1].total)
-
-
-def table(counts: list[Count]) -> str:
-    """For people: a line for each group."""
-    lines = [f"{'parameters':18} {'all':>12} {'trainable':>12}"]
-    lines += [f"{c.name:18} {c.total:12,} {c.trainable:12,}" for c in counts]
-    return "\n".join([*lines, f"trainable share {100 * share(counts):.1f} %"])
+def table(counts: list[Count], later_from: int | None = None) -> str:
+    """For people: a line for each group, then shares. `later_from`: the step from which some are
+    trained, too; None where none are."""
+    column = "" if later_from is None else f" {f'from step {later_from:,}':>17}"
+    lines = [f"{'parameters':18} {'all':>12} {'trained':>12}{column}"]
+    for c in counts:
+        more = f" {c.later:17,}" if column else ""
+        lines.append(f"{c.name:18} {c.total:12,} {c.trained:12,}{more}")
+    whole = counts[-1]
+    share = f"{100 * whole.trained / whole.total:.1f} % are trained"
+    if column:
+        all_of_them = 100 * (whole.trained + whole.later) / whole.total
+        share += f", {all_of_them:.1f} % from step {later_from:,} on"
+    return "\n".join([*lines, share])

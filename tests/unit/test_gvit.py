@@ -363,7 +363,7 @@ def test_configurations_go_to_json_and_back() -> None:
 
 
 def test_parameters_are_counted_by_group() -> None:
-    groups = {c.name: c.total for c in count(model_of())}
+    groups = {c.name: c.total for c in count(model_of(), ())}
     predictor = sum(p.numel() for p in model_of().predictor.parameters())
     assert groups["predictor"] == predictor
     assert "other" not in groups

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.models.clip import SplatCLIP, load_tokenizer, tokenize
-from splatshard.pipeline.models.count import STAGE2, count, share, stage2_text, table
+from splatshard.pipeline.models.count import Count, count, table
+from splatshard.pipeline.train.groups import groups_of
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import (
     EncoderConfig,
@@ -59,30 +61,33 @@ def test_wrong_tokenizers_are_refused(tmp_path: Path, change: Any, message: str)
         load_tokenizer(config)
 
 
-def test_parameters_of_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
-    """The accounting of count.py's docstring, printed."""
-    config = EncoderConfig()
-    text = TextConfig()
+def test_parameters_of_the_published_size() -> None:
+    """The accounting of count.py's docstring, of the recipe of stage 2."""
+    config = load_recipe("jobs/recipes/contrast_stage2.py")
     with torch.device("meta"):
-        rgb = build_model(ModelConfig(encoder=replace(config, input="patches"), text=text))
-        model = build_model(ModelConfig(encoder=config, text=text))
-    vision = sum(c.total for c in count(rgb) if c.name.startswith("vision"))
+        patches = replace(config.model.encoder, input="patches")
+        rgb = build_model(replace(config.model, encoder=patches))
+        model = build_model(config.model)
+    vision = sum(c.total for c in count(rgb, ()) if c.name.startswith("vision"))
     assert vision == 38_587_392  # open_clip's ViT-M-16: 38.6 M
-    frozen, thawed = count(model, STAGE2), count(model, stage2_text(12))
-    print(table(frozen), table(thawed), sep="\n")
-    assert "other" not in {c.name for c in frozen}
-    assert share(frozen) == pytest.approx(0.097, abs=0.0006)
-    assert share(thawed) == pytest.approx(0.138, abs=0.009)  # what remains: see count.py
-    assert "trainable share 9.7 %" in capsys.readouterr().out
+    groups = groups_of(model, config.optim)
+    counts = count(model, groups.now, groups.later)
+    assert "other" not in {c.name for c in counts}
+    whole = counts[-1]
+    assert whole.trained / whole.total == pytest.approx(0.097, abs=0.0006)
+    share = (whole.trained + whole.later) / whole.total
+    assert share == pytest.approx(0.138, abs=0.009)  # what remains: see count.py
+    text = table(counts, groups.later_from)
+    assert "from step 500\n" in text
+    assert text.endswith("9.7 % are trained, 13.0 % from step 500 on")
+    assert "from" not in table(counts)
 
 
-def test_count_follows_requires_grad_and_names_of_classifiers() -> None:
+def test_a_classifiers_parameters_are_counted_by_group() -> None:
     model = build_model(ModelConfig(encoder=TOY_RGB, num_classes=3))
-    for parameter in model.encoder.parameters():
-        parameter.requires_grad_(False)
-    counts = {c.name: c for c in count(model)}
-    assert counts["head"].trainable == counts["head"].total == 33 * 3
-    assert counts["all"].trainable == counts["head"].total
+    counts = {c.name: c for c in count(model, ["head.weight"], ["head.bias"])}
+    assert counts["head"] == Count("head", 33 * 3, 32 * 3, 3)
+    assert (counts["all"].trained, counts["all"].later) == (32 * 3, 3)
     assert "other" not in counts
     assert counts["all"].total == sum(p.numel() for p in model.parameters())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from splatshard.jobs.cli.recipe import load_recipe, with_settings
+from splatshard.jobs.train import main
 from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.train.groups import groups_of
 from splatshard.pipeline.train.losses import STAGES
@@ -126,3 +127,32 @@ def test_every_recipe_says_how_to_run_it(path: Path) -> None:
     with torch.device("meta"):
         model = build_model(config.model)
         groups_of(model, config.optim)
+
+
+def test_a_dry_run_counts_parameters_by_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without shards. What is chosen, but not used by the stage, is not trained."""
+    recipe = str(Path("jobs/recipes/distill_shapes.py").resolve())
+    monkeypatch.chdir(tmp_path)
+    assert main([recipe, "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    model = build_model(load_recipe(recipe).model)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    stem = sum(size for name, size in sizes.items() if name.startswith("vision.stem."))
+    assert found["groups"]["stem"] == {"name": "stem", "total": stem, "trained": stem, "later": 0}
+    assert f"{'stem':18} {stem:12,} {stem:12,}" in err
+    projection = found["groups"]["vision projection"]
+    assert projection["trained"] == 0 < projection["total"]
+    assert "visual_projection.weight" in found["unused"]
+    unused = sum(sizes[name] for name in found["unused"])
+    assert f"{unused:,} more are chosen, but the loss of distill does not depend on them" in err
+    assert found["parameters"] == sum(sizes.values()) == found["trainable"] + unused
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_a_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--set", "optim.epochs=None", "--set", "optim.steps=5"]
+    assert main(["jobs/recipes/distill_shapes.py", "--dry-run", *short]) == 1
+    assert "optim.warmup_steps is 30, but optim.steps is 5" in capsys.readouterr().err
