@@ -143,25 +143,18 @@ def planes(column: pa.Array, rows: NDArray[np.int64]) -> dict[str, Plane]:
 def _plane(column: pa.Array) -> Plane:
     """The bytes of a binary array where they are; no copy but of the offsets."""
     _, offsets, data = column.buffers()
-    dtype = np.int64 if pa.types.is_large_binary(column.type) else np.int32
-    places = np.frombuffer(offsets, dtype)[column.offset : column.offset + len(column) + 1]
+    places = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
     every = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     return Plane(every, places.astype(np.int64))
 
 
 def teacher_of(column: pa.Array) -> NDArray[np.float16]:
-    """Embeddings [K, D] from binaries of halves, or lists of them; one length for all rows."""
+    """Embeddings [K, D] from binaries of halves. Raises ValueError unless all are there, and of one
+    length."""
     if column.null_count:
         raise ValueError(f"{column.null_count} ok rows have no teacher embedding")
-    if pa.types.is_fixed_size_binary(column.type):
-        width = column.type.byte_width // 2
-        halves = np.frombuffer(column.buffers()[1], np.float16)
-        return halves[column.offset * width :][: len(column) * width].reshape(len(column), -1)
-    if pa.types.is_binary(column.type):
-        plane = _plane(column)
-        halves = plane.data[plane.offsets[0] : plane.offsets[-1]].view("<f2")
-        if len(set(np.diff(plane.offsets).tolist())) > 1 or not len(halves):
-            raise ValueError("the rows' teacher embeddings are not all of one length")
-        return halves.reshape(len(column), -1)
-    halves = column.flatten().to_numpy(zero_copy_only=False)
-    return halves.astype(np.float16, copy=False).reshape(len(column), -1)
+    plane = _plane(column)
+    halves = plane.data[plane.offsets[0] : plane.offsets[-1]].view("<f2")
+    if len(set(np.diff(plane.offsets).tolist())) > 1 or not len(halves):
+        raise ValueError("the rows' teacher embeddings are not all of one length")
+    return halves.reshape(len(column), -1)

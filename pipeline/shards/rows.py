@@ -134,9 +134,23 @@ def parquet_metadata(file: pq.ParquetFile, url: str) -> dict[str, Any]:
     """The constants of an open Parquet shard. Raises CorruptShardError and FormatVersionError."""
     schema = file.schema_arrow
     metadata = checked_metadata((schema.metadata or {}).get(METADATA_KEY), url)
-    if not schema.equals(wanted := columns(metadata)):
+    wanted = columns(metadata)
+    if schema.equals(wanted):
+        return metadata
+    if schema.names != wanted.names:
         raise CorruptShardError(f"{url} has the columns {schema.names}, not {wanted.names}")
-    return metadata
+    own, right = next(
+        pair for pair in zip(schema, wanted, strict=True) if not pair[0].equals(pair[1])
+    )
+    raise CorruptShardError(
+        f"{url} has the column {field_text(own)}, not {field_text(right)}, as if another program "
+        f"had written it anew: run splatshard repair {url.rpartition('/')[0]}"
+    )
+
+
+def field_text(field: pa.Field) -> str:
+    """`teacher (binary)`, `key (string, never null)`."""
+    return f"{field.name} ({field.type}{'' if field.nullable else ', never null'})"
 
 
 def checked_metadata(text: bytes | None, url: str) -> dict[str, Any]:

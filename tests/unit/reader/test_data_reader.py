@@ -17,12 +17,11 @@ from splatshard.pipeline.data import SplatDataset, TrainBatch
 from splatshard.pipeline.data.batch import values_of
 from splatshard.pipeline.data.read_parquet import teacher_of
 from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
-from splatshard.schemas.errors import (
-    UsageError,
-)
-from splatshard.schemas.splats import CODECS
+from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.splats import CODECS, TEACHER
 from tests.rows import FORMATS, HEIGHT, WIDTH, metadata_of
 from tests.splat_shards import N, commit, keys_of, make_dataset, rows_of, splat_config, vouch
+from tests.training import rewrite, with_metadata
 from tests.unit.reader.conftest import Rows
 
 
@@ -168,16 +167,45 @@ def test_a_batch_moves_as_one_tensor(dst: str) -> None:
     assert same(copied, batch)
 
 
-@pytest.mark.parametrize("kind", ["list", "fixed list", "binary"])
-def test_teacher_embeddings_of_any_layout(kind: str) -> None:
-    """Slices, too: the column's rows are not at its buffer's beginning."""
-    values = np.arange(12, dtype=np.float16).reshape(4, 3)
-    column = {
-        "list": pa.array(list(values), pa.list_(pa.float16())),
-        "fixed list": pa.array(list(values), pa.list_(pa.float16(), 3)),
-        "binary": pa.array([row.tobytes() for row in values], pa.binary(6)),
-    }[kind]
-    assert (teacher_of(column) == values).all()
-    assert (teacher_of(column[1:3]) == values[1:3]).all()
-    with pytest.raises(ValueError, match="no teacher"):
-        teacher_of(pa.concat_arrays([column, pa.nulls(1, column.type)]))
+HALVES = np.arange(12, dtype="<f2").reshape(4, 3)
+
+
+def test_teacher_embeddings_of_a_part_of_a_column() -> None:
+    """Its rows are not at its buffer's beginning."""
+    column = pa.array([row.tobytes() for row in HALVES], pa.binary())
+    assert (teacher_of(column) == HALVES).all()
+    assert (teacher_of(column[1:3]) == HALVES[1:3]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (TEACHER, pa.large_binary()),
+        (TEACHER, pa.binary(6)),
+        (TEACHER, pa.list_(pa.float16())),
+        ("splats", pa.large_binary()),
+        ("key", pa.large_string()),
+        ("label", pa.int32()),
+    ],
+    ids=str,
+)
+def test_a_column_of_a_type_that_no_shard_has(tmp_path: Path, name: str, kind: Any) -> None:
+    """schemas/FORMAT.md says which; the error names the column and both types."""
+    make_dataset(str(tmp_path), [4])
+    right: list[Any] = []
+
+    def change(table: pa.Table) -> pa.Table:
+        halves = pa.array([row.tobytes() for row in HALVES], pa.binary())
+        table = with_metadata(table.append_column(TEACHER, halves), {TEACHER: {"dim": 3}})
+        right.append(table.field(name).type)
+        values = list(HALVES) if pa.types.is_list(kind) else table[name].to_pylist()
+        number = table.schema.get_field_index(name)
+        field = table.field(name).with_type(kind)
+        return table.set_column(number, field, pa.array(values, kind))
+
+    rewrite(tmp_path, change)
+    with pytest.raises(CorruptShardError, match="splatshard repair") as raised:
+        SplatDataset(str(tmp_path), batch_size=2)
+    given = str(kind).partition("<")[0]  # a list's item has another name in files
+    assert f"has the column {name} ({given}" in str(raised.value)
+    assert f"not {name} ({right[0]}" in str(raised.value)
