@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ from splatshard.jobs.cli.text import say
 from splatshard.jobs.driver.cluster import ray_session
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import use_options
+from splatshard.pipeline.storage.options import redact
 from splatshard.pipeline.storage.staging import temporary
 from splatshard.pipeline.train.loop import TrainResult
 from splatshard.schemas.errors import SplatshardError, UnavailableError, UsageError
@@ -90,8 +92,8 @@ def run_all(
     storage_options: Mapping[str, Any],
 ) -> None:
     """All processes until they are through, started again where one dies. Raises as `launch`."""
-    orders = ray.remote(num_cpus=0)(Orders).remote(storage_options)
-    settings = {"config": config, "queue": queue, "orders": orders, "log_format": log_format()}
+    orders = ray.remote(num_cpus=0)(Orders).remote(config, storage_options)
+    settings = {"queue": queue, "orders": orders, "log_format": log_format()}
     with StopSignals() as signals:  # after Ray has set a handler of its own
         for left in reversed(range(RESTARTS + 1)):
             trainer = TorchTrainer(
@@ -137,15 +139,15 @@ def fit(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> None:
 
 
 class Orders:
-    """An actor that keeps the signal to stop for the processes that start later, too, and the
-    storage options: Ray's dashboard would show those in `train_loop_config`."""
+    """An actor that keeps the signal to stop for the processes that start later, too, and what may
+    have secrets: Ray's dashboard would show those in `train_loop_config`."""
 
-    def __init__(self, storage_options: Mapping[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, storage_options: Mapping[str, Any]) -> None:
         self.signal = 0
-        self._storage_options = storage_options
+        self._given = config, storage_options
 
-    def storage_options(self) -> Mapping[str, Any]:
-        return self._storage_options
+    def given(self) -> tuple[TrainConfig, Mapping[str, Any]]:
+        return self._given
 
     def give(self, signal: int) -> None:
         self.signal = signal
@@ -159,11 +161,29 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     from splatshard.pipeline.train.loop import train
 
     configure(settings["log_format"], alone=True)  # not beside the handlers of Ray Train
-    use_options(ray.get(settings["orders"].storage_options.remote()))
-    config: TrainConfig = settings["config"]
+    config, storage_options = ray.get(settings["orders"].given.remote())
+    use_options(storage_options)
     if config.device == "auto":
         config = replace(config, device=str(get_device()))
-    train(config, settings["queue"].put, looked_for(settings["orders"]))
+    with errors_without_secrets():
+        train(config, settings["queue"].put, looked_for(settings["orders"]))
+
+
+@contextmanager
+def errors_without_secrets() -> Iterator[None]:
+    """Ray Train writes errors to logs of its own, so they leave here without secrets; one that is
+    not ours then becomes a RuntimeError with its traceback as text."""
+    try:
+        yield
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        if redact(trace) == trace:
+            raise
+        if isinstance(error, SplatshardError):
+            shown: Exception = type(error)(redact(str(error)))
+        else:
+            shown = RuntimeError(redact(trace))
+        raise shown.with_traceback(error.__traceback__) from None
 
 
 def looked_for(orders: Any) -> Callable[[], int]:
