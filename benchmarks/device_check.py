@@ -52,7 +52,7 @@ LIMITS_S = {
 }
 """The parts, in order, and how many seconds each may take."""
 GRACE_S = 3
-PRELOADED = ("benchmarks.device_kernels", "benchmarks.device_whole")
+PRELOADED = ("benchmarks.device_counters", "benchmarks.device_whole")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_part(part: str, lines: Path, work: Path, toy: bool) -> None:
     """The whole of one part."""
-    from benchmarks import device_kernels, device_whole
+    from benchmarks import device_counters, device_kernels, device_whole
     from benchmarks.device_record import TOY, Size, Tell
 
     size = TOY if toy else Size()
@@ -101,7 +101,7 @@ def run_part(part: str, lines: Path, work: Path, toy: bool) -> None:
         "ceilings": device_kernels.ceilings,
         "kernels": device_kernels.kernels,
         "fit": device_kernels.one_fit,
-        "counters": device_kernels.counters,
+        "counters": device_counters.counters,
         "fits": device_kernels.fits,
         "machine": device_whole.about,
         "tests": device_whole.tests,
@@ -181,7 +181,7 @@ def stop(process: Any) -> None:
 
 def count_one(toy: bool) -> None:
     """What ncu looks at."""
-    from benchmarks.device_kernels import counted
+    from benchmarks.device_counters import counted
     from benchmarks.device_record import TOY, Size
 
     counted(TOY if toy else Size())

@@ -4,24 +4,18 @@ check      against the dense float64 reference, twice, in memory that was filled
 ceilings   what the device can do: products, a copy, its clock
 kernels    microseconds per image of each kernel and its variants, and of a fit's other pieces
 fit        one N at two batch sizes, peak memory, where the time goes
-counters   what the hardware counted of the three large kernels, by NVIDIA's ncu
 fits       whole fits beside the published loop
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,23 +36,6 @@ from splatshard.schemas.config import PRESETS, FitConfig
 
 CUTOFF = 3.0
 NAMES = ("means", "cholesky", "colors")
-METRICS = {  # ncu's name -> ours
-    "smsp__inst_executed.sum": "instructions",
-    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue",
-    "smsp__inst_executed_pipe_xu.sum": "special functions",
-    "l1tex__t_sector_hit_rate.pct": "L1 hits",
-    "lts__t_sector_hit_rate.pct": "L2 hits",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
-    "launch__registers_per_thread": "registers",
-    "gpu__time_duration.sum": "time",
-}
-UNITS = {
-    "instructions": "M per image",
-    "special functions": "M per image",
-    "registers": "a thread",
-    "time": "ns",
-}
 SHAPES = ((4, 32), (2, 16), (1, 32), (8, 4))
 """Other numbers of Gaussians and pixels per program of the backward kernel."""
 
@@ -230,67 +207,6 @@ def profile(target: Tensor, config: FitConfig, backend: Backend, tell: Tell) -> 
         top={k: v / busy for k, v in sorted(spent.items(), key=lambda x: -x[1])[:20]},
     )
     tell("device idle in a fit", max(0.0, 1 - busy / passed), "share of the time")
-
-
-def counters(size: Size, tell: Tell) -> None:
-    """Instructions, issue and caches (which ncu empties before each kernel) of forward, backward
-    and lists, read from the hardware."""
-    places = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
-    ncu = shutil.which("ncu") or (str(places[-1]) if places else None)
-    if ncu is None:
-        tell("ncu", 0, "found", note="not installed")
-        return
-    kernels = "regex:forward_kernel|backward_kernel|_list_kernel"
-    command = f"{ncu} --clock-control none --csv --page raw --print-units base".split()
-    command += ["--profile-from-start", "off", "--metrics", ",".join(METRICS), "-k", kernels]
-    command += [sys.executable, "-m", "benchmarks.device_check", "--counted"]
-    command += ["--toy"] if size.toy else []
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
-    if done.returncode or not lines:
-        raise RuntimeError(
-            f"ncu ended with {done.returncode}: {(done.stderr or done.stdout)[-500:]}"
-        )
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in list(csv.DictReader(io.StringIO("\n".join(lines))))[1:]:  # the first holds units
-        kernel = row["Kernel Name"].split("(")[0].removesuffix("_kernel").strip("_")
-        for metric, name in METRICS.items():
-            found.setdefault(kernel, {}).setdefault(name, []).append(number(row.get(metric)))
-    for kernel, figures in found.items():
-        for name, values in figures.items():
-            label, unit = f"{kernel} {name}", UNITS.get(name, "%")
-            if unit == "M per image":  # the lists' kernel runs twice
-                label += f", N={size.gaussians[0]}"
-                tell(label, sum(values) / 1e6 / size.batch, unit)
-            else:
-                tell(label, values[-1], unit, all=values)
-
-
-def number(text: str | None) -> float:
-    """Of a cell of ncu's table; NaN for what a device does not count."""
-    try:
-        return float((text or "").replace(",", ""))
-    except ValueError:
-        return math.nan
-
-
-def counted(size: Size) -> None:
-    """What ncu looks at: one step in the middle of a fit, its lists and order made anew."""
-    backend = select_backend("triton")
-    images = pictures(size).to(backend.device)
-    config = FitConfig(num_gaussians=size.gaussians[0], steps=size.steps)
-    splats = repeated(half_fitted(images, config, backend), size.batch)
-    moments = tuple(splats.means.new_zeros(*splats.mask.shape, 8) for _ in range(2))
-    step = triton_backend.FusedStep(fill(images, size.batch), config)
-    profiler = torch.cuda.profiler if backend.device.type == "cuda" else None
-    wait(backend.device)
-    if profiler:
-        profiler.start()
-    step.loss(splats, True)
-    step.update(splats, moments, 0.8, 1e-6, 0.9)
-    wait(backend.device)
-    if profiler:
-        profiler.stop()
 
 
 def half_fitted(images: Tensor, config: FitConfig, backend: Backend) -> Splats:
