@@ -17,6 +17,7 @@ import pytest
 
 from splatshard.jobs.cli import command
 from splatshard.schemas import errors
+from splatshard.schemas.config import STAGES_VERSION
 from splatshard.schemas.shard import OK, SKIP_STATUSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,3 +246,9 @@ def test_the_picture_of_the_line() -> None:
     assert len(named) > 10
     for path in named:
         assert (ROOT / "pipeline" / path).exists() or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/measured.md"])
+def test_figures_say_of_which_stages_they_are(name: str) -> None:
+    """Whoever raises STAGES_VERSION says there what is older, or measures it again."""
+    assert f"`STAGES_VERSION` {STAGES_VERSION}" in (ROOT / name).read_text()
