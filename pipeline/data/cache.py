@@ -43,7 +43,7 @@ NAMES = {"": re.compile(r"[0-9a-f]{64}"), STAGING: re.compile(r"[0-9a-f]{64}@.+"
 LOCKS = "_locks"
 WAIT_S = 0.05
 
-PATIENCE_S = 10.0
+REPORT_AFTER_S = 10.0
 """After so long a wait for room is said."""
 
 IDLE_S = 600.0
@@ -150,12 +150,12 @@ class ShardCache:
                 if self._make_room(size_bytes):
                     os.truncate(new, size_bytes)
                     return
-            if not said and time.monotonic() - begin > PATIENCE_S:
+            if not said and time.monotonic() - begin > REPORT_AFTER_S:
                 said = True
                 log.warning(
                     "the shard cache %s has been full of files that are being fetched for %.0f s: "
                     "raise cache_bytes (now %d), or let fewer processes share it",
-                    self.folder, PATIENCE_S, self.max_bytes,
+                    self.folder, REPORT_AFTER_S, self.max_bytes,
                 )  # fmt: skip
             time.sleep(WAIT_S)
 

@@ -55,7 +55,7 @@ CAPTION_LENGTH = "caption_length"
 """Characters of the caption."""
 
 SCANNERS = 16
-PATIENCE_S = 10.0
+REPORT_AFTER_S = 10.0
 """After so long the log tells how far the scan is, and again each time as much has passed."""
 
 
@@ -101,7 +101,7 @@ def keep(source: Source[S], rows: Callable[[S], NDArray[np.bool_]]) -> None:
         for i, kept in enumerate(found):
             source.counts[i] = int(kept.sum())
             source.kept[i] = np.packbits(kept)
-            if time.monotonic() - said > PATIENCE_S:
+            if time.monotonic() - said > REPORT_AFTER_S:
                 said = time.monotonic()
                 log.warning(
                     "filter: %d of %d shards read in %.0f s", i + 1, len(source.shards),

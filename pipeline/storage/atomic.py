@@ -1,10 +1,10 @@
 """Whole files into a destination, and the decision who is first.
 
-               local disk                        S3
-    upload     os.replace                        PUT or multipart upload of the finished file
-    put_if     os.replace, under `exclusive`     PUT with If-None-Match: * or If-Match: tag
-    upload_if  the same with a finished file     the same
-    exclusive  flock of _staging/{name}.lock     nothing: the conditions of `put_if_match` decide
+                  local disk                      S3
+    upload        os.replace                      PUT or multipart upload of the finished file
+    put_if_match  os.replace, under `exclusive`   PUT with If-None-Match: * or If-Match: tag
+    upload_if     the same with a finished file   the same
+    exclusive     flock of _staging/{name}.lock   nothing: the conditions of `put_if_match` decide
 
 Never through `fs.open(url, "wb")`: an error inside its block publishes what was written so far.
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 PARTS_AT_ONCE = 4
-LOCK_PATIENCE_S = 60.0
+LOCK_WAIT_S = 60.0
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 PROBE = "_probe"
 
@@ -183,18 +183,18 @@ def delete(url: str) -> None:
 
 
 @contextmanager
-def exclusive(dst: str, name: str, patience_s: float = LOCK_PATIENCE_S) -> Iterator[bool]:
+def exclusive(dst: str, name: str, wait_s: float = LOCK_WAIT_S) -> Iterator[bool]:
     """Nobody else commits shard `name` of a local `dst` during the block.
 
     Yields whether that is so: not on S3, nor on file systems without locks. Raises UnavailableError
-    when another process holds the lock for longer than `patience_s`.
+    when another process holds the lock for longer than `wait_s`.
     """
     if not is_local(dst):
         yield False
         return
     path = local_path(dst) / STAGING / f"{name}.lock"
     with storage_errors(dst):
-        number, locked = _locked(path, time.monotonic() + patience_s)
+        number, locked = _locked(path, time.monotonic() + wait_s)
     try:
         yield locked
     finally:

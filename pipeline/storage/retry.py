@@ -19,12 +19,12 @@ from splatshard.schemas.errors import SourceError
 
 T = TypeVar("T")
 
-PATIENCE_S = 60.0
+RETRY_FOR_S = 60.0
 
 
 def with_retries(call: Callable[[], T]) -> T:
-    """`call()`, again and again for PATIENCE_S while the reason why it fails may pass."""
-    end = time.monotonic() + PATIENCE_S
+    """`call()`, again and again for RETRY_FOR_S while the reason why it fails may pass."""
+    end = time.monotonic() + RETRY_FOR_S
     for attempt in count():
         try:
             return call()

@@ -55,7 +55,7 @@ from splatshard.schemas.train import TrainConfig
 log = logging.getLogger(__name__)
 
 READERS = 16
-PATIENCE_S = 10.0
+REPORT_AFTER_S = 10.0
 """After so long the log tells how far it is, and again each time as much has passed."""
 ROWS = 4096
 """Read at once by each reader."""
@@ -121,7 +121,7 @@ def _all_seen(dataset: SplatDataset, config: TrainConfig) -> Iterator[Seen]:
         found = pool.map(lambda place: see(place[0], place[1], config, said), shards)
         for number, each in enumerate(found, 1):
             yield each
-            if time.monotonic() - reported > PATIENCE_S:
+            if time.monotonic() - reported > REPORT_AFTER_S:
                 reported = time.monotonic()
                 log.warning(
                     "before the first step: %d of %d shards looked at in %.0f s", number,

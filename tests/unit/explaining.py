@@ -35,7 +35,7 @@ def model_of(encoder: EncoderConfig, seed: int = 0) -> Any:
     return model
 
 
-def splats_of(n: int = 7, padding: int = 0, seed: int = 0, batch: int = 1) -> Splats:
+def padded_splats(n: int = 7, padding: int = 0, seed: int = 0, batch: int = 1) -> Splats:
     g = torch.Generator().manual_seed(seed)
     scales = 1.5 + 2 * torch.rand(batch, n, 3, generator=g)
     mask = torch.arange(n).expand(batch, n) < n - padding

@@ -136,7 +136,7 @@ def test_what_a_killed_container_left_does_not_take_room_for_ever(
                 os.utime(path, (time.time() - cache_module.IDLE_S - 1,) * 2)
 
     monkeypatch.setattr(cache_module.time, "sleep", sleep)
-    monkeypatch.setattr(cache_module, "PATIENCE_S", -1)
+    monkeypatch.setattr(cache_module, "REPORT_AFTER_S", -1)
     assert read(ShardCache(folder, 100), remote.put("a", b"a" * 40)) == b"a" * 40
     assert slept == [True, True]
     assert (left.exists(), waiting.exists()) == (False, True)

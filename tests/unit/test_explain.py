@@ -22,13 +22,13 @@ from splatshard.schemas.model import (
     EncoderConfig,
     ResamplerConfig,
 )
-from tests.unit.explaining import PLAIN, RESAMPLED, SIDE, logits_of, model_of, splats_of
+from tests.unit.explaining import PLAIN, RESAMPLED, SIDE, logits_of, model_of, padded_splats
 
 
 @pytest.mark.parametrize("encoder", [PLAIN, RESAMPLED], ids=["plain", "resampled"])
 def test_gradients_are_those_of_differences(encoder: EncoderConfig) -> None:
     """In the frame of the fit: `moved` takes the steps, all eight of each Gaussian."""
-    model, splats, n, step = model_of(encoder), splats_of(), 7, 3e-3
+    model, splats, n, step = model_of(encoder), padded_splats(), 7, 3e-3
     found = explain(model, splats, SIDE, SIDE, 1)
     steps = step * torch.eye(n * 8).view(n * 8, n, 8)
     many = Splats(*(x.expand(n * 8, *x.shape[1:]) for x in _parts(splats)))
@@ -39,7 +39,7 @@ def test_gradients_are_those_of_differences(encoder: EncoderConfig) -> None:
 
 @pytest.mark.parametrize("encoder", [PLAIN, RESAMPLED], ids=["plain", "resampled"])
 def test_contributions_sum_to_what_the_colours_do(encoder: EncoderConfig) -> None:
-    model, splats = model_of(encoder), splats_of()
+    model, splats = model_of(encoder), padded_splats()
     found = explain(model, splats, SIDE, SIDE, 1).contribution
     black = logits_of(model, replace(splats, colors=torch.zeros(1, 7, 3)))
     total = (logits_of(model, splats) - black)[0, 1]
@@ -50,7 +50,7 @@ def test_contributions_sum_to_what_the_colours_do(encoder: EncoderConfig) -> Non
 
 def test_a_contribution_is_gradient_times_colour_where_the_logit_is_linear() -> None:
     """Faint colours: there it is also what taking the Gaussian away takes from the logit."""
-    model, splats = model_of(PLAIN), splats_of()
+    model, splats = model_of(PLAIN), padded_splats()
     faint = replace(splats, colors=1e-2 * splats.colors)
     found = explain(model, faint, SIDE, SIDE, 1).contribution
     without = faint.colors * (1 - torch.eye(7))[..., None]
@@ -64,7 +64,7 @@ def _parts(splats: Splats) -> tuple[Tensor, ...]:
 
 
 def test_the_class_is_the_likeliest_unless_told() -> None:
-    model, splats = model_of(PLAIN), splats_of()
+    model, splats = model_of(PLAIN), padded_splats()
     expected = logits_of(model, splats)[0]
     found = explain(model, splats, SIDE, SIDE)
     torch.testing.assert_close(found.logits, expected)
@@ -77,7 +77,7 @@ def test_the_class_is_the_likeliest_unless_told() -> None:
 
 @pytest.mark.parametrize("encoder", [PLAIN, RESAMPLED], ids=["plain", "resampled"])
 def test_padding_gets_nothing_and_changes_nothing(encoder: EncoderConfig) -> None:
-    model, splats = model_of(encoder), splats_of(7, padding=2)
+    model, splats = model_of(encoder), padded_splats(7, padding=2)
     splats.means[0, 5:] = torch.nan
     found = explain(model, splats, SIDE, SIDE, 0)
     alone = explain(model, Splats(*(x[:, :5] for x in _parts(splats))), SIDE, SIDE, 0)
@@ -89,7 +89,7 @@ def test_padding_gets_nothing_and_changes_nothing(encoder: EncoderConfig) -> Non
 
 
 def test_an_exact_circle_still_has_a_gradient() -> None:
-    splats = splats_of()
+    splats = padded_splats()
     splats.cholesky[0, 3] = torch.tensor([2.0, 0.0, 2.0])
     found = explain(model_of(PLAIN), splats, SIDE, SIDE)
     assert found.gradient.isfinite().all()
@@ -102,7 +102,7 @@ def test_an_exact_circle_still_has_a_gradient() -> None:
 def test_attention_of_a_block_makes_what_the_block_makes() -> None:
     """With one head: the weights times the values are the layer's output."""
     model = model_of(replace(PLAIN, heads=1))
-    splats = splats_of(7, padding=2)
+    splats = padded_splats(7, padding=2)
     with recorded(model.encoder) as seen:
         logits_of(model, splats)
     for block, (x, mask) in zip(model.encoder.encoder.layers, seen["blocks"], strict=True):
@@ -121,7 +121,7 @@ def test_attention_of_the_resampler_makes_what_it_makes(bias: Any) -> None:
     config = ResamplerConfig(layers=1, heads=1, neighbours=3, bias=bias)
     model = model_of(replace(RESAMPLED, resampler=config))
     with recorded(model.encoder) as seen:
-        logits_of(model, splats_of(7, padding=2))
+        logits_of(model, padded_splats(7, padding=2))
     layer, (x, tokens, *features) = model.encoder.resampler.layers[0], seen["resampler"][0]
     weights = resampler_attention(layer, x, tokens, *features)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4))
@@ -132,7 +132,7 @@ def test_attention_of_the_resampler_makes_what_it_makes(bias: Any) -> None:
 
 
 def test_attention_without_a_resampler_is_the_last_row_of_cls() -> None:
-    model, splats = model_of(PLAIN), splats_of()
+    model, splats = model_of(PLAIN), padded_splats()
     found = explain(model, splats, SIDE, SIDE)
     with recorded(model.encoder) as seen:
         logits_of(model, splats)
@@ -149,7 +149,7 @@ def test_attention_without_a_resampler_is_the_last_row_of_cls() -> None:
 
 def test_rollout_is_the_product_of_whole_matrices() -> None:
     """Over one graph of CLS, four latents and seven Gaussians, which keep what they have."""
-    model, splats = model_of(RESAMPLED), splats_of()
+    model, splats = model_of(RESAMPLED), padded_splats()
     found = explain(model, splats, SIDE, SIDE)
     with recorded(model.encoder) as seen:
         logits_of(model, splats)

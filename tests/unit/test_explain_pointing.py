@@ -30,13 +30,13 @@ from splatshard.schemas.model import (
     ModelConfig,
 )
 from tests.make import encode
-from tests.unit.explaining import PLAIN, SIDE, model_of, splats_of
+from tests.unit.explaining import PLAIN, SIDE, model_of, padded_splats
 
 
 def scenes(count: int, seed: int) -> tuple[Splats, Tensor, list[Box]]:
     """Clutter of 16 blue and green Gaussians; in those of class 1 the first one is red, and boxes
     are around the first one."""
-    splats = splats_of(16, seed=seed, batch=count)
+    splats = padded_splats(16, seed=seed, batch=count)
     splats.cholesky[:] = torch.tensor([1.6, 0.0, 2.0])
     splats.colors[:] = splats.colors.abs().clamp(0.2, 0.8)
     splats.colors[..., 0] = 0
@@ -99,7 +99,7 @@ def test_a_model_that_knows_nothing_is_near_chance() -> None:
 
 
 def test_the_map_is_largest_where_the_only_one_that_matters_is() -> None:
-    splats = splats_of(6)
+    splats = padded_splats(6)
     scores = torch.tensor([0.0, 0, 0, 2.5, 0, 0])
     found = saliency_map(splats, scores, SIDE, SIDE, 3.0, select_backend("cpu"))
     y, x = divmod(int(found.argmax()), SIDE)
@@ -139,7 +139,7 @@ def test_a_box_goes_with_the_crop(width: int, height: int) -> None:
 
 
 def test_outlines_are_one_standard_deviation() -> None:
-    splats = splats_of(3)
+    splats = padded_splats(3)
     offsets = ellipses_of(splats) - splats.means[0][:, None]
     scales, angles = scales_and_angles(splats.cholesky[0])
     along = offsets @ torch.stack((angles.cos(), angles.sin()), -1)[..., None]
@@ -147,7 +147,7 @@ def test_outlines_are_one_standard_deviation() -> None:
 
 
 def test_high_scores_are_bright_and_all_zero_is_drawn() -> None:
-    splats, pixels = splats_of(2), np.zeros((SIDE, SIDE, 3), np.float32)
+    splats, pixels = padded_splats(2), np.zeros((SIDE, SIDE, 3), np.float32)
     splats.means[0] = torch.tensor([[8.0, 16.0], [24.0, 16.0]])
     panel = np.asarray(outlines(pixels, splats, np.array([0.0, 3.0], np.float32), 4))
     assert panel[:, 64:, 1].max() > 150 > panel[:, :64].max()

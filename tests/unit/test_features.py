@@ -12,7 +12,7 @@ from splatshard.pipeline.models.resampler import anchors, bias_features, dense_b
 from splatshard.pipeline.models.stem import features, normalised_means, without_padding
 from splatshard.pipeline.splats import Splats, cholesky_from_scales_and_angles, covariances
 from splatshard.schemas.model import StemConfig
-from tests.unit.toy_models import BIASES, sizes, splats_of
+from tests.unit.toy_models import BIASES, sizes, toy_splats
 
 
 def test_fewer_tokens_still_cover_the_image() -> None:
@@ -79,7 +79,7 @@ def test_a_weighted_angle_fades_as_a_gaussian_becomes_round() -> None:
 
 @pytest.mark.parametrize("bias", BIASES)
 def test_bias_equals_its_dense_twin(bias: str) -> None:
-    splats = without_padding(splats_of(2, 30))
+    splats = without_padding(toy_splats(2, 30))
     means = normalised_means(splats.means, *sizes(2)) * 3.5
     cov = covariances(splats.cholesky) / 9**2
     places = anchors(49) * 3.5

@@ -17,7 +17,7 @@ from splatshard.pipeline.models.resampler import anchors
 from splatshard.pipeline.models.stem import without_padding
 from splatshard.pipeline.splats import Splats, covariances
 from splatshard.schemas.model import ResamplerConfig
-from tests.unit.toy_models import TOY, padded, sizes, splats_of
+from tests.unit.toy_models import TOY, padded, sizes, toy_splats
 
 
 def sum_of_gaussians(splats: Splats, p_P2: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def local_inputs(splats: Splats, side: float, cells: int) -> tuple[Tensor, ...]:
 
 def test_local_coefficients_are_the_windowed_integrals() -> None:
     """Against a fine sum over pixels, wide enough for window and Gaussians."""
-    splats = splats_of(1, 20, side=32)
+    splats = toy_splats(1, 20, side=32)
     waves = half_plane(2)
     assert waves.shape == (13, 2)
     assert waves[0].tolist() == [0, 0]
@@ -60,7 +60,7 @@ def test_local_coefficients_are_the_windowed_integrals() -> None:
 
 
 def test_far_gaussians_may_be_left_out() -> None:
-    splats = without_padding(padded(splats_of(2, 100, side=64), 120, math.nan))
+    splats = without_padding(padded(toy_splats(2, 100, side=64), 120, math.nan))
     inputs = local_inputs(splats, 64, 8)
     exact = coefficients(*inputs, half_plane(2), 120)
     near = coefficients(*inputs, half_plane(2), 30)
@@ -71,7 +71,7 @@ def test_far_gaussians_may_be_left_out() -> None:
 @pytest.mark.parametrize("smooth", [True, False])
 def test_local_tokens_stand_for_a_patch_embedding(smooth: bool) -> None:
     """From a kernel to the tokens of the picture that the splats make, without rendering."""
-    splats = splats_of(1, 64, side=32)
+    splats = toy_splats(1, 64, side=32)
     splats = replace(splats, cholesky=splats.cholesky * 0.5 + torch.tensor([2.0, 0.0, 2.0]))
     x = torch.arange(32) + 0.5
     yy, xx = torch.meshgrid(x, x, indexing="ij")
@@ -99,7 +99,7 @@ def test_a_student_with_local_tokens_starts_near_its_teacher() -> None:
         for parameter in teacher.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=1.2 / math.sqrt(parameter[0].numel()))
-    splats = splats_of(12, 64, side=32)
+    splats = toy_splats(12, 64, side=32)
     splats = replace(splats, cholesky=splats.cholesky * 0.5 + torch.tensor([2.0, 0.0, 2.0]))
     x = torch.arange(32) + 0.5
     yy, xx = torch.meshgrid(x, x, indexing="ij")

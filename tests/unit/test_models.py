@@ -20,7 +20,7 @@ from splatshard.pipeline.models.resampler import anchors
 from splatshard.pipeline.models.stem import normalised_means
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig
-from tests.unit.toy_models import BIASES, TOY, TOY_TEXT, batch_of, padded, sizes, splats_of
+from tests.unit.toy_models import BIASES, TOY, TOY_TEXT, batch_of, padded, sizes, toy_splats
 
 KINDS: list[dict[str, Any]] = [{"bias": x} for x in BIASES]
 KINDS += [{"bias": "distance", "neighbours": 6}, {"absent": True}]
@@ -45,7 +45,7 @@ def encoder(config: EncoderConfig = TOY, seed: int = 0, **resampler: Any) -> Spl
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
 @pytest.mark.parametrize("fill", [0.0, 1e30, math.nan, math.inf])
 def test_masks_leak_nothing(kind: dict[str, Any], fill: float) -> None:
-    model, splats = encoder(**kind), splats_of(2, 20)
+    model, splats = encoder(**kind), toy_splats(2, 20)
     with torch.no_grad():
         without = model(splats, *sizes(2))
         for dtype in (None, torch.bfloat16):
@@ -60,7 +60,7 @@ def test_masks_leak_nothing(kind: dict[str, Any], fill: float) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_variable_n_equals_one_by_one(kind: dict[str, Any]) -> None:
     model = encoder(**kind)
-    ones = [splats_of(1, n, seed=n) for n in (1, 16, 37, 50)]
+    ones = [toy_splats(1, n, seed=n) for n in (1, 16, 37, 50)]
     parts = [padded(s, 50, math.nan) for s in ones]
     joined = Splats(*(torch.cat([getattr(s, f) for s in parts]) for f in Splats.__annotations__))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_variable_n_equals_one_by_one(kind: dict[str, Any]) -> None:
 @given(seed=st.integers(0, 99))
 @settings(max_examples=5, deadline=None)
 def test_order_of_gaussians_does_not_matter(kind: dict[str, Any], seed: int) -> None:
-    model, splats = encoder(**kind), splats_of(2, 24, seed=seed)
+    model, splats = encoder(**kind), toy_splats(2, 24, seed=seed)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
     parts = (splats.means, splats.cholesky, splats.colors, splats.mask)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_order_of_gaussians_does_not_matter(kind: dict[str, Any], seed: int) -> 
 
 def test_no_gaussians_give_the_same_whatever_the_padding() -> None:
     model = encoder()
-    splats = padded(splats_of(2, 5), 9, math.nan)
+    splats = padded(toy_splats(2, 5), 9, math.nan)
     splats.mask[1] = False
     with torch.no_grad():
         y = model(splats, *sizes(2))
@@ -101,7 +101,7 @@ def test_no_gaussians_give_the_same_whatever_the_padding() -> None:
 @pytest.mark.parametrize("count", [16, 400, 3136])
 def test_any_number_of_gaussians_and_tokens(count: int, tokens: int) -> None:
     model = encoder(replace(TOY, tokens=196))
-    splats = splats_of(1, count)
+    splats = toy_splats(1, count)
     with torch.no_grad():
         assert model.tokens(splats, *sizes(1), tokens).shape == (1, tokens, 32)
         assert model(splats, *sizes(1), tokens).isfinite().all()
@@ -110,7 +110,7 @@ def test_any_number_of_gaussians_and_tokens(count: int, tokens: int) -> None:
 
 
 def test_shards_of_other_sizes_look_alike() -> None:
-    model, splats = encoder(), splats_of(2, 20)
+    model, splats = encoder(), toy_splats(2, 20)
     double = Splats(splats.means * 3.5, splats.cholesky * 3.5, splats.colors, splats.mask)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -124,7 +124,7 @@ def test_near_gaussians_weigh_more(bias: str) -> None:
     model = encoder(bias=bias).resampler
     with torch.no_grad():
         model.layers[0].log_slope.fill_(4.0)
-    splats = splats_of(1, 60)
+    splats = toy_splats(1, 60)
     means = normalised_means(splats.means, *sizes(1))
     tokens = torch.randn(1, 60, 32, generator=torch.Generator().manual_seed(1))
     tokens.requires_grad_()
@@ -143,7 +143,7 @@ def test_gradients_reach_every_parameter(kind: dict[str, Any], checkpointed: boo
     config = replace(TOY, resampler=resampler, gradient_checkpointing=checkpointed)
     model = build_model(ModelConfig(encoder=config, text=TOY_TEXT, embed_dim=16)).train()
     ids = torch.tensor([[1, 5, 59, 0, 0, 0, 0, 0], [1, 5, 6, 7, 8, 9, 10, 59]])
-    batch = batch_of(splats_of(2, 20))
+    batch = batch_of(toy_splats(2, 20))
     image, text = model(batch, ids)
     loss = (image @ text.T * model.logit_scale.exp()).diagonal().sum()
     loss.backward()
@@ -161,13 +161,13 @@ def test_checkpointing_changes_no_gradient() -> None:
         torch.manual_seed(0)
         config = replace(TOY, gradient_checkpointing=flag, resampler=ResamplerConfig(heads=4))
         model = SplatEncoder(config).train()
-        model(splats_of(2, 20), *sizes(2)).square().sum().backward()
+        model(toy_splats(2, 20), *sizes(2)).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*grads)
 
 
 def test_bfloat16_autocast_is_near_float32() -> None:
-    model, splats = encoder(), splats_of(4, 50)
+    model, splats = encoder(), toy_splats(4, 50)
     with torch.no_grad():
         exact = model(splats, *sizes(4))
         with torch.autocast("cpu", torch.bfloat16):
@@ -177,7 +177,7 @@ def test_bfloat16_autocast_is_near_float32() -> None:
 
 def test_torch_export_finds_no_branch_on_data() -> None:
     """What torch.compile needs, without a compiler."""
-    model, splats = encoder(), splats_of(2, 12)
+    model, splats = encoder(), toy_splats(2, 12)
     names = ("means", "cholesky", "colors", "mask")
 
     class Flat(torch.nn.Module):
@@ -198,7 +198,7 @@ def test_classifier_and_patches() -> None:
     config = ModelConfig(encoder=replace(TOY, resampler=ResamplerConfig(heads=4)), num_classes=7)
     model = build_model(config)
     assert isinstance(model, SplatClassifier)
-    assert model(batch_of(splats_of(3, 10))).shape == (3, 7)
+    assert model(batch_of(toy_splats(3, 10))).shape == (3, 7)
     rgb = build_model(replace(config, encoder=replace(TOY, input="patches")))
     assert isinstance(rgb.encoder, PatchEncoder)
     assert rgb(normalised(torch.rand(3, 3, 32, 32))).shape == (3, 7)

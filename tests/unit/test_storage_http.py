@@ -70,7 +70,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    monkeypatch.setattr(retry, "PATIENCE_S", 0)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0)
     yield server
     fs.use_options({})
     server.shutdown()
@@ -108,7 +108,7 @@ def test_a_tar_that_is_cut_on_its_way(
         groups()
     if ranges:
         web.cuts = 1
-        monkeypatch.setattr(retry, "PATIENCE_S", 60)
+        monkeypatch.setattr(retry, "RETRY_FOR_S", 60)
         assert groups() == 3
 
 
@@ -125,7 +125,7 @@ def test_a_store_that_calls_a_part_the_whole(tmp_path: Path) -> None:
         short = Short(memory, "/b/short.tar", raw.read())
     stream = retry.RetryingStream("memory://b/short.tar", short)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retry, "PATIENCE_S", 0)
+        patch.setattr(retry, "RETRY_FOR_S", 0)
         with pytest.raises(UnavailableError, match=f"ended there, short of {len(data)} bytes"):
             list(read_groups("x", stream, hashlib.sha256(), never))
 

@@ -318,6 +318,6 @@ def test_it_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(check, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(check, "REPORT_AFTER_S", -1.0)
     look(toy_config(shards, tmp_path))
     assert "before the first step: 3 of 3 shards looked at" in caplog.text

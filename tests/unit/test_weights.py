@@ -26,7 +26,7 @@ from splatshard.pipeline.models.pretrained import (
 )
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.model import ModelConfig, ResamplerConfig
-from tests.unit.toy_models import TOY, batch_of, splats_of, tokenizer_folder
+from tests.unit.toy_models import TOY, batch_of, tokenizer_folder, toy_splats
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 IDS = torch.tensor([[8, 3, 4, 9, 0, 0], [8, 2, 5, 6, 7, 9]])
@@ -343,7 +343,7 @@ def test_export_round_trip(tmp_path: Path, kind: str, theirs: tuple[CLIPModel, P
     ).eval()
     folder = str(tmp_path / "encoder")
     save_encoder(folder, model)
-    batch = batch_of(splats_of(2, 12))
+    batch = batch_of(toy_splats(2, 12))
     loaded = load_encoder(folder)
     assert not loaded.training
     with torch.no_grad():

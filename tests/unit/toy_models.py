@@ -19,7 +19,7 @@ TOY = EncoderConfig(
 TOY_TEXT = TextConfig(width=24, layers=2, heads=2, vocab_size=60, context_length=8, tokenizer="")
 
 
-def splats_of(batch: int, count: int, side: float = 64, seed: int = 0) -> Splats:
+def toy_splats(batch: int, count: int, side: float = 64, seed: int = 0) -> Splats:
     g = torch.Generator().manual_seed(seed)
     cholesky = torch.rand(batch, count, 3, generator=g) * 3 + 0.3
     return Splats(

@@ -42,7 +42,7 @@ def server(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(retry, "PATIENCE_S", 0)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0)
     fs.use_options({})
     yield running
     running.fault = lambda _: ""

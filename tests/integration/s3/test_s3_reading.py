@@ -25,7 +25,7 @@ def test_a_stream_goes_on_where_it_was_cut(
 ) -> None:
     data = datacomp_tar(tmp_path / "a.tar", 6).read_bytes()
     server.put(dst, {"a.tar": data})
-    monkeypatch.setattr(retry, "PATIENCE_S", 60)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 60)
     cuts = itertools.count()
     server.fault = lambda request: "cut" if request.method == "GET" and next(cuts) in (0, 1) else ""
     with fs.open_read(f"{dst}/a.tar") as stream:
