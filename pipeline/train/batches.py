@@ -36,6 +36,7 @@ from splatshard.pipeline.train.faults import (
     label_faults,
     other_width,
     reasons,
+    refuse_differences,
     teacher_faults,
 )
 from splatshard.schemas.errors import CorruptShardError, UsageError
@@ -304,23 +305,11 @@ def constants_of(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     if isinstance(dataset, ImageDataset):
         return {"cutoff": None}
     names = ("cutoff", TEACHER) if config.stage == "distill" else ("cutoff",)
-    found: dict[str, Any] = {}
-    folders = {s.url.rpartition("/")[0]: s for source in dataset.sources for s in source.shards}
-    firsts = list(folders.values())
-    metadata = {shard.url: shard_metadata_of(shard.url, shard.format) for shard in firsts}
+    firsts = {s.url.rpartition("/")[0]: s for source in dataset.sources for s in source.shards}
+    metadata = {s.url: shard_metadata_of(s.url, s.format) for s in firsts.values()}
     for name in names:
-        values = {url: metadata[url].get(name) for url in metadata}
-        found[name] = next(iter(values.values()))
-        if any(value != found[name] for value in values.values()):
-            each = ", ".join(f"{value} in {url}" for url, value in values.items())
-            raise UsageError(f"the sources of data.src differ in their {name}: {each}")
-    if config.stage == "distill" and found[TEACHER] is None:
-        dst = firsts[0].url.rpartition("/")[0]
-        raise UsageError(
-            f"{dst} has no teacher's embeddings, which distillation needs: splatshard embed {dst} "
-            "--teacher MODEL SRC adds them"
-        )
-    return found
+        refuse_differences(metadata, name, "folders")
+    return {name: next(iter(metadata.values())).get(name) for name in names}
 
 
 def probe(config: TrainConfig, device: torch.device) -> Step:

@@ -41,15 +41,17 @@ from splatshard.pipeline.train.batches import Dataset
 from splatshard.pipeline.train.distributed import World, on_rank_zero
 from splatshard.pipeline.train.faults import (
     Bools,
+    Constants,
     caption_faults,
     label_faults,
     other_width,
     reasons,
+    refuse_differences,
     teacher_faults,
 )
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from splatshard.schemas.shard import ShardManifest
-from splatshard.schemas.splats import TEACHER, canonical_json, metadata_of
+from splatshard.schemas.splats import TEACHER, metadata_of
 from splatshard.schemas.train import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -59,9 +61,6 @@ REPORT_AFTER_S = 10.0
 """After so long the log tells how far it is, and again each time as much has passed."""
 ROWS = 4096
 """Read at once by each reader."""
-
-Constants = dict[str, Any]
-"""A shard's cutoff and teacher."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def look_through(dataset: Dataset, config: TrainConfig) -> None:
     seen = list(_all_seen(dataset, config))
     names = ("cutoff", TEACHER) if config.stage == "distill" else ("cutoff",)
     for name in names:
-        refuse_differences(seen, name)
+        refuse_differences({shard.url: shard.constants for shard in seen}, name, "shards")
     if config.stage == "distill":
         refuse_width(seen, config)
     refuse_faults(seen, config)
@@ -237,38 +236,6 @@ COLUMNS: dict[str, tuple[str, Find]] = {
 
 
 # All shards
-
-
-def refuse_differences(seen: Sequence[Seen], name: str) -> None:
-    """Raises UsageError unless all shards have the same cutoff, or the same teacher."""
-    groups: dict[str, list[Seen]] = {}
-    for each in seen:
-        groups.setdefault(canonical_json(each.constants.get(name)), []).append(each)
-    values = [shards[0].constants.get(name) for shards in groups.values()]
-    if len(groups) == 1 and (name != TEACHER or values[0] is not None):
-        return
-    parts = [
-        f"{len(shards):,} of {len(seen):,} shards have {value_text(name, value)}, first of them "
-        f"{shards[0].url}"
-        for value, shards in zip(values, groups.values(), strict=True)
-    ]
-    dst = next((s.url for s in seen if s.constants.get(name) is None), seen[0].url)
-    remedy = (
-        f"splatshard embed {dst.rpartition('/')[0]} --teacher MODEL gives all the same"
-        if name == TEACHER
-        else "train on shards that were converted with one --cutoff"
-    )
-    raise UsageError(f"the shards differ in their {name}: {'; '.join(parts)}: {remedy}")
-
-
-def value_text(name: str, value: Any) -> str:
-    """A teacher in few words; another constant as it is."""
-    if name != TEACHER:
-        return f"{value}"
-    if value is None:
-        return "no teacher's embeddings"
-    weights = str(value.get("weights", ""))[:12]
-    return f"{value['dim']} numbers of {value.get('model')}{weights and f', weights {weights}'}"
 
 
 def refuse_width(seen: Sequence[Seen], config: TrainConfig) -> None:

@@ -1,19 +1,24 @@
-"""What is wrong with samples' labels, captions and teacher's embeddings, and what to do about it.
+"""What is wrong with samples' labels, captions and teacher's embeddings, or with their shards'
+cutoff and teacher, and what to do about it.
 
 check.py looks for it in the columns of all shards before the first step, batches.py in every batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from splatshard.schemas.errors import UsageError
+from splatshard.schemas.splats import TEACHER, canonical_json
 from splatshard.schemas.train import TrainConfig
 
 Bools = NDArray[np.bool_]
+Constants = dict[str, Any]
+"""A shard's cutoff and teacher."""
 
 LABELS_FROM = "class folders, .cls members, or a column of class numbers"
 CAPTIONS_FROM = ".txt members, or a column of texts"
@@ -80,3 +85,41 @@ def other_width(size: int, width: int) -> str:
         f"{size} numbers, the encoder makes {width}: set model.encoder.width to {size}, or embed "
         f"with a teacher of width {width}"
     )
+
+
+def refuse_differences(constants: Mapping[str, Constants], name: str, what: str) -> None:
+    """Raises UsageError unless all shards, whose `constants` are by URL, have the same cutoff, or
+    the same teacher. `what` they stand for: shards, or folders."""
+    groups: dict[str, list[str]] = {}
+    for url, own in constants.items():
+        groups.setdefault(canonical_json(own.get(name)), []).append(url)
+    untaught = [url.rpartition("/")[0] for url, own in constants.items() if own.get(name) is None]
+    if name == TEACHER and len(untaught) == len(constants):
+        raise UsageError(
+            f"{untaught[0]} has no teacher's embeddings, which distillation needs: "
+            f"splatshard embed {untaught[0]} --teacher MODEL adds them"
+        )
+    if len(groups) == 1:
+        return
+    parts = [
+        f"{len(urls):,} of {len(constants):,} {what} have "
+        f"{value_text(name, constants[urls[0]].get(name))}, first of them {urls[0]}"
+        for urls in groups.values()
+    ]
+    dst = untaught[0] if untaught else next(iter(constants)).rpartition("/")[0]
+    remedy = (
+        f"splatshard embed {dst} --teacher MODEL gives all the same"
+        if name == TEACHER
+        else "train on shards that were converted with one --cutoff"
+    )
+    raise UsageError(f"the {what} differ in their {name}: {'; '.join(parts)}: {remedy}")
+
+
+def value_text(name: str, value: Any) -> str:
+    """A teacher in few words; another constant as it is."""
+    if name != TEACHER:
+        return f"{value}"
+    if value is None:
+        return "no teacher's embeddings"
+    weights = str(value.get("weights", ""))[:12]
+    return f"{value['dim']} numbers of {value.get('model')}{weights and f', weights {weights}'}"

@@ -173,5 +173,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(
 def test_sources_whose_numbers_mean_different_things(shards: Path, tmp_path: Path) -> None:
     other = changed(shards, tmp_path, lambda table: with_metadata(table, {"cutoff": 2.5}))
     both = f"{shards}/splats::{other}/splats"
-    with pytest.raises(UsageError, match=r"differ in their cutoff: 3\.0 in .*, 2\.5 in "):
+    with pytest.raises(
+        UsageError, match=r"their cutoff: 1 of 2 folders have 3\.0, .*; 1 of 2 .* 2\.5, "
+    ):
         train(toy_config(shards, tmp_path / "run", data__src=both))
