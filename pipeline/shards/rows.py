@@ -102,7 +102,9 @@ def reading(url: str) -> Iterator[BinaryIO]:
     except FormatVersionError:
         raise
     except CorruptShardError as e:
-        raise e if url in str(e) else CorruptShardError(f"{url}: {e}") from e
+        if url in str(e):
+            raise  # `from e` would make it its own cause
+        raise CorruptShardError(f"{url}: {e}") from e
     except (pa.ArrowException, tarfile.TarError, OSError, ValueError, RecursionError) as e:
         raise CorruptShardError(f"{url} cannot be read: {type(e).__name__}: {e}") from e
 
