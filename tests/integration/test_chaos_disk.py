@@ -38,7 +38,7 @@ def test_a_destination_that_fills_up(moto_arena: Arena, disk: Path) -> None:
     arena, dst, log = moto_arena, str(disk / "out"), moto_arena.folder / "disk.log"
     with tallied(arena, "disk") as moment:
         arena.begin()
-        moment.exits.append(ended(launch(arena, dst, log=log), log))
+        moment.exits.append(ended(launch(arena, dst, "--workers=1", log=log), log))
         assert moment.exits == [1], tail(log)
         assert "no space left: free some" in log.read_text()
         mount(disk, "remount,size=8m")
@@ -53,7 +53,9 @@ def test_a_worker_without_room_for_its_files(moto_arena: Arena, disk: Path) -> N
     environment = {"TMPDIR": str(disk), "RAY_TMPDIR": "/tmp"}
     with tallied(arena, "tmpdir") as moment:
         arena.begin()
-        moment.exits.append(ended(launch(arena, dst, log=log, alone=True, **environment), log))
+        moment.exits.append(
+            ended(launch(arena, dst, "--workers=1", log=log, alone=True, **environment), log)
+        )
         assert moment.exits == [1], tail(log)
         assert "no space left: free some" in log.read_text()
         finish(arena, dst, moment, log)

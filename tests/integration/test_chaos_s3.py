@@ -47,7 +47,7 @@ def test_every_answer_to_a_write_is_lost_once(arena: Arena) -> None:
     dst, log = f"{arena.out}/doubt", arena.folder / "doubt.log"
     with tallied(arena, "doubt") as moment:
         arena.begin(FaultPlan(rates={"cut_after": 1.0}, only="(PUT|POST|DELETE) ", times=1))
-        moment.exits.append(ended(launch(arena, dst, log=log), log))
+        moment.exits.append(ended(launch(arena, dst, "--workers=1", log=log), log))
         assert moment.exits == [0], tail(log)
         finish(arena, dst, moment, log)
         assert moment.orphans == 0
@@ -57,7 +57,7 @@ def test_an_outage_is_waited_for(arena: Arena) -> None:
     dst, log = f"{arena.out}/outage", arena.folder / "outage.log"
     with tallied(arena, "outage") as moment:
         arena.begin()
-        process = launch(arena, dst, log=log)
+        process = launch(arena, dst, "--workers=1", log=log)
         wait_until(lambda: markers(arena, dst) or process.poll() is not None, tail(log))
         arena.begin(FaultPlan(rates={"slow_down": 0.5, "cut_before": 0.5}))
         wait_until(lambda: sum(arena.proxy.faults().values()) > 10, "the job asks again")
@@ -74,7 +74,7 @@ def test_a_wrong_clock_is_named(arena: Arena) -> None:
     dst, log = f"{arena.out}/skewed", arena.folder / "skewed.log"
     with tallied(arena, "skewed") as moment:
         arena.begin(FaultPlan(rates={"skewed": 1.0}))
-        moment.exits.append(ended(launch(arena, dst, log=log), log))
+        moment.exits.append(ended(launch(arena, dst, "--workers=1", log=log), log))
         assert moment.exits == [1], tail(log)
         assert "clock" in log.read_text()
         arena.begin()
