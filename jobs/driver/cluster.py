@@ -1,61 +1,18 @@
-"""The Ray that a job runs on: embedded, joined, or the cluster of `ray job submit`.
-
-What the driver asks of it: how many workers there is room for, which nodes are about to go, and why
-an actor died.
-"""
+"""What the driver asks of its Ray: how many workers there is room for, which nodes are about to go,
+and why an actor died."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
 
-from splatshard.jobs.cli.log import debugging
-from splatshard.jobs.driver.prometheus import advertised
 from splatshard.jobs.driver.stats import RetryKind
 from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import BackendError
 
 Workers = int | Literal["auto"]
-
-
-@contextmanager
-def ray_session(workers: Workers) -> Iterator[None]:
-    """An embedded Ray, or the one this process is in, or that RAY_ADDRESS names (set by
-    `ray job submit`)."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    common: dict[str, Any] = {
-        "log_to_driver": debugging(),
-        "logging_level": "INFO" if debugging() else "ERROR",
-    }
-    joined = ray.is_initialized()
-    found_by_prometheus: AbstractContextManager[None] = nullcontext()
-    if joined:
-        pass
-    elif os.environ.get("RAY_ADDRESS"):
-        ray.init(**common)
-    else:
-        context: Any = ray.init(
-            address="local",
-            num_cpus=workers if isinstance(workers, int) else len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,  # only small records pass through it
-            **common,
-        )
-        found_by_prometheus = advertised(context.address_info["session_dir"])
-    try:
-        # standard output is where Ray's threads would print that a worker died
-        with redirect_stdout(sys.stderr), found_by_prometheus:
-            yield
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 def reservation(backend: str) -> dict[str, float]:

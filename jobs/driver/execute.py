@@ -74,8 +74,8 @@ def drive(
     catalog: Catalog,
 ) -> int:
     """Start Ray, convert what is left to do; returns the number of workers."""
-    from splatshard.jobs.driver.cluster import ray_session
     from splatshard.jobs.driver.driver import Driver
+    from splatshard.jobs.driver.session import ray_session
     from splatshard.pipeline.shards.commit import clean_attempts
 
     with ray_session(options.workers), StopSignals() as signals:

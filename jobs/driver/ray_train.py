@@ -27,7 +27,7 @@ from splatshard.jobs.cli.command import Interrupted
 from splatshard.jobs.cli.log import configure, log_format
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.cli.text import say
-from splatshard.jobs.driver.cluster import ray_session
+from splatshard.jobs.driver.session import ray_session
 from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import use_options
 from splatshard.pipeline.storage.options import redact

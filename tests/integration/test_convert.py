@@ -75,7 +75,7 @@ def test_end_to_end(format: str, tmp_path: Path, capsys: Capsys, monkeypatch) ->
     assert [row["uid"] for row in rows] == [f"{i:032x}" for i in range(9)]
 
     before = files(dst), finished(dst)
-    monkeypatch.setattr("splatshard.jobs.driver.cluster.ray_session", no_ray)
+    monkeypatch.setattr("splatshard.jobs.driver.session.ray_session", no_ray)
     for path in (tmp_path / "in").iterdir():
         os.utime(path, (1, 1))  # another modification time, the same bytes
     code, summary, err = convert_json(capsys, src, dst, f"--format={format}")

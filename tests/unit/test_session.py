@@ -1,0 +1,124 @@
+"""Which Ray a job starts or joins, and how: folders, addresses, tokens. No Ray runs here."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from splatshard.jobs.driver import session
+from splatshard.jobs.driver.session import (
+    LONGEST_TMPDIR,
+    MODE,
+    TOKEN,
+    authentication,
+    mode_of,
+    ray_session,
+    short_folder,
+)
+from splatshard.schemas.errors import BackendError, UnavailableError, UsageError
+
+MonkeyPatch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: MonkeyPatch) -> None:
+    """Nothing in the environment says anything about Ray."""
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", MODE, TOKEN):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_long_tmpdir_is_not_for_sockets(variable: str, monkeypatch: MonkeyPatch) -> None:
+    longest_socket = "/ray/session_2026-11-30_23-59-59_999999_4194304/sockets/plasma_store.999"
+    assert LONGEST_TMPDIR + len(longest_socket) <= 107
+    monkeypatch.setenv(variable, "/" + "x" * (LONGEST_TMPDIR - 1))
+    with short_folder() as folder:
+        assert folder is None
+    monkeypatch.setenv(variable, "/" + "x" * LONGEST_TMPDIR)
+    with short_folder() as folder:
+        assert folder is not None
+        assert len(folder) <= LONGEST_TMPDIR
+        assert os.stat(folder).st_mode & 0o777 == 0o700
+    assert not os.path.exists(folder)
+
+
+def test_no_short_folder_to_be_had(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 100)
+    monkeypatch.setattr(session, "SHORT", str(tmp_path / "gone"))
+    with pytest.raises(BackendError, match=r"x is too long, .*gone cannot .* set RAY_TMPDIR"):
+        short_folder().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            Exception("The current node timed out during startup. This could"),
+            "Ray cannot start: its processes were not up within 30 s; is the machine very busy",
+        ),
+        (OSError(28, "No space left"), r"cannot start: OSError: .* left \(RAY_TMPDIR, .* writes"),
+    ],
+)
+def test_a_ray_that_does_not_start(error: Exception, words: str, monkeypatch: MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        assert len(os.environ[TOKEN]) == 64  # or Ray would write one into the home
+        raise error
+
+    monkeypatch.setattr(session.ray, "init", refuse)
+    with pytest.raises(BackendError, match=words), ray_session(1):
+        pass
+    assert TOKEN not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:8265", "ray job submit .* --working-dir . -- python -m splatshard.jobs"),
+        ("ray://head:10001", r"host:port of the head, such as 10.0.0.5:6379"),
+        ("nonsense", "RAY_ADDRESS=nonsense: give auto or host:port"),
+        ("auto", "RAY_ADDRESS=auto: no Ray runs on this machine: ray start"),
+    ],
+)
+def test_what_is_no_address_of_a_ray(address: str, words: str, monkeypatch: MonkeyPatch) -> None:
+    if address == "auto":  # other tests may have a Ray on this machine
+        monkeypatch.setattr(session, "canonicalize_bootstrap_address", lambda _: None)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UsageError, match=words), ray_session(1):
+        pass
+
+
+def test_an_address_where_nobody_listens(monkeypatch: MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UnavailableError, match="no Ray answers at"), ray_session(1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wanted", "mode"), [(("disabled", "token"), "disabled"), (("token",), "token")]
+)
+def test_a_token_is_used_where_the_cluster_wants_one(
+    wanted: tuple[str, ...], mode: str, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "lets_in", lambda _, mode: mode in wanted)
+    assert mode_of("head:1") == mode
+
+
+def test_a_token_that_does_not_fit(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "lets_in", lambda *_: False)
+    with pytest.raises(UsageError, match=r"head:1 wants a token, .* copy .*auth_token here"):
+        mode_of("head:1")
+
+
+def test_the_environment_is_as_before(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "mine" * 8)
+    with authentication({MODE: "token", TOKEN: "ours" * 8}):
+        os.environ[MODE] = "token"  # as Ray itself does
+        assert os.environ[TOKEN] == "ours" * 8
+    assert MODE not in os.environ
+    assert os.environ[TOKEN] == "mine" * 8
