@@ -3,7 +3,8 @@ and why an actor died."""
 
 from __future__ import annotations
 
-from typing import Literal
+import socket
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
@@ -13,6 +14,13 @@ from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import BackendError
 
 Workers = int | Literal["auto"]
+
+ANSWER_S = 5.0
+HEAD_S = 40.0
+"""A head may be silent for so long, as when it is started again; Ray itself would end this process
+after 60 s, without a word to people."""
+PARTS = {"gcs_server": "the head process (GCS)", "raylet": "the node process (raylet)"}
+AGAIN = ": was it killed, or short of memory? Finished shards are kept; run the same command again"
 
 
 def reservation(backend: str) -> dict[str, float]:
@@ -43,6 +51,35 @@ def room(workers: Workers, reserved: dict[str, float], leaving: set[str]) -> int
     resource = "GPU" if "num_gpus" in reserved else "CPU"
     staying = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
     return sum(int(node["Resources"].get(resource, 0)) for node in staying)
+
+
+def check_alive(answered: float, now: float) -> float:
+    """When the head last answered, until now at `answered` (monotonic s). Raises BackendError where
+    Ray is gone: a part of one of our own, all nodes, or the head, for HEAD_S."""
+    from ray._private import worker  # nothing public tells it
+
+    node: Any = worker._global_node
+    own = [name for name, _ in node.dead_processes() if name in PARTS]
+    if own:
+        raise BackendError(f"{PARTS[own[0]]} of this job's Ray has died{AGAIN}")
+    gcs = ray.get_runtime_context().gcs_address
+    if not answers(gcs):
+        if now - answered > HEAD_S:
+            raise BackendError(f"Ray's head ({gcs}) has not answered for {HEAD_S:.0f} s{AGAIN}")
+        return answered
+    if not any(node["Alive"] for node in ray.nodes()):
+        raise BackendError(f"no node of this Ray is alive any more{AGAIN}")
+    return now
+
+
+def answers(gcs: str) -> bool:
+    """Whether somebody listens at `host:port`; Ray itself would wait for 40 s and more."""
+    host, _, port = gcs.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def draining_nodes() -> set[str]:

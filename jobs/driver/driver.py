@@ -33,14 +33,7 @@ from splatshard.jobs.cli.log import log_format
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan
-from splatshard.jobs.driver.cluster import (
-    Workers,
-    cause_of_death,
-    draining_nodes,
-    needs,
-    reservation,
-    room,
-)
+from splatshard.jobs.driver import cluster
 from splatshard.jobs.driver.progress import Progress
 from splatshard.jobs.driver.scheduler import UNAVAILABLE, Schedule
 from splatshard.jobs.driver.stats import RetryKind
@@ -112,7 +105,7 @@ class Driver:
         config: ConvertConfig,
         dst: str,
         *,
-        workers: Workers,
+        workers: cluster.Workers,
         sample_timeout: float,
         storage_options: dict[str, Any],
         progress: Progress,
@@ -120,14 +113,15 @@ class Driver:
         signals: StopSignals,
     ) -> None:
         self.config, self.dst = config, dst
-        self.workers: Workers = workers
+        self.workers: cluster.Workers = workers
         self.sample_timeout, self.storage_options = sample_timeout, storage_options
         self.progress, self.catalog, self.signals = progress, catalog, signals
         self.schedule = Schedule(plan.work, plan.replaces, progress.retried, progress.tell)
-        self.reserved = reservation(config.backend)
+        self.reserved = cluster.reservation(config.backend)
         self.team: list[Worker] = []
         self.resized = float("-inf")
         self.complain_at = time.monotonic() + NO_WORKER_S
+        self.answered = time.monotonic()
         self.start_deaths = 0
         self.in_vain = 0
         self.broken_shards = 0
@@ -147,7 +141,7 @@ class Driver:
                     try:
                         self.collect(worker)
                     except RayError as e:
-                        self.on_worker_lost(worker, cause_of_death(e))
+                        self.on_worker_lost(worker, cluster.cause_of_death(e))
                 self.poll()
                 self.progress.workers = len(self.team)
                 self.progress.update([worker.state for worker in self.team])
@@ -163,12 +157,16 @@ class Driver:
     # The team
 
     def resize(self) -> None:
-        """Hire as many as there is room and work for; nodes that will end get no more tasks."""
+        """Hire as many as there is room and work for; nodes that will end get no more tasks. Raises
+        BackendError where Ray is gone."""
         now = time.monotonic()
         if now - self.resized < RESIZE_S:
             return
         self.resized = now
-        leaving = draining_nodes()
+        self.answered = cluster.check_alive(self.answered, now)
+        if self.answered < now:
+            return  # the head does not answer, and Ray would wait for it
+        leaving = cluster.draining_nodes()
         for worker in list(self.team):
             if worker.node in leaving and not worker.retiring:
                 worker.retiring = True
@@ -180,16 +178,15 @@ class Driver:
         staying = [worker for worker in self.team if not worker.retiring]
         taken = sum(bool(worker.in_flight) or worker.broken is not None for worker in staying)
         wanted = len(self.schedule) + taken
-        places = room(self.workers, self.reserved, leaving)
+        places = cluster.room(self.workers, self.reserved, leaving)
         for _ in range(min(places, wanted) - len(staying)):
             self.hire()
         if any(worker.started is None for worker in self.team):
             self.complain_at = now + NO_WORKER_S
         elif now > self.complain_at:
             self.complain_at = float("inf")
-            self.progress.tell(
-                f"still no worker: each needs {needs(self.reserved)}, and the cluster has none free"
-            )
+            each = cluster.needs(self.reserved)
+            self.progress.tell(f"still no worker: each needs {each}, and the cluster has none free")
 
     def hire(self) -> None:
         """A new worker; its loading starts at once."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -24,7 +23,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from splatshard.jobs.cli.log import debugging
-from splatshard.jobs.driver.cluster import Workers
+from splatshard.jobs.driver.cluster import Workers, answers
 from splatshard.jobs.driver.prometheus import advertised
 from splatshard.schemas.errors import BackendError, UnavailableError, UsageError
 
@@ -32,8 +31,6 @@ MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 LONGEST_TMPDIR = 33
 """Bytes: a socket's path has at most 107, of which Ray takes up to 74 below TMPDIR."""
 SHORT = "/tmp"
-ANSWERS_S = 10.0
-"""Ray itself would wait 40 s for a head that is not there."""
 
 
 @contextmanager
@@ -126,7 +123,11 @@ def why(error: Exception) -> str:
 def joined(address: str) -> Iterator[None]:
     """The Ray at `address`, until the block ends."""
     gcs = gcs_address(address)
-    check_answers(gcs)
+    if not answers(gcs):
+        raise UnavailableError(
+            f"no Ray answers at RAY_ADDRESS={gcs}: is its head running, and does a firewall let "
+            "this machine through?"
+        )
     with authentication({MODE: mode_of(gcs)}):
         try:
             ray.init(address=gcs, **_logging())
@@ -158,18 +159,6 @@ def gcs_address(address: str) -> str:
         "address of jobs (http://...) is for ray job submit --address http://... --working-dir . "
         "-- python -m splatshard.jobs.convert ..."
     )
-
-
-def check_answers(gcs: str) -> None:
-    """Raises UnavailableError where nobody listens at `gcs`."""
-    host, _, port = gcs.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWERS_S).close()
-    except OSError as e:
-        raise UnavailableError(
-            f"no Ray answers at RAY_ADDRESS={gcs} ({e}): is its head running, and does a firewall "
-            "let this machine through?"
-        ) from None
 
 
 def mode_of(gcs: str) -> str:

@@ -19,6 +19,7 @@ from tests.integration.running import (
     LONG,
     assert_verified,
     converting,
+    descendants,
     files,
     finished,
     kill_tree,
@@ -124,3 +125,16 @@ def test_ctrl_c_and_sigterm_stop_cleanly(
     finish_here(src, dst)
     assert files(dst) == undisturbed
     assert assert_verified(capsys, dst)["shards_done"] == SHARDS
+
+
+def test_a_ray_that_is_lost_ends_the_job(src: str, tmp_path: Path) -> None:
+    """The raylet of the only node: no worker comes again."""
+    dst, log = tmp_path / "out", tmp_path / "log"
+    process = start(src, dst, *LONG, log=log)
+    kept = wait_until(lambda: converting(process.pid) and finished(dst), "a shard is done")
+    below = descendants(process.pid).items()
+    (raylet,) = [pid for pid, command in below if command.split()[0].endswith("/raylet/raylet")]
+    os.kill(raylet, signal.SIGKILL)
+    assert process.wait(60) == 1, log.read_text()
+    assert "(raylet) of this job's Ray has died" in log.read_text()
+    assert kept.items() <= finished(dst).items()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from splatshard.jobs.destination.plan import make_plan
+from splatshard.jobs.driver import cluster
 from splatshard.jobs.driver import driver as driver_module
 from splatshard.jobs.driver.worker import Outcome, Started, Task, WorkerState
 from splatshard.schemas.config import ConvertConfig
@@ -129,10 +130,9 @@ def run(
     """Drive a conversion in which `convert` is what the workers do."""
     told: Any = Told()
     monkeypatch.setattr("splatshard.jobs.driver.driver.ray", Ray(devices, convert, seed))
-    monkeypatch.setattr(
-        "splatshard.jobs.driver.driver.reservation", lambda backend: {"num_gpus": 1}
-    )
-    monkeypatch.setattr("splatshard.jobs.driver.driver.draining_nodes", set)
+    monkeypatch.setattr(cluster, "reservation", lambda backend: {"num_gpus": 1})
+    monkeypatch.setattr(cluster, "draining_nodes", set)
+    monkeypatch.setattr(cluster, "check_alive", lambda answered, now: now)
     monkeypatch.setattr("splatshard.jobs.driver.driver.POLL_S", 0)
     monkeypatch.setattr("splatshard.jobs.driver.driver.RESIZE_S", 0)
     names = [f"{number:02d}" for number in range(shards)]

@@ -1,14 +1,18 @@
-"""Which Ray a job starts or joins, and how: folders, addresses, tokens. No Ray runs here."""
+"""Which Ray a job starts or joins, and how: folders, addresses, tokens; when it is given up. No Ray
+runs here."""
 
 from __future__ import annotations
 
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray._private.worker
 
-from splatshard.jobs.driver import session
+from splatshard.jobs.driver import cluster, session
+from splatshard.jobs.driver.cluster import HEAD_S, check_alive
 from splatshard.jobs.driver.session import (
     LONGEST_TMPDIR,
     MODE,
@@ -122,3 +126,45 @@ def test_the_environment_is_as_before(monkeypatch: MonkeyPatch) -> None:
         assert os.environ[TOKEN] == "ours" * 8
     assert MODE not in os.environ
     assert os.environ[TOKEN] == "mine" * 8
+
+
+# While the job runs
+
+
+@pytest.fixture
+def alive(monkeypatch: MonkeyPatch) -> SimpleNamespace:
+    """What there is of Ray, all of it well; parts of a Ray of one's own that are `dead`."""
+    found = SimpleNamespace(answers=True, nodes=[False, True], dead=[])
+    node = SimpleNamespace(dead_processes=lambda: [(name, None) for name in found.dead])
+    context = SimpleNamespace(gcs_address="head:1")
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": a} for a in found.nodes])
+    monkeypatch.setattr(cluster, "answers", lambda gcs: found.answers)
+    return found
+
+
+def test_a_ray_lives_as_long_as_a_node_does(alive: SimpleNamespace) -> None:
+    alive.dead = ["log_monitor"]
+    assert check_alive(answered=5.0, now=9.0) == 9.0
+    alive.nodes = [False, False]
+    with pytest.raises(BackendError, match=r"no node .* is alive any more: .* shards are kept"):
+        check_alive(answered=5.0, now=9.0)
+
+
+def test_a_head_has_time_to_come_back(alive: SimpleNamespace) -> None:
+    alive.answers = False
+    assert check_alive(answered=5.0, now=5.0 + HEAD_S) == 5.0
+    with pytest.raises(BackendError, match=r"head \(head:1\) has not answered for 40 s"):
+        check_alive(answered=5.0, now=5.1 + HEAD_S)
+    alive.answers = True
+    assert check_alive(answered=5.0, now=5.1 + HEAD_S) == 5.1 + HEAD_S
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_a_dead_part_of_a_ray_of_ones_own_ends_it_at_once(
+    part: str, alive: SimpleNamespace
+) -> None:
+    alive.dead = [part]
+    with pytest.raises(BackendError, match="of this job's Ray has died"):
+        check_alive(answered=5.0, now=5.0)
