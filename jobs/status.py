@@ -25,13 +25,13 @@ from splatshard.jobs.destination.figures import dataset_figures, left_out_line, 
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import Status, status
 from splatshard.jobs.destination.plan_file import PROGRESS_FILE, RUN_FILE, read_plan, read_record
+from splatshard.jobs.driver.progress import file_every_s
 
 MAX_NAMED = 20
-
-
 CORRUPT = "broken markers; repair redoes them, but those that no plan mentions: delete these"
-SILENT_S = 120.0
-"""A job that has not written its progress for so long has probably died."""
+SILENT_S = 30.0
+"""A job that has not written its progress for so long has probably died; or four times as long as
+from one writing to the next, where that is more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +56,40 @@ def show(options: StatusOptions) -> int:
     answer(table_of(dst, state, figures, sys.stderr if options.json else sys.stdout), options.json)
     if line := left_out_line(left_out):
         answer(line, options.json)
-    if progress.get("state") == "running":
-        answer(running(progress, datetime.now(UTC)), options.json)
+    if line := last_job(progress, datetime.now(UTC), max(SILENT_S, 4 * file_every_s(dst))):
+        answer(line, options.json)
     if options.json:
         print_json(as_dict(state, figures) | {"progress": progress or None, "left_out": left_out})
     return EXIT_OK
 
 
-def running(progress: Mapping[str, Any], now: datetime) -> str:
-    """`a job is running, 3 s ago: 3/4 shards, 4.1 images/s, 20 s left`, or that it seems dead."""
+def last_job(progress: Mapping[str, Any], now: datetime, patience_s: float) -> str:
+    """`a job is running, as of 3 s ago: 3/4 shards, 4.1 images/s, 20 s left`, or that it has been
+    silent for longer than `patience_s`, or did not come to its end; "" of one that did."""
+    state = progress.get("state")
+    if state not in ("running", "interrupted", "failed"):
+        return ""
     try:
-        silent_s = (now - datetime.fromisoformat(progress["updated"])).total_seconds()
+        silent_s = max(0.0, (now - datetime.fromisoformat(progress["updated"])).total_seconds())
         finished = progress["shards_done"] + progress["shards_failed"]
-        parts = [f"{finished:,}/{count(progress['shards'], 'shard')}"]
-        parts.append(f"{progress['images_per_s']:.1f} images/s")
+        done = f"{finished:,}/{count(progress['shards'], 'shard')}"
+        rate = progress["images_per_s"]
+        parts = [done] if rate is None else [done, f"{rate:.1f} images/s"]
         if progress["eta_s"] is not None:
             parts.append(f"{duration(progress['eta_s'])} left")
     except (KeyError, TypeError, ValueError):
         return f"a job may be running ({PROGRESS_FILE} cannot be understood)"
-    ago = f"{duration(max(0.0, silent_s))} ago"
-    if silent_s > SILENT_S:
-        return f"a job was running and told nothing since {ago}: {', '.join(parts)}"
-    return f"a job is running; {ago}: {', '.join(parts)}"
+    ago = duration(silent_s)
+    if state == "interrupted":
+        return f"the last job was stopped {ago} ago, at {done}; the same command continues"
+    if state == "failed":
+        return f"the last job ended {ago} ago with an error or failed shards, at {done}"
+    if silent_s > patience_s:
+        return (
+            f"no sign of life for {ago} of the job that was running ({', '.join(parts)}): it was "
+            "killed, or its machine or store hangs; once it is gone, run the same command again"
+        )
+    return f"a job is running, as of {ago} ago: {', '.join(parts)}"
 
 
 def as_dict(state: Status, figures: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,11 @@ MESSAGES = {
     signal.SIGTERM: "terminated; run the same command again to continue",
 }
 
+STOPPING = {
+    signal.SIGINT: "stopping after the current batch (Ctrl-C again to stop now) ...",
+    signal.SIGTERM: "terminated: stopping after the current batch; the same command continues ...",
+}
+
 
 class StopSignals:
     """While active, the first signal sets `received`; a second Ctrl-C raises KeyboardInterrupt.
@@ -45,4 +50,4 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = number
         if not self.quiet:
-            say("stopping after the current batch (Ctrl-C again to stop now) ...")
+            say(STOPPING[signal.Signals(number)])

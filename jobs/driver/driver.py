@@ -132,6 +132,7 @@ class Driver:
         try:
             while len(self.schedule) or any(worker.in_flight for worker in self.team):
                 if self.signals.received:
+                    self.progress.interrupted()
                     raise Interrupted(128 + self.signals.received, self.signals.message)
                 self.resize()
                 self.replace_broken()

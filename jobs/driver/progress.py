@@ -45,6 +45,8 @@ MAX_NAMED = 3
 """Skipped samples that the summary names; the report has the rest."""
 LAST_FILE_S = 60.0
 """Longest wait for the final `_progress.json` when its store does not answer."""
+INTERRUPTED_FILE_S = 1.0
+"""The same where the job stops, with work to end before that."""
 
 State = Literal["running", "done", "failed", "interrupted"]
 
@@ -107,7 +109,7 @@ class Progress:
         else:
             bare = self.manifests and not (self._ok_before or total_ok(self.manifests))
             self.state = "failed" if error or self.failures or bare else "done"
-        snapshot = self._publish(time.monotonic())
+        snapshot = self._publish(time.monotonic(), LAST_FILE_S)
         message = f"job into {self._dst} ends: {self.state}"
         fields = asdict(snapshot) if structured() else {}
         log("job_end", message, detail=True, dst=self._dst, state=self.state, **fields)
@@ -164,6 +166,11 @@ class Progress:
         text = f"shard {shard} will be tried again ({kind.replace('_', ' ')}): {message}"
         log("retry", text, level="warning", shard=shard, kind=kind, **fields)
 
+    def interrupted(self) -> None:
+        """The job will stop; told at once, since `ray job stop` kills it 3 s later."""
+        self.state = "interrupted"
+        self._publish(time.monotonic(), INTERRUPTED_FILE_S)
+
     def tell(self, line: str) -> None:
         """A line above the live one."""
         log("note", line)
@@ -185,13 +192,19 @@ class Progress:
     def _line(self, snapshot: Snapshot) -> str:
         return line(snapshot) if self._stats.ready else "starting workers ..."
 
-    def _publish(self, now: float) -> Snapshot:
-        """To `_progress.json` and the metrics."""
+    def _publish(self, now: float, patience_s: float = 0.0) -> Snapshot:
+        """To `_progress.json`, which is waited for so long, and to the metrics."""
         snapshot = self._stats.snapshot(now, self.workers, self.backend)
         self._metrics.publish(snapshot)
         if self._file:
-            self._file.update(snapshot, self.state, now)
+            self._file.update(snapshot, self.state, now, patience_s)
         return snapshot
+
+
+def file_every_s(dst: str) -> float:
+    """Seconds from one `_progress.json` in `dst` to the next."""
+    remote = "://" in dst and not dst.startswith("file://")
+    return REMOTE_FILE_EVERY_S if remote else LOCAL_FILE_EVERY_S
 
 
 class ProgressFile:
@@ -203,27 +216,26 @@ class ProgressFile:
     def __init__(self, dst: str, since_start_s: float) -> None:
         self._dst = dst
         self._started = time.time() - since_start_s
-        remote = "://" in dst and not dst.startswith("file://")
-        self._every_s = REMOTE_FILE_EVERY_S if remote else LOCAL_FILE_EVERY_S
+        self._every_s = file_every_s(dst)
         self._last = float("-inf")
         self._thread: threading.Thread | None = None
         self._complained = False
 
-    def update(self, snapshot: Snapshot, state: State, now: float) -> None:
-        """Write it when it is due; the last one, whose state is final, is waited for."""
+    def update(self, snapshot: Snapshot, state: State, now: float, patience_s: float = 0.0) -> None:
+        """Write it when it is due; at once, and waited for so long, when the state is final."""
         final = state != "running"
         busy = self._thread is not None and self._thread.is_alive()
         if not final and (busy or now - self._last < self._every_s):
             return
         self._last = now
         if self._thread is not None:
-            self._thread.join(LAST_FILE_S)
+            self._thread.join(patience_s)
         record = {"state": state, "started": iso(self._started), "updated": iso(time.time())}
         text = json.dumps(record | asdict(snapshot), indent=2) + "\n"
         self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
         self._thread.start()
         if final:
-            self._thread.join(LAST_FILE_S)
+            self._thread.join(patience_s)
 
     def _write(self, text: str) -> None:
         try:

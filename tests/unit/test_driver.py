@@ -111,7 +111,7 @@ class Told:
     def _nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    tell = update = worker_ready = write_if_due = add = _nothing
+    tell = update = interrupted = worker_ready = write_if_due = add = _nothing
 
     def kinds(self) -> set[str]:
         return {outcome.kind for outcome in self.outcomes.values()}

@@ -175,6 +175,12 @@ def test_the_final_state(error: BaseException, expected: str, tmp_path: Path) ->
     assert progress.state == read(tmp_path)["state"] == expected
 
 
+def test_a_job_that_will_stop_says_so_at_once(tmp_path: Path) -> None:
+    with Progress([tar(0)], [], time.monotonic(), str(tmp_path)) as progress:
+        progress.interrupted()
+        assert read(tmp_path)["state"] == "interrupted"  # as it stays where SIGKILL follows
+
+
 def test_a_failed_shard_fails_the_job(tmp_path: Path) -> None:
     with Progress([tar(0)], [], time.monotonic(), str(tmp_path)) as progress:
         progress.finished(tar(0), failed(tar(0)))

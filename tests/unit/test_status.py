@@ -16,7 +16,7 @@ from splatshard.jobs import status
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import make_plan, planned
 from splatshard.jobs.destination.plan_file import PROGRESS_FILE, write_plan
-from splatshard.jobs.status import running
+from splatshard.jobs.status import last_job
 from splatshard.pipeline.shards.commit import mark_failed, publish, staged_file
 from tests.rows import config_of, make_ref, make_rows, write_shard
 
@@ -81,17 +81,45 @@ def test_a_running_job_is_shown(dst: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_job_that_went_silent_is_not_called_running() -> None:
     told = "512/1,288 shards, 41.3 images/s, 2 h 01 min left"
-    assert running(PROGRESS, NOW) == f"a job is running; 3.0 s ago: {told}"
-    hour = NOW + timedelta(hours=1)
-    assert running(PROGRESS, hour).startswith("a job was running and told nothing since 1 h 00 min")
+    assert last_job(PROGRESS, NOW, 30.0) == f"a job is running, as of 3.0 s ago: {told}"
+    later = NOW + timedelta(seconds=42)
+    assert last_job(PROGRESS, later, 30.0) == (
+        f"no sign of life for 45.0 s of the job that was running ({told}): it was killed, or its "
+        "machine or store hangs; once it is gone, run the same command again"
+    )
+    assert last_job(PROGRESS, later, 120.0) == f"a job is running, as of 45.0 s ago: {told}"
     behind = NOW - timedelta(hours=1)  # its clock is ahead of ours
-    assert running(PROGRESS, behind) == f"a job is running; 0.0 s ago: {told}"
-    assert running(PROGRESS | {"eta_s": None}, NOW).endswith("41.3 images/s")
+    assert last_job(PROGRESS, behind, 30.0) == f"a job is running, as of 0.0 s ago: {told}"
+    unknown = PROGRESS | {"images_per_s": None, "eta_s": None}
+    assert last_job(unknown, NOW, 30.0).endswith("ago: 512/1,288 shards")
+
+
+def test_a_killed_job_is_told_after_some_updates_that_did_not_come(
+    dst: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ago_s, words in ((20, "a job is running, as of 2"), (45, "no sign of life for 4")):
+        updated = datetime.now(UTC) - timedelta(seconds=ago_s)
+        (dst / PROGRESS_FILE).write_text(json.dumps(PROGRESS | {"updated": updated.isoformat()}))
+        assert words in status_of(dst, capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("interrupted", "the last job was stopped 3.0 s ago, at 512/1,288 shards; the same"),
+        ("failed", "the last job ended 3.0 s ago with an error or failed shards, at 512/1,288"),
+        ("done", ""),
+    ],
+)
+def test_how_the_last_job_ended(state: str, words: str) -> None:
+    told = last_job(PROGRESS | {"state": state}, NOW, 30.0)
+    assert told.startswith(words)
+    assert bool(told) == bool(words)
 
 
 @pytest.mark.parametrize("change", [{"updated": "soon"}, {"updated": 3}, {"images_per_s": "many"}])
 def test_progress_that_cannot_be_understood_is_no_error(change: dict[str, Any]) -> None:
-    assert "cannot be understood" in running(PROGRESS | change, NOW)
+    assert "cannot be understood" in last_job(PROGRESS | change, NOW, 30.0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"state": "running"}'])
