@@ -147,7 +147,7 @@ def entry(name: str, text: str) -> str:
     if found := re.search(rf" ?\(({known})\)$", text):
         hint = found[1][:1].upper() + found[1][1:]
         text = text[: found.start()]
-        if hint not in [f"Default: {nothing}" for nothing in ("False", "None", "''", '""')]:
+        if hint not in [f"Default: {nothing}" for nothing in ("False", "None", "empty")]:
             text += f" {hint}."
     if len(name) > WIDTH / 2:
         name = name.replace(",", ", ")  # else too long for a line

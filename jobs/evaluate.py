@@ -32,6 +32,7 @@ import tyro
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.options import (
+    USUAL_ENVIRONMENT,
     Checkpoint,
     Debug,
     Device,
@@ -103,7 +104,7 @@ class EvaluateOptions:
     """Where results go; empty: evaluation/STEP beside the run's checkpoints."""
     reference: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """The output of another run, to which the summary compares."""
-    storage_options: StorageOptions = ""
+    storage_options: Annotated[StorageOptions, USUAL_ENVIRONMENT] = ""
     json: Annotated[
         Json, tyro.conf.arg(help="End standard output with the summary as one JSON line.")
     ] = False

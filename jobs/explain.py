@@ -19,6 +19,7 @@ import tyro
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.options import (
+    USUAL_ENVIRONMENT,
     Checkpoint,
     Debug,
     Device,
@@ -76,7 +77,7 @@ class ExplainOptions:
     device: Device = "auto"
     output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
     """Where results go; empty: explain/STEP beside the run's checkpoints."""
-    storage_options: StorageOptions = ""
+    storage_options: Annotated[StorageOptions, USUAL_ENVIRONMENT] = ""
     json: Annotated[
         Json, tyro.conf.arg(help="End standard output with a summary as one JSON line.")
     ] = False

@@ -84,7 +84,7 @@ class FitConfig:
     """Where Gaussians start: adaptive (density from image gradients), grid (the published one),
     random, or encoder:CHECKPOINT (what a trained GViT predicts; ahead at 0 to 3 steps only)."""
     target_psnr: float | None = None
-    """Stop an image early once it reaches this PSNR in dB (checked every 10 steps)."""
+    """Stop an image early once it reaches this PSNR in dB (checked every 10 steps); None: never."""
     cutoff: float = 3.0
     """Standard deviations beyond which a Gaussian is exactly zero; part of the shard format."""
     lr_means: float = 0.18

@@ -21,7 +21,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import tyro
 
@@ -47,6 +47,43 @@ class Interrupted(BaseException):
         self.code = code
 
 
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def number_or_none(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """`float | None` as `FLOAT|None`, where tyro would write `{None}|FLOAT`."""
+    kinds = [kind for kind in (int, float) if get_args(info.type) == (kind, type(None))]
+    if not kinds:
+        return None
+    kind = kinds[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind.__name__.upper()}|None",
+        instance_from_str=lambda args: None if args[0] == "None" else kind(args[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@_registry.primitive_rule
+def text_or_empty(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[str] | None:
+    """An empty default is `empty`, where tyro would write `''`."""
+    if info.type is not str:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR",
+        instance_from_str=lambda args: args[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value or "empty"],
+    )
+
+
 def parse(
     options: type[Options], job: str, argv: list[str] | None, default: Options | None = None
 ) -> Options:
@@ -64,6 +101,7 @@ def parse(
                 args=args,
                 prog=f"splatshard {job}",
                 config=(tyro.conf.OmitArgPrefixes,),
+                registry=_registry,
                 **extra,
             )
     except SystemExit as e:

@@ -118,6 +118,7 @@ class Driver:
         self.progress, self.catalog, self.signals = progress, catalog, signals
         self.schedule = Schedule(plan.work, plan.replaces, progress.retried, progress.tell)
         self.reserved = cluster.reservation(config.backend)
+        self.progress.needs = cluster.needs(self.reserved)
         self.team: list[Worker] = []
         self.resized = float("-inf")
         self.complain_at = time.monotonic() + NO_WORKER_S
@@ -186,8 +187,8 @@ class Driver:
             self.complain_at = now + NO_WORKER_S
         elif now > self.complain_at:
             self.complain_at = float("inf")
-            each = cluster.needs(self.reserved)
-            self.progress.tell(f"still no worker: each needs {each}, and the cluster has none free")
+            needs = self.progress.needs
+            self.progress.tell(f"still no worker: each needs {needs}, and none is free")
 
     def hire(self) -> None:
         """A new worker; its loading starts at once."""
@@ -388,8 +389,9 @@ class Driver:
         now = time.monotonic()
         for worker in list(self.team):
             if worker.started is not None or not worker.in_flight:
-                worker.heard = now
-                continue
+                worker.heard = now  # it cannot hang
+                if worker.started is None:
+                    continue
             if worker.polled is None:
                 control = worker.actor.state.options(concurrency_group="control")
                 worker.polled = control.remote()

@@ -75,7 +75,7 @@ def drive(
 ) -> int:
     """Start Ray, convert what is left to do; returns the number of workers."""
     from splatshard.jobs.driver.driver import Driver
-    from splatshard.jobs.driver.session import ray_session
+    from splatshard.jobs.driver.session import ray_session, submission_id
     from splatshard.pipeline.shards.commit import clean_attempts
 
     with ray_session(options.workers), StopSignals() as signals:
@@ -90,7 +90,9 @@ def drive(
             catalog=catalog,
             signals=signals,
         )
-        say("converting; Ctrl-C stops, the same command continues")
+        job = submission_id()
+        stop = f"ray job stop {job}" if job else "Ctrl-C"
+        say(f"converting; {stop} stops, the same command continues")
         try:
             with progress:
                 return driver.run()

@@ -55,7 +55,8 @@ class Progress:
     """Counts outcomes and shows them; a context manager around the driver loop.
 
     `done_before` are the shards an earlier run finished; `started` is the job's start (monotonic
-    s); `_progress.json` goes to `dst`, where there is one. The driver keeps `workers` up to date.
+    s); `_progress.json` goes to `dst`, where there is one. The driver keeps `workers` up to date,
+    and says what each of them `needs` (`1 CPU`).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Progress:
         self.skipped: list[tuple[str, SkippedSample]] = []  # the first, with their shards
         self.backend = ""
         self.workers = 0
+        self.needs = ""
         self.first_shard_s: float | None = None
         self.state: State = "running"
         self.worker_s = 0.0
@@ -87,7 +89,7 @@ class Progress:
         if console.is_terminal and not structured():
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=None))
             self._bar = Bar(*columns, console=console, transient=True, expand=True)
-            self._task = self._bar.add_task("starting workers ...", total=None)
+            self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -182,15 +184,20 @@ class Progress:
         snapshot = self._publish(now)
         if self._bar:
             completed = snapshot.fraction or 0.0
-            text = self._line(snapshot)
+            text = self._line(snapshot, states)
             self._bar.update(self._task, description=text, total=1.0, completed=completed)
         elif now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
             fields = asdict(snapshot) if structured() else {}
-            log("progress", self._line(snapshot), **fields)
+            log("progress", self._line(snapshot, states), **fields)
 
-    def _line(self, snapshot: Snapshot) -> str:
-        return line(snapshot) if self._stats.ready else "starting workers ..."
+    def _line(self, snapshot: Snapshot, states: Sequence[WorkerState]) -> str:
+        if self._stats.ready:
+            wait = "" if snapshot.images else "  first batch (kernels are compiled once) ..."
+            return line(snapshot) + wait
+        if any(state.loading for state in states):
+            return "starting workers: they import torch and the kernels ..."
+        return f"starting workers: each waits for {self.needs} of Ray ..."
 
     def _publish(self, now: float, patience_s: float = 0.0) -> Snapshot:
         """To `_progress.json`, which is waited for so long, and to the metrics."""
@@ -256,8 +263,9 @@ def line(s: Snapshot) -> str:
     parts = [
         f"{s.shards_done + s.shards_failed}/{count(s.shards, 'shard')}",
         count(s.images, "image"),
-        f"{s.images_per_s:.1f} images/s",
     ]
+    if s.images_per_s is not None:
+        parts.append(f"{s.images_per_s:.1f} images/s")
     if s.psnr_mean is not None:
         parts.append(f"{s.psnr_mean:.1f} dB")
     if "fit" in s.busy and s.backend not in CPU_BACKENDS:

@@ -88,7 +88,8 @@ def readings(s: Snapshot) -> Iterator[Reading]:
     yield "splatshard_shards", "failed", s.shards_failed
     yield "splatshard_shards", "in_work", s.shards_in_work
     yield "splatshard_shards", "pending", pending
-    yield "splatshard_images_per_second", "", s.images_per_s
+    if s.images_per_s is not None:
+        yield "splatshard_images_per_second", "", s.images_per_s
     yield "splatshard_workers", "", s.workers
     if s.psnr_mean is not None:
         yield "splatshard_psnr_db", "", s.psnr_mean

@@ -9,6 +9,7 @@ RAY_AUTH_MODE is often set on one side alone.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sys
@@ -23,6 +24,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from splatshard.jobs.cli.log import debugging
+from splatshard.jobs.cli.text import say
 from splatshard.jobs.driver.cluster import Workers, answers
 from splatshard.jobs.driver.prometheus import advertised
 from splatshard.schemas.errors import BackendError, UnavailableError, UsageError
@@ -51,6 +53,12 @@ def ray_session(workers: Workers) -> Iterator[None]:
         yield
 
 
+def submission_id() -> str:
+    """Of the `ray job submit` that started this process; "" where none did."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return job.get("metadata", {}).get("job_submission_id", "")
+
+
 def _logging() -> dict[str, Any]:
     debug = debugging()
     return {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
@@ -62,6 +70,7 @@ def _logging() -> dict[str, Any]:
 @contextmanager
 def started(workers: Workers) -> Iterator[None]:
     """A Ray on this machine, which ends with the block."""
+    say("starting Ray ...")
     token = os.environ.get(TOKEN) or secrets.token_hex(32)
     with authentication({TOKEN: token}), short_folder() as folder:
         try:

@@ -2,8 +2,10 @@
 
 Images are those of committed shards plus those of shards in work; a shard lost with its worker
 leaves the totals again. All totals run along, so that a snapshot costs the same after 100,000
-shards as after one. Rates are of the last RECENT_S: what a cluster does now, not what it did when
-it was half as large.
+shards as after one. Rates are of the last while: what a cluster does now, not what it did when it
+was half as large. Images come in batches, on a slow machine one a minute: so the while is RECENT_S,
+or as long as ROUNDS batches of each worker take, and it ends with a batch. It begins with one, too,
+since the first has waited for kernels to be compiled.
 
 How many samples a tar holds is unknown until it is read; what is left of such shards comes from
 their source bytes, at the samples per byte of those already done. Files of a folder are counted.
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from splatshard.jobs.driver.worker import Counters, WorkerState
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
@@ -26,6 +28,7 @@ RetryKind = Literal[
 ]
 
 RECENT_S = 30.0
+ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Snapshot:
 
     images: samples read, skipped ones included. ok: those with splats. images_committed,
     payload_bytes and skipped (by status) count finished shards only. images_per_s: of the last
-    RECENT_S; images_per_s_mean: since the first worker was ready. busy: share of the last RECENT_S
+    while; None before each worker has done its second batch. images_per_s_mean: since the first
+    worker was ready. busy: share of the last RECENT_S
     in which a worker was busy with a stage, mean over workers. queued: batches that wait, by stage.
     psnr_mean is in dB. fraction: finished share of the images; None while their number is unknown.
     """
@@ -49,7 +53,7 @@ class Snapshot:
     payload_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     psnr_mean: float | None = None
-    images_per_s: float = 0.0
+    images_per_s: float | None = None
     images_per_s_mean: float = 0.0
     fraction: float | None = None
     eta_s: float | None = None
@@ -58,6 +62,14 @@ class Snapshot:
     retries: dict[str, int] = field(default_factory=dict)
     workers: int = 0
     backend: str = ""
+
+
+class Batched(NamedTuple):
+    """So many images had come by then, in so many batches."""
+
+    when: float
+    images: int
+    batches: int
 
 
 class Stats:
@@ -83,6 +95,9 @@ class Stats:
         self._ready: float | None = None
         self._grown: dict[str, float] = defaultdict(float)
         self._recent: deque[tuple[float, dict[str, float]]] = deque()
+        self._workers = 1
+        self._images = self._batches = 0
+        self._batched: deque[Batched] = deque()
 
     @property
     def ready(self) -> bool:
@@ -109,7 +124,7 @@ class Stats:
         self._done.update(shards=1, images=manifest.samples, ok=ok, payload_bytes=payload)
         self._psnr_sum += manifest.statistics.get("psnr_mean", 0.0) * ok
         self._skipped.update({s: n for s, n in manifest.counts.items() if s != OK and n})
-        self._grown["images"] += max(0, manifest.samples - (seen.samples if seen else 0))
+        self._grow(manifest.samples - (seen.samples if seen else 0))
 
     def retried(self, kind: RetryKind, shard: str) -> None:
         """What was in work of the shard is lost."""
@@ -125,7 +140,7 @@ class Stats:
         for counters in (c for state in states for c in state.shards):
             if counters.shard not in self._finished:
                 seen = self._in_work.get(counters.shard)
-                self._grown["images"] += max(0, counters.samples - (seen.samples if seen else 0))
+                self._grow(counters.samples - (seen.samples if seen else 0))
                 self._in_work[counters.shard] = counters
         queued: Counter[str] = Counter()
         timers: dict[str, float] = defaultdict(float)
@@ -139,6 +154,11 @@ class Stats:
             for name, seconds in timers.items():
                 self._grown[name] += seconds - self._timers.get(name, 0.0)
         self._timers = timers  # where one went back, a worker has left: no figures of this moment
+        self._workers = max(1, sum(bool(state.shards) for state in states))
+        if self._batches > (self._batched[-1].batches if self._batched else 0):
+            self._batched.append(Batched(now, self._images, self._batches))
+        while len(self._batched) > 1 and self._enough(self._batched[1], now):
+            self._batched.popleft()
         if self.ready:
             self._recent.append((now, self._grown.copy()))
             while self._recent[1][0] <= now - RECENT_S:
@@ -153,8 +173,7 @@ class Stats:
         mean = images / max(now - self._ready, 1e-9) if self._ready is not None else 0.0
         recent = self._rates()
         total = self._expected()
-        images_per_s, up = recent.get("images", 0.0), recent.get("up", 0.0)
-        rate = images_per_s or mean
+        rate, up = self._rate(now), recent.get("up", 0.0)
         return Snapshot(
             shards=self._shards,
             shards_done=self._done["shards"],
@@ -166,7 +185,7 @@ class Stats:
             payload_bytes=self._done["payload_bytes"],
             skipped=dict(self._skipped),
             psnr_mean=psnr_sum / ok if ok else None,
-            images_per_s=images_per_s,
+            images_per_s=rate,
             images_per_s_mean=mean,
             fraction=min(1.0, images / total) if total else None,
             eta_s=max(0.0, total - images) / rate if total and rate else None,
@@ -181,8 +200,34 @@ class Stats:
             backend=backend,
         )
 
+    def _grow(self, images: int) -> None:
+        """A batch has come, of so many."""
+        if images > 0:
+            self._images += images
+            self._batches += 1
+
+    def _enough(self, begin: Batched, now: float) -> bool:
+        """Whether a while that begins there is long enough."""
+        rounds = (self._batches - begin.batches) / self._workers
+        return begin.when <= now - RECENT_S and rounds >= ROUNDS
+
+    def _rate(self, now: float) -> float | None:
+        """Images per second over the last whole rounds, or until now where the next batch is late.
+        Whole ones, since workers that began together come together."""
+        if not self._batched:
+            return None
+        end = self._batched[-1]
+        rounds = (end.batches - self._batched[0].batches) // self._workers
+        if rounds < 1:
+            return None
+        wanted = end.batches - rounds * self._workers
+        begin = next(entry for entry in self._batched if entry.batches >= wanted)
+        seconds = end.when - begin.when
+        late = max(0.0, now - end.when - seconds / rounds)
+        return (end.images - begin.images) / max(seconds + late, 1e-9)
+
     def _rates(self) -> dict[str, float]:
-        """Growth per second of the last RECENT_S: of images, of the workers' clocks."""
+        """Growth per second of the workers' clocks in the last RECENT_S."""
         if len(self._recent) < 2:
             return {}
         (begin, before), (end, after) = self._recent[0], self._recent[-1]

@@ -80,8 +80,10 @@ class Counters:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerState:
-    """What a worker answers when polled: its shards in work, and what its stages do."""
+    """What a worker answers when polled: whether it still loads, its shards in work, and what its
+    stages do."""
 
+    loading: bool = False
     shards: tuple[Counters, ...] = ()
     stage_stats: StageStats = field(default_factory=StageStats)
 
@@ -154,6 +156,7 @@ class FitActor:
         self._counters: dict[str, Counters] = {}
         self._backend: Backend | None = None
         self._slots = threading.Semaphore(1)
+        self._loading = True
 
     def start(self, backend: str) -> Started:
         """Load everything; comes before any `convert`."""
@@ -173,6 +176,7 @@ class FitActor:
         if self._backend.device.type != "cpu":
             self._slots = threading.Semaphore(IN_FLIGHT)
         self._timer = StageTimer()  # shares of time count from here
+        self._loading = False
         return Started(backend=self._backend.name, node=node, pid=os.getpid())
 
     def convert(self, task: Task, config: ConvertConfig, dst: str) -> Outcome:
@@ -298,7 +302,9 @@ class FitActor:
     def state(self) -> WorkerState:
         """Of the shards in work and the stages; called from the control thread."""
         return WorkerState(
-            shards=tuple(self._counters.copy().values()), stage_stats=self._timer.stage_stats()
+            loading=self._loading,
+            shards=tuple(self._counters.copy().values()),
+            stage_stats=self._timer.stage_stats(),
         )
 
     def stop(self) -> None:

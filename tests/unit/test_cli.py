@@ -113,6 +113,8 @@ def test_every_job_has_help_and_needs_its_arguments(
     assert f"splatshard {job}" in out
     assert "--storage-options JSON" in out
     assert "--debug" in out
+    assert "''" not in out
+    assert "{None}" not in out
     needed = {"train": "RECIPE", "evaluate": "CKPT", "explain": "CKPT"}.get(job, "DST")
     assert needed in out
     assert needed in error_of([job], capsys)

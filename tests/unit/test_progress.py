@@ -18,7 +18,7 @@ from splatshard.jobs.driver.execute import tell_summary
 from splatshard.jobs.driver.progress import Progress, line, run_summary
 from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS, readings
 from splatshard.jobs.driver.stats import Snapshot
-from splatshard.jobs.driver.worker import SkippedSample
+from splatshard.jobs.driver.worker import SkippedSample, WorkerState
 from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.schemas.errors import StorageError, UnavailableError
 from tests.unit.progressing import done, failed, manifest, state, tar
@@ -61,16 +61,24 @@ def test_plain_lines_come_every_few_seconds(
     clock = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
     with Progress([tar(0)], [], 100.0) as progress:
-        clock[0] = 106.0
-        progress.update([])
+        progress.needs = "1 CPU"
+        for now, states in (
+            (106.0, [WorkerState()]),
+            (107.0, [WorkerState(loading=True)]),
+            (112.0, [WorkerState(), WorkerState(loading=True)]),
+        ):
+            clock[0] = now
+            progress.update(states)
         progress.worker_ready("cpu")
-        clock[0] = 107.0
-        progress.update([state((tar(0), 3))])
-        clock[0] = 112.0
-        progress.update([state((tar(0), 6))])
-    assert capsys.readouterr().err == (
-        "starting workers ...\n0/1 shard  6 images  1.0 images/s  20.0 dB\n"
-    )
+        for now, images in ((118.0, 0), (119.0, 3), (124.0, 6)):
+            clock[0] = now
+            progress.update([state((tar(0), images))])
+    assert capsys.readouterr().err.splitlines() == [
+        "starting workers: each waits for 1 CPU of Ray ...",
+        "starting workers: they import torch and the kernels ...",
+        "0/1 shard  0 images  first batch (kernels are compiled once) ...",
+        "0/1 shard  6 images  0.6 images/s  20.0 dB",
+    ]
 
 
 def test_failures_and_retries_are_told_at_once(capsys: Capsys) -> None:
@@ -239,6 +247,7 @@ def test_every_metric_has_a_reading_with_its_tag() -> None:
         shards_failed=1,
         shards_in_work=1,
         skipped={"corrupt_image": 3},
+        images_per_s=4.0,
         psnr_mean=30.0,
         eta_s=5.0,
         busy={"fit": 0.5},
@@ -250,8 +259,8 @@ def test_every_metric_has_a_reading_with_its_tag() -> None:
     assert all((name in TAGS) == bool(tag) for name, tag in found)
     assert found["splatshard_shards", "pending"] == 1
     assert found["splatshard_retries_total", "oom"] == 1
-    unknown = {name for name, _, _ in readings(Snapshot())}
-    assert not unknown & {"splatshard_psnr_db", "splatshard_eta_seconds"}
+    unknown = {"splatshard_psnr_db", "splatshard_eta_seconds", "splatshard_images_per_second"}
+    assert not unknown & {name for name, _, _ in readings(Snapshot())}
 
 
 # Logs

@@ -21,6 +21,7 @@ from splatshard.jobs.driver.session import (
     mode_of,
     ray_session,
     short_folder,
+    submission_id,
 )
 from splatshard.schemas.errors import BackendError, UnavailableError, UsageError
 
@@ -126,6 +127,14 @@ def test_the_environment_is_as_before(monkeypatch: MonkeyPatch) -> None:
         assert os.environ[TOKEN] == "ours" * 8
     assert MODE not in os.environ
     assert os.environ[TOKEN] == "mine" * 8
+
+
+def test_the_id_of_a_submitted_job(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert submission_id() == ""
+    job = '{"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_1"}}'
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
+    assert submission_id() == "raysubmit_1"
 
 
 # While the job runs

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from splatshard.jobs.driver.stats import RECENT_S, Snapshot, Stats
+from splatshard.jobs.driver.stats import RECENT_S, ROUNDS, Snapshot, Stats
 from tests.unit.progressing import folder, manifest, state, tar
 
 
@@ -20,7 +22,7 @@ def test_totals_are_those_of_finished_shards_and_shards_in_work() -> None:
     assert (s.images, s.ok, s.images_committed) == (14, 12, 10)
     assert (s.payload_bytes, s.skipped) == (8 * 256, {"corrupt_image": 2})
     assert s.psnr_mean == pytest.approx((8 * 30 + 4 * 20) / 12)
-    assert (s.images_per_s, s.images_per_s_mean) == (14 / 5, 14 / 5)
+    assert (s.images_per_s, s.images_per_s_mean) == (None, 14 / 5)
     assert (s.workers, s.backend) == (2, "cpu")
 
 
@@ -39,7 +41,7 @@ def test_a_shard_between_its_last_poll_and_its_result_stays_counted() -> None:
     stats.update([state((ref, 9))], 3.0)  # an answer that was under way
     s = stats.snapshot(3.0, 1, "cpu")
     assert (s.images, s.shards_in_work) == (10, 0)
-    assert s.images_per_s == pytest.approx(10 / 3)
+    assert s.images_per_s == 0.5  # one more in the two seconds since the first batch
 
 
 def test_lost_work_leaves_the_totals_and_never_makes_a_negative_rate() -> None:
@@ -51,9 +53,8 @@ def test_lost_work_leaves_the_totals_and_never_makes_a_negative_rate() -> None:
     stats.update([], 2.0)
     s = stats.snapshot(2.0, 0, "cpu")
     assert (s.images, s.psnr_mean, s.retries) == (0, None, {"oom": 1})
-    assert s.images_per_s == 4.5
     stats.update([state((ref, 3))], 3.0)
-    assert stats.snapshot(3.0, 1, "cpu").images_per_s == 4.0
+    assert stats.snapshot(3.0, 1, "cpu").images_per_s == 1.5
 
 
 def test_the_rate_is_of_the_last_while_and_the_mean_of_all() -> None:
@@ -66,8 +67,35 @@ def test_the_rate_is_of_the_last_while_and_the_mean_of_all() -> None:
     s = stats.snapshot(200.0, 1, "cpu")
     assert s.images_per_s == 10.0
     assert s.images_per_s_mean == (100 + 1000) / 200
-    stats.update([state()], 200.0 + RECENT_S)
-    assert stats.snapshot(200.0 + RECENT_S, 1, "cpu").images_per_s == 0.0
+    stats.update([state()], 200.0 + RECENT_S)  # nothing since: the last ROUNDS batches, too late
+    expected = 10 * ROUNDS / (ROUNDS + RECENT_S - 1)
+    assert stats.snapshot(200.0 + RECENT_S, 1, "cpu").images_per_s == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_a_slow_machine_has_a_steady_rate(workers: int) -> None:
+    """Batches of 16 that take 36 to 44 s, after a first one that compiles for a minute more."""
+    chance = random.Random(workers)
+    refs = [folder(i, 400) for i in range(workers)]
+    done, due = [0] * workers, [100.0 + chance.uniform(0, 3) for _ in refs]
+    stats = Stats(refs, [])
+    stats.worker_ready(0.0)
+    told: list[Snapshot] = []
+    for tick in range(2 * 900):
+        now = tick / 2
+        for i in range(workers):
+            if now >= due[i]:
+                done[i], due[i] = done[i] + 16, now + chance.uniform(36, 44)
+        stats.update([state((ref, n)) for ref, n in zip(refs, done, strict=True)], now)
+        told.append(stats.snapshot(now, workers, "cpu"))
+    truth = workers * 16 / 40
+    rates = [s.images_per_s for s in told if s.images_per_s is not None]
+    assert len(rates) > 2 * 700
+    assert all(0.75 * truth < rate < 1.35 * truth for rate in rates)
+    known = [(i / 2, s.eta_s) for i, s in enumerate(told) if s.eta_s is not None]
+    assert len(known) == len(rates)
+    whole = 100 + 400 / 16 * 40  # the seconds that it all takes
+    assert all(abs(now + eta_s - whole) < 0.35 * whole for now, eta_s in known)
 
 
 def test_busy_shares_are_means_over_workers_and_survive_one_that_leaves() -> None:
@@ -93,8 +121,11 @@ def test_a_folder_has_a_remaining_time_before_its_first_shard_is_done() -> None:
     refs = [folder(0, 10), folder(1, 10)]
     stats = Stats(refs, [])
     stats.worker_ready(0.0)
-    stats.update([state((refs[0], 5))], 5.0)
+    stats.update([state((refs[0], 2))], 5.0)
     s = stats.snapshot(5.0, 1, "cpu")
+    assert (s.fraction, s.images_per_s, s.eta_s) == (0.1, None, None)  # of one batch nothing
+    stats.update([state((refs[0], 5))], 8.0)
+    s = stats.snapshot(8.0, 1, "cpu")
     assert (s.fraction, s.eta_s) == (0.25, 15.0)
 
 
@@ -109,16 +140,17 @@ def test_of_tars_the_remaining_time_is_known_after_the_first_from_source_bytes()
     stats.update([state((refs[1], 6))], 8.0)
     s = stats.snapshot(8.0, 1, "cpu")
     assert s.fraction == pytest.approx(16 / (10 + 30 + 6))
-    assert s.eta_s == pytest.approx((46 - 16) / 2)
+    assert s.eta_s == pytest.approx((46 - 16) / (11 / 3))
 
 
 def test_shards_of_an_earlier_run_tell_how_long_tars_take() -> None:
     before = [manifest(tar(8, 1000), ok=10), manifest(tar(9, 1000, limit=1), ok=1)]
     stats = Stats([tar(0, 2000)], before)
     stats.worker_ready(0.0)
-    stats.update([state((tar(0, 2000), 5))], 10.0)
-    s = stats.snapshot(10.0, 1, "cpu")
-    assert (s.fraction, s.eta_s) == (0.25, 30.0)
+    stats.update([state((tar(0, 2000), 1))], 10.0)
+    stats.update([state((tar(0, 2000), 5))], 20.0)
+    s = stats.snapshot(20.0, 1, "cpu")
+    assert (s.fraction, s.eta_s) == (0.25, 15 / 0.4)
 
 
 def test_failed_shards_are_no_work_that_is_left() -> None:
