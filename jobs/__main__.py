@@ -6,6 +6,8 @@ import importlib
 import sys
 from importlib.metadata import version
 
+from splatshard.jobs.cli.text import put
+
 JOBS = {
     "convert": "image dataset SRC to shards of 2D Gaussians in DST",
     "status": "what is done, failed, missing and stale in DST; reads the markers alone",
@@ -44,10 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         table = "\n".join(f"  {name:14}{what}" for name, what in JOBS.items())
-        print(HELP.format(jobs=table), end="", file=sys.stdout if args else sys.stderr)
-        return 0 if args else 1
+        if args:
+            put(HELP.format(jobs=table).rstrip())
+            return 0
+        print(HELP.format(jobs=table), end="", file=sys.stderr)
+        return 1
     if args[0] in ("-V", "--version"):
-        print(f"splatshard {version('splatshard')}")
+        put(f"splatshard {version('splatshard')}")
         return 0
     if args[0] not in JOBS:
         print(

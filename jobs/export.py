@@ -20,7 +20,7 @@ import tyro
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
-from splatshard.jobs.cli.text import print_json, say
+from splatshard.jobs.cli.text import print_json, put, say
 from splatshard.schemas.config import BackendName
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import OK, ShardManifest
@@ -83,7 +83,7 @@ def export(options: ExportOptions) -> int:
         f"{row['key']} of shard {manifest.name}: {row['num_gaussians']:,} Gaussians, "
         f"{width}x{height} px, {row['psnr']:.2f} dB"
     )
-    print(options.output, flush=True)
+    put(options.output)
     if options.json:
         figures = {name: row[name] for name in ("key", "num_gaussians", "width", "height", "psnr")}
         print_json({"output": options.output, "shard": manifest.name, **figures})

@@ -27,7 +27,7 @@ import tyro
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions, Named, Switch
-from splatshard.jobs.cli.text import count, print_json, say
+from splatshard.jobs.cli.text import count, print_json, put, say
 from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan import PlannedShard, status
 from splatshard.jobs.destination.plan_file import (
@@ -103,7 +103,7 @@ def report(options: ReportOptions) -> int:
             Path(path).write_text(page(data), encoding="utf-8")
     else:
         write_text(dst, REPORT_FILE, page(data))
-    print(path, flush=True)
+    put(path)
     if options.json:
         known = {"output": path, "pictures": len(data.pictures), "changed_sources": data.changed}
         print_json({**known, **data.figures})

@@ -26,6 +26,7 @@ from typing import Any, TypeVar, get_args
 import tyro
 
 from splatshard.jobs.cli.log import debugging, log, log_to_stderr
+from splatshard.jobs.cli.text import flush
 from splatshard.schemas.errors import SplatshardError, UsageError
 
 EXIT_OK = 0
@@ -104,8 +105,12 @@ def parse(
                 registry=_registry,
                 **extra,
             )
+    except BrokenPipeError:  # `--help | head`
+        flush()
+        raise SystemExit(EXIT_OK) from None
     except SystemExit as e:
         if e.code == 0:
+            flush()
             raise
         text = one_line(complaint.getvalue()) or "the options cannot be parsed"
         raise UsageError(f"{text} (see splatshard {job} --help)") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from splatshard.jobs.cli.log import log
@@ -23,16 +24,29 @@ def answer(text: str, as_json: bool) -> None:
     """A part of what was asked for, on standard output; on stderr where `--json` has that."""
     if as_json:
         say(text)
-        return
-    try:
-        print(redact(text), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; the exit code is still ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        put(redact(text))
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object as the last line of standard output."""
-    print(json.dumps(value, sort_keys=True), flush=True)
+    put(json.dumps(value, sort_keys=True))
+
+
+def put(text: str) -> None:
+    """`text` as lines of standard output."""
+    with suppress(BrokenPipeError):
+        print(text)
+    flush()
+
+
+def flush() -> None:
+    """What was printed goes out; nowhere, from now on, where `| head` has seen enough: that is no
+    error, and the exit code is still ours."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def count(number: int, noun: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +39,7 @@ def bare(monkeypatch: MonkeyPatch) -> None:
 def test_a_long_tmpdir_is_not_for_sockets(variable: str, monkeypatch: MonkeyPatch) -> None:
     longest_socket = "/ray/session_2026-11-30_23-59-59_999999_4194304/sockets/plasma_store.999"
     assert LONGEST_TMPDIR + len(longest_socket) <= 107
+    monkeypatch.setattr(session.os, "access", lambda path, mode: True)
     monkeypatch.setenv(variable, "/" + "x" * (LONGEST_TMPDIR - 1))
     with short_folder() as folder:
         assert folder is None
@@ -51,10 +51,12 @@ def test_a_long_tmpdir_is_not_for_sockets(variable: str, monkeypatch: MonkeyPatc
     assert not os.path.exists(folder)
 
 
-def test_no_short_folder_to_be_had(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TMPDIR", "/" + "x" * 100)
-    monkeypatch.setattr(session, "SHORT", str(tmp_path / "gone"))
-    with pytest.raises(BackendError, match=r"x is too long, .*gone cannot .* set RAY_TMPDIR"):
+def test_a_tmpdir_that_cannot_be_written_is_not_for_ray(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    with short_folder() as folder:
+        assert folder is not None
+    monkeypatch.setattr(session, "SHORT", "/neither")
+    with pytest.raises(BackendError, match=r"nowhere is too long or .* can /neither .* RAY_TMPDIR"):
         short_folder().__enter__()
 
 

@@ -146,10 +146,17 @@ def test_the_answer_is_on_standard_output_but_for_json(
     assert status_of(dst, capsys)[1].startswith(f"{dst}\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(dst: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [["status", "DST"], ["status", "DST", "--json"], ["convert", "--help"], ["--help"]],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str], dst: Path) -> None:
     theirs, ours = os.pipe()
     os.close(theirs)
-    command = [sys.executable, "-m", "jobs", "status", str(dst)]
+    arguments = [str(dst) if argument == "DST" else argument for argument in arguments]
+    command = [sys.executable, "-m", "jobs", *arguments]
     done = subprocess.run(command, stdout=ours, stderr=subprocess.PIPE, text=True, check=False)
     os.close(ours)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert ("--json" in arguments) == bool(done.stderr)  # which has what people read
+    assert "BrokenPipe" not in done.stderr
