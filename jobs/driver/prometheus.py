@@ -31,7 +31,7 @@ COUNTERS = {
 }
 GAUGES = {
     "splatshard_shards": "Shards of this run by state: done, failed, in_work, pending",
-    "splatshard_images_per_second": "Samples converted per second over the last 30 s",
+    "splatshard_images_per_second": "Samples converted per second of late, shards in work included",
     "splatshard_psnr_db": "Mean PSNR in dB of the images converted by this run",
     "splatshard_stage_busy_share": "Share of the last 30 s a worker was busy with a stage, mean",
     "splatshard_queue_depth": "Batches that wait for a stage, over all workers",
