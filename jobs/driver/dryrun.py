@@ -5,7 +5,8 @@ shard does not decide; hundreds on a GPU, which fits as many together as fast as
 
 How many samples there are: those shards are counted, and the bytes of all others divided by their
 bytes per sample. Of a remote tar only the beginning is read, so there the bytes per sample are
-those of its first PREFIX samples (of all, where there are fewer).
+those of its first PREFIX samples (of all, where there are fewer). Shards whose size a web server
+does not tell count as many samples as those that were counted, on average.
 
 Time is that of a device in the middle of a long job, after a warm-up that compiles the kernels. On
 a GPU reading and decoding, fitting, and packing overlap, so the slowest of decoding (by all threads
@@ -130,18 +131,19 @@ def look(work: Sequence[ShardRef], number: int) -> tuple[int, list[RawSample]]:
         counted_bytes += found_bytes
     total = 0.0
     for ref in work:
-        by_size = ref.size_bytes * counted / counted_bytes if counted_bytes else counted / shards
+        known = ref.size_bytes and counted_bytes
+        by_size = ref.size_bytes * counted / counted_bytes if known else counted / shards
         total += by_size if ref.limit is None else min(ref.limit, by_size)
     return round(total), picked
 
 
 def begin_of(ref: ShardRef, number: int) -> tuple[list[RawSample], int, int]:
     """The first `number` samples of a shard; how many samples there are in how many of its bytes:
-    of a remote tar in its beginning, else in all of it."""
+    of a remote tar of known size in its beginning, else in all of it."""
     from splatshard.pipeline.source.read import count_samples, read
     from splatshard.pipeline.storage.fs import is_local
 
-    remote_tar = ref.kind == "tar" and not is_local(ref.urls[0])
+    remote_tar = ref.kind == "tar" and not is_local(ref.urls[0]) and ref.size_bytes > 0
     wanted = max(number, PREFIX) if remote_tar else number
     wanted = min(wanted, ref.limit or wanted)
     taken = _ByteCount()

@@ -237,6 +237,8 @@ class Stats:
     def _expected(self) -> float | None:
         """Samples of all shards of this run that did not fail; None while it cannot be known."""
         unknown = 0.0
+        if self._left["unknown"]:
+            return None
         if self._left["source_bytes"]:
             if not self._known["source_bytes"]:
                 return None
@@ -251,9 +253,10 @@ class Stats:
 
 
 def _weight(ref: ShardRef) -> Mapping[str, int]:
-    """How much there is to convert: in samples where these are known, else in source bytes."""
+    """How much there is to convert: in samples where these are known, else in source bytes, unless
+    a web server does not tell them."""
     if ref.limit is not None:
         return {"samples": ref.limit}
     if ref.kind == "folder":
         return {"samples": len(ref.urls)}
-    return {"source_bytes": ref.size_bytes}
+    return {"source_bytes": ref.size_bytes} if ref.size_bytes else {"unknown": 1}

@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,9 +31,14 @@ SCAN_ROWS = 4096
 
 
 def has_images(url: str) -> bool:
-    """Whether a Parquet file has an image column. Raises SourceError when it cannot be opened."""
-    with _open_parquet(url, url) as file:
-        return image_column(file.schema_arrow) is not None
+    """Whether a Parquet file has an image column; taken for granted where a web server sends no
+    ranges, so that all of it had to be copied first. Raises SourceError when it cannot be opened.
+    """
+    with fs.open_read(url) as stream:
+        if not stream.seekable():
+            return True
+        with _parquet_errors(url, url), _parquet_file(stream) as file:
+            return image_column(file.schema_arrow) is not None
 
 
 def read_parquet(ref: ShardRef, digest: fs.Digest) -> Iterator[RawSample]:
@@ -94,13 +99,23 @@ def count_parquet(ref: ShardRef) -> Iterator[int]:
 
 @contextmanager
 def _open_parquet(url: str, path: str) -> Iterator[pq.ParquetFile]:
+    with (
+        _parquet_errors(url, path),
+        fs.open_anywhere(path) as stream,
+        _parquet_file(stream) as file,
+    ):
+        yield file
+
+
+def _parquet_file(stream: BinaryIO) -> pq.ParquetFile:
+    """Buffered and not pre-fetched: pages pass one by one, not whole row groups."""
+    return pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+
+
+@contextmanager
+def _parquet_errors(url: str, path: str) -> Iterator[None]:
     try:
-        # buffered and not pre-fetched: pages pass one by one, not whole row groups
-        with (
-            fs.open_read(path) as stream,
-            pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as file,
-        ):
-            yield file
+        yield
     except MemoryError:  # Arrow's, too, and no fault of the file
         raise
     except pa.ArrowNotImplementedError as e:
@@ -118,7 +133,7 @@ def _open_parquet(url: str, path: str) -> Iterator[pq.ParquetFile]:
 def _of_128_bits(path: str) -> Iterator[str]:
     """The columns that may be integers of 128 bits, with which pyarrow opens no file: the footer
     without Arrow's schema has them as bytes."""
-    with suppress(pa.ArrowException, OSError, ValueError), fs.open_read(path) as stream:
+    with suppress(pa.ArrowException, OSError, ValueError), fs.open_anywhere(path) as stream:
         size = stream.seek(-8, io.SEEK_END) + 8
         footer = min(size, int.from_bytes(stream.read(4), "little") + 8)
         stream.seek(-footer, io.SEEK_END)

@@ -115,19 +115,19 @@ def scan(ref: ShardRef) -> Iterator[RawSample]:
 
 def _read_tar(ref: ShardRef, digest: fs.Digest) -> Samples:
     (url,) = ref.urls
-    again = partial(fs.open_read, url)
+    again = partial(fs.open_anywhere, url)
     with fs.open_read(url) as stream, closing(read_groups(url, stream, digest, again)) as groups:
         yield from map(assemble, groups)
 
 
 def _count_tar(ref: ShardRef) -> Iterator[Group]:
-    again = partial(fs.open_read, ref.urls[0])
+    again = partial(fs.open_anywhere, ref.urls[0])
     with fs.open_read(ref.urls[0]) as stream:
         yield from scan_groups(ref.urls[0], stream, again)
 
 
 def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
-    again = partial(fs.open_read, ref.urls[0])
+    again = partial(fs.open_anywhere, ref.urls[0])
     with fs.open_read(ref.urls[0]) as stream:
         yield from map(assemble, scan_groups(ref.urls[0], stream, again, SCANNED))
 

@@ -35,8 +35,10 @@ from splatshard.pipeline.storage.errors import (
 )
 from splatshard.pipeline.storage.options import PACKAGES, options_of, redact, scheme_of, set_options
 from splatshard.pipeline.storage.retry import RetryingStream, with_retries
+from splatshard.pipeline.storage.s3 import is_s3, s3_listing
 from splatshard.pipeline.storage.staging import scratch, staged
 from splatshard.pipeline.storage.walk import walk
+from splatshard.pipeline.storage.web import WebFile
 from splatshard.schemas.errors import SourceError, UsageError
 
 T = TypeVar("T")
@@ -116,7 +118,7 @@ _local_driver = cache(LocalFileSystem)
 def _connect(scheme: str, cls: Any, options: dict[str, Any]) -> fsspec.AbstractFileSystem:
     try:
         fs = cls(**options, use_listings_cache=False, skip_instance_cache=True)
-        if _is_s3(fs):
+        if is_s3(fs):
             fs.retries = 1
             fs.connect()
     except (*driver_errors(), TypeError, ValueError, KeyError) as e:
@@ -125,18 +127,14 @@ def _connect(scheme: str, cls: Any, options: dict[str, Any]) -> fsspec.AbstractF
     return fs
 
 
-def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    return "s3" in fs.protocol
-
-
 def _asked(fs: fsspec.AbstractFileSystem, path: str, call: Callable[[], T]) -> T:
     """`call()`, patiently. What S3 says to a HEAD that it refuses has no body, so a listing is
     asked for the reason."""
     try:
         return with_retries(call)
     except PermissionError:
-        if _is_s3(fs):
-            next(_s3_listing(fs, fs._parent(path)), None)
+        if is_s3(fs):
+            next(s3_listing(fs, fs._parent(path)), None)
         raise
 
 
@@ -145,17 +143,32 @@ def _asked(fs: fsspec.AbstractFileSystem, path: str, call: Callable[[], T]) -> T
 
 @contextmanager
 def open_read(url: str) -> Iterator[BinaryIO]:
-    """A binary stream over `url`.
+    """A binary stream over `url`. It is not `seekable` where a web server sends no ranges: a way
+    back then begins anew.
 
     Raises SourceError when it cannot be opened, and UnavailableError; so do a remote one's reads.
     """
     fs, path = driver(url)
+    on_the_web = "http" in fs.protocol
     try:
-        raw = _asked(fs, path, lambda: fs.open(path, "rb"))
+        raw: Any = _asked(
+            fs, path, lambda: WebFile(fs, path) if on_the_web else fs.open(path, "rb")
+        )
     except driver_errors() as e:
         raise as_error(e, f"cannot open {url}", SourceError) from e
     with raw if is_local(url) else RetryingStream(url, raw) as stream:
         yield cast("BinaryIO", stream)
+
+
+@contextmanager
+def open_anywhere(url: str) -> Iterator[BinaryIO]:
+    """As `open_read`, to read here and there: of a copy, where a web server sends no ranges."""
+    with open_read(url) as stream:
+        if stream.seekable():
+            yield stream
+            return
+    with local_copy(url, hashlib.sha256()) as path, open_read(path) as stream:
+        yield stream
 
 
 def absolute(url: str) -> str:
@@ -232,37 +245,14 @@ def _local_stat(info: os.stat_result) -> Stat:
 
 def _list_or_nothing(fs: fsspec.AbstractFileSystem, path: str) -> Iterable[dict[str, Any]]:
     """What lies in the folder `path` itself. Raises what the driver raises."""
-    if _is_s3(fs):
-        return _s3_listing(fs, path)
+    if is_s3(fs):
+        return s3_listing(fs, path)
     try:
         return with_retries(lambda: fs.ls(path, detail=True))
     except FileNotFoundError as e:
         if is_absent(e):
             return []
         raise
-
-
-def _s3_listing(
-    fs: Any, path: str, stem: str = "", delimiter: str = "/"
-) -> Iterator[dict[str, Any]]:
-    """What lies in the folder `path` and begins with `stem`; without `delimiter`, all files below.
-
-    Page by page. The driver's `ls` would keep all pages, and list an empty folder's parent.
-    """
-    bucket, key, _ = fs.split_path(path.rstrip("/"))
-    prefix = (f"{key}/" if key else "") + stem
-    request = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
-    while True:
-        page = fs.call_s3("list_objects_v2", **request)
-        for entry in page.get("Contents", ()):
-            kind = "directory" if entry["Key"].endswith("/") else "file"  # made in a web console
-            info = {"name": f"{bucket}/{entry['Key']}", "type": kind}
-            yield info | {"size": entry["Size"], "ETag": entry["ETag"]}
-        for entry in page.get("CommonPrefixes", ()):
-            yield {"name": f"{bucket}/{entry['Prefix']}", "type": "directory"}
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _info_or_none(url: str) -> dict[str, Any] | None:
@@ -285,7 +275,7 @@ def _stat(info: dict[str, Any]) -> Stat:
 def is_dir(url: str) -> bool:
     """Raises SourceError and UnavailableError."""
     fs, path = driver(url)
-    if _is_s3(fs):  # the driver's `isdir` would list all of it
+    if is_s3(fs):  # the driver's `isdir` would list all of it
         return (_info_or_none(url) or {}).get("type") == "directory"
     with source_errors(url):
         return fs.isdir(path)
@@ -376,8 +366,8 @@ def _walk(
         yield from ((name, _local_stat(info)) for name, info in walk(folder, wanted, depth))
         return
     with source_errors(fs.unstrip_protocol(folder)):
-        if _is_s3(fs):
-            infos = _s3_listing(fs, folder, stem, "/" if depth else "")
+        if is_s3(fs):
+            infos = s3_listing(fs, folder, stem, "/" if depth else "")
         else:
             infos = _list_or_nothing(fs, folder)
         for info in infos:
@@ -388,7 +378,7 @@ def _walk(
                 yield name, _stat(info)
             elif info["type"] != "directory" or depth == 1 or not wanted(name):
                 continue
-            elif depth or not _is_s3(fs):
+            elif depth or not is_s3(fs):
                 yield from _walk(fs, info["name"], wanted, depth and depth - 1)
 
 

@@ -36,7 +36,8 @@ def with_retries(call: Callable[[], T]) -> T:
 
 
 class RetryingStream(io.RawIOBase):
-    """A remote file: reads go on where they broke, and raise SourceError or UnavailableError."""
+    """A remote file: reads go on where they broke, and raise SourceError or UnavailableError. So
+    does `seekable`, which may ask."""
 
     def __init__(self, url: str, raw: Any) -> None:
         self._url, self._raw = url, raw
@@ -44,14 +45,17 @@ class RetryingStream(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = -1 if size is None else size
         blocks: list[bytes] = []
+        while left and (block := self._asked(partial(self._block, left))):
+            blocks.append(block)
+            left -= len(block) if left > 0 else 0
+        return b"".join(blocks)
+
+    def _asked(self, call: Callable[[], T]) -> T:
         try:
-            while left and (block := with_retries(partial(self._block, left))):
-                blocks.append(block)
-                left -= len(block) if left > 0 else 0
+            return with_retries(call)
         except driver_errors() as e:
             place = f"cannot read {self._url} at byte {self._raw.tell()}"
             raise as_error(e, place, SourceError) from e
-        return b"".join(blocks)
 
     def _block(self, size: int) -> bytes:
         data = self._raw.read(size)
@@ -74,7 +78,7 @@ class RetryingStream(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return True
+        return self._asked(self._raw.seekable)
 
     def close(self) -> None:
         self._raw.close()

@@ -153,6 +153,17 @@ def test_shards_of_an_earlier_run_tell_how_long_tars_take() -> None:
     assert (s.fraction, s.eta_s) == (0.25, 15 / 0.4)
 
 
+def test_of_tars_of_unknown_size_no_remaining_time_is_known() -> None:
+    """Web servers that do not say how long a file is: two of three shards are still to come."""
+    refs = [tar(i, 0) for i in range(3)]
+    stats = Stats(refs, [])
+    stats.worker_ready(0.0)
+    stats.finished(refs[0], manifest(refs[0], ok=10))
+    stats.update([state((refs[1], 5))], 5.0)
+    s = stats.snapshot(5.0, 1, "cpu")
+    assert (s.fraction, s.eta_s) == (None, None)
+
+
 def test_failed_shards_are_no_work_that_is_left() -> None:
     refs = [folder(0, 10), folder(1, 10)]
     stats = Stats(refs, [])
