@@ -5,6 +5,7 @@
 The shards, their names and samples, the crop of an image: all as convert has them, through the same
 functions. So a model on patches sees what a model on the splats of the same images sees: where the
 shards have the same numbers of samples (none was skipped), the same keys, one by one, for a seed.
+So do labels: where folders are classes, they have the numbers that convert gives them.
 
 A block holds the files of a piece of a shard, undecoded; a batch is decoded when it is put
 together, on several threads, since Pillow runs without Python's lock. An image that does not decode
@@ -45,7 +46,7 @@ from splatshard.pipeline.data.windows import Choice
 from splatshard.pipeline.runtime.prefetch import map_ahead
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE
 from splatshard.pipeline.source.decode import decode
-from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.listing import list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import DecodeConfig, source_of
@@ -101,6 +102,8 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
     of OrderedDataset; a text `src` is one source, in which `::` joins what convert would join.
 
     image_size      side of the centred square crop, px
+    classes         class folders in the order of their numbers, such as another split's `classes`;
+                    by default all folders that are there, by name (see source/folder.py)
     filter          conditions on label and caption_length
 
     Raises UsageError for arguments that do not fit each other or the images, SourceError for shards
@@ -112,11 +115,29 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         src: str | Sequence[str] | Mapping[str, float],
         *,
         image_size: int,
+        classes: Sequence[str] = (),
         **ordering: Unpack[Ordering],
     ) -> None:
         self.decoding = DecodeConfig(image_size=image_size)
         self.replaced = 0
+        self._wanted = tuple(classes)
         super().__init__(src, **ordering)
+        if len(lists := self._class_lists()) > 1:
+            log.warning(
+                "the sources of a mixture number their classes by %d lists, so that a label means "
+                "several classes: give all of them as classes=[...]", len(lists),
+            )  # fmt: skip
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class folders whose positions are the labels; none where folders give no labels, or
+        the sources of a mixture have several lists."""
+        lists = self._class_lists()
+        return lists.pop() if len(lists) == 1 else ()
+
+    def _class_lists(self) -> set[tuple[str, ...]]:
+        shards = (shard for source in self.sources for shard in source.shards)
+        return {shard.ref.labels for shard in shards if shard.ref.labels}
 
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[ImageShard]:
         for column, _, _ in conditions:
@@ -125,7 +146,7 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
                     f"filter names the column {column!r}, which images do not have: choose one of "
                     f"{', '.join(COLUMNS)}"
                 )
-        return open_images(urls, conditions)
+        return open_images(urls, conditions, self._wanted)
 
     def read(self, source: Source[ImageShard], piece: Piece) -> list[ImageBlock]:
         shard = source.shards[piece.shard]
@@ -184,14 +205,21 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
 # Which shards there are
 
 
-def open_images(urls: Sequence[str], conditions: Filter) -> Source[ImageShard]:
-    """The shards of `urls`, each a SRC, in the order in which their splats would be read.
+def open_images(
+    urls: Sequence[str], conditions: Filter, classes: tuple[str, ...] = ()
+) -> Source[ImageShard]:
+    """The shards of `urls`, each a SRC, in the order in which their splats would be read; their
+    class folders are numbered by `classes`, if these are given. What convert would say of them is
+    logged.
 
     Raises UsageError for a place that has splat shards, and what listing and scanning raise.
     """
     for url in urls:
         refuse_splats(url)
-    refs = sorted(list_shards("::".join(urls)), key=lambda ref: ref.name)
+    found = list_source("::".join(urls), classes=classes)
+    for note in found.notes:
+        log.log(logging.INFO if found.classes and note is found.notes[0] else logging.WARNING, note)
+    refs = sorted(found.refs, key=lambda ref: ref.name)
     content = hashlib.sha256(canonical_json([source_of(ref) for ref in refs]).encode())
     with ThreadPoolExecutor(SCANNERS, thread_name_prefix="count") as pool:
         counts = list(pool.map(lambda ref: count_samples(ref, ref.limit or sys.maxsize), refs))

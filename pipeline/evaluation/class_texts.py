@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splatshard.pipeline.source.values import storable
+from splatshard.pipeline.source.values import storable, text_of
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
 from splatshard.schemas.shard import ShardRef
@@ -43,7 +43,7 @@ def read_lines(url: str, *, numbered: bool = True) -> list[str]:
     among them is blank though their numbers count."""
     try:
         with fs.open_read(url) as stream:
-            text = stream.read().decode("utf-8-sig")
+            text = text_of(stream.read(), "strict")
     except (SourceError, ValueError) as e:
         raise UsageError(f"{url} cannot be read: {e}") from e
     lines = [line.strip() for line in text.rstrip().splitlines()]

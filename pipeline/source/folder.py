@@ -104,8 +104,8 @@ def classes_in(
     names = wanted or tuple(sorted(folders))
     if unknown := sorted(held - set(names)):
         raise UsageError(
-            f"{root} has images in {few(unknown)}, which the classes of --classes do not name: add "
-            "them there, or move these folders away"
+            f"{root} has images in {few(unknown)}, which the given classes (--classes) do not "
+            "name: add them there, or move these folders away"
         )
     lie = f"{len(beside):,} of the images of {root} lie beside its folders ({few(beside, 2)})"
     if not held:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from splatshard.pipeline.source.values import text_of
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import UsageError
 
@@ -44,7 +45,7 @@ def _read_list(url: str) -> list[str]:
     if not fs.exists(url):
         raise UsageError(f"{url}: no such list file")
     with fs.open_read(url) as stream:
-        lines = stream.read().decode("utf-8-sig", errors="replace").splitlines()
+        lines = text_of(stream.read()).splitlines()
     folder = fs.absolute(url).rpartition("/")[0]
     sources = [s.strip() for line in lines for s in line.partition("#")[0].split("::")]
     sources = [s if re.match(r"/|~|\w+://", s) else f"{folder}/{s}" for s in sources if s]

@@ -19,6 +19,7 @@ from splatshard.pipeline.source.values import (
     is_null,
     key_of,
     label_of,
+    text_of,
     uid_of,
 )
 from splatshard.schemas.errors import SampleError
@@ -110,7 +111,7 @@ def _parse(extension: str, data: bytes) -> tuple[dict[str, Any], bool]:
             raise ValueError(f"{data[:40]!r} is not an integer")
         return {"label": label}, str(label).encode() == data
     if extension in ("json", "meta.json"):
-        text = data.decode("utf-8-sig")
+        text = text_of(data, "strict")
         return {"metadata": text, "json": json.loads(text)}, text.encode() == data
     return {}, False
 

@@ -6,6 +6,7 @@ with a gap), true, "1" or [1]; a caption is a text, bytes in UTF-8 or a list of 
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from decimal import Decimal
@@ -16,6 +17,12 @@ LABELS = 1 << 63
 """A label is a signed 64-bit integer."""
 
 
+def text_of(data: bytes, errors: str = "replace") -> str:
+    """Bytes as text without its BOM: UTF-8, or UTF-16 where a BOM says so."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf16 else "utf-8-sig", errors)
+
+
 def caption_of(value: Any) -> str | None:
     """A text without its BOM; of several texts a line each. None for what is no text."""
     if isinstance(value, list | tuple):
@@ -24,7 +31,7 @@ def caption_of(value: Any) -> str | None:
             return None
         return "\n".join(" ".join(text.splitlines()) for text in texts if text is not None)
     if isinstance(value, bytes):
-        value = value.decode(errors="replace")
+        value = text_of(value)
     return storable(value).removeprefix("\ufeff") if isinstance(value, str) else None
 
 
@@ -33,9 +40,9 @@ def label_of(value: Any) -> int | None:
     if isinstance(value, list | tuple) and len(value) == 1:
         return label_of(value[0])
     if isinstance(value, bytes):
-        value = value.decode(errors="replace")
+        value = text_of(value)
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*([+-]?[0-9]{1,18})(\.0*)?\s*", value)
+        found = re.fullmatch(r"\ufeff?\s*([+-]?[0-9]{1,18})(\.0*)?\s*", value)
         return int(found[1]) if found else None
     if not isinstance(value, int | float | Decimal) or not math.isfinite(value):
         return None

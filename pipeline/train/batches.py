@@ -300,10 +300,10 @@ def augmented_batch(
 
 def constants_of(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     """What all sources must have in common for their numbers to mean the same: the cutoff, and for
-    distillation the teacher; images have no cutoff. Raises UsageError where they differ, or there
+    distillation the teacher; of images the classes. Raises UsageError where they differ, or there
     is no teacher."""
     if isinstance(dataset, ImageDataset):
-        return {"cutoff": None}
+        return {"cutoff": None, "classes": list(dataset.classes)}
     names = ("cutoff", TEACHER) if config.stage == "distill" else ("cutoff",)
     firsts = {s.url.rpartition("/")[0]: s for source in dataset.sources for s in source.shards}
     metadata = {s.url: shard_metadata_of(s.url, s.format) for s in firsts.values()}

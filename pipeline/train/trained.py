@@ -32,8 +32,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Trained:
     """A model in eval mode on `device`: the checkpoint's at `url`, after `step` steps, or one from
-    elsewhere (None). `weights` is a SHA-256 of them; `cutoff` (None: of images), `num_gaussians`
-    and `precision` are those of training."""
+    elsewhere (None). `weights` is a SHA-256 of them; `cutoff` (None: of images), `num_gaussians`,
+    `precision` and the class folders of images, `classes`, are those of training."""
 
     model: nn.Module
     config: ModelConfig
@@ -44,6 +44,7 @@ class Trained:
     cutoff: float | None = None
     num_gaussians: int | None = None
     precision: str = "fp32"
+    classes: tuple[str, ...] = ()
 
     def computing(self) -> AbstractContextManager[Any]:
         """On a GPU in the precision of training; on a CPU, where that is slow, in fp32."""
@@ -110,6 +111,7 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
         cutoff=found.shards["cutoff"],
         num_gaussians=config.data.num_gaussians,
         precision=config.precision,
+        classes=tuple(found.shards.get("classes", ())),
     )
 
 
@@ -122,22 +124,30 @@ def open_data(trained: Trained, src: str, batch: int) -> Data:
 
 
 def open_images(trained: Trained, src: str, batch: int) -> Data:
-    """The images of `src`, as convert understands it, cropped to the model's size. Raises what
-    ImageDataset raises."""
+    """The images of `src`, as convert understands it, cropped to the model's size; class folders
+    have the numbers of training. Raises what ImageDataset raises."""
     if trained.num_gaussians is not None:
         raise UsageError(
             f"--num-gaussians {trained.num_gaussians}: {trained.url} is a model that reads images; "
             "leave it out"
         )
-    dataset = ImageDataset(
-        src,
-        image_size=image_config(trained.config).image_size,
-        batch_size=batch,
-        rank=0,
-        world_size=1,
-        shuffle=False,
-        drop_last=False,
-    )
+    image_size = image_config(trained.config).image_size
+
+    def opened(classes: tuple[str, ...]) -> ImageDataset:
+        return ImageDataset(
+            src,
+            image_size=image_size,
+            classes=classes,
+            batch_size=batch,
+            rank=0,
+            world_size=1,
+            shuffle=False,
+            drop_last=False,
+        )
+
+    dataset = opened(())
+    if trained.classes and dataset.classes not in ((), trained.classes):
+        dataset = opened(trained.classes)
     return Data(src, dataset.sources[0].content, dataset)
 
 

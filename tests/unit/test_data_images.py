@@ -22,14 +22,16 @@ from splatshard.pipeline.data.augment_pixels import augment_pixels
 from splatshard.pipeline.data.random_numbers import uniform
 from splatshard.pipeline.kernels import reference
 from splatshard.pipeline.source.decode import decode
-from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.source.listing import list_shards, list_source
 from splatshard.pipeline.source.read import read, scan
 from splatshard.pipeline.splats import Splats
-from splatshard.pipeline.train.batches import Feed
+from splatshard.pipeline.train.batches import Feed, constants_of
 from splatshard.pipeline.train.distributed import World
 from splatshard.pipeline.train.loop import train
+from splatshard.pipeline.train.trained import Trained, open_data
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import SourceError, UsageError
+from splatshard.schemas.model import EncoderConfig, ModelConfig
 from splatshard.schemas.train import AugmentConfig
 from tests.make import image_folder, image_parquet, imagenet_tar, jpeg, write_parquet, write_tar
 from tests.splat_shards import keys_of
@@ -188,6 +190,68 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
     imagenet_tar(src, 5)
     with pytest.raises(SourceError, match="had 6 samples when it was listed, and has 5"):
         list(dataset)
+
+
+# Classes
+
+
+def test_labels_and_classes_are_those_of_convert(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = images_of(image_folder(tmp_path / "train", ("ant", "bee", "cat"), 2))
+    assert train.classes == list_source(f"{tmp_path}/train").classes == ("ant", "bee", "cat")
+    val = image_folder(tmp_path / "val", ("ant", "cat"), 1)
+    (val / "bee").mkdir()  # a class without an image
+    (batch,) = ordered(val)
+    assert [(k, int(label)) for k, label in zip(batch.keys, batch.labels, strict=True)][:2] == [
+        ("ant/0000", 0),
+        ("cat/0000", 2),
+    ]
+    assert images_of(val, drop_last=False).classes == train.classes
+    assert "no image in 1 of the class folders" in caplog.text
+    assert images_of(imagenet_tar(tmp_path / "a.tar", 4)).classes == ()
+
+
+def test_classes_of_another_split(tmp_path: Path) -> None:
+    val = image_folder(tmp_path / "val", ("ant", "cat"), 2)
+    names = ("cat", "bee", "ant")
+    dataset = images_of(val, classes=names, shuffle=False)
+    (batch,) = dataset
+    assert (dataset.classes, batch.labels.tolist()) == (names, [2, 2, 0, 0])
+    assert keys_of(ordered(val, classes=names, filter=(("label", "==", 0),)))[0] == "cat/0000"
+    with pytest.raises(UsageError, match=r"has images in cat, which the given classes .* not name"):
+        images_of(val, classes=("ant", "bee"))
+
+
+def test_a_mixture_numbers_its_classes_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [image_folder(tmp_path / n, (n, "cat"), 4) for n in ("ant", "dog")]
+    mixture = {str(folder): 1.0 for folder in folders}
+    assert ImageDataset(mixture, image_size=SIDE, batch_size=4).classes == ()
+    assert "number their classes by 2 lists" in caplog.text
+    caplog.clear()
+    names = ("ant", "cat", "dog")
+    dataset = ImageDataset(mixture, image_size=SIDE, batch_size=4, classes=names)
+    assert dataset.classes == names
+    assert "lists" not in caplog.text
+    pairs = {
+        (key[:3], label)
+        for batch in dataset
+        for key, label in zip(batch.keys, batch.labels.tolist(), strict=True)
+    }
+    assert pairs == {("ant", 0), ("cat", 1), ("dog", 2)}
+
+
+def test_a_model_keeps_the_classes_of_its_images(tmp_path: Path) -> None:
+    """Images to evaluate on have the numbers of training, though a folder is missing."""
+    val = image_folder(tmp_path / "val", ("ant", "cat"), 2)
+    train = images_of(image_folder(tmp_path / "train", ("ant", "bee", "cat"), 2))
+    kept = constants_of(train, toy_config(tmp_path, tmp_path))["classes"]
+    config = ModelConfig(encoder=EncoderConfig(input="patches", resampler=None), num_classes=3)
+    trained = Trained(torch.nn.Identity(), config, "run", 1, "", CPU.device, classes=tuple(kept))
+    (batch,) = open_data(trained, str(val), 4).batches
+    assert batch.labels.tolist() == [0, 0, 2, 2]
 
 
 # Filters and other arguments

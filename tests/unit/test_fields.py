@@ -215,6 +215,17 @@ def test_a_bom_is_dropped_and_its_bytes_are_kept(tmp_path: Path) -> None:
     assert sample.members == (("txt", bom + b"a boat"), ("json", bom + b'{"uid": "x"}'))
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_texts_as_editors_on_windows_save_them(tmp_path: Path, coding: str) -> None:
+    mark = "\ufeff" if coding == "utf-16-be" else ""  # the others write theirs
+    texts = {"txt": "a boät\r\n", "cls": "7\r\n", "json": '{"uid": "x"}'}
+    files = {name: (mark + text).encode(coding) for name, text in texts.items()}
+    (sample,) = read_members(tmp_path, ("1.jpg", IMAGE), *((f"1.{n}", d) for n, d in files.items()))
+    assert statuses([sample]) == [None]
+    assert (sample.caption, sample.label, sample.uid) == ("a boät\r\n", 7, "x")
+    assert dict(sample.members) == files
+
+
 # Texts that are not UTF-8
 
 
