@@ -6,9 +6,10 @@
     caption   `caption`, `text`, `txt`, `json.caption`, `json.text`
     label     `label`, `cls`, those that Hugging Face declares as ClassLabel, `json.label`
 
-Of several columns for a field one of the usual type (text, integer) is taken. Where there is none,
-a row takes the first whose value will do (values.py), in whatever type it is: dictionary, float,
-boolean, bytes, list. `json` is a struct, or the text of one, as tars of WebDataset become columns.
+Names are taken in any case (`TEXT`). Of several columns for a field one of the usual type (text,
+integer) is taken. Where there is none, a row takes the first whose value will do (values.py), in
+whatever type it is: dictionary, float, boolean, bytes, list. `json` is a struct, or the text of
+one, as tars of WebDataset become columns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from splatshard.pipeline.source.sample import NAMES, TAKES, not_taken
+from splatshard.pipeline.source.sample import NAMES, TAKES, not_taken, spelled
 from splatshard.pipeline.source.values import gives_back, is_null
 from splatshard.schemas.errors import SourceError
 
@@ -68,8 +69,8 @@ class Fields:
 def image_column(schema: pa.Schema) -> str | None:
     """The column of Hugging Face's struct<bytes, path>, or a binary one with an image's name."""
     found = [f.name for f in schema if is_image_struct(f.type)]
-    found += [f.name for f in schema if f.name in IMAGE_COLUMNS and is_binary(f.type)]
-    named = [name for name in IMAGE_COLUMNS if name in found]
+    found += spelled(IMAGE_COLUMNS, (f.name for f in schema if is_binary(f.type)))
+    named = spelled(IMAGE_COLUMNS, found)
     return next(iter(named + found), None)
 
 
@@ -85,10 +86,10 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
-    key = next((name for name in ("__key__", "key") if name in schema.names), None)
+    key = next(iter(spelled(("__key__", "key"), schema.names)), None)
     note: tuple[tuple[str, str], ...] = ()
-    if key == "key" and _repeats(file, key):
-        key, note = None, (("key", "its values repeat, so rows are numbered"),)
+    if key and key != "__key__" and _repeats(file, key):
+        key, note = None, ((key, "its values repeat, so rows are numbered"),)
     fields = {field: tuple(_paths(field, schema, image)) for field in FIELDS}
     rest = [f for f in schema if f.name != image]
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
@@ -109,7 +110,8 @@ def _repeats(file: pq.ParquetFile, name: str) -> bool:
 def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:
     """Where a field may be: a column of the usual type alone, else all of its names."""
     declared = _class_labels(schema) if field == "label" else ()
-    names = [n for n in (*FIELDS[field], *declared) if n in schema.names and n != image]
+    named = dict.fromkeys((*spelled(FIELDS[field], schema.names), *declared))
+    names = [name for name in named if name in schema.names and name != image]
     usual = pa.types.is_integer if field == "label" else _is_text
     if certain := [name for name in names if usual(schema.field(name).type)]:
         yield (certain[0],)

@@ -7,7 +7,7 @@ keys of those two, and `cat.txt` belongs to both.
 Classes are the folders directly below, whether or not they hold an image, if no image lies beside
 them; a label is the position of its name among the sorted ones. So two splits with the same folders
 have the same numbers. Folders whose names are digits, two or more and of one length, are shards of
-img2dataset and no classes.
+img2dataset and no classes, nor are `train`, `val` and `test`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
-from splatshard.pipeline.source.sample import IMAGE_EXTENSIONS, SIDECAR_EXTENSIONS
+from splatshard.pipeline.source.sample import BESIDE_EXTENSIONS, IMAGE_EXTENSIONS
 from splatshard.pipeline.source.values import storable
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardRef
+
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 
 
 def split_stem(path: str) -> tuple[str, str]:
@@ -37,7 +39,7 @@ def is_image(path: str) -> bool:
 
 def is_sidecar(path: str) -> bool:
     """Whether a file belongs to the image of its stem, if there is one."""
-    return split_stem(path)[1].lower() in SIDECAR_EXTENSIONS
+    return split_stem(path)[1].lower() in BESIDE_EXTENSIONS
 
 
 def with_images(paths: Iterable[str]) -> dict[str, list[str]]:
@@ -112,19 +114,22 @@ def classes_in(
         return (), []
     if beside and not wanted:
         return (), [f"no labels: {lie}; move them, or name the classes with --classes"]
-    if are_numbers(names) and not wanted:
-        text = "are numbers of one length and taken for no classes; if they are, name them with"
-        return (), [f"no labels: the folders {few(names)} of {root} {text} --classes"]
+    if not wanted and (what := what_else(names)):
+        text = f"are {what} and taken for no classes; if they are, name them with --classes"
+        return (), [f"no labels: the folders {few(names)} of {root} {text}"]
     notes = [f"without a label: {lie}"] if beside else []
     if empty := [name for name in names if name not in held]:
         notes.append(f"no image in {len(empty):,} of the class folders of {root}: {few(empty)}")
     return names, notes
 
 
-def are_numbers(folders: Collection[str]) -> bool:
-    """Whether folders are named as those of img2dataset: `00000`, `00001`."""
+def what_else(folders: Collection[str]) -> str:
+    """What folders are that are hardly classes: `00000`, `00001` as img2dataset names its shards,
+    or the splits of a dataset; empty where they may be classes."""
     alike = len({len(name) for name in folders}) == 1
-    return alike and all(re.fullmatch("[0-9]{2,}", name) for name in folders)
+    if alike and all(re.fullmatch("[0-9]{2,}", name) for name in folders):
+        return "numbers of one length"
+    return "splits" if {name.lower() for name in folders} <= SPLITS else ""
 
 
 def few(names: Sequence[str], number: int = 10) -> str:

@@ -14,6 +14,9 @@ from splatshard.schemas.errors import SampleError
 SNIFFED_BYTES = 4096
 """So much of a file's beginning decides what it is."""
 
+HEAD_BYTES = 64
+"""And so much, what is no tar or Parquet file."""
+
 
 class NotSupported(Exception):
     """A good file of a kind whose pixels would be read wrongly: what it is, and the remedy."""
@@ -56,6 +59,8 @@ TONE_MAP = "map its range to 8 bits and save it as PNG"
 RENDER = "render it to PNG"
 FRAMES = "extract its frames, for instance with ffmpeg"
 FETCH = "download it again"
+UNPACK = "unpack it"
+PULL = "fetch its file: git lfs pull"
 FTYP = rb"....ftyp(?:%b)"
 RAW = rb"II\*\0....CR|....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0|FOVb|\0MRM"
 OTHER_VIDEO = rb"FLV\x01|OggS|\x30\x26\xb2\x75|....[\x11\x12]\xaf"
@@ -100,9 +105,12 @@ NAMED = (
     _format("video (Flash, Ogg, WMV, FLI)", OTHER_VIDEO, "", FRAMES),
     _format("NumPy array", rb"\x93NUMPY", "", "save it as an image"),
     _format("HDF5", rb"\x89HDF\r\n", "", "save its arrays as images"),
-    _format("ZIP archive", rb"PK\x03\x04", "", "unpack it"),
-    _format("gzip file", rb"\x1f\x8b", "", "unpack it"),
-    _format("Git LFS pointer", rb"version https://git-lfs", "", "fetch its file: git lfs pull"),
+    _format("ZIP archive", rb"PK\x03\x04", "", UNPACK),
+    _format("gzip file", rb"\x1f\x8b", "", UNPACK),
+    _format("bzip2 file", rb"BZh[1-9]", "", UNPACK),
+    _format("compressed file (xz)", rb"\xfd7zXZ\0", "", UNPACK),
+    _format("Zstandard file", rb"\x28\xb5\x2f\xfd", "", UNPACK),
+    _format("Git LFS pointer", rb"version https://git-lfs", "", PULL),
     _format("web page", rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:!doctype )?html)", "", FETCH),
     _format(
         "TGA",  # nothing at its beginning is certain
@@ -126,6 +134,13 @@ def format_of(image: bytes, name: str) -> str:
                 raise not_read(name, format.name, format.remedy)
             return format.name
     raise SampleError("not_an_image", f"{name} begins with {image[:12]!r}, no known image format")
+
+
+def disguised(start: bytes) -> str:
+    """What a file is that begins with `start` and is none of the tars or Parquet files that its
+    name says, and the remedy; empty where that is not known."""
+    found = (f for f in NAMED if f.remedy in (FETCH, UNPACK, PULL) and f.begins.match(start))
+    return next((f"a {f.name}: {f.remedy}" for f in found), "")
 
 
 def not_read(name: str, what: str, remedy: str) -> SampleError:

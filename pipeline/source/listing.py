@@ -66,6 +66,9 @@ from splatshard.pipeline.storage.options import redact, scheme_of
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.shard import ShardManifest, ShardRef
 
+IMAGEFOLDER_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""What Hugging Face's imagefolder keeps beside images."""
+
 
 @dataclass
 class Listing:
@@ -190,7 +193,10 @@ def _resolve(
     found, missing = Listing(), []
     for pattern in patterns:
         if pattern in no_images:
-            raise UsageError(f"{pattern} has no image column; is it img2dataset's metadata?")
+            raise UsageError(
+                f"{pattern} has no image column (bytes and path in a struct, or bytes "
+                "named image, jpg, png); is it img2dataset's metadata?"
+            )
         if pattern in globs:
             _check_outside(dst, pattern, as_glob=True)
             _add_glob(found, pattern)
@@ -298,6 +304,11 @@ def _add_images(
     found.notes += notes
     rest = set(paths) - used
     found.leave_out("no_image_column", {p for p in rest if kind_of(p)})
+    if texts := sorted(p for p in rest if basename(p) in IMAGEFOLDER_METADATA):
+        found.notes.append(
+            f"{texts[0]} of {root} is not read, so its captions and labels are missing: write the "
+            "dataset as Parquet (to_parquet of Hugging Face's datasets), or a .txt per image"
+        )
     alone = {p for p in rest if is_sidecar(p)}
     found.leave_out("no_image", alone)
     _leave_out_others(found, rest - alone)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.arrow_values import NotText, plain, values_of
 from splatshard.pipeline.source.columns import Columns, columns_of, fields_of, image_column
+from splatshard.pipeline.source.formats import HEAD_BYTES, disguised
 from splatshard.pipeline.source.sample import RawSample
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SampleError, SourceError
@@ -127,7 +128,15 @@ def _parquet_errors(url: str, path: str) -> Iterator[None]:
     except UnicodeDecodeError as e:
         raise SourceError(f"{url}: the name of a column is not UTF-8: {e}; rename it") from e
     except (pa.ArrowException, OSError) as e:
+        if kind := _disguised(path):
+            raise SourceError(f"{url} is no Parquet, but {kind}") from e
         raise SourceError(f"{url} is not readable as Parquet: {e}; download it again") from e
+
+
+def _disguised(path: str) -> str:
+    with suppress(OSError, SourceError), fs.open_read(path) as stream:
+        return disguised(stream.read(HEAD_BYTES))
+    return ""
 
 
 def _of_128_bits(path: str) -> Iterator[str]:

@@ -72,10 +72,10 @@ def path_of(url: str) -> str:
 
 
 def kind_of(url: str) -> str:
-    """ ".tar", ".parquet" or empty."""
-    path = path_of(url)
-    return ".tar" if path.endswith(".tar") else ".parquet" if path.endswith(".parquet") else ""
+    """ ".tar", ".parquet" or empty, by its extension in any case."""
+    path = path_of(url).lower()
+    return next((kind for kind in (".tar", ".parquet") if path.endswith(kind)), "")
 
 
 def stem_of(url: str) -> str:
-    return path_of(url).removesuffix(kind_of(url))
+    return path_of(url)[: -len(kind_of(url)) or None]

@@ -19,8 +19,8 @@ from itertools import islice
 from splatshard.pipeline.source.folder import class_of, folder_samples, is_image, split_stem
 from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
 from splatshard.pipeline.source.sample import (
+    BESIDE_EXTENSIONS,
     IMAGE_EXTENSIONS,
-    SIDECAR_EXTENSIONS,
     RawSample,
     assemble,
 )
@@ -32,7 +32,7 @@ from splatshard.schemas.shard import ShardRef
 
 Samples = Generator[RawSample, None, None]
 
-SCANNED = (*SIDECAR_EXTENSIONS, "meta.json")
+SCANNED = (*BESIDE_EXTENSIONS, "meta.json")
 """Extensions of members that say something of the sample."""
 
 

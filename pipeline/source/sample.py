@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,11 @@ IMAGE_EXTENSIONS = (*EXTENSIONS, *NAMED_EXTENSIONS)
 """Extensions of images, any case; of several in one sample the first of this list is the image.
 Formats that can be named, but not read, become rows that say so."""
 
+CAPTION_EXTENSIONS = ("txt", "caption", "text")
 SIDECAR_EXTENSIONS = ("txt", "json", "cls")
+"""Those that give way to none, and are not kept if their field says it all."""
+
+BESIDE_EXTENSIONS = tuple(dict.fromkeys((*SIDECAR_EXTENSIONS, *CAPTION_EXTENSIONS)))
 """What joins an image of the same stem in a folder."""
 
 
@@ -65,6 +70,8 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     if image is None:
         found = ", ".join(group.members)
         text = f"key {group.key} has no image ({' '.join(EXTENSIONS)}), only: {found}"
+        if any(e.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for e in group.members):
+            text += "; a key ends at the first dot of a file's name: write others for these"
         error = error or SampleError("no_image", text)
     for extension, why in group.missing.items():
         error = error or SampleError("no_image" if extension == image else "bad_metadata", why)
@@ -76,7 +83,7 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         except (ValueError, RecursionError) as e:
             text = f"{group.key}.{extension} cannot be parsed: {e}"
             error, values, exact = error or SampleError("bad_metadata", text), {}, False
-        own = extension in SIDECAR_EXTENSIONS  # another spelling (TXT) gives way, and is kept
+        own = extension in SIDECAR_EXTENSIONS  # another name (TXT, text) gives way, and is kept
         fields = fields | values if own else values | fields
         if not exact or not own:
             kept.append((extension, data))
@@ -102,7 +109,7 @@ def _parse(extension: str, data: bytes) -> tuple[dict[str, Any], bool]:
 
     Raises ValueError or RecursionError for a `.cls` or `.json` that cannot be parsed.
     """
-    if extension == "txt":
+    if extension in CAPTION_EXTENSIONS:
         caption = caption_of(data) or ""
         return {"caption": caption}, caption.encode() == data
     if extension == "cls":
@@ -117,7 +124,7 @@ def _parse(extension: str, data: bytes) -> tuple[dict[str, Any], bool]:
 
 
 NAMES = {"uid": ("uid",), "caption": ("caption", "text"), "label": ("label",)}
-"""Under which names a sample's JSON has its fields, as DataComp and timm write it."""
+"""Under which names a sample's JSON has its fields, as DataComp and timm write it; in any case."""
 
 TAKES = {
     "key": (key_of, "a text or a whole number"),
@@ -134,9 +141,15 @@ def json_fields(values: Any) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {}
     for field, names in NAMES.items():
-        taken = (TAKES[field][0](values.get(name)) for name in names)
+        taken = (TAKES[field][0](values[name]) for name in spelled(names, values))
         found[field] = next((value for value in taken if value is not None), None)
     return found
+
+
+def spelled(names: Iterable[str], given: Iterable[str]) -> list[str]:
+    """Those of `given` that are one of `names`, in any case, in the order of `names`."""
+    lower = [(name.lower(), name) for name in given]
+    return [name for wanted in names for low, name in lower if low == wanted]
 
 
 def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -146,8 +159,8 @@ def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...
     return tuple(
         (name, not_taken(field, values[name]))
         for field, names in NAMES.items()
-        for name in names
-        if fields.get(field) is None and not is_null(values.get(name))
+        for name in spelled(names, values)
+        if fields.get(field) is None and not is_null(values[name])
     )
 
 

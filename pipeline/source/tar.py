@@ -17,7 +17,6 @@ Left out: compressed archives (a cut shows only after unpacking).
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -28,12 +27,16 @@ from tarfile import BLOCKSIZE
 from typing import IO, BinaryIO, cast
 from zlib import adler32
 
+from splatshard.pipeline.source.formats import HEAD_BYTES, disguised
 from splatshard.pipeline.source.links import Again, Links, forget_headers, open_tar
 from splatshard.pipeline.storage.fs import Digest
 from splatshard.schemas.errors import SampleError, SourceError
 
 MAX_SAMPLE_BYTES = 1 << 28
 """All members of one sample together; what is larger is skipped unread, so memory stays bounded."""
+
+MULTIVOLUME = b"M"
+"""The type of a member that began in another volume."""
 
 BLOCK_BYTES = 1 << 18
 """Read and hashed at once: still in the cache when its members are taken out; 1 MiB is slower."""
@@ -75,7 +78,7 @@ class TarStream:
         self.digest.update(self.block)
         self.block, self.start = b"", 0  # should the stream raise
         self.block = block = self.stream.read(BLOCK_BYTES)
-        self.head = self.head or block[:8]
+        self.head = self.head or block[:HEAD_BYTES]
         self.position += len(block)
         zeros = len(block) - len(block.rstrip(b"\0"))
         self.zeros = self.zeros + zeros if zeros == len(block) else zeros
@@ -146,7 +149,11 @@ def read_groups(
     """
     source = TarStream(stream, digest)
     try:
-        with _errors(url, source), open_tar(source) as archive, closing(Links(again)) as links:
+        with (
+            _errors(url, source.tell, lambda: source.head),
+            open_tar(source) as archive,
+            closing(Links(again)) as links,
+        ):
             data = partial(_data, archive, source)
             yield from _groups(_members(archive, source), links, data)
             while source.next_block():
@@ -161,8 +168,16 @@ def scan_groups(
 ) -> Iterator[Group]:
     """The groups without their bytes but for members with one of `extensions`, seeking from header
     to header; `again` as for `read_groups`. Raises SourceError."""
-    source = TarStream(stream, hashlib.sha256())
-    with _errors(url, source), open_tar(stream) as archive, closing(Links(again)) as links:
+
+    def head() -> bytes:
+        stream.seek(0)
+        return stream.read(HEAD_BYTES)
+
+    with (
+        _errors(url, stream.tell, head),
+        open_tar(stream) as archive,
+        closing(Links(again)) as links,
+    ):
         data = partial(_extracted, archive)
         yield from _groups(_members(archive, None), links, data, extensions)
 
@@ -241,9 +256,12 @@ def _groups(
     for info in members:
         path = _safe(info.name)
         is_link = info.issym() or info.islnk()
-        if not (info.isreg() or is_link) or _hidden(path):
+        is_rest = info.type == MULTIVOLUME
+        if not (info.isreg() or is_link or is_rest) or _hidden(path):
             continue
         file = links.follow(info) if is_link else info
+        if is_rest:
+            file = f"{info.name} began in another volume: join them, with tar --multi-volume"
         if isinstance(file, tarfile.TarInfo) and file.isdir():
             continue  # its files are members themselves
         key, extension = split_name(path)
@@ -268,15 +286,19 @@ def _groups(
 
 
 @contextmanager
-def _errors(url: str, source: TarStream) -> Iterator[None]:
+def _errors(url: str, place: Callable[[], int], head: Callable[[], bytes]) -> Iterator[None]:
+    """Errors of the block as SourceError; the archive is read up to `place`, and begins with
+    `head`."""
     try:
         yield
     except (tarfile.TarError, OSError, ValueError, RecursionError) as e:
-        problem = f"{url}: {e} at byte {source.tell()}"
-        if not source.position:
+        problem, start = f"{url}: {e} at byte {place()}", head()
+        if not start:
             problem = f"{url} has zero bytes"
+        elif kind := disguised(start):
+            raise SourceError(f"{url} is no tar, but {kind}") from e
         elif isinstance(e, tarfile.ReadError) and str(e) != "unexpected end of data":
-            problem += f" (it begins with {source.head!r}; a tar must not be compressed)"
+            problem += f" (it begins with {start[:8]!r}; a tar must not be compressed)"
         raise SourceError(f"{problem}; download it again") from e
 
 
@@ -292,7 +314,10 @@ def _check_end(url: str, source: TarStream, end: int) -> None:
     elif rest < BLOCKSIZE:
         problem = f"is cut short at byte {size}, inside a member's header"
     else:
-        problem = f"has a damaged header or a second archive from byte {end} on (of {size})"
+        raise SourceError(
+            f"{url} has a damaged header or a second archive from byte {end} on (of {size}); "
+            "download it again, or unpack joined archives with tar --ignore-zeros and write one"
+        )
     raise SourceError(f"{url} {problem}; download it again")
 
 

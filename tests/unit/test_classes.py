@@ -181,6 +181,16 @@ def test_the_classes_of_another_split(val: Path, tmp_path: Path) -> None:
         read_classes(str(dst))
 
 
+@pytest.mark.parametrize(
+    ("folders", "are_splits"), [(("train", "Val"), True), (("test", "train", "tram"), False)]
+)
+def test_splits_are_no_classes(tmp_path: Path, folders: tuple[str, ...], are_splits: bool) -> None:
+    found = list_source(str(image_folder(tmp_path / "in", folders, per_class=1)))
+    assert found.classes == (() if are_splits else folders)
+    assert any("are splits and taken for no classes" in n for n in found.notes) == are_splits
+    assert list_source(f"{tmp_path}/in", classes=folders).classes == folders
+
+
 def test_a_file_of_classes(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     for coding in ("utf-8-sig", "utf-16"):

@@ -207,6 +207,28 @@ def test_fields_in_json(tmp_path: Path) -> None:
     assert read_json('{"label": "cat"}', ("1.cls", b"7")).unused == ()
 
 
+def test_names_in_any_case(tmp_path: Path) -> None:
+    """LAION's Parquet has TEXT; an exact name and a usual type go before."""
+    (one, *_) = samples_of(tmp_path, TEXT=words, Label=numbers, UID=words, KEY=words)
+    assert (one.key, one.caption, one.label, one.uid, one.metadata) == ("a", "a", 1, "a", None)
+    path = write_parquet(tmp_path / "i.parquet", {"Image": [IMAGE], "Text": ["a"]})
+    assert [(s.image, s.caption) for s in read_all(path)] == [(IMAGE, "a")]
+    (two,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"TEXT": "a", "Label": 3}'))
+    assert (two.caption, two.label, two.unused) == ("a", 3, ())
+    (three,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"Label": "cat"}'))
+    assert dict(three.unused) == {"Label": "'cat' is not a whole number"}
+
+
+def test_captions_under_other_extensions(tmp_path: Path) -> None:
+    """Those of kohya's scripts and others; .txt goes before them, and nothing is lost."""
+    members = [("1.jpg", IMAGE), ("1.caption", b"a"), ("2.jpg", IMAGE), ("2.text", b"b"),
+               ("2.txt", b"c")]  # fmt: skip
+    one, two = read_members(tmp_path, *members)
+    assert (one.caption, one.members) == ("a", (("caption", b"a"),))
+    assert (two.caption, two.members) == ("c", (("text", b"b"),))
+    assert [s.caption for s in scan(ref_of(tmp_path / "a.tar"))] == ["a", "c"]
+
+
 def test_a_bom_is_dropped_and_its_bytes_are_kept(tmp_path: Path) -> None:
     bom = "\ufeff".encode()
     members = [("1.jpg", IMAGE), ("1.txt", bom + b"a boat"), ("1.json", bom + b'{"uid": "x"}')]

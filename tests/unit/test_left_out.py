@@ -52,6 +52,23 @@ def test_a_stray_tar_among_images(tmp_path: Path) -> None:
     assert list_source(f"{tmp_path}/*.tar").left_out == {}
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "train/metadata.csv"])
+def test_captions_of_an_imagefolder_are_told_to_be_missing(tmp_path: Path, name: str) -> None:
+    found = list_source(str(put(tmp_path, "train/a.jpg", "train/b.jpg", "train/a.caption", name)))
+    assert any(f"{name} of {tmp_path} is not read" in note for note in found.notes)
+    assert found.left_out == {"other": {name.rpartition(".")[2]: 1}}
+    assert [len(ref.urls) for ref in found.refs] == [3]
+
+
+def test_archives_with_capital_extensions(tmp_path: Path) -> None:
+    imagenet_tar(tmp_path / "A.TAR", count=2)
+    image_parquet(tmp_path / "B.Parquet", 3)
+    refs = list_source(str(tmp_path)).refs
+    assert [(ref.name, ref.kind) for ref in refs] == [("A", "tar"), ("B", "parquet")]
+    assert len(keys(refs)) == 5
+    assert names(list_shards(f"{tmp_path}/A.TAR")) == ["A"]
+
+
 def test_a_stray_parquet_among_images(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", "b.jpg")
     write_parquet(tmp_path / "urls.parquet", {"url": ["x"]})

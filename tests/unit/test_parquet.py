@@ -234,7 +234,7 @@ def test_damaged_parquet(tmp_path):
         whole[:100] + bytes(5000) + whole[5100:],
     ):
         path.write_bytes(damaged)
-        with pytest.raises(SourceError, match=r"p\.parquet is not readable as Parquet"):
+        with pytest.raises(SourceError, match=r"p\.parquet is not readable as Parquet.*again"):
             read_all(path)
 
 
@@ -245,3 +245,18 @@ def test_parquet_streams_row_batches(tmp_path):
     for _ in read(ref_of(path), hashlib.sha256()):
         peak = max(peak, pa.total_allocated_bytes() - before)
     assert peak < 16e6  # of 32 MB, in batches of 16 rows
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer: fetch"),
+        (b"<!DOCTYPE html><html>log in</html>", "a web page: download it again"),
+        (b"\x1f\x8b\x08\0" + bytes(99), "a gzip file: unpack it"),
+    ],
+)
+def test_what_is_something_else_is_named(tmp_path, data, text):
+    path = tmp_path / "p.parquet"
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=rf"p\.parquet is no Parquet, but {text}"):
+        read_all(path)

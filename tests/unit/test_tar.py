@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
+import lzma
 import tarfile
 import tracemalloc
 from contextlib import nullcontext
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splatshard.pipeline.source.read import read
+from splatshard.pipeline.source.read import read, scan
 from splatshard.pipeline.source.tar import read_groups, split_name
 from splatshard.schemas.errors import SourceError
 from tests.make import datacomp_tar, imagenet_tar, write_tar
@@ -148,7 +150,7 @@ def test_damaged_header_inside(tmp_path):
 def test_second_archive_behind_the_first(tmp_path):
     one = imagenet_tar(tmp_path / "one.tar").read_bytes()
     (tmp_path / "two.tar").write_bytes(one + one)
-    with pytest.raises(SourceError, match="second archive"):
+    with pytest.raises(SourceError, match=r"second archive.*with tar --ignore-zeros"):
         read_all(tmp_path / "two.tar")
 
 
@@ -163,13 +165,31 @@ def test_zero_byte_file(tmp_path):
 
 
 def test_not_a_tar(tmp_path):
+    """Said in the same words where only keys and captions are looked at."""
+    tar = imagenet_tar(tmp_path / "b.tar").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n"
     path = tmp_path / "a.tar"
-    path.write_bytes(b"<html>404 not found</html>" * 100)
-    with pytest.raises(SourceError, match="begins with b'<html>40'"):
-        read_all(path)
-    path.write_bytes(gzip.compress(imagenet_tar(tmp_path / "b.tar").read_bytes()))
-    with pytest.raises(SourceError, match="must not be compressed"):
-        read_all(path)
+    for data, text in (
+        (b"garbage" * 100, r"begins with b'garbageg'; a tar must not be compressed"),
+        (b"<html>404 not found</html>" * 100, "is no tar, but a web page: download it again"),
+        (gzip.compress(tar), "is no tar, but a gzip file: unpack it"),
+        (bz2.compress(tar), "is no tar, but a bzip2 file: unpack it"),
+        (lzma.compress(tar), r"is no tar, but a compressed file \(xz\): unpack it"),
+        (pointer, "is no tar, but a Git LFS pointer: fetch its file: git lfs pull"),
+        (b"", "has zero bytes"),
+    ):
+        path.write_bytes(data)
+        for reader in (read_all, lambda path: list(scan(ref_of(path)))):
+            with pytest.raises(SourceError, match=rf"a\.tar.* {text}"):
+                reader(path)
+
+
+def test_the_rest_of_a_file_in_another_volume_is_a_row(tmp_path):
+    data = imagenet_tar(tmp_path / "a.tar", count=2).read_bytes()
+    (tmp_path / "a.tar").write_bytes(patched(data, 0, 156, b"M"))
+    samples = read_all(tmp_path / "a.tar")
+    assert statuses(samples) == ["no_image", None]
+    assert "began in another volume: join them" in str(samples[0].error)
 
 
 def test_memory_does_not_grow_with_the_shard(tmp_path):
