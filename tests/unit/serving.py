@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from splatshard.pipeline.storage import fs
@@ -18,6 +18,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Not printed."""
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # a reader that has seen enough
+            super().handle()
 
     def do_GET(self) -> None:
         server: Any = self.server
@@ -54,16 +58,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.cuts -= 1
             data = data[: len(data) // 2]
             self.close_connection = True
-        try:
-            if server.length != "chunked":
-                self.wfile.write(data)
-                return
-            for begin in range(0, len(data), 5000):
-                chunk = data[begin : begin + 5000]
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
-            self.wfile.write(b"" if cut else b"0\r\n\r\n")
-        except ConnectionError:
-            self.close_connection = True  # a reader that has seen enough
+        if server.length != "chunked":
+            self.wfile.write(data)
+            return
+        for begin in range(0, len(data), 5000):
+            chunk = data[begin : begin + 5000]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+        self.wfile.write(b"" if cut else b"0\r\n\r\n")
 
 
 @contextmanager
