@@ -55,17 +55,21 @@ class Links:
         if self._archive is None:
             self._archive = open_tar(self._open.enter_context(self._again()))
             self._names, self._offsets = _where_members_begin(self._archive)
-        found: tarfile.TarInfo | None = link
+        path, end = _target(link), link.offset if link.islnk() else None
         for _ in range(MAX_CHAIN):
-            if found is None or not (found.issym() or found.islnk()):
+            found = self._last(path, end)
+            if found and (found.isreg() or found.isdir()):
+                return found
+            if found and (found.issym() or found.islnk()):
+                path, end = _target(found), found.offset if found.islnk() else None
+            elif found or not (path := self._through_folder(path)):
                 break
-            found = self._target(found)
-        if found and (found.isreg() or found.isdir()):
-            return found
+            else:
+                end = None
         kind, option = ("hard ", "--hard-dereference") if link.islnk() else ("", "--dereference")
         return (
-            f"{link.name} is a {kind}link to {link.linkname}, which is not in the archive: write "
-            f"the tar with {option}"
+            f"{link.name} is a {kind}link to {link.linkname}, which leads to nothing in the "
+            f"archive: write the tar with {option}"
         )
 
     def read(self, member: tarfile.TarInfo) -> bytes:
@@ -74,16 +78,22 @@ class Links:
         stream = self._archive.extractfile(member)
         return stream.read() if stream else b""
 
-    def _target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        """What a link names, in its last version: a hard one a member before it, by its path in the
-        archive."""
-        name = link.linkname if link.islnk() else join(dirname(link.name), link.linkname)
-        code = np.uint64(_hash(name))
-        begin, end = (int(np.searchsorted(self._names, code, side)) for side in ("left", "right"))
-        offsets = self._offsets[begin:end].tolist()
-        if link.islnk():
-            offsets = [offset for offset in offsets if offset < link.offset]
+    def _last(self, path: str, end: int | None = None) -> tarfile.TarInfo | None:
+        """The last member of that name, before byte `end` of the archive where it is given."""
+        code = np.uint64(_hash(path))
+        begin, behind = (int(np.searchsorted(self._names, code, at)) for at in ("left", "right"))
+        offsets = self._offsets[begin:behind].tolist()
+        offsets = [offset for offset in offsets if end is None or offset < end]
         return self._member(offsets[-1]) if offsets else None
+
+    def _through_folder(self, path: str) -> str:
+        """`path` by way of the last of its folders that is a link; empty where none is."""
+        parts = normpath(path).split("/")
+        for n in range(len(parts) - 1, 0, -1):
+            folder = self._last("/".join(parts[:n]))
+            if folder and folder.issym():
+                return join(_target(folder), *parts[n:])
+        return ""
 
     def _member(self, offset: int) -> tarfile.TarInfo | None:
         archive: Any = self._archive
@@ -105,6 +115,12 @@ def _where_members_begin(
     names, offsets = np.frombuffer(found, np.uint64).reshape(-1, 2).T
     order = np.argsort(names, kind="stable")
     return names[order], offsets[order]
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """A hard link names a member before it, as the archive does; a symbolic one goes on from its
+    folder."""
+    return link.linkname if link.islnk() else join(dirname(link.name), link.linkname)
 
 
 def _hash(path: str) -> int:

@@ -194,8 +194,9 @@ def _resolve(
     for pattern in patterns:
         if pattern in no_images:
             raise UsageError(
-                f"{pattern} has no image column (bytes and path in a struct, or bytes "
-                "named image, jpg, png); is it img2dataset's metadata?"
+                f"{pattern} has no image column: bytes and path in a struct, or bytes "
+                "named image, jpg, png; those that are only named, by a URL or path, are not "
+                "fetched (is it img2dataset's metadata?)"
             )
         if pattern in globs:
             _check_outside(dst, pattern, as_glob=True)

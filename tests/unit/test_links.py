@@ -89,6 +89,22 @@ def test_links_of_names_with_a_dot_in_front(tmp_path: Path) -> None:
     assert [(s.key, s.image) for s in samples] == [(k, IMAGE) for k in ("./d/0", "./d/1", "d/2")]
 
 
+def test_links_through_folders_that_are_links(tmp_path: Path) -> None:
+    members = [
+        ("alias", SYMBOLIC, "real"),
+        ("a.jpg", SYMBOLIC, "alias/0.jpg"),
+        ("b.jpg", HARD, "a.jpg"),
+        ("d/c.jpg", SYMBOLIC, "deep/deeper/0.jpg"),
+        ("d/deep", SYMBOLIC, "../over"),
+        ("over/deeper", SYMBOLIC, "/nowhere"),
+        ("over/deeper", SYMBOLIC, "../alias"),
+        ("real/0.jpg", IMAGE),
+    ]
+    samples = read_all(tar_of(tmp_path / "a.tar", *members))
+    found = {s.key: s.image for s in samples if not s.error}
+    assert found == dict.fromkeys(("a", "b", "d/c", "real/0"), IMAGE)
+
+
 def test_of_several_versions_the_last_is_meant(tmp_path: Path) -> None:
     """As when the archive is unpacked: a hard link is to what its name was when it was written."""
     texts = (b"first", b"second", b"third")
@@ -180,8 +196,9 @@ def test_a_link_that_leads_nowhere_is_a_row(
     path = tar_of(tmp_path / "a.tar", *members)
     samples = read_all(path)
     assert statuses(samples) == ["no_image", "no_image", None]
-    assert f"link to {target}, which is not in the archive: write the tar with {option}" in str(
-        samples[0].error
+    assert (
+        f"link to {target}, which leads to nothing in the archive: write the tar with {option}"
+        in str(samples[0].error)
     )
     assert count_samples(ref_of(path), 9) == 3
 
