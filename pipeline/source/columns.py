@@ -1,9 +1,10 @@
 """Which column of a Parquet file is what, and what a row says in them.
 
-    image     struct<bytes, path>, or bytes under an image's name
+    image     struct<bytes, path>, or bytes under an image's name; where it is null, the next such
+              column (`jpg`, `png`: WebDataset with images of several formats)
     key       `__key__`; or `key`, but where its values repeat it is none, and rows are numbered
     uid       `uid`, `json.uid`
-    caption   `caption`, `text`, `txt`, `json.caption`, `json.text`
+    caption   `caption`, `text`, `txt`, `captions`, `json.caption`, `json.text`
     label     `label`, `cls`, those that Hugging Face declares as ClassLabel, `json.label`
 
 Names are taken in any case (`TEXT`). Of several columns for a field one of the usual type (text,
@@ -30,7 +31,11 @@ from splatshard.schemas.errors import SourceError
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 """Names of a Parquet file's image column, by preference."""
 
-FIELDS = {"uid": ("uid",), "caption": ("caption", "text", "txt"), "label": ("label", "cls")}
+FIELDS = {
+    "uid": ("uid",),
+    "caption": ("caption", "text", "txt", "captions"),
+    "label": ("label", "cls"),
+}
 
 Path = tuple[str, ...]
 """A column, or a field of the column `json`."""
@@ -41,6 +46,7 @@ class Columns:
     """Which column of a Parquet file is what."""
 
     image: str
+    images: tuple[str, ...]  # it, and others under an image's name, by preference
     key: str | None
     fields: dict[str, tuple[Path, ...]]  # by preference
     binary: tuple[str, ...]  # columns that become members, unless a field gives them back
@@ -66,19 +72,19 @@ class Fields:
     unused: tuple[tuple[str, str], ...]
 
 
-def image_column(schema: pa.Schema) -> str | None:
-    """The column of Hugging Face's struct<bytes, path>, or a binary one with an image's name."""
-    found = [f.name for f in schema if is_image_struct(f.type)]
-    found += spelled(IMAGE_COLUMNS, (f.name for f in schema if is_binary(f.type)))
-    named = spelled(IMAGE_COLUMNS, found)
-    return next(iter(named + found), None)
+def image_columns(schema: pa.Schema) -> tuple[str, ...]:
+    """The columns of Hugging Face's struct<bytes, path>, or of bytes, with an image's name; where
+    there are none, the first of the former."""
+    structs = [f.name for f in schema if is_image_struct(f.type)]
+    binaries = [f.name for f in schema if is_binary(f.type)]
+    return tuple(spelled(IMAGE_COLUMNS, structs + binaries) or structs[:1])
 
 
 def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     """Raises SourceError for a file without images, or with two columns of one name."""
     schema = file.schema_arrow
-    image = image_column(schema)
-    if image is None:
+    images = image_columns(schema)
+    if not images:
         raise SourceError(
             f"{url} has no image column, only {', '.join(schema.names)}; expected one of type "
             f"struct<bytes, path>, or a binary one named {', '.join(IMAGE_COLUMNS)}"
@@ -90,11 +96,11 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     note: tuple[tuple[str, str], ...] = ()
     if key and key != "__key__" and _repeats(file, key):
         key, note = None, ((key, "its values repeat, so rows are numbered"),)
-    fields = {field: tuple(_paths(field, schema, image)) for field in FIELDS}
-    rest = [f for f in schema if f.name != image]
+    fields = {field: tuple(_paths(field, schema, images[0])) for field in FIELDS}
+    rest = [f for f in schema if f.name != images[0]]
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
     other = [f.name for f in rest if f.name not in binary]
-    return Columns(image, key, fields, tuple(binary), tuple(other), note)
+    return Columns(images[0], images, key, fields, tuple(binary), tuple(other), note)
 
 
 def _repeats(file: pq.ParquetFile, name: str) -> bool:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.arrow_values import NotText, plain, values_of
-from splatshard.pipeline.source.columns import Columns, columns_of, fields_of, image_column
+from splatshard.pipeline.source.columns import Columns, columns_of, fields_of, image_columns
 from splatshard.pipeline.source.formats import HEAD_BYTES, disguised
 from splatshard.pipeline.source.sample import RawSample
 from splatshard.pipeline.storage import fs
@@ -39,7 +39,7 @@ def has_images(url: str) -> bool:
         if not stream.seekable():
             return True
         with _parquet_errors(url, url), _parquet_file(stream) as file:
-            return image_column(file.schema_arrow) is not None
+            return bool(image_columns(file.schema_arrow))
 
 
 def read_parquet(ref: ShardRef, digest: fs.Digest) -> Iterator[RawSample]:
@@ -156,16 +156,17 @@ def _of_128_bits(path: str) -> Iterator[str]:
 def _parquet_sample(row: dict[str, Any], columns: Columns, default_key: str) -> RawSample:
     said = fields_of(row, columns, default_key)
     absent = {name for name in columns.own if row[name] is None}
-    kept = row.keys() - said.given - absent
+    own_image = _image_of(row, columns)
+    kept = row.keys() - said.given - absent - {own_image}
     undecoded = {n for n in columns.own if n in kept and isinstance(row[n], NotText)}
     other = {n: row[n] for n in columns.other if n in kept - undecoded}
     split = {n: _split_image(row[n]) for n in (*columns.binary, *undecoded) if n in kept}
-    image, rest = _split_image(row[columns.image])
+    image, rest = _split_image(row[own_image])
     path, error = rest.get("path"), None
     if image is None:
         hint = f"; it names {path}, but only embedded images can be read" if path else ""
         error = SampleError("no_image", f"row {said.key} has no image bytes{hint}")
-    further = {columns.image: rest} | {name: rest for name, (_, rest) in split.items()}
+    further = {own_image: rest} | {name: rest for name, (_, rest) in split.items()}
     other |= {name: rest for name, rest in further.items() if rest}
     return RawSample(
         key=said.key,
@@ -179,6 +180,12 @@ def _parquet_sample(row: dict[str, Any], columns: Columns, default_key: str) -> 
         error=error,
         unused=said.unused,
     )
+
+
+def _image_of(row: dict[str, Any], columns: Columns) -> str:
+    """The column that has the row's image."""
+    found = (name for name in columns.images if _split_image(row[name])[0] is not None)
+    return next(found, columns.image)
 
 
 def _split_image(value: Any) -> tuple[bytes | None, dict[str, Any]]:

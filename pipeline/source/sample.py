@@ -123,7 +123,7 @@ def _parse(extension: str, data: bytes) -> tuple[dict[str, Any], bool]:
     return {}, False
 
 
-NAMES = {"uid": ("uid",), "caption": ("caption", "text"), "label": ("label",)}
+NAMES = {"uid": ("uid",), "caption": ("caption", "text", "captions"), "label": ("label",)}
 """Under which names a sample's JSON has its fields, as DataComp and timm write it; in any case."""
 
 TAKES = {

@@ -215,6 +215,8 @@ def test_names_in_any_case(tmp_path: Path) -> None:
     assert [(s.image, s.caption) for s in read_all(path)] == [(IMAGE, "a")]
     (two,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"TEXT": "a", "Label": 3}'))
     assert (two.caption, two.label, two.unused) == ("a", 3, ())
+    (several,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"captions": ["a", "b"]}'))
+    assert several.caption == "a\nb"
     (three,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"Label": "cat"}'))
     assert dict(three.unused) == {"Label": "'cat' is not a whole number"}
 

@@ -15,7 +15,7 @@ import pytest
 
 from splatshard.pipeline.source.read import read, scan
 from splatshard.schemas.errors import SourceError
-from tests.make import image_parquet, jpeg, write_parquet
+from tests.make import encode, image_parquet, jpeg, photo, write_parquet
 from tests.unit.reading import IMAGE, read_all, ref_of, statuses
 
 
@@ -245,6 +245,25 @@ def test_parquet_streams_row_batches(tmp_path):
     for _ in read(ref_of(path), hashlib.sha256()):
         peak = max(peak, pa.total_allocated_bytes() - before)
     assert peak < 16e6  # of 32 MB, in batches of 16 rows
+
+
+def test_images_of_several_formats_are_in_several_columns(tmp_path):
+    """As Hugging Face's webdataset loader writes tars of .jpg and .png; a mask is no image."""
+    png = encode(photo(), "PNG")
+    table = {
+        "jpg": [IMAGE, None, IMAGE, None],
+        "png": [None, png, png, None],
+        "mask.png": [png] * 4,
+    }
+    samples = read_all(write_parquet(tmp_path / "p.parquet", table))
+    assert [s.image for s in samples] == [IMAGE, png, IMAGE, b""]
+    assert statuses(samples) == [None, None, None, "no_image"]
+    assert [sorted(dict(s.members)) for s in samples] == [
+        ["mask.png"],
+        ["mask.png"],
+        ["mask.png", "png"],
+        ["mask.png"],
+    ]
 
 
 @pytest.mark.parametrize(
