@@ -69,9 +69,9 @@ def read(ref: ShardRef, digest: fs.Digest) -> Generator[RawSample]:
 
 def _are_one_sample(first: frozenset[str], then: frozenset[str]) -> bool:
     """Whether members of one key, with these extensions, are an image and what belongs to it. Two
-    of one extension are not, nor are files without an image (README, README.md)."""
-    apart = bool(first and then) and first.isdisjoint(then)
-    return apart and any(e.lower() in IMAGE_EXTENSIONS for e in first | then)
+    of one extension are not, nor are two images, nor files without one (README, README.md)."""
+    has_image = [any(e.lower() in IMAGE_EXTENSIONS for e in part) for part in (first, then)]
+    return sum(has_image) == 1 and bool(first and then) and first.isdisjoint(then)
 
 
 def _some(extensions: frozenset[str]) -> str:

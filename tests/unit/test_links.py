@@ -228,8 +228,9 @@ def test_members_that_are_apart_are_one_error(
     assert "download" not in str(e.value)
 
 
-def test_a_second_sample_of_a_key_is_a_duplicate(tmp_path: Path) -> None:
-    members = [("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.jpg", IMAGE), ("a.txt", b"x")]
+@pytest.mark.parametrize("image", ["a.jpg", "a.png"])
+def test_a_second_image_of_a_key_is_a_duplicate(tmp_path: Path, image: str) -> None:
+    members = [("a.jpg", IMAGE), ("b.jpg", IMAGE), (image, IMAGE), ("a.txt", b"x")]
     assert statuses(read_members(tmp_path, *members)) == [None, None, "duplicate_key"]
 
 
