@@ -140,8 +140,9 @@ def json_fields(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         return {}
     found: dict[str, Any] = {}
+    given = {name.lower(): value for name, value in values.items()} | values
     for field, names in NAMES.items():
-        taken = (TAKES[field][0](values[name]) for name in spelled(names, values))
+        taken = (TAKES[field][0](given.get(name)) for name in names)
         found[field] = next((value for value in taken if value is not None), None)
     return found
 
@@ -159,8 +160,9 @@ def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...
     return tuple(
         (name, not_taken(field, values[name]))
         for field, names in NAMES.items()
+        if fields.get(field) is None
         for name in spelled(names, values)
-        if fields.get(field) is None and not is_null(values[name])
+        if not is_null(values[name])
     )
 
 

@@ -133,8 +133,8 @@ class Group:
     that lead nowhere, by extension, and why."""
 
     key: str
-    members: dict[str, bytes | None] = field(default_factory=dict[str, bytes | None])
-    missing: dict[str, str] = field(default_factory=dict[str, str])
+    members: dict[str, bytes | None] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
     size_bytes: int = 0
     error: SampleError | None = None
 
@@ -255,15 +255,9 @@ def _groups(
     group = None
     for info in members:
         path = _safe(info.name)
-        is_link = info.issym() or info.islnk()
-        is_rest = info.type == MULTIVOLUME
-        if not (info.isreg() or is_link or is_rest) or _hidden(path):
+        file = None if _hidden(path) else _file_of(info, links)
+        if file is None:
             continue
-        file = links.follow(info) if is_link else info
-        if is_rest:
-            file = f"{info.name} began in another volume: join them, with tar --multi-volume"
-        if isinstance(file, tarfile.TarInfo) and file.isdir():
-            continue  # its files are members themselves
         key, extension = split_name(path)
         if group is None or key != group.key or extension in group.members:
             if group:
@@ -280,9 +274,22 @@ def _groups(
             group.error = SampleError("too_large", text)
         elif extensions is None or extension.lower() in extensions:
             group.size_bytes += file.size
-            group.members[extension] = links.read(file) if is_link else data(info)
+            group.members[extension] = data(info) if file is info else links.read(file)
     if group:
         yield group
+
+
+def _file_of(info: tarfile.TarInfo, links: Links) -> tarfile.TarInfo | str | None:
+    """The file that a member is or leads to, or why there is none; None for what is no file."""
+    if info.isreg():
+        return info
+    if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        found = links.follow(info)
+        is_folder = isinstance(found, tarfile.TarInfo) and found.isdir()
+        return None if is_folder else found  # its files are members themselves
+    if info.type == MULTIVOLUME:
+        return f"{info.name} began in another volume: join them, with tar --multi-volume"
+    return None
 
 
 @contextmanager

@@ -19,8 +19,9 @@ LABELS = 1 << 63
 
 def text_of(data: bytes, errors: str = "replace") -> str:
     """Bytes as text without its BOM: UTF-8, or UTF-16 where a BOM says so."""
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if utf16 else "utf-8-sig", errors)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors)
+    return data.decode("utf-8", errors).removeprefix("\ufeff")
 
 
 def caption_of(value: Any) -> str | None:
