@@ -8,7 +8,8 @@ test, in a local worker and on a GPU actor.
 On a GPU four threads work at once: one reads, one gathers the next batch (decoded by a pool of its
 own), one keeps the device fitting, and the caller's packs, checks and writes the previous batch. A
 CPU worker owns one core, so there the same generators run one after another; only a remote source
-is read ahead. Memory is bounded by four batches on a GPU, by one elsewhere, plus one row group.
+is read ahead. Memory is bounded by four batches on a GPU, by one elsewhere, plus one row group:
+neither grows with the shard, and both are counted in bytes where samples bring large members.
 
 A worker runs two shards at once, so that neither the start of a shard nor its upload leaves the
 device idle: `slot` decides how many of them may be between read and write.
@@ -64,6 +65,10 @@ PACKED_TOGETHER = 256
 """Images quantised and rendered at once, beside a batch that fills the device."""
 READ_AHEAD = 16
 """Samples that wait in memory, of a remote source or beside a GPU."""
+ORDINARY_BYTES = 4 << 20
+"""A larger sample counts for several."""
+BATCH_BYTES = 64 << 20
+"""Of the further members of a batch, which travel through: then it is full, whatever its size."""
 
 
 def convert_shard(
@@ -166,7 +171,12 @@ def read_samples(
                 number += 1
 
     ahead = overlaps(device) or "://" in ref.urls[0]
-    return prefetch(timed(), READ_AHEAD) if ahead else timed()
+    return prefetch(timed(), READ_AHEAD, weight) if ahead else timed()
+
+
+def weight(sample: RawSample) -> int:
+    """How many ordinary samples one takes the room of, while it waits in memory."""
+    return 1 + (len(sample.image) + sum(len(data) for _, data in sample.members)) // ORDINARY_BYTES
 
 
 def convert_samples(
@@ -254,12 +264,27 @@ def decode_batches(
             return decode_sample(sample, config)
 
     threads = min(MAX_DECODERS, len(os.sched_getaffinity(0))) if overlaps(device) else 0
-    with closing(map_ahead(decode_timed, samples, threads)) as decoded:
-        while batch := list(islice(decoded, size)):
+    with closing(map_ahead(decode_timed, samples, threads, weight)) as decoded:
+        while batch := take(decoded, size):
             images = by_size([(row, image) for row, image in batch if image is not None], device)
             rows = [row for row, _ in batch]
             batch.clear()  # the pixels are on the device: do not keep them here as well
             yield DecodedBatch(rows=rows, images=images)
+
+
+def take(
+    decoded: Iterable[tuple[Row, DecodedImage | None]], size: int
+) -> list[tuple[Row, DecodedImage | None]]:
+    """The next `size` rows and images; fewer where their further members fill BATCH_BYTES, or at
+    the end."""
+    batch: list[tuple[Row, DecodedImage | None]] = []
+    held = 0
+    for row, image in islice(decoded, size):
+        batch.append((row, image))
+        held += sum(len(member["data"]) for member in row["members"])
+        if held >= BATCH_BYTES:
+            break
+    return batch
 
 
 def decode_sample(sample: RawSample, config: ConvertConfig) -> tuple[Row, DecodedImage | None]:

@@ -36,15 +36,22 @@ class _End:
         self.error = error
 
 
-def prefetch(source: Iterable[Item], depth: int = 1) -> Generator[Item]:
+def prefetch(
+    source: Iterable[Item], depth: int = 1, weigh: Callable[[Item], int] = lambda _: 1
+) -> Generator[Item]:
     """The items of `source`, of which a thread keeps up to `depth` ready, the one in work included.
+    Large items take the room of several, as `weigh` says.
 
     Whatever `source` raises is raised here, after the items before it.
     """
     items: SimpleQueue[Item | _End] = SimpleQueue()
     room = threading.Semaphore(depth)
     stopped = threading.Event()
-    args = (source, items, room, stopped)
+
+    def weight(item: Item) -> int:
+        return max(1, min(depth, weigh(item)))
+
+    args = (source, items, room, stopped, weight)
     thread = threading.Thread(target=_fill, args=args, name="prefetch", daemon=True)
     del source, args  # the thread alone holds the source, so that it ends the source too
     thread.start()
@@ -55,12 +62,12 @@ def prefetch(source: Iterable[Item], depth: int = 1) -> Generator[Item]:
                 if item.error is not None:
                     raise item.error
                 return
-            room.release()
+            room.release(weight(item))
             yield item
             del item  # a batch may be gigabytes: do not hold it while waiting for the next
     finally:
         stopped.set()
-        room.release()
+        room.release(depth)
         thread.join()
 
 
@@ -69,6 +76,7 @@ def _fill(
     items: SimpleQueue[Item | _End],
     room: threading.Semaphore,
     stopped: threading.Event,
+    weight: Callable[[Item], int],
 ) -> None:
     error: BaseException | None = None
     try:
@@ -82,6 +90,8 @@ def _fill(
                 item = next(iterator)
             except StopIteration:
                 break
+            for _ in range(weight(item) - 1):
+                room.acquire()
             items.put(item)
             del item
         close = getattr(iterator, "close", None)  # a generator, so that its own threads end
@@ -93,9 +103,13 @@ def _fill(
 
 
 def map_ahead(
-    function: Callable[[Item], Result], source: Iterable[Item], workers: int
+    function: Callable[[Item], Result],
+    source: Iterable[Item],
+    workers: int,
+    weigh: Callable[[Item], int] = lambda _: 1,
 ) -> Generator[Result]:
     """function(item) for the items of `source`, in order; 0 workers: here, one after another.
+    Large items take the room of several, as `weigh` says.
 
     `source` itself is read on the consumer's thread. Errors of `function` are raised at the place
     of their item.
@@ -103,14 +117,19 @@ def map_ahead(
     if workers == 0:
         yield from map(function, source)
         return
-    pending: deque[Future[Result]] = deque()
+    pending: deque[tuple[Future[Result], int]] = deque()
+    held = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="map_ahead")
     try:
         for item in source:
-            pending.append(pool.submit(function, item))
-            if len(pending) > AHEAD_PER_WORKER * workers:
-                yield pending.popleft().result()
+            pending.append((pool.submit(function, item), weigh(item)))
+            held += pending[-1][1]
+            del item
+            while held > AHEAD_PER_WORKER * workers:
+                future, weight = pending.popleft()
+                held -= weight
+                yield future.result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

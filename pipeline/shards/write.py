@@ -57,6 +57,8 @@ Row = dict[str, Any]
 ROW_GROUP_BYTES = 32 << 20
 ZSTD_LEVEL = 3
 PLANES_ZSTD_LEVEL = 15
+ROWS_TOGETHER = 256
+"""Rows as Python's objects: those of a row group of small rows would take ten times its bytes."""
 FURTHER_LEAVES = ("metadata", "members.list.element.name", "members.list.element.data")
 
 
@@ -110,6 +112,7 @@ class ParquetWriter:
         with storage_errors(path):
             self._file = pq.ParquetWriter(stream, self._schema, **options)
         self._rows: list[Row] = []
+        self._tables: list[pa.Table] = []
         self._pending_bytes = 0
 
     def write(self, rows: list[Row]) -> None:
@@ -119,16 +122,24 @@ class ParquetWriter:
             self._pending_bytes += row_bytes(row)
             if self._pending_bytes >= ROW_GROUP_BYTES:
                 self._flush()
+            elif len(self._rows) >= ROWS_TOGETHER:
+                self._put_together()
+
+    def _put_together(self) -> None:
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows = []
 
     def _flush(self) -> None:
-        table = pa.Table.from_pylist(self._rows, schema=self._schema)
-        self._rows, self._pending_bytes = [], 0
+        if self._rows:
+            self._put_together()
+        table = pa.concat_tables(self._tables).combine_chunks()  # in one piece: pages depend on it
+        self._tables, self._pending_bytes = [], 0
         with storage_errors(self.path):
             self._file.write_table(table)
 
     def close(self) -> None:
         """Write what is pending and the footer."""
-        if self._rows:
+        if self._rows or self._tables:
             self._flush()
         self._file.close()
 

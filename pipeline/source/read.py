@@ -24,6 +24,7 @@ from splatshard.pipeline.source.sample import (
     RawSample,
     assemble,
 )
+from splatshard.pipeline.source.seen import SeenKeys
 from splatshard.pipeline.source.tar import MAX_SAMPLE_BYTES, Group, read_groups, scan_groups
 from splatshard.pipeline.source.values import storable
 from splatshard.pipeline.storage import fs
@@ -44,26 +45,20 @@ def read(ref: ShardRef, digest: fs.Digest) -> Generator[RawSample]:
     of a Parquet file. Raises SourceError for what cannot be read to its end, and for a tar in which
     the members of a sample are not side by side.
     """
-    # 8 bytes of each key, not the key: a shard may have a million. Two of a million share a hash in
-    # one of 37 million shards. Not Python's hash(), which differs from run to run.
-    seen: dict[int, frozenset[str]] = {}
-    kinds: dict[frozenset[str], frozenset[str]] = {}  # one object for all that are alike
+    seen = SeenKeys()
     with closing(_READERS[ref.kind](ref, digest)) as samples:
         for sample in islice(samples, ref.limit):
-            code = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
-            number = int.from_bytes(code, "little")
-            extensions = kinds.setdefault(sample.extensions, sample.extensions)
-            before = seen.get(number)
+            before = seen.before(sample.key, sample.extensions)
             if before is not None:
-                if _are_one_sample(before, extensions):
+                if _are_one_sample(before, sample.extensions):
                     raise SourceError(
                         f"{ref.urls[0]}: the members of sample {sample.key} are not side by side: "
-                        f"other samples lie between {_some(before)} and {_some(extensions)}; write "
-                        "the tar sorted by name (tar --sort=name)"
+                        f"other samples lie between {_some(before)} and "
+                        f"{_some(sample.extensions)}; write the tar sorted by name (tar "
+                        "--sort=name)"
                     )
                 text = f"key {sample.key} occurs a second time in shard {ref.name}"
                 sample = replace(sample, error=SampleError("duplicate_key", text))
-            seen.setdefault(number, extensions)
             yield sample
 
 

@@ -52,6 +52,23 @@ def convert_batch(samples: list[RawSample], config: ConvertConfig, backend: Back
     return [row for rows in convert_samples(samples, config, backend, StageTimer()) for row in rows]
 
 
+def test_a_batch_is_full_when_its_members_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are those of any other batches, and images do not count."""
+    monkeypatch.setattr(convert, "BATCH_BYTES", 100)
+    config, backend = replace(CONFIG, batch_size=4), select_backend("cpu")
+    sizes = [99, 1, 100, 1000, 0, 0, 0, 0, 0]
+    samples = [
+        RawSample(f"{i}", jpeg(seed=i), members=(("npy", bytes(size)),))
+        for i, size in enumerate(sizes)
+    ]
+    batches = list(convert_samples(samples, config, backend, StageTimer()))
+    assert [len(batch) for batch in batches] == [2, 1, 1, 4, 1]
+    monkeypatch.setattr(convert, "BATCH_BYTES", 10**9)
+    whole = list(convert_samples(samples, config, backend, StageTimer()))
+    assert [len(batch) for batch in whole] == [4, 4, 1]
+    assert [row for batch in batches for row in batch] == [row for batch in whole for row in batch]
+
+
 @pytest.fixture
 def ref(tmp_path: Path) -> ShardRef:
     """Seven samples, the third of which does not decode."""

@@ -57,6 +57,31 @@ def test_the_source_runs_ahead_but_not_further_than_the_depth() -> None:
         assert len(taken) == 4
 
 
+def test_large_items_take_the_room_of_several() -> None:
+    taken: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in range(9):
+            taken.append(i)
+            yield i
+
+    for heavy, ahead in (2, 3), (3, 3), (100, 2):
+        taken.clear()
+        with closing(prefetch(source(), 4, lambda _, weight=heavy: weight)) as items:
+            assert next(items) == 0
+            until(lambda wanted=ahead: len(taken) == wanted)
+            time.sleep(0.02)
+            assert len(taken) == ahead  # the one in hand, those that fit, and one that waits
+            assert list(items) == list(range(1, 9))
+        with closing(map_ahead(abs, source(), 1, lambda _, weight=heavy: weight)) as items:
+            assert list(items) == list(range(9))
+
+
+def test_a_heavy_item_that_waits_for_room_ends_with_its_consumer() -> None:
+    with closing(prefetch(range(9), 4, lambda _: 3)) as items:
+        assert next(items) == 0
+
+
 def test_a_pool_goes_on_while_its_consumer_is_busy_but_not_for_ever() -> None:
     done: list[int] = []
     with closing(map_ahead(done.append, range(1000), 2)) as results:

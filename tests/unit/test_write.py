@@ -70,6 +70,31 @@ def test_the_same_rows_give_the_same_bytes(
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("codec", ["fp16", "balanced"])
+def test_rows_are_put_together_without_a_trace(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many rows are Python's objects at a time is not in the bytes; row groups are."""
+    rows = make_rows(40, codec=codec)
+    monkeypatch.setattr(write, "ROW_GROUP_BYTES", 20 * write.row_bytes(rows[0]))
+    first = write_shard(tmp_path / "a", rows, "parquet", codec)
+    for together in (1, 7):
+        monkeypatch.setattr(write, "ROWS_TOGETHER", together)
+        assert write_shard(tmp_path / "b", rows, "parquet", codec).read_bytes() == (
+            first.read_bytes()
+        )
+    assert pq.ParquetFile(first).num_row_groups > 1
+
+
+def test_small_rows_do_not_wait_as_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row group of them would take ten times its bytes."""
+    monkeypatch.setattr(write, "ROWS_TOGETHER", 8)
+    with open_writer(tmp_path / "a", "parquet", metadata_of(config_of())) as writer:
+        for row in make_rows(20):
+            writer.write([row])
+            assert len(writer._rows) < 8  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
