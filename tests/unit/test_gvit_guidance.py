@@ -59,7 +59,7 @@ def fitted(model: GViT, pixels: Tensor, labels: Tensor, count: int, gamma: float
 
 
 @pytest.fixture(scope="module")
-def model() -> GViT:
+def model(one_thread: None) -> GViT:
     """Its reader has learned the quarters from fits of other scenes."""
     torch.manual_seed(0)
     model = GViT(CONFIG)
