@@ -9,6 +9,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
 
+from splatshard.jobs.cli.text import say
 from splatshard.jobs.driver.stats import RetryKind
 from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import BackendError
@@ -66,6 +67,9 @@ def check_alive(answered: float, now: float) -> float:
     if not answers(gcs):
         if now - answered > HEAD_S:
             raise BackendError(f"Ray's head ({gcs}) has not answered for {HEAD_S:.0f} s{AGAIN}")
+        say(
+            f"Ray's head ({gcs}) does not answer; the job ends where it stays so for {HEAD_S:.0f} s"
+        )
         return answered
     if not any(node["Alive"] for node in ray.nodes()):
         raise BackendError(f"no node of this Ray is alive any more{AGAIN}")

@@ -163,9 +163,12 @@ def test_a_ray_lives_as_long_as_a_node_does(alive: SimpleNamespace) -> None:
         check_alive(answered=5.0, now=9.0)
 
 
-def test_a_head_has_time_to_come_back(alive: SimpleNamespace) -> None:
+def test_a_head_has_time_to_come_back(
+    alive: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     alive.answers = False
     assert check_alive(answered=5.0, now=5.0 + HEAD_S) == 5.0
+    assert "head (head:1) does not answer; the job ends" in capsys.readouterr().err
     with pytest.raises(BackendError, match=r"head \(head:1\) has not answered for 40 s"):
         check_alive(answered=5.0, now=5.1 + HEAD_S)
     alive.answers = True
