@@ -54,10 +54,18 @@ def first_json(text: bytes) -> object:
 
 def is_shallow(value: object, levels: int = LEVELS) -> bool:
     """Whether `value` has at most so many dictionaries and lists in one another."""
-    if not isinstance(value, dict | list):
+    if isinstance(value, dict):
+        inner = list(cast("dict[str, object]", value).values())
+    elif isinstance(value, list):
+        inner = cast("list[object]", value)
+    else:
         return True
-    inner = cast("dict[str, object]", value).values() if isinstance(value, dict) else value
     return levels > 0 and all(is_shallow(each, levels - 1) for each in inner)
+
+
+def is_object(value: object) -> bool:
+    """A dictionary, as JSON's objects are read, of at most LEVELS levels."""
+    return isinstance(value, dict) and is_shallow(cast("dict[str, object]", value))
 
 
 def is_text(value: object) -> bool:

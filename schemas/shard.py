@@ -267,10 +267,10 @@ def _is_inputs(value: object) -> bool:
 def is_recipe(recipe: dict[str, Any]) -> bool:
     """Whether `recipe` has what readers, cards and reports take from it. What else a conversion
     needs, `schemas.config.config_from_output` says."""
-    stages: list[dict[str, Any]] = [recipe.get(n) for n in ("decode", "fit", "pack")]  # type: ignore
+    stages: list[object] = [recipe.get(n) for n in ("decode", "fit", "pack")]
     if not all(isinstance(stage, dict) for stage in stages):
         return False
-    decode, fit, pack = stages
+    decode, fit, pack = cast("list[dict[str, Any]]", stages)
     return (
         is_count(decode.get("image_size"))
         and is_number(fit.get("cutoff"))

@@ -38,7 +38,7 @@ from splatshard.schemas.config import (
     recipe_digest,
     source_of,
 )
-from splatshard.schemas.document import is_shallow
+from splatshard.schemas.document import is_object
 from splatshard.schemas.errors import (
     CorruptShardError,
     FormatVersionError,
@@ -357,7 +357,7 @@ def plan_from_json(text: str | bytes, name: str) -> dict[str, PlannedShard]:
             )
         recipes: dict[str, dict[str, Any]] = document["recipes"]
         for digest, recipe in recipes.items():
-            if not isinstance(recipe, dict) or not is_shallow(recipe) or not is_recipe(recipe):
+            if not is_object(recipe) or not is_recipe(recipe):
                 raise TypeError(f"recipe {reprlib.repr(digest)} cannot be understood")
         return {key: _planned(key, entry, recipes) for key, entry in document["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -391,7 +391,7 @@ def _planned(key: str, entry: dict[str, Any], recipes: dict[str, dict[str, Any]]
         or ref.kind not in KINDS
         or not ref.urls
         or (ref.kind == "folder" and not ref.root)
-        or not (source is None or (isinstance(source, dict) and is_shallow(source)))
+        or not (source is None or is_object(source))
     ):
         raise TypeError(f"shard {key} has fields that cannot be understood")
     "".join(ref.urls).encode("utf-8", "surrogateescape")  # as files may be called
