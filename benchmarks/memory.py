@@ -1,17 +1,21 @@
 """What a worker's memory does over one long shard, and over one with large members.
 
-    python -m benchmarks.memory [--samples 100000]
+    python -m benchmarks.memory [--samples 40000] [--rows 1000000]
 
-Images are tiny and hardly fitted, so that what is measured is reading, writing and keeping account.
-Each case is a process of its own that converts one tar; its resident set is looked at after every
-batch. `start_mb` is the largest after the first WARM_UP samples, `growth_mb` by how much it is
-exceeded later, reading back included; `later_half_mb` by how much the largest of the later half of
-the samples exceeds that of the earlier. Neither images nor splats grow with a shard, so their size
-does not matter.
+    long     tiny images, hardly fitted
+    rows     many more samples, whose images are empty, so that nothing is fitted
+    large    samples with a large further member each
+
+What is measured is reading, writing and keeping account. Each case is a process of its own that
+converts one tar; its resident set is looked at after every batch. `start_mb` is the largest after
+the first WARM_UP samples, `growth_mb` by how much it is exceeded later, reading back included;
+`later_half_mb` by how much the largest of the later half of the samples exceeds that of the
+earlier. Neither images nor splats grow with a shard, so their size does not matter.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -30,8 +34,8 @@ from PIL import Image
 from benchmarks.record import save
 from splatshard.pipeline.source.tar import forget_headers
 
-WARM_UP = 2000
-"""Samples; all code has run by then, and row groups were written."""
+WARM_UP = 30_000
+"""Samples; all code has run by then, and one row group was written."""
 
 POINTS = 50
 """Of each curve that is kept."""
@@ -39,23 +43,25 @@ POINTS = 50
 
 @dataclass(frozen=True)
 class Args:
-    samples: int = 100_000
-    """Of the long shard."""
+    samples: int = 40_000
+    rows: int = 1_000_000
     large: int = 30
-    """Samples with a large member each, of the other."""
     member_mb: int = 64
     convert: tuple[str, int] | None = None
     """Only convert this tar, with so many samples to warm up: what the cases are made of."""
 
 
-def long_tar(path: Path, samples: int) -> None:
-    """DataComp's layout: a picture, a caption and some JSON of each."""
+def long_tar(path: Path, samples: int, empty: bool) -> None:
+    """DataComp's layout: a picture, a caption and a kilobyte of JSON of each, so that a row group
+    is full after some 27,000 samples."""
     buffer = io.BytesIO()
     Image.effect_noise((16, 16), 60).convert("RGB").save(buffer, "JPEG")
     with tarfile.open(path, "w") as tar:
         for i in range(samples):
-            text = json.dumps({"uid": f"{i:032x}", "url": f"https://example.org/{i}.jpg"})
-            members = {"jpg": buffer.getvalue(), "txt": b"a noise", "json": text.encode()}
+            noise = hashlib.shake_256(b"%d" % i).hexdigest(450)
+            text = json.dumps({"uid": f"{i:032x}", "url": f"https://example.org/{noise}.jpg"})
+            image = b"" if empty else buffer.getvalue()
+            members = {"jpg": image, "txt": b"a noise", "json": text.encode()}
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"{i:012d}.{extension}")
                 info.size = len(data)
@@ -143,11 +149,13 @@ def main(args: Args) -> None:
         print(json.dumps(convert(*args.convert)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        long, large = Path(folder, "long.tar"), Path(folder, "large.tar")
-        long_tar(long, args.samples)
+        long, rows, large = (Path(folder, f"{name}.tar") for name in ("long", "rows", "large"))
+        long_tar(long, args.samples, empty=False)
+        long_tar(rows, args.rows, empty=True)
         large_tar(large, args.large, args.member_mb << 20)
         results = {
             "long": case(long, WARM_UP) | {"warm_up": WARM_UP},
+            "rows": case(rows, WARM_UP) | {"warm_up": WARM_UP},
             "large": case(large, args.large) | {"member_mb": args.member_mb},
         }
     save("memory", results)
