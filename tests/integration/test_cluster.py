@@ -34,12 +34,12 @@ def nodes() -> Iterator[Nodes]:
 
 @contextmanager
 def slow_source(folder: Path, hurry: threading.Event) -> Iterator[str]:
-    """`folder` over HTTP, half a second for each file until `hurry` is set: a job that lasts as
+    """`folder` over HTTP, three seconds for each file until `hurry` is set: a job that lasts as
     long as it must, and keeps no core busy meanwhile."""
 
     class Slow(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
-            hurry.wait(0.5)
+            hurry.wait(3)
             super().do_GET()
 
         def log_message(self, *_: object) -> None:
