@@ -10,7 +10,7 @@
 Names are taken in any case (`TEXT`). Of several columns for a field one of the usual type (text,
 integer) is taken. Where there is none, a row takes the first whose value will do (values.py), in
 whatever type it is: dictionary, float, boolean, bytes, list. `json` is a struct, or the text of
-one, as tars of WebDataset become columns.
+one, as tars of WebDataset become columns. Other columns that would have done are told.
 """
 
 from __future__ import annotations
@@ -75,9 +75,17 @@ class Fields:
 def image_columns(schema: pa.Schema) -> tuple[str, ...]:
     """The columns of Hugging Face's struct<bytes, path>, or of bytes, with an image's name; where
     there are none, the first of the former."""
-    structs = [f.name for f in schema if is_image_struct(f.type)]
+    structs = unnamed_images(schema)
     binaries = [f.name for f in schema if is_binary(f.type)]
     return tuple(spelled(IMAGE_COLUMNS, structs + binaries) or structs[:1])
+
+
+def unnamed_images(schema: pa.Schema) -> list[str]:
+    """The columns of Hugging Face's struct<bytes, path>, which sounds are as well: those that it
+    declares as images, if there are any."""
+    structs = [f.name for f in schema if is_image_struct(f.type)]
+    declared = _declared(schema, "Image")
+    return [name for name in structs if name in declared] or structs
 
 
 def columns_of(file: pq.ParquetFile, url: str) -> Columns:
@@ -93,14 +101,26 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     if twice:
         raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
     key = next(iter(spelled(("__key__", "key"), schema.names)), None)
-    note: tuple[tuple[str, str], ...] = ()
+    notes = list(_others(schema, images))
     if key and key != "__key__" and _repeats(file, key):
-        key, note = None, ((key, "its values repeat, so rows are numbered"),)
+        notes.append((key, "its values repeat, so rows are numbered"))
+        key = None
     fields = {field: tuple(_paths(field, schema, images[0])) for field in FIELDS}
     rest = [f for f in schema if f.name != images[0]]
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
     other = [f.name for f in rest if f.name not in binary]
-    return Columns(images[0], images, key, fields, tuple(binary), tuple(other), note)
+    return Columns(images[0], images, key, fields, tuple(binary), tuple(other), tuple(notes))
+
+
+def _others(schema: pa.Schema, images: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Columns that would have done as well as those taken, and which these are."""
+    if not spelled(IMAGE_COLUMNS, images):
+        for name in unnamed_images(schema)[1:]:
+            yield name, f"the image is taken from {images[0]}; call the one that is meant image"
+    for field in FIELDS:
+        taken, *others = _certain(field, _named(field, schema, images[0]), schema) or [""]
+        for name in others:
+            yield name, f"the {field} is taken from {taken}; call the one that is meant {field}"
 
 
 def _repeats(file: pq.ParquetFile, name: str) -> bool:
@@ -113,13 +133,23 @@ def _repeats(file: pq.ParquetFile, name: str) -> bool:
     return distinct < len(column) - column.null_count
 
 
+def _named(field: str, schema: pa.Schema, image: str) -> list[str]:
+    """The columns that may be a field, by preference."""
+    declared = _declared(schema, "ClassLabel") if field == "label" else ()
+    named = dict.fromkeys((*spelled(FIELDS[field], schema.names), *declared))
+    return [name for name in named if name in schema.names and name != image]
+
+
+def _certain(field: str, names: list[str], schema: pa.Schema) -> list[str]:
+    """Those of the usual type."""
+    usual = pa.types.is_integer if field == "label" else _is_text
+    return [name for name in names if usual(schema.field(name).type)]
+
+
 def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:
     """Where a field may be: a column of the usual type alone, else all of its names."""
-    declared = _class_labels(schema) if field == "label" else ()
-    named = dict.fromkeys((*spelled(FIELDS[field], schema.names), *declared))
-    names = [name for name in named if name in schema.names and name != image]
-    usual = pa.types.is_integer if field == "label" else _is_text
-    if certain := [name for name in names if usual(schema.field(name).type)]:
+    names = _named(field, schema, image)
+    if certain := _certain(field, names, schema):
         yield (certain[0],)
         return
     yield from ((name,) for name in names)
@@ -127,12 +157,12 @@ def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:
         yield from (("json", name) for name in NAMES[field])
 
 
-def _class_labels(schema: pa.Schema) -> tuple[str, ...]:
-    """Columns that Hugging Face's schema metadata declares as ClassLabel."""
+def _declared(schema: pa.Schema, kind: str) -> tuple[str, ...]:
+    """Columns that Hugging Face's schema metadata declares as `kind`: Image, ClassLabel."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info["info"]["features"].items()
-        return tuple(name for name, f in features if f.get("_type") == "ClassLabel")
+        return tuple(name for name, f in features if f.get("_type") == kind)
     except (ValueError, KeyError, AttributeError, TypeError):
         return ()  # somebody else's metadata
 

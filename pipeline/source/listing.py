@@ -256,7 +256,12 @@ def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple
     if not _add_images(found, root, files, folders, samples_per_shard, classes):
         for file in files:
             refuse_compressed(file)
-        raise UsageError(f"SRC {url} has no .tar, no image .parquet and no images in it")
+        extensions = Counter(split_stem(path_of(file))[1] for file in files).most_common(5)
+        some = ", ".join(f"{n:,} .{kind}" if kind else f"{n:,} without" for kind, n in extensions)
+        raise UsageError(
+            f"SRC {url} has no .tar, no image .parquet and no images in it; by extension: "
+            f"{some or 'no file'}; write its images as one of these"
+        )
 
 
 def _add_shards(found: Listing, files: dict[str, Stat]) -> bool:

@@ -130,7 +130,9 @@ def _parquet_errors(url: str, path: str) -> Iterator[None]:
     except (pa.ArrowException, OSError) as e:
         if kind := _disguised(path):
             raise SourceError(f"{url} is no Parquet, but {kind}") from e
-        raise SourceError(f"{url} is not readable as Parquet: {e}; download it again") from e
+        encrypted = "decrypt" in str(e).lower()
+        remedy = "write it without encryption" if encrypted else "download it again"
+        raise SourceError(f"{url} is not readable as Parquet: {e}; {remedy}") from e
 
 
 def _disguised(path: str) -> str:

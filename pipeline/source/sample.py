@@ -68,10 +68,11 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     image = min(images, key=lambda e: IMAGE_EXTENSIONS.index(e.lower()), default=None)
     error, fields, kept = group.error, {}, []
     if image is None:
-        found = ", ".join(group.members)
+        found = ", ".join(list(group.members)[:10]) + ", ..." * (len(group.members) > 10)
         text = f"key {group.key} has no image ({' '.join(EXTENSIONS)}), only: {found}"
         if any(e.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for e in group.members):
             text += "; a key ends at the first dot of a file's name: write others for these"
+            error = None  # too large: the images of many samples
         error = error or SampleError("no_image", text)
     for extension, why in group.missing.items():
         error = error or SampleError("no_image" if extension == image else "bad_metadata", why)

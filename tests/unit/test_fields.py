@@ -188,6 +188,30 @@ def test_what_is_not_used_is_named(tmp_path: Path) -> None:
     assert sample.unused == ()
 
 
+def test_several_that_would_do_are_named(tmp_path: Path) -> None:
+    numbers = {"Label": [3], "cls": [4]}
+    (sample,) = samples_of(tmp_path, caption=["a"], text=["b"], TEXT=["c"], **numbers)
+    assert (sample.caption, sample.label) == ("a", 3)
+    caption = "the caption is taken from caption; call the one that is meant caption"
+    label = "the label is taken from Label; call the one that is meant label"
+    assert dict(sample.unused) == {"text": caption, "TEXT": caption, "cls": label}
+
+
+def test_several_images_are_named(tmp_path: Path) -> None:
+    image, sound = pa.array([{"bytes": IMAGE}]), pa.array([{"bytes": b"RIFF"}])
+    table = pa.table({"sound": sound, "mask": image, "photo": image})
+    path = tmp_path / "p.parquet"
+    (sample,) = read_all(write_parquet(path, table))
+    why = "the image is taken from sound; call the one that is meant image"
+    assert (sample.image, dict(sample.unused)) == (b"RIFF", {"mask": why, "photo": why})
+    features = {"sound": {"_type": "Audio"}, "photo": {"_type": "Image"}}
+    (sample,) = read_all(write_parquet(path, table, features))
+    assert (sample.image, sample.unused) == (IMAGE, ())
+    assert dict(sample.members) == {"sound": b"RIFF", "mask": IMAGE}
+    (sample,) = samples_of(tmp_path, mask=image)  # jpg is named
+    assert sample.unused == ()
+
+
 def test_fields_in_json(tmp_path: Path) -> None:
     def read_json(document: str, *members: tuple[str, bytes]) -> RawSample:
         (sample,) = read_members(

@@ -144,6 +144,14 @@ def test_duplicate_keys_near_and_far(tmp_path):
     assert samples[3].caption == "3"
 
 
+@pytest.mark.parametrize("room", [1 << 28, len(IMAGE) + 1])
+def test_dots_in_names_of_a_tar(tmp_path, room, monkeypatch):
+    monkeypatch.setattr("splatshard.pipeline.source.tar.MAX_SAMPLE_BYTES", room)
+    (sample,) = read_members(tmp_path, *((f"IMG.{i:04d}.jpg", IMAGE) for i in range(12)))
+    assert sample.error.status == "no_image"
+    assert "0009.jpg, ...; a key ends at the first dot" in str(sample.error)
+
+
 def test_key_without_image(tmp_path):
     samples = read_members(tmp_path, ("a.txt", b"alone"), ("b.jpg", IMAGE), ("README", b"hello"))
     assert statuses(samples) == ["no_image", None, "no_image"]
