@@ -77,6 +77,15 @@ def kept_workers(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Behind the last test of a group the Ray that lives on has its cores free: any test that
+    converts in this process meets it."""
+    if group_of(item.nodeid) and not (nextitem and group_of(nextitem.nodeid)):
+        from tests.integration.warm import release
+
+        release()
+
+
 @pytest.fixture
 def free_ray(shared_ray: None) -> None:
     """The same with all of its cores free."""
