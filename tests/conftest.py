@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,33 @@ if not torch.cuda.is_available():  # before Triton is imported: its interpreter 
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+CHAOS = "tests.integration.chaos"
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: threads would only be in their way
     torch.set_num_threads(1)
+
+
+# The tally of what tests/integration breaks on purpose, from its processes to the one that prints
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    told, chaos = getattr(session.config, "workeroutput", None), sys.modules.get(CHAOS)
+    if told is not None and chaos:
+        told["tally"] = chaos.tally_to_json()
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    if text := getattr(node, "workeroutput", {}).get("tally"):
+        import_module(CHAOS).add_to_tally(text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    chaos = sys.modules.get(CHAOS)
+    if chaos and chaos.TALLY:
+        terminalreporter.section("broken on purpose")
+        for line in chaos.tally_lines():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

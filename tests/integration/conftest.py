@@ -1,4 +1,4 @@
-"""One Ray and one S3 server for all tests that run in this process; the tally at their end.
+"""One Ray and one S3 server for all tests that run in this process.
 
 Tests that use a Ray are marked `ray`, by their fixtures or by hand where they start one of their
 own; tests/groups.py says which of them run in one process, so that what they share is prepared
@@ -9,19 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from tests.groups import group_of
-from tests.integration.chaos import (
-    TALLY,
-    Arena,
-    add_to_tally,
-    open_arena,
-    tally_lines,
-    tally_to_json,
-)
+from tests.integration.chaos import Arena, open_arena
 from tests.integration.faults import Proxy, fault_proxy
 from tests.integration.nodes import Nodes, ray_nodes
 from tests.integration.stores import Store, ceph_store, missing_ceph, moto_store
@@ -138,23 +130,3 @@ def ceph_arena(ceph: Store, proxy: Proxy, nodes: Nodes, tmp_path_factory: Folder
 def arena(request: pytest.FixtureRequest) -> Arena:
     """Conversions on a cluster, from S3 to S3."""
     return request.getfixturevalue(f"{request.param}_arena")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A process of pytest-xdist tells its tally to the one that prints."""
-    told = getattr(session.config, "workeroutput", None)
-    if told is not None:
-        told["tally"] = tally_to_json()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    add_to_tally(getattr(node, "workeroutput", {}).get("tally", "[]"))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The tally of what was broken on purpose."""
-    if TALLY:
-        terminalreporter.section("broken on purpose")
-        for line in tally_lines():
-            terminalreporter.write_line(line)
