@@ -63,9 +63,9 @@ def show(options: StatusOptions) -> int:
     return EXIT_OK
 
 
-def last_job(progress: Mapping[str, Any], now: datetime, patience_s: float) -> str:
+def last_job(progress: Mapping[str, Any], now: datetime, silence_s: float) -> str:
     """`a job is running, as of 3 s ago: 3/4 shards, 4.1 images/s, 20 s left`, or that it has been
-    silent for longer than `patience_s`, or did not come to its end; "" of one that did."""
+    silent for longer than `silence_s`, or did not come to its end; "" of one that did."""
     state = progress.get("state")
     if state not in ("running", "interrupted", "failed"):
         return ""
@@ -84,7 +84,7 @@ def last_job(progress: Mapping[str, Any], now: datetime, patience_s: float) -> s
         return f"the last job was stopped {ago} ago, at {done}; the same command continues"
     if state == "failed":
         return f"the last job ended {ago} ago with an error or failed shards, at {done}"
-    if silent_s > patience_s:
+    if silent_s > silence_s:
         return (
             f"no sign of life for {ago} of the job that was running ({', '.join(parts)}): it was "
             "killed, or its machine or store hangs; once it is gone, run the same command again"

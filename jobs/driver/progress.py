@@ -199,12 +199,12 @@ class Progress:
             return "starting workers: they import torch and the kernels ..."
         return f"starting workers: each waits for {self.needs} of Ray ..."
 
-    def _publish(self, now: float, patience_s: float = 0.0) -> Snapshot:
+    def _publish(self, now: float, wait_s: float = 0.0) -> Snapshot:
         """To `_progress.json`, which is waited for so long, and to the metrics."""
         snapshot = self._stats.snapshot(now, self.workers, self.backend)
         self._metrics.publish(snapshot)
         if self._file:
-            self._file.update(snapshot, self.state, now, patience_s)
+            self._file.update(snapshot, self.state, now, wait_s)
         return snapshot
 
 
@@ -228,7 +228,7 @@ class ProgressFile:
         self._thread: threading.Thread | None = None
         self._complained = False
 
-    def update(self, snapshot: Snapshot, state: State, now: float, patience_s: float = 0.0) -> None:
+    def update(self, snapshot: Snapshot, state: State, now: float, wait_s: float = 0.0) -> None:
         """Write it when it is due; at once, and waited for so long, when the state is final."""
         final = state != "running"
         busy = self._thread is not None and self._thread.is_alive()
@@ -236,13 +236,13 @@ class ProgressFile:
             return
         self._last = now
         if self._thread is not None:
-            self._thread.join(patience_s)
+            self._thread.join(wait_s)
         record = {"state": state, "started": iso(self._started), "updated": iso(time.time())}
         text = json.dumps(record | asdict(snapshot), indent=2) + "\n"
         self._thread = threading.Thread(target=self._write, args=(text,), daemon=True)
         self._thread.start()
         if final:
-            self._thread.join(patience_s)
+            self._thread.join(wait_s)
 
     def _write(self, text: str) -> None:
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import os
 import subprocess
@@ -19,6 +17,7 @@ import pytest
 
 from tests.integration.nodes import Nodes, ray_nodes
 from tests.integration.running import SMALL, assert_verified, tars, wait_until
+from tests.web import Quiet, served
 
 pytestmark = pytest.mark.integration
 
@@ -37,23 +36,13 @@ def slow_source(folder: Path, hurry: threading.Event) -> Iterator[str]:
     """`folder` over HTTP, three seconds for each file until `hurry` is set: a job that lasts as
     long as it must, and keeps no core busy meanwhile."""
 
-    class Slow(http.server.SimpleHTTPRequestHandler):
+    class Slow(Quiet):
         def do_GET(self) -> None:
             hurry.wait(3)
             super().do_GET()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Slow, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(folder, Slow) as address:
+        yield address
 
 
 def drain(address: str, node_id: str) -> None:

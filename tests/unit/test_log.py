@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import io
 import json
 import logging
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -24,6 +21,7 @@ from splatshard.jobs.cli.text import say
 from splatshard.pipeline.data import ImageDataset
 from splatshard.schemas.errors import StorageError
 from tests.make import jpeg, write_tar
+from tests.web import served
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -204,18 +202,8 @@ def test_a_stream_that_is_gone_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> N
 def signed_url(tmp_path: Path) -> Iterator[str]:
     """A tar on the web, behind a signature, with an image that does not decode."""
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", b"\xff\xd8 broken")])
-    handler = functools.partial(Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/a.tar?jwt=hunter2"
-        server.shutdown()
-        thread.join()
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
+    with served(tmp_path) as address:
+        yield f"{address}/a.tar?jwt=hunter2"
 
 
 def read_images(url: str) -> int:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
-import http.server
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +29,7 @@ from tests.make import (
 )
 from tests.rows import make_rows, write_shard
 from tests.unit.test_sources import keys, names
+from tests.web import Quiet, served
 
 
 @pytest.fixture
@@ -119,7 +117,7 @@ def test_real_data(tmp_path):
 # On the web, signed
 
 
-class Signed(http.server.SimpleHTTPRequestHandler):
+class Signed(Quiet):
     """Serves whatever the query is, with an etag."""
 
     def end_headers(self) -> None:
@@ -130,20 +128,12 @@ class Signed(http.server.SimpleHTTPRequestHandler):
         with suppress(ConnectionResetError):  # a reader that has seen enough
             super().handle()
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """A server of `tmp_path`; its address."""
-    handler = functools.partial(Signed, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with served(tmp_path, Signed) as address:
+        yield address
 
 
 def test_a_new_signature_is_the_same_source(web: str, tmp_path: Path) -> None:
