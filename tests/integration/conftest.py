@@ -34,11 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.path.name} uses a Ray: name it in tests/groups.py")
 
 
-@pytest.fixture(scope="session")
-def shared_ray() -> Iterator[None]:
-    """A local Ray of two cores, which `convert` joins since it is already there."""
+@pytest.fixture(scope="module")
+def shared_ray() -> None:
+    """A local Ray of two cores, which `convert` joins since it is already there; until the last
+    test of a group (`pytest_runtest_teardown`)."""
     import ray
 
+    if ray.is_initialized():
+        return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(
@@ -50,11 +53,6 @@ def shared_ray() -> Iterator[None]:
         object_store_memory=100 * 2**20,
         _system_config={"metrics_report_interval_ms": 1000},
     )
-    yield
-    from tests.integration.warm import release
-
-    release()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module", autouse=True)  # before what a file prepares once
@@ -69,13 +67,17 @@ def kept_workers(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(trylast=True)  # behind the fixtures
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Behind the last test of a group the Ray that lives on has its cores free: any test that
-    converts in this process meets it."""
+    """No other test meets the shared Ray: one that converts would join it, and one that tries out
+    tokens would take its own away."""
     if group_of(item.nodeid) and not (nextitem and group_of(nextitem.nodeid)):
+        import ray
+
         from tests.integration.warm import release
 
         release()
+        ray.shutdown()
 
 
 @pytest.fixture

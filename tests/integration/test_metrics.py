@@ -119,7 +119,7 @@ def test_prometheus_sees_what_the_job_did(prometheus: Prometheus, tmp_path: Path
         job = subprocess.Popen(
             [
                 *(sys.executable, "-m", "jobs", "convert", str(src), str(dst)),
-                *(*LONG, "--log-format=json"),
+                *(*LONG, "--steps=600", "--log-format=json"),
             ],
             env={**os.environ, "RAY_ADDRESS": address},
             stdout=log,
@@ -211,7 +211,7 @@ def test_an_embedded_ray_can_be_scraped_and_leaves_nothing(
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets: short paths
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-        job = start(src, dst, *LONG, log=tmp_path / "log")
+        job = start(src, dst, *LONG, "--steps=600", log=tmp_path / "log")
         try:
             path = wait_until(lambda: list(Path(folder).glob("ray/prom_metrics_*.json")), "ports")[
                 0

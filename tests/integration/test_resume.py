@@ -128,9 +128,10 @@ def test_ctrl_c_and_sigterm_stop_cleanly(
 
 
 def test_a_ray_that_is_lost_ends_the_job(src: str, tmp_path: Path) -> None:
-    """The raylet of the only node: no worker comes again."""
+    """The raylet of the only node: no worker comes again. Fits are long, so that there is work left
+    when that is noticed."""
     dst, log = tmp_path / "out", tmp_path / "log"
-    process = start(src, dst, *LONG, log=log)
+    process = start(src, dst, *LONG, "--steps=2000", log=log)
     kept = wait_until(lambda: converting(process.pid) and finished(dst), "a shard is done")
     below = descendants(process.pid).items()
     (raylet,) = [pid for pid, command in below if command.split()[0].endswith("/raylet/raylet")]
