@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,10 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
     )
     if left_out := left_out_line(left_out_of(summary)):
         say(f"  {left_out}")
+    if unused := summary["unused"]:
+        most = Counter(unused).most_common(10)
+        some = ", ".join(f"{name} of {count(n, 'sample')}" for name, n in most)
+        say(f"  not used: {some}")
     for shard, sample in progress.skipped:
         say(f"  {sample.key} in shard {shard}: {sample.status}: {sample.error}")
     if sum(summary["skipped"].values()) > len(progress.skipped):

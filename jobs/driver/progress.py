@@ -76,7 +76,7 @@ class Progress:
         self.state: State = "running"
         self.worker_s = 0.0
         self.stage_s: Counter[str] = Counter()
-        self._unused: set[str] = set()
+        self.unused: Counter[str] = Counter()  # samples
         self._stats = Stats(work, done_before)
         self._ok_before = total_ok(done_before)
         self._started = started
@@ -141,11 +141,12 @@ class Progress:
         if structured():
             for sample in outcome.skipped:
                 log_skipped(ref.name, sample)
-        for name, why in outcome.unused:
-            if name not in self._unused:  # a shard has as many as samples, and the next one again
-                self._unused.add(name)
-                message = f"shard {ref.name}: {name} is not used: {why}"
-                log("unused", message, level="warning", shard=ref.name, field=name)
+        for unused in outcome.unused:
+            if unused.name not in self.unused:  # the next shard has as many again
+                some = f"{count(unused.samples, 'sample')}, such as {unused.key}"
+                message = f"shard {ref.name}: {unused.name} is not used: {unused.why} ({some})"
+                log("unused", message, level="warning", shard=ref.name, field=unused.name)
+            self.unused[unused.name] += unused.samples
         if outcome.manifest:
             self.manifests.append(outcome.manifest)
             if self.first_shard_s is None:
@@ -315,6 +316,7 @@ def run_summary(
     converted = total_samples(progress.manifests)
     return {
         **dataset_figures([*done_before, *progress.manifests]),
+        "unused": dict(sorted(progress.unused.items())),
         "shards_done": len(progress.manifests),
         "shards_skipped_done": len(done_before),
         "shards_failed": len(progress.failures),

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 IN_FLIGHT = 2
 """Shards that a worker is given at once."""
 
+MAX_UNUSED = 20
+"""Names of members, columns and JSON values that a shard tells."""
 MAX_SKIPPED = 100
 """Skipped samples of one shard that the driver is sent; the rows hold them all."""
 
@@ -98,6 +100,17 @@ class SkippedSample:
     error: str
 
 
+@dataclass
+class Unused:
+    """What no field of a sample was taken from: a member (`.npy`), a column, a value of the JSON;
+    why, in the sample `key`, and in how many samples of a shard."""
+
+    name: str
+    why: str
+    key: str
+    samples: int = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one task.
@@ -106,9 +119,8 @@ class Outcome:
     failed: the failed marker is written. unavailable: a store did not answer, trying again may
     help. storage: DST cannot be written, the job must stop. stopped: asked to stop, nothing was
     committed. oom: a MemoryError. broken: any other error that is none of ours; the device, the
-    process or our code may be at fault, and the worker should get no other task. `unused`: fields
-    that the source seems to have, and why they are none. `stage_stats` is the worker's at that
-    moment.
+    process or our code may be at fault, and the worker should get no other task. `stage_stats` is
+    the worker's at that moment.
     """
 
     name: str
@@ -118,7 +130,7 @@ class Outcome:
     message: str = ""
     trace: str = ""
     skipped: tuple[SkippedSample, ...] = ()
-    unused: tuple[tuple[str, str], ...] = ()
+    unused: tuple[Unused, ...] = ()
     tried: int = 0
     stage_stats: StageStats = field(default_factory=StageStats)
 
@@ -194,7 +206,7 @@ class FitActor:
 
         ref = task.ref
         skipped: list[SkippedSample] = []
-        unused: dict[str, str] = {}
+        unused: dict[str, Unused] = {}
         try:
             if task.span:
                 tried = self._try(task, config, backend, task.span)
@@ -205,7 +217,7 @@ class FitActor:
                 kind="done",
                 manifest=manifest,
                 skipped=tuple(skipped),
-                unused=tuple(unused.items()),
+                unused=tuple(unused.values()),
             )
         except _StopConverting:
             return Outcome(name=ref.name, kind="stopped")
@@ -233,7 +245,7 @@ class FitActor:
         dst: str,
         backend: Backend,
         skipped: list[SkippedSample],
-        unused: dict[str, str],
+        unused: dict[str, Unused],
     ) -> ShardManifest:
         from splatshard.pipeline.convert import convert_shard
 
@@ -244,7 +256,10 @@ class FitActor:
 
         def on_sample(sample: RawSample) -> None:
             for name, why in sample.unused:
-                unused.setdefault(name, f"{why} (sample {sample.key})")
+                if name in unused:
+                    unused[name].samples += 1
+                elif len(unused) < MAX_UNUSED:
+                    unused[name] = Unused(name, why, sample.key)
 
         return convert_shard(
             task.ref,

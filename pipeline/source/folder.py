@@ -1,8 +1,8 @@
 """A folder of images: which of its files are samples, under which keys, of which classes.
 
-Each image is a sample; sidecar files of its stem (`cat.txt` of `cat.jpg`) belong to it. Its key is
-the path without the extension, unless that were the key of two: `cat.jpg` and `cat.png` are the
-keys of those two, and `cat.txt` belongs to both.
+Each image is a sample; sidecar files of its stem or name (`cat.txt`, `cat.jpg.txt` of `cat.jpg`)
+belong to it. Its key is the path without the extension, unless that were the key of two: `cat.jpg`
+and `cat.png` are the keys of those two, and `cat.txt` belongs to both.
 
 Classes are the folders directly below, whether or not they hold an image, if no image lies beside
 them; a label is the position of its name among the sorted ones. So two splits with the same folders
@@ -38,17 +38,27 @@ def is_image(path: str) -> bool:
 
 
 def is_sidecar(path: str) -> bool:
-    """Whether a file belongs to the image of its stem, if there is one."""
+    """Whether a file belongs to the image of its stem or name, if there is one."""
     return split_stem(path)[1].lower() in BESIDE_EXTENSIONS
+
+
+def stem_of_image(paths: Iterable[str]) -> dict[str, str]:
+    """Of images and sidecars, the stem of the image that each belongs to: its own, or that of its
+    own (`cat` for `cat.jpg.txt`) where this alone is an image."""
+    paths = list(paths)
+    images = set(filter(is_image, paths))
+    stems = {path: split_stem(path)[0] for path in paths}
+    own = {stems[image] for image in images}
+    named = (p for p, stem in stems.items() if stem in images and stem not in own)
+    return stems | {path: stems[stems[path]] for path in named}
 
 
 def with_images(paths: Iterable[str]) -> dict[str, list[str]]:
     """Images and their sidecars by stem, sorted; stems without an image are left out."""
-    stems: dict[str, list[str]] = {}
-    for path in paths:
-        if is_image(path) or is_sidecar(path):
-            stems.setdefault(split_stem(path)[0], []).append(path)
-    return {stem: stems[stem] for stem in sorted(stems) if any(map(is_image, stems[stem]))}
+    files: dict[str, list[str]] = {}
+    for path, stem in stem_of_image(p for p in paths if is_image(p) or is_sidecar(p)).items():
+        files.setdefault(stem, []).append(path)
+    return {stem: files[stem] for stem in sorted(files) if any(map(is_image, files[stem]))}
 
 
 def cut(stems: Mapping[str, Sequence[str]], samples_per_shard: int) -> list[list[str]]:
@@ -77,14 +87,20 @@ def image_keys(images: Collection[str]) -> dict[str, str]:
         keys |= {path: path for path in clashing}
 
 
-def folder_samples(ref: ShardRef) -> Iterator[tuple[str, list[str]]]:
-    """The key of each sample, and its files."""
-    paths = {url: url[len(ref.root) :].lstrip("/") for url in ref.urls}
-    keys = image_keys([path for path in paths.values() if is_image(path)])
-    for _, group in groupby(ref.urls, lambda url: split_stem(paths[url])[0]):
-        files = list(group)
-        for image in filter(is_image, files):
-            yield keys[paths[image]], [f for f in files if f == image or not is_image(f)]
+def folder_samples(ref: ShardRef) -> Iterator[tuple[str, dict[str, str]]]:
+    """The key of each sample, and its files by extension: what their names have behind its stem."""
+    urls = {url[len(ref.root) :].lstrip("/"): url for url in ref.urls}
+    stems = stem_of_image(urls)
+    keys = image_keys(list(filter(is_image, urls)))
+    for stem, group in groupby(urls, stems.__getitem__):
+        paths = list(group)
+        images = list(filter(is_image, paths))
+        for image in images:
+            others = {f"{other}." for other in images if other != image}
+            own = [
+                p for p in paths if p == image or not (is_image(p) or p.startswith(tuple(others)))
+            ]
+            yield keys[image], {p[len(stem) + 1 :]: urls[p] for p in own}
 
 
 def class_of(path: str) -> str:

@@ -16,11 +16,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from splatshard.pipeline.source.folder import class_of, folder_samples, is_image, split_stem
+from splatshard.pipeline.source.folder import class_of, folder_samples, is_image
 from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
 from splatshard.pipeline.source.sample import (
-    BESIDE_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    SCANNED_EXTENSIONS,
     RawSample,
     assemble,
 )
@@ -32,9 +32,6 @@ from splatshard.schemas.errors import SampleError, SourceError
 from splatshard.schemas.shard import ShardRef
 
 Samples = Generator[RawSample, None, None]
-
-SCANNED = (*BESIDE_EXTENSIONS, "meta.json")
-"""Extensions of members that say something of the sample."""
 
 
 def read(ref: ShardRef, digest: fs.Digest) -> Generator[RawSample]:
@@ -124,7 +121,7 @@ def _count_tar(ref: ShardRef) -> Iterator[Group]:
 def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
     again = partial(fs.open_anywhere, ref.urls[0])
     with fs.open_read(ref.urls[0]) as stream:
-        yield from map(assemble, scan_groups(ref.urls[0], stream, again, SCANNED))
+        yield from map(assemble, scan_groups(ref.urls[0], stream, again, SCANNED_EXTENSIONS))
 
 
 # Folder
@@ -132,28 +129,27 @@ def _scan_tar(ref: ShardRef) -> Iterator[RawSample]:
 
 def _read_folder(ref: ShardRef, digest: fs.Digest) -> Samples:
     label_of = {name: i for i, name in enumerate(ref.labels)}
-    for key, urls in folder_samples(ref):
+    for key, files in folder_samples(ref):
         group = Group(storable(key))
-        for url in urls:
+        for extension, url in files.items():
             with fs.open_read(url) as stream:
                 data = stream.read(MAX_SAMPLE_BYTES + 1 - group.size_bytes)
-            digest.update(f"{group.key}\0{split_stem(url)[1]}\0{len(data)}\0".encode() + data)
+            digest.update(f"{group.key}\0{extension}\0{len(data)}\0".encode() + data)
             group.size_bytes += len(data)
-            group.members[split_stem(url)[1]] = data
+            group.members[extension] = data
         if group.size_bytes > MAX_SAMPLE_BYTES:
             text = f"the files of {group.key} exceed {MAX_SAMPLE_BYTES} bytes"
             group = Group(group.key, error=SampleError("too_large", text))
-        path = next(filter(is_image, urls))[len(ref.root) :].lstrip("/")
+        path = next(filter(is_image, files.values()))[len(ref.root) :].lstrip("/")
         yield replace(assemble(group, label_of.get(class_of(key))), image_name=storable(path))
 
 
 def _scan_folder(ref: ShardRef) -> Iterator[RawSample]:
     label_of = {name: i for i, name in enumerate(ref.labels)}
-    for key, urls in folder_samples(ref):
+    for key, files in folder_samples(ref):
         group = Group(storable(key))
-        for url in urls:
-            extension = split_stem(url)[1]
-            wanted = extension.lower() in SCANNED
+        for extension, url in files.items():
+            wanted = extension.lower() in SCANNED_EXTENSIONS
             group.members[extension] = fs.read_bytes(url) if wanted else None
         yield assemble(group, label_of.get(class_of(key)))
 

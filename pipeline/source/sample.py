@@ -1,8 +1,14 @@
 """The members of one key to a sample: which is the image, what the others say of it.
 
-Nothing is lost: caption, label, uid and JSON get fields of their own, every other member travels as
-bytes, and so does a `.txt`, `.cls` or `.json` that its field could not give back exactly. What
-cannot be parsed makes the sample a bad one, which carries its reason in `error`.
+    image       one of IMAGE_EXTENSIONS
+    caption     `.txt`, `.caption`, `.text`, `.cap`, `.captions`
+    label       `.cls`, `.label`, `.class`, where it is a whole number
+    metadata    `.json`, `.meta.json`; its values where none of those above says more
+    as bytes    all else
+
+In any case, and behind the image's whole name (`a.jpg.txt`); of several for a field the first of
+these is taken. Nothing is lost: all others travel as bytes, and so does a `.txt`, `.cls` or `.json`
+that its field could not give back exactly. What is not used is told, and costs itself alone.
 """
 
 from __future__ import annotations
@@ -29,12 +35,25 @@ IMAGE_EXTENSIONS = (*EXTENSIONS, *NAMED_EXTENSIONS)
 """Extensions of images, any case; of several in one sample the first of this list is the image.
 Formats that can be named, but not read, become rows that say so."""
 
-CAPTION_EXTENSIONS = ("txt", "caption", "text")
-SIDECAR_EXTENSIONS = ("txt", "json", "cls")
-"""Those that give way to none, and are not kept if their field says it all."""
+MEMBER_FIELDS = {
+    **dict.fromkeys(("txt", "caption", "text", "cap", "captions"), "caption"),
+    **dict.fromkeys(("cls", "label", "class"), "label"),
+    **dict.fromkeys(("json", "meta.json"), "metadata"),
+}
+"""What a member is by its extension, in any case; of several for a field the first goes first."""
 
-BESIDE_EXTENSIONS = tuple(dict.fromkeys((*SIDECAR_EXTENSIONS, *CAPTION_EXTENSIONS)))
+RANKS = {extension: rank for rank, extension in enumerate(MEMBER_FIELDS)}
+
+SIDECAR_EXTENSIONS = ("txt", "json", "cls")
+"""Those that are not kept if their field says it all."""
+
+BESIDE_EXTENSIONS = frozenset(MEMBER_FIELDS) - {"meta.json"}
 """What joins an image of the same stem in a folder."""
+
+SCANNED_EXTENSIONS = frozenset(
+    (*MEMBER_FIELDS, *(f"{i}.{e}" for i in IMAGE_EXTENSIONS for e in BESIDE_EXTENSIONS))
+)
+"""Those that say something of a sample, its image apart."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +80,12 @@ class RawSample:
 
 
 def assemble(group: Group, default_label: int | None = None) -> RawSample:
-    """The sample of one key; `default_label` where neither a `.cls` nor the JSON gives one."""
+    """The sample of one key; `default_label` where neither a member nor the JSON gives one."""
     if group.error and group.error.status == "unsafe_path":
         return RawSample(group.key, error=group.error)
     images = [e for e in group.members if e.lower() in IMAGE_EXTENSIONS]
     image = min(images, key=lambda e: IMAGE_EXTENSIONS.index(e.lower()), default=None)
-    error, fields, kept = group.error, {}, []
+    error = group.error
     if image is None:
         found = ", ".join(list(group.members)[:10]) + ", ..." * (len(group.members) > 10)
         text = f"key {group.key} has no image ({' '.join(EXTENSIONS)}), only: {found}"
@@ -76,18 +95,8 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         error = error or SampleError("no_image", text)
     for extension, why in group.missing.items():
         error = error or SampleError("no_image" if extension == image else "bad_metadata", why)
-    for extension, data in group.members.items():
-        if extension == image or data is None:
-            continue
-        try:
-            values, exact = _parse(extension.lower(), data)
-        except (ValueError, RecursionError) as e:
-            text = f"{group.key}.{extension} cannot be parsed: {e}"
-            error, values, exact = error or SampleError("bad_metadata", text), {}, False
-        own = extension in SIDECAR_EXTENSIONS  # another name (TXT, text) gives way, and is kept
-        fields = fields | values if own else values | fields
-        if not exact or not own:
-            kept.append((extension, data))
+    beside = {e: d for e, d in group.members.items() if e != image and d is not None}
+    fields, given, unused = _said(beside, image or "")
     document = fields.pop("json", None)
     fields = json_fields(document) | fields
     if fields.get("label") is None:
@@ -96,35 +105,68 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         key=group.key,
         image=(group.members[image] if image else None) or b"",
         image_name=f"{group.key}.{image}" if image else "",
-        members=tuple(kept),
+        members=tuple((e, data) for e, data in beside.items() if e not in given),
         error=error,
         extensions=frozenset(group.members),
-        unused=unused_in(document, fields),
+        unused=(*unused, *unused_in(document, fields)) if image else (),
         **fields,
     )
 
 
-def _parse(extension: str, data: bytes) -> tuple[dict[str, Any], bool]:
-    """The fields a member gives, and whether they alone would give its bytes back; under `json`
-    the parsed metadata.
+def _said(
+    beside: dict[str, bytes], image: str
+) -> tuple[dict[str, Any], set[str], list[tuple[str, str]]]:
+    """What the members beside the member `image` say: fields, and under `json` the parsed metadata;
+    which of them these give back exactly; which are not used, and why."""
+    meanings = {extension: meaning_of(extension, image) for extension in beside}
+    ranked = sorted(beside, key=lambda e: (RANKS.get(meanings[e], 0), e != meanings[e]))
+    fields: dict[str, Any] = {}
+    taken, given, unused = dict[str, str](), set[str](), list[tuple[str, str]]()
+    for extension in ranked:
+        field = MEMBER_FIELDS.get(meanings[extension], "")
+        values, why = _parse(field, beside[extension])
+        if not field and extension.lower() in IMAGE_EXTENSIONS:
+            why = f"the image is taken from .{image}"
+        elif field in taken and values.get(field) != fields[field]:
+            why = f"the {field} is taken from .{taken[field]}"
+        if why:
+            unused.append((f".{extension}", why))
+        elif field not in taken:
+            taken[field] = extension
+            fields |= values
+            back = str(values[field]).encode() == beside[extension]
+            if back and extension in SIDECAR_EXTENSIONS:
+                given.add(extension)
+    return fields, given, unused
 
-    Raises ValueError or RecursionError for a `.cls` or `.json` that cannot be parsed.
-    """
-    if extension in CAPTION_EXTENSIONS:
-        caption = caption_of(data) or ""
-        return {"caption": caption}, caption.encode() == data
-    if extension == "cls":
+
+def meaning_of(extension: str, image: str) -> str:
+    """The extension by which a member is known: of `jpg.TXT`, beside the image `jpg`, `txt`."""
+    lower = extension.lower()
+    return lower.removeprefix(f"{image.lower()}.") if image else lower
+
+
+def _parse(field: str, data: bytes) -> tuple[dict[str, Any], str]:
+    """The values a member gives, or why it gives none; with metadata, as `json`, what they are when
+    parsed."""
+    if field == "caption":
+        return {"caption": caption_of(data) or ""}, ""
+    if field == "label":
         label = label_of(data)
-        if label is None:
-            raise ValueError(f"{data[:40]!r} is not an integer")
-        return {"label": label}, str(label).encode() == data
-    if extension in ("json", "meta.json"):
-        text = text_of(data, "strict")
-        return {"metadata": text, "json": json.loads(text)}, text.encode() == data
-    return {}, False
+        return ({}, not_taken("label", text_of(data))) if label is None else ({"label": label}, "")
+    if field == "metadata":
+        try:
+            text = text_of(data, "strict")
+            return {"metadata": text, "json": json.loads(text)}, ""
+        except (ValueError, RecursionError) as e:
+            return {}, f"it cannot be parsed: {e}"
+    return {}, NO_FIELD
 
 
-NAMES = {"uid": ("uid",), "caption": ("caption", "text", "captions"), "label": ("label",)}
+NO_FIELD = "no field takes it, so it stays a member"
+"""Said of members, and of columns that become some."""
+
+NAMES = {"uid": ("uid",), "caption": ("caption", "text", "captions"), "label": ("label", "cls")}
 """Under which names a sample's JSON has its fields, as DataComp and timm write it; in any case."""
 
 TAKES = {

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -164,7 +164,7 @@ def read_groups(
 
 
 def scan_groups(
-    url: str, stream: BinaryIO, again: Again, extensions: Sequence[str] = ()
+    url: str, stream: BinaryIO, again: Again, extensions: Collection[str] = ()
 ) -> Iterator[Group]:
     """The groups without their bytes but for members with one of `extensions`, seeking from header
     to header; `again` as for `read_groups`. Raises SourceError."""
@@ -248,7 +248,7 @@ def _groups(
     members: Iterable[tarfile.TarInfo],
     links: Links,
     data: Callable[[tarfile.TarInfo], bytes],
-    extensions: Sequence[str] | None = None,
+    extensions: Collection[str] | None = None,
 ) -> Iterator[Group]:
     """Consecutive members of one key; folders, devices and hidden files are passed over. Bytes are
     read of those with one of `extensions`, by default of all."""

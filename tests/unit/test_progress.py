@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from splatshard.jobs.driver.execute import tell_summary
 from splatshard.jobs.driver.progress import Progress, line, run_summary
 from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS, readings
 from splatshard.jobs.driver.stats import Snapshot
-from splatshard.jobs.driver.worker import SkippedSample, WorkerState
+from splatshard.jobs.driver.worker import SkippedSample, Unused, WorkerState
 from splatshard.pipeline.runtime.stage_timer import StageStats
 from splatshard.schemas.errors import StorageError, UnavailableError
 from tests.unit.progressing import done, failed, manifest, state, tar
@@ -53,6 +54,26 @@ def test_the_line() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_on_a_cpu_busy_says_nothing(backend: str) -> None:
     assert "fit" not in line(Snapshot(shards=1, busy={"fit": 1.0}, backend=backend))
+
+
+def test_what_is_not_used_is_told_once_and_counted(capsys: Capsys) -> None:
+    refs = [tar(0), tar(1)]
+    with Progress(refs, [], time.monotonic()) as progress:
+        for ref in refs:
+            unused = (
+                Unused(".npy", "it stays a member", f"k{ref.name}", 10),
+                Unused("x", "y", "k"),
+            )
+            progress.finished(ref, replace(done(ref), unused=unused))
+    summary = run_summary(progress, [], time.monotonic(), 1)
+    tell_summary(summary | {"left_out": {}}, progress, "out")
+    err = capsys.readouterr().err
+    assert err.count("is not used") == 2
+    line = ".npy is not used: it stays a member (10 samples, such as k00000000)\n"
+    assert f"shard 00000000: {line}" in err
+    assert "x is not used: y (1 sample, such as k)\n" in err
+    assert "  not used: .npy of 20 samples, x of 2 samples\n" in err
+    assert summary["unused"] == {".npy": 20, "x": 2}
 
 
 def test_plain_lines_come_every_few_seconds(

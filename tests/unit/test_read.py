@@ -160,24 +160,6 @@ def test_key_without_image(tmp_path):
     assert samples[2].members == (("", b"hello"),)
 
 
-@pytest.mark.parametrize(
-    "member",
-    [
-        ("a.cls", b"cat"),
-        ("a.cls", b""),
-        ("a.cls", b"1" * 40),
-        ("a.json", b'{"cut": '),
-        ("a.json", b"\xff\xfe"),
-        ("a.json", b"[" * 100_000),
-    ],
-    ids=lambda member: f"{member[0]}-{len(member[1])}",
-)
-def test_bad_metadata_keeps_its_bytes(tmp_path, member):
-    samples = read_members(tmp_path, ("a.jpg", IMAGE), member, ("b.jpg", IMAGE))
-    assert statuses(samples) == ["bad_metadata", None]
-    assert samples[0].members == ((member[0][2:], member[1]),)
-
-
 def test_json_that_is_no_object(tmp_path):
     (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), ("a.json", b"[1]"))
     assert (sample.metadata, sample.error) == ("[1]", None)

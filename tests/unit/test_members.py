@@ -1,0 +1,173 @@
+"""Members beside an image, in tars and folders: what they are by name and value, and what is told
+of those that are nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from splatshard.pipeline.source.listing import list_source
+from splatshard.pipeline.source.read import RawSample, read, scan
+from tests.make import write_tar
+from tests.unit.reading import IMAGE, read_all, read_members, statuses
+
+NO_FIELD = "no field takes it, so it stays a member"
+
+
+def one(tmp_path: Path, *members: tuple[str, bytes]) -> RawSample:
+    """The sample of `a.jpg` and these members, the same in a tar and in a folder."""
+    files = [("a.jpg", IMAGE), *members]
+    (sample,) = read_members(tmp_path, *files)
+    shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+    (tmp_path / "folder").mkdir()
+    for name, data in files:
+        (tmp_path / "folder" / name).write_bytes(data)
+    found = list_source(str(tmp_path / "folder"))
+    assert found.left_out == {}
+    (again,) = read(found.refs[0], hashlib.sha256())
+    (scanned,) = scan(found.refs[0])
+    for other in (again, scanned):
+        for field in ("caption", "label", "uid", "metadata", "unused"):
+            assert getattr(other, field) == getattr(sample, field)
+    assert dict(again.members) == dict(sample.members)
+    return sample
+
+
+@pytest.mark.parametrize("name", ["txt", "caption", "text", "cap", "captions", "Cap", "jpg.txt"])
+def test_captions(tmp_path: Path, name: str) -> None:
+    sample = one(tmp_path, (f"a.{name}", b"a boat"))
+    assert (sample.caption, sample.unused, sample.error) == ("a boat", (), None)
+    assert sample.members == (() if name == "txt" else ((name, b"a boat"),))
+
+
+@pytest.mark.parametrize("name", ["cls", "label", "class", "jpg.cls"])
+def test_labels(tmp_path: Path, name: str) -> None:
+    sample = one(tmp_path, (f"a.{name}", b"7"))
+    assert (sample.label, sample.unused, sample.error) == (7, (), None)
+    assert sample.members == (() if name == "cls" else ((name, b"7"),))
+
+
+@pytest.mark.parametrize("name", ["cls", "label", "jpg.class"])
+def test_a_label_that_is_no_number_costs_itself_alone(tmp_path: Path, name: str) -> None:
+    """As in a column of Parquet."""
+    sample = one(tmp_path, (f"a.{name}", b"cat"), ("a.txt", b"a boat"))
+    assert (sample.image, sample.error, sample.label) == (IMAGE, None, None)
+    assert (sample.caption, sample.members) == ("a boat", ((name, b"cat"),))
+    assert sample.unused == ((f".{name}", "'cat' is not a whole number"),)
+
+
+def test_of_several_the_first_by_name_is_taken(tmp_path: Path) -> None:
+    captions = [("a.cap", b"1"), ("a.jpg.txt", b"2"), ("a.text", b"3"), ("a.caption", b"4")]
+    labels = [("a.class", b"1"), ("a.label", b"2")]
+    sample = one(tmp_path, *captions, *labels)
+    assert (sample.caption, sample.label) == ("2", 2)
+    taken = "the caption is taken from .jpg.txt"
+    assert dict(sample.unused) == {
+        ".caption": taken,
+        ".text": taken,
+        ".cap": taken,
+        ".class": "the label is taken from .label",
+    }
+    sample = one(tmp_path, *captions, *labels, ("a.txt", b"0"), ("a.cls", b"x"))
+    assert (sample.caption, sample.label) == ("0", 2)  # .cls says nothing
+    assert dict(sample.unused)[".cls"] == "'x' is not a whole number"
+
+
+def test_the_same_twice_is_not_told(tmp_path: Path) -> None:
+    same = [("a.txt", b"a boat"), ("a.caption", b"a boat"), ("a.cls", b"7"), ("a.label", b"7\n")]
+    assert one(tmp_path, *same).unused == ()
+
+
+def test_known_companions_are_not_told(tmp_path: Path) -> None:
+    """What img2dataset and webdataset write."""
+    fields = b'{"caption": "b", "url": "x", "__url__": "a.tar", "status": "success", "uid": "u"}'
+    sample = one(tmp_path, ("a.txt", b"a"), ("a.json", fields))
+    assert (sample.caption, sample.uid, sample.unused) == ("a", "u", ())
+
+
+@pytest.mark.parametrize(
+    "damaged", [b'{"cut": ', b"\xff\xfe", b"[" * 100_000], ids=["cut", "utf16", "deep"]
+)
+def test_json_that_cannot_be_parsed_costs_itself_alone(tmp_path: Path, damaged: bytes) -> None:
+    sample = one(tmp_path, ("a.json", damaged), ("a.txt", b"a boat"))
+    assert (sample.image, sample.error, sample.metadata) == (IMAGE, None, None)
+    assert (sample.caption, sample.members) == ("a boat", (("json", damaged),))
+    ((name, why),) = sample.unused
+    assert (name, why.startswith("it cannot be parsed: ")) == (".json", True)
+
+
+def test_members_without_a_field_are_told(tmp_path: Path) -> None:
+    members = [("a.npy", b"\x93NUMPY"), ("a.seg.png", b"mask"), ("a.png", b"other")]
+    (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), *members)
+    assert dict(sample.unused) == {
+        ".npy": NO_FIELD,
+        ".seg.png": NO_FIELD,
+        ".png": "the image is taken from .jpg",
+    }
+    assert [name for name, _ in sample.members] == ["npy", "seg.png", "png"]
+    (sample,) = read_members(tmp_path, ("readme.md", b"hello"))
+    assert (statuses([sample]), sample.unused) == (["no_image"], ())  # which says it
+
+
+# Names after the image's whole name, in folders
+
+
+def put(folder: Path, **files: bytes) -> list[RawSample]:
+    for name, data in files.items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    (ref,) = list_source(str(folder)).refs
+    return list(read(ref, hashlib.sha256()))
+
+
+def test_files_named_after_the_whole_name(tmp_path: Path) -> None:
+    files = {"a.jpg": IMAGE, "a.jpg.txt": b"of a", "a.jpg.json": b'{"uid": "u"}', "b.PNG": b"png",
+             "b.PNG.caption": b"of b", "c.jpg": IMAGE, "c.txt": b"of c"}  # fmt: skip
+    samples = put(tmp_path / "in", **files)
+    assert [s.key for s in samples] == ["a", "b", "c"]
+    assert [s.caption for s in samples] == ["of a", "of b", "of c"]
+    assert samples[0].uid == "u"
+    assert [s.image_name for s in samples] == ["a.jpg", "b.PNG", "c.jpg"]
+
+
+def test_each_image_of_a_stem_has_its_own(tmp_path: Path) -> None:
+    files = {"a.jpg": IMAGE, "a.png": b"png", "a.jpg.txt": b"jpg", "a.png.txt": b"png"}
+    samples = put(tmp_path / "in", **files, **{"a.cls": b"3"})
+    assert [(s.key, s.caption, s.label) for s in samples] == [
+        ("a.jpg", "jpg", 3),
+        ("a.png", "png", 3),
+    ]
+    assert all(s.unused == () for s in samples)
+
+
+def test_an_image_of_that_stem_goes_before(tmp_path: Path) -> None:
+    samples = put(tmp_path / "in", **{"a.jpg": IMAGE, "a.jpg.jpg": IMAGE, "a.jpg.txt": b"x"})
+    assert [(s.key, s.caption) for s in samples] == [("a", None), ("a.jpg", "x")]
+
+
+def test_one_without_its_image_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(IMAGE)
+    (tmp_path / "b.jpg.txt").write_bytes(b"x")
+    assert list_source(str(tmp_path)).left_out == {"no_image": {"txt": 1}}
+
+
+def test_the_digest_covers_them(tmp_path: Path) -> None:
+    digests = set()
+    for name, text in (("a.txt", b"x"), ("a.jpg.txt", b"x"), ("a.jpg.txt", b"y")):
+        folder = tmp_path / f"{name}{text!r}"
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(IMAGE)
+        (folder / name).write_bytes(text)
+        digest = hashlib.sha256()
+        (ref,) = list_source(str(folder)).refs
+        list(read(ref, digest))
+        digests.add(digest.hexdigest())
+    assert len(digests) == 3
+
+
+def test_a_limit_tells_the_same(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", IMAGE), ("a.npy", b"1"), ("b.jpg", IMAGE)])
+    assert read_all(path, limit=1)[0].unused == ((".npy", NO_FIELD),)
