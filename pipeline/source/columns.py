@@ -5,12 +5,13 @@
     key       `__key__`; or `key`, but where its values repeat it is none, and rows are numbered
     uid       `uid`, `json.uid`
     caption   `caption`, `text`, `txt`, `captions`, `json.caption`, `json.text`
-    label     `label`, `cls`, those that Hugging Face declares as ClassLabel, `json.label`
+    label     `label`, `cls`, `class`, those that Hugging Face declares as ClassLabel, `json.label`
 
 Names are taken in any case (`TEXT`). Of several columns for a field one of the usual type (text,
-integer) is taken. Where there is none, a row takes the first whose value will do (values.py), in
-whatever type it is: dictionary, float, boolean, bytes, list. `json` is a struct, or the text of
-one, as tars of WebDataset become columns. Other columns that would have done are told.
+integer, or a dictionary of these) is taken. Where there is none, a row takes the first whose value
+will do (values.py), in whatever type it is: float, boolean, bytes, list. `json` is a struct, or the
+text of one, as tars of WebDataset become columns. The other columns of a field are told, and those
+that become members.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from textwrap import shorten
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from splatshard.pipeline.source.sample import NAMES, TAKES, not_taken, spelled
+from splatshard.pipeline.source.sample import NAMES, NO_FIELD, TAKES, not_taken, spelled
 from splatshard.pipeline.source.values import gives_back, is_null
 from splatshard.schemas.errors import SourceError
 
@@ -34,7 +36,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "b
 FIELDS = {
     "uid": ("uid",),
     "caption": ("caption", "text", "txt", "captions"),
-    "label": ("label", "cls"),
+    "label": ("label", "cls", "class"),
 }
 
 Path = tuple[str, ...]
@@ -51,6 +53,7 @@ class Columns:
     fields: dict[str, tuple[Path, ...]]  # by preference
     binary: tuple[str, ...]  # columns that become members, unless a field gives them back
     other: tuple[str, ...]  # the rest, for the metadata JSON
+    types: str  # of all, for messages
     note: tuple[tuple[str, str], ...] = ()
 
     @cached_property
@@ -88,39 +91,69 @@ def unnamed_images(schema: pa.Schema) -> list[str]:
     return [name for name in structs if name in declared] or structs
 
 
+def no_image_column(schema: pa.Schema) -> str:
+    """What to say of a file where `image_columns` finds none."""
+    return (
+        f"has no image column, only {types_of(schema)}; expected is one of type struct<bytes, "
+        f"path>, or a binary one named {', '.join(IMAGE_COLUMNS)}: rename the one that is meant to "
+        "image. Images that are only named, by a URL or path, are not fetched (is it img2dataset's "
+        "metadata?)"
+    )
+
+
+def types_of(schema: pa.Schema) -> str:
+    """`image (binary), text (string)`, of the first columns."""
+    some = [f"{f.name} ({shorten(str(f.type), 60, placeholder=' ...>')})" for f in schema][:20]
+    return ", ".join(some) + ", ..." * (len(schema) > len(some))
+
+
 def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     """Raises SourceError for a file without images, or with two columns of one name."""
     schema = file.schema_arrow
     images = image_columns(schema)
     if not images:
-        raise SourceError(
-            f"{url} has no image column, only {', '.join(schema.names)}; expected one of type "
-            f"struct<bytes, path>, or a binary one named {', '.join(IMAGE_COLUMNS)}"
-        )
+        raise SourceError(f"{url} {no_image_column(schema)}")
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
     key = next(iter(spelled(("__key__", "key"), schema.names)), None)
-    notes = list(_others(schema, images))
+    notes = dict(_others(schema, images))
     if key and key != "__key__" and _repeats(file, key):
-        notes.append((key, "its values repeat, so rows are numbered"))
+        notes[key] = "its values repeat, so rows are numbered"
         key = None
     fields = {field: tuple(_paths(field, schema, images[0])) for field in FIELDS}
     rest = [f for f in schema if f.name != images[0]]
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
     other = [f.name for f in rest if f.name not in binary]
-    return Columns(images[0], images, key, fields, tuple(binary), tuple(other), tuple(notes))
+    own = {key, *images, *(path[0] for paths in fields.values() for path in paths)}
+    notes = {name: NO_FIELD for name in binary if name not in own} | notes
+    return Columns(
+        image=images[0],
+        images=images,
+        key=key,
+        fields=fields,
+        binary=tuple(binary),
+        other=tuple(other),
+        types=types_of(schema),
+        note=tuple(notes.items()),
+    )
 
 
 def _others(schema: pa.Schema, images: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Columns that would have done as well as those taken, and which these are."""
+    """Columns that might have been meant, beside those taken, and which these are."""
     if not spelled(IMAGE_COLUMNS, images):
         for name in unnamed_images(schema)[1:]:
             yield name, f"the image is taken from {images[0]}; call the one that is meant image"
     for field in FIELDS:
-        taken, *others = _certain(field, _named(field, schema, images[0]), schema) or [""]
-        for name in others:
-            yield name, f"the {field} is taken from {taken}; call the one that is meant {field}"
+        named = _named(field, schema, images[0])
+        certain = _certain(field, named, schema)
+        for name in (n for n in named if certain and n != certain[0]):
+            why = f"the {field} is taken from {certain[0]}"
+            usual = name in certain
+            yield (
+                name,
+                f"{why}; call the one that is meant {field}" if usual else f"{why}, by its type",
+            )
 
 
 def _repeats(file: pq.ParquetFile, name: str) -> bool:
@@ -143,7 +176,8 @@ def _named(field: str, schema: pa.Schema, image: str) -> list[str]:
 def _certain(field: str, names: list[str], schema: pa.Schema) -> list[str]:
     """Those of the usual type."""
     usual = pa.types.is_integer if field == "label" else _is_text
-    return [name for name in names if usual(schema.field(name).type)]
+    types = {name: schema.field(name).type for name in names}
+    return [n for n, t in types.items() if usual(t.value_type if pa.types.is_dictionary(t) else t)]
 
 
 def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:

@@ -20,7 +20,7 @@ What was listed and is not converted is counted in `Listing.left_out`, by reason
     beside_shards   images in a folder or glob that has tars or Parquet files with images
     same_name       Parquet files beside a tar of their name
     no_image_column Parquet files without images
-    no_image        .txt, .json, .cls without an image of their name
+    no_image        captions, labels, .json without an image of their name
     compressed      compressed archives
     hidden          images, tars and Parquet files whose name begins with a dot
     other           all else: no extension that is known
@@ -35,7 +35,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from posixpath import basename
 
 from splatshard.pipeline.source.folder import (
@@ -48,7 +47,7 @@ from splatshard.pipeline.source.folder import (
     split_stem,
     with_images,
 )
-from splatshard.pipeline.source.parquet import has_images
+from splatshard.pipeline.source.parquet import why_no_images
 from splatshard.pipeline.source.patterns import (
     COMPRESSED,
     is_glob,
@@ -193,11 +192,7 @@ def _resolve(
     found, missing = Listing(), []
     for pattern in patterns:
         if pattern in no_images:
-            raise UsageError(
-                f"{pattern} has no image column: bytes and path in a struct, or bytes "
-                "named image, jpg, png; those that are only named, by a URL or path, are not "
-                "fetched (is it img2dataset's metadata?)"
-            )
+            raise UsageError(no_images[pattern])
         if pattern in globs:
             _check_outside(dst, pattern, as_glob=True)
             _add_glob(found, pattern)
@@ -258,9 +253,10 @@ def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple
             refuse_compressed(file)
         extensions = Counter(split_stem(path_of(file))[1] for file in files).most_common(5)
         some = ", ".join(f"{n:,} .{kind}" if kind else f"{n:,} without" for kind, n in extensions)
+        said = "".join(f"; {why}" for why in list(_without_images(files).values())[:1])
         raise UsageError(
             f"SRC {url} has no .tar, no image .parquet and no images in it; by extension: "
-            f"{some or 'no file'}; write its images as one of these"
+            f"{some or 'no file'}; write its images as one of these{said}"
         )
 
 
@@ -276,7 +272,7 @@ def _add_shards(found: Listing, files: dict[str, Stat]) -> bool:
     found.refs += [_shard(url, files[url]) for url in shards]
     rest = files.keys() - set(shards)
     found.leave_out("no_image_column", no_images)
-    found.leave_out("same_name", {u for u in rest - no_images if kind_of(u)})
+    found.leave_out("same_name", {u for u in rest - no_images.keys() if kind_of(u)})
     images = sorted(filter(is_image, rest))
     found.leave_out("beside_shards", images)
     _leave_out_others(found, rest - set(images))
@@ -341,18 +337,21 @@ def _number_classes(found: Listing, classes: tuple[str, ...]) -> None:
         found.notes.insert(0, f"{some} by folder: {few(names)}")
 
 
-def _without_images(urls: Iterable[str]) -> set[str]:
-    """The Parquet files among `urls` without an image column; damaged ones will fail later."""
+def _without_images(urls: Iterable[str]) -> dict[str, str]:
+    """The Parquet files among `urls` without an image column, and what to say of each; damaged ones
+    will fail later."""
 
-    def lacks_images(url: str) -> bool:
+    def why(url: str) -> str:
         try:
-            return not has_images(url)
+            return why_no_images(url)
         except SourceError:
-            return False
+            return ""
 
     parquet = [url for url in urls if kind_of(url) == ".parquet"]
     with ThreadPoolExecutor(16) as pool:
-        return set(compress(parquet, pool.map(lacks_images, parquet)))
+        return {
+            url: said for url, said in zip(parquet, pool.map(why, parquet), strict=True) if said
+        }
 
 
 def _shard(url: str, stat: Stat) -> ShardRef:

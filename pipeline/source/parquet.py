@@ -20,7 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.arrow_values import NotText, plain, values_of
-from splatshard.pipeline.source.columns import Columns, columns_of, fields_of, image_columns
+from splatshard.pipeline.source.columns import (
+    Columns,
+    columns_of,
+    fields_of,
+    image_columns,
+    no_image_column,
+)
 from splatshard.pipeline.source.formats import HEAD_BYTES, disguised
 from splatshard.pipeline.source.sample import RawSample
 from splatshard.pipeline.storage import fs
@@ -31,15 +37,16 @@ PARQUET_BATCH_ROWS = 16
 SCAN_ROWS = 4096
 
 
-def has_images(url: str) -> bool:
-    """Whether a Parquet file has an image column; taken for granted where a web server sends no
-    ranges, so that all of it had to be copied first. Raises SourceError when it cannot be opened.
-    """
+def why_no_images(url: str) -> str:
+    """What to say of a Parquet file that has no image column. Empty for others, and where a web
+    server sends no ranges, so that all of it had to be copied first. Raises SourceError when it
+    cannot be opened."""
     with fs.open_read(url) as stream:
         if not stream.seekable():
-            return True
+            return ""
         with _parquet_errors(url, url), _parquet_file(stream) as file:
-            return bool(image_columns(file.schema_arrow))
+            schema = file.schema_arrow
+            return "" if image_columns(schema) else f"{url} {no_image_column(schema)}"
 
 
 def read_parquet(ref: ShardRef, digest: fs.Digest) -> Iterator[RawSample]:
@@ -167,7 +174,11 @@ def _parquet_sample(row: dict[str, Any], columns: Columns, default_key: str) -> 
     path, error = rest.get("path"), None
     if image is None:
         hint = f"; it names {path}, but only embedded images can be read" if path else ""
-        error = SampleError("no_image", f"row {said.key} has no image bytes{hint}")
+        error = SampleError(
+            "no_image",
+            f"row {said.key} has no image bytes in {' or '.join(columns.images)}{hint}; if another "
+            f"column has the images, rename it to image: there are {columns.types}",
+        )
     further = {own_image: rest} | {name: rest for name, (_, rest) in split.items()}
     other |= {name: rest for name, rest in further.items() if rest}
     return RawSample(
@@ -180,8 +191,15 @@ def _parquet_sample(row: dict[str, Any], columns: Columns, default_key: str) -> 
         metadata=json.dumps(plain(other), ensure_ascii=False) if other else None,
         members=tuple((name, bytes(data)) for name, (data, _) in split.items() if data is not None),
         error=error,
-        unused=said.unused,
+        unused=(*said.unused, *_further_images(row, columns, own_image)),
     )
+
+
+def _further_images(row: dict[str, Any], columns: Columns, own: str) -> Iterator[tuple[str, str]]:
+    """Those of the row beside its own, and why they are not used."""
+    for name in columns.images:
+        if name != own and _split_image(row[name])[0] is not None:
+            yield name, f"the image is taken from {own}"
 
 
 def _image_of(row: dict[str, Any], columns: Columns) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from splatshard.pipeline.source.read import RawSample, scan
+from splatshard.pipeline.source.sample import NO_FIELD
 from splatshard.pipeline.source.values import caption_of, key_of, label_of, uid_of
 from tests.make import write_parquet
 from tests.unit.reading import IMAGE, read_all, read_members, ref_of, statuses
@@ -206,10 +207,32 @@ def test_several_images_are_named(tmp_path: Path) -> None:
     assert (sample.image, dict(sample.unused)) == (b"RIFF", {"mask": why, "photo": why})
     features = {"sound": {"_type": "Audio"}, "photo": {"_type": "Image"}}
     (sample,) = read_all(write_parquet(path, table, features))
-    assert (sample.image, sample.unused) == (IMAGE, ())
+    assert (sample.image, dict(sample.unused)) == (IMAGE, {"sound": NO_FIELD, "mask": NO_FIELD})
     assert dict(sample.members) == {"sound": b"RIFF", "mask": IMAGE}
     (sample,) = samples_of(tmp_path, mask=image)  # jpg is named
+    assert sample.unused == (("mask", NO_FIELD),)
+
+
+def test_columns_that_become_members_are_told(tmp_path: Path) -> None:
+    (sample,) = samples_of(tmp_path, npy=[b"1"], png=[IMAGE], txt=[b"a"])
+    assert dict(sample.unused) == {"npy": NO_FIELD, "png": "the image is taken from jpg"}
+    (sample,) = samples_of(tmp_path, png=pa.array([None], pa.binary()), width=[3])
     assert sample.unused == ()
+
+
+def test_dictionaries_are_of_the_usual_type(tmp_path: Path) -> None:
+    """A category goes before a text that is less preferred, and a number is no caption."""
+    (sample, *_) = samples_of(tmp_path, caption=words.dictionary_encode(), text=words)
+    why = "the caption is taken from caption; call the one that is meant caption"
+    assert (sample.caption, dict(sample.unused)) == ("a", {"text": why})
+    (sample, *_) = samples_of(tmp_path, caption=numbers, text=words, label=words, cls=numbers)
+    assert (sample.caption, sample.label) == ("a", 1)
+    assert dict(sample.unused) == {
+        "caption": "the caption is taken from text, by its type",
+        "label": "the label is taken from cls, by its type",
+    }
+    (sample, *_) = samples_of(tmp_path, label=words, cls=numbers.dictionary_encode())
+    assert (sample.label, json.loads(sample.metadata)) == (1, {"label": "a"})
 
 
 def test_fields_in_json(tmp_path: Path) -> None:
@@ -243,16 +266,6 @@ def test_names_in_any_case(tmp_path: Path) -> None:
     assert several.caption == "a\nb"
     (three,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"Label": "cat"}'))
     assert dict(three.unused) == {"Label": "'cat' is not a whole number"}
-
-
-def test_captions_under_other_extensions(tmp_path: Path) -> None:
-    """Those of kohya's scripts and others; .txt goes before them, and nothing is lost."""
-    members = [("1.jpg", IMAGE), ("1.caption", b"a"), ("2.jpg", IMAGE), ("2.text", b"b"),
-               ("2.txt", b"c")]  # fmt: skip
-    one, two = read_members(tmp_path, *members)
-    assert (one.caption, one.members) == ("a", (("caption", b"a"),))
-    assert (two.caption, two.members) == ("c", (("text", b"b"),))
-    assert [s.caption for s in scan(ref_of(tmp_path / "a.tar"))] == ["a", "c"]
 
 
 def test_a_bom_is_dropped_and_its_bytes_are_kept(tmp_path: Path) -> None:

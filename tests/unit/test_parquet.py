@@ -13,8 +13,9 @@ from uuid import UUID
 import pyarrow as pa
 import pytest
 
+from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read, scan
-from splatshard.schemas.errors import SourceError
+from splatshard.schemas.errors import SourceError, UsageError
 from tests.make import encode, image_parquet, jpeg, photo, write_parquet
 from tests.unit.reading import IMAGE, read_all, ref_of, statuses
 
@@ -215,13 +216,24 @@ def test_parquet_rows_without_image_or_with_one_key(tmp_path):
         "duplicate_key"
     ]
     assert "far/a.jpg" in str(samples[1].error)
+    assert "no image bytes in image; if" in str(samples[0].error)
+    assert "rename it to image: there are image (struct<bytes: " in str(samples[0].error)
+    assert str(samples[0].error).endswith("__key__ (int64)")
     assert [s.key for s in samples[:2]] == ["1", "2"]
 
 
 def test_parquet_without_image_column(tmp_path):
     path = write_parquet(tmp_path / "p.parquet", {"url": ["x"], "image": ["path.jpg"]})
-    with pytest.raises(SourceError, match=r"p\.parquet has no image column, only url, image"):
+    with pytest.raises(
+        SourceError, match=r"p\.parquet has no image column, only url .string., i"
+    ) as e:
         read_all(path)
+    assert "image (string); expected is one of type struct" in str(e.value)
+    assert "rename the one that is meant to image" in str(e.value)
+    (tmp_path / "notes.md").write_text("x")
+    for src in (path, tmp_path):
+        with pytest.raises(UsageError, match=r"p\.parquet has no image column, only url .string"):
+            list_shards(str(src))
 
 
 def test_damaged_parquet(tmp_path):

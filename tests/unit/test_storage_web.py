@@ -13,7 +13,7 @@ import pytest
 from splatshard.jobs.driver.dryrun import look
 from splatshard.pipeline.data import ImageDataset
 from splatshard.pipeline.source.listing import list_shards
-from splatshard.pipeline.source.parquet import has_images
+from splatshard.pipeline.source.parquet import why_no_images
 from splatshard.pipeline.source.read import count_samples, read, scan
 from splatshard.pipeline.storage import fs, retry
 from splatshard.schemas.errors import SourceError, UnavailableError
@@ -65,7 +65,7 @@ def test_parquet_is_copied_first(web: Any, tmp_path: Path) -> None:
     data = image_parquet(tmp_path / "a.parquet", 9, row_group_size=2).read_bytes()
     web.files = {"/a.parquet": data}
     url = f"{web.url}/a.parquet"
-    assert has_images(url)
+    assert why_no_images(url) == ""
     (ref,) = list_shards(url)
     keys, digest = whole(ref)
     assert len(keys) == 9
@@ -83,7 +83,7 @@ def test_parquet_without_images_is_told_when_it_is_read(web: Any, tmp_path: Path
     pq.write_table(pa.table({"url": ["x"] * 500}), tmp_path / "a.parquet")
     web.files = {"/a.parquet": (tmp_path / "a.parquet").read_bytes()}
     (ref,) = list_shards(f"{web.url}/a.parquet")
-    with pytest.raises(SourceError, match=r"a\.parquet has no image column, only url"):
+    with pytest.raises(SourceError, match=r"a\.parquet has no image column, only url .string"):
         whole(ref)
 
 
