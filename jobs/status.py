@@ -23,11 +23,15 @@ from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import answer, count, duration, print_json, size
 from splatshard.jobs.destination.figures import dataset_figures, left_out_line, left_out_of
 from splatshard.jobs.destination.manifest import psnr_quantiles
-from splatshard.jobs.destination.plan import Status, status
+from splatshard.jobs.destination.plan import PlannedShard, Status, status
 from splatshard.jobs.destination.plan_file import PROGRESS_FILE, RUN_FILE, read_plan, read_record
 from splatshard.jobs.driver.progress import file_every_s
+from splatshard.schemas.errors import CorruptShardError
 
 MAX_NAMED = 20
+OF_THE_PLAN = ("shards_missing", "shards_stale", "missing", "stale", "unplanned")
+"""What nobody knows without a plan, null in `--json`."""
+
 CORRUPT = "broken markers; repair redoes them, but those that no plan mentions: delete these"
 SILENT_S = 30.0
 """A job that has not written its progress for so long has probably died; or four times as long as
@@ -40,26 +44,38 @@ class StatusOptions(DatasetOptions):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code of `splatshard status argv`; 0 whatever the state is."""
+    """Exit code of `splatshard status argv`; 0 whatever the state is, 1 where that is not known."""
     return run(lambda: show(parse(StatusOptions, "status", argv)))
 
 
 def show(options: StatusOptions) -> int:
-    """Print the state of DST."""
+    """Print the state of DST. Raises CorruptShardError at the end, when all that the markers say is
+    printed, for a plan that cannot be read."""
     from splatshard.pipeline.shards.markers import read_markers
 
     dst = open_dataset(options)
-    state = status(read_plan(dst), read_markers(dst))
+    shards: dict[str, PlannedShard] = {}
+    damaged = None
+    try:
+        shards = read_plan(dst)
+    except CorruptShardError as e:
+        damaged = e
+    state = status(shards, read_markers(dst))
     figures = dataset_figures(state.done) | {"psnr_quantiles": psnr_quantiles(state.done)}
     progress = read_record(dst, PROGRESS_FILE)
     left_out = left_out_of(read_record(dst, RUN_FILE))
-    answer(table_of(dst, state, figures, sys.stderr if options.json else sys.stdout), options.json)
+    stream = sys.stderr if options.json else sys.stdout
+    answer(table_of(dst, state, figures, stream, planned=not damaged), options.json)
     if line := left_out_line(left_out):
         answer(line, options.json)
     if line := last_job(progress, datetime.now(UTC), max(SILENT_S, 4 * file_every_s(dst))):
         answer(line, options.json)
     if options.json:
-        print_json(as_dict(state, figures) | {"progress": progress or None, "left_out": left_out})
+        unknown = dict.fromkeys(OF_THE_PLAN) if damaged else {}
+        found = as_dict(state, figures) | unknown
+        print_json(found | {"progress": progress or None, "left_out": left_out})
+    if damaged:
+        raise CorruptShardError(f"{damaged}; until then nobody knows what is missing or stale")
     return EXIT_OK
 
 
@@ -109,9 +125,12 @@ def as_dict(state: Status, figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table_of(dst: str, state: Status, figures: dict[str, Any], stream: TextIO) -> str:
+def table_of(
+    dst: str, state: Status, figures: dict[str, Any], stream: TextIO, planned: bool = True
+) -> str:
     """Counts as a table, then the shards that need attention, as `stream` shows them: in colours
-    and as wide as the terminal, or plain with a line for each row."""
+    and as wide as the terminal, or plain with a line for each row. `planned`: whether there is a
+    plan that can be read."""
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
         console.width = 1000
@@ -130,10 +149,15 @@ def table_of(dst: str, state: Status, figures: dict[str, Any], stream: TextIO) -
         spread = ", ".join(f"{n[1:]} % below {value:.1f}" for n, value in quantiles.items())
         table.add_row("", "", f"PSNR in dB: {spread}")
     table.add_row("failed", f"{len(state.failed):,}", "the next convert retries them")
-    table.add_row("missing", f"{len(state.missing):,}", "the next convert makes them")
-    table.add_row("stale", f"{len(state.stale):,}", "redone by convert --overwrite-stale")
+    if planned:
+        table.add_row("missing", f"{len(state.missing):,}", "the next convert makes them")
+        table.add_row("stale", f"{len(state.stale):,}", "redone by convert --overwrite-stale")
+    else:
+        table.add_row(
+            "missing", "?", "nobody knows without a plan; nor which of those done are stale"
+        )
     table.add_row("corrupt", f"{len(state.corrupt):,}", CORRUPT)
-    if state.unplanned:
+    if planned and state.unplanned:
         table.add_row("unplanned", f"{len(state.unplanned):,}", "markers that no plan mentions")
     with console.capture() as captured:
         console.print(dst, markup=False, soft_wrap=True)

@@ -70,6 +70,25 @@ def test_it_is_the_same_with_and_without_the_manifest(
     assert status_of(dst, capsys) == (found, err)
 
 
+def test_without_a_plan_it_says_what_the_markers_say(
+    dst: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dst / "_plan.json").write_text('{"cut": ')
+    (dst / PROGRESS_FILE).write_text(json.dumps(PROGRESS))
+    assert status.main([str(dst), "--json"]) == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["shards_done"], found["shards_failed"], found["ok"]) == (2, 1, 6)
+    assert all(found[name] is None for name in status.OF_THE_PLAN)
+    for said in ("6 images ok, 2 skipped", "failed  c: ValueError: cut off", "512/1,288 shards"):
+        assert said in err
+    (row,) = [line for line in err.splitlines() if line.startswith("missing")]
+    assert row.split()[1] == "?"
+    last = err.splitlines()[-1]
+    assert last.startswith(f"splatshard: error: {dst}/_plan.json cannot be read (JSONDecodeError")
+    assert "delete it, the next convert writes it anew; until then nobody knows" in last
+
+
 def test_a_running_job_is_shown(dst: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (dst / PROGRESS_FILE).write_text(json.dumps(PROGRESS))
     found, err = status_of(dst, capsys)
