@@ -202,7 +202,7 @@ class OptimConfig:
     later: tuple[str, ...] = ()
     """Patterns of those that are trained, too, from step `later_from` on."""
     later_from: int | None = None
-    """None: once the warm-up is over."""
+    """Before the run ends; None: once the warm-up is over."""
 
     def __post_init__(self) -> None:
         both = (self.steps, self.epochs)
@@ -218,6 +218,7 @@ class OptimConfig:
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             _check(value >= 0, f"optim.{name}", value, "must not be negative")
+        _check((self.later_from or 0) >= 0, "optim.later_from", self.later_from, "from 0, or None")
         in_range = all(0 <= beta < 1 for beta in self.betas)
         _check(in_range, "optim.betas", self.betas, "choose 0 <= beta < 1")
         _check(self.eps > 0, "optim.eps", self.eps, "must be positive")

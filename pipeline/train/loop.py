@@ -177,16 +177,25 @@ def destination(config: TrainConfig) -> str:
 
 
 def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
-    """Steps of the whole run. Raises UsageError where it ends before its warm-up does."""
+    """Steps of the whole run. Raises UsageError where it ends before its warm-up does, or before
+    those of `optim.later` are trained."""
     steps = config.steps or (config.epochs or 0) * steps_per_epoch
+    length = f"optim.steps is {steps:,}"
+    if config.epochs:
+        length = f"the run's {config.epochs:,} epochs are {steps:,} ({steps_per_epoch:,} each)"
     if config.warmup_steps > steps:
-        length = f"optim.steps is {steps:,}"
-        if config.epochs:
-            length = f"the run's {config.epochs:,} epochs are {steps:,} ({steps_per_epoch:,} each)"
         raise UsageError(
             f"optim.warmup_steps is {config.warmup_steps:,}, but {length}, and optim.lr is never "
             f"reached: set optim.warmup_steps to at most that, such as {steps // 10:,}, or train "
             "for longer"
+        )
+    field = "warmup_steps" if config.later_from is None else "later_from"
+    begin: int = getattr(config, field)
+    if config.later and begin >= steps:
+        raise UsageError(
+            f"optim.{field} is {begin:,}, but {length}, and what optim.later names is never "
+            f"trained: set optim.later_from below that, such as {steps // 10:,}, train for longer, "
+            "or set optim.later to ()"
         )
     return steps
 
