@@ -4,8 +4,8 @@
     -> RANK and WORLD_SIZE, as torchrun sets them -> one process alone
 
 Asked again at every iteration, for a dataset is often made before the process group is. Slurm's and
-MPI's variables are not followed: a batch script has them without being one of many, and the tasks
-of a sweep each want all samples. There a warning says what to give.
+MPI's variables are not followed: a batch script has Slurm's without being one of many, and the
+tasks of a sweep each want all samples. There a warning says what to give.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from splatshard.schemas.errors import UsageError
 
 LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "SLURM_NTASKS": "SLURM_PROCID",  # of the whole job, where nothing is said of its step
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
     "PMI_SIZE": "PMI_RANK",
 }
@@ -97,12 +98,14 @@ def doubts(place: Place) -> str:
             "processes would read the same: begin after torch.distributed.init_process_group, or "
             "give rank and world_size"
         )
-    for several, which in LAUNCHERS.items():
-        if (count := os.environ.get(several, "")).isdecimal() and int(count) > 1:
-            return (
-                f"{several} is {count}, and this dataset is rank 0 of 1, so all of these processes "
-                "read the same: if they train together, begin after "
-                "torch.distributed.init_process_group, or give "
-                f'rank=int(os.environ["{which}"]) and world_size={count}'
-            )
-    return ""
+    told = (name for name, which in LAUNCHERS.items() if {name, which} <= os.environ.keys())
+    several = next(told, "")  # a step of one task in a larger job is alone
+    count = os.environ.get(several, "")
+    if not count.isdecimal() or int(count) < 2:
+        return ""
+    return (
+        f"{several} is {count}, and this dataset is rank 0 of 1, so all of these processes read "
+        "the same: if they train together, start them with torchrun, begin after "
+        "torch.distributed.init_process_group, or give "
+        f'rank=int(os.environ["{LAUNCHERS[several]}"]) and world_size={count}'
+    )

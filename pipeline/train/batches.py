@@ -258,8 +258,8 @@ def open_dataset(config: TrainConfig, world: World) -> Dataset:
     mixture = dict(zip(sources, data.weights, strict=True)) if data.weights else None
     ordering: Ordering = {
         "batch_size": data.batch_size // world.size,
-        "rank": world.rank,
-        "world_size": world.size,
+        "rank": world.rank if world.size > 1 else None,  # None: it says what speaks against that
+        "world_size": world.size if world.size > 1 else None,
         "seed": data.seed,
         "shuffle_shards": data.shuffle_shards,
         "lanes": data.lanes or world.size * max(1, data.workers),

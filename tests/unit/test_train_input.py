@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from splatshard.pipeline.train import loop
+from splatshard.pipeline.train.batches import open_dataset
 from splatshard.pipeline.train.checkpoint import latest
+from splatshard.pipeline.train.distributed import World
 from splatshard.pipeline.train.loop import train
 from splatshard.pipeline.train.step import Gradients
 from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
@@ -116,6 +118,18 @@ def test_the_teachers_column(shards: Path, tmp_path: Path) -> None:
             {"optim": OptimConfig(epochs=2)},
             r"warmup_steps is 500, but the run's 2 epochs are 10 \(5 each\)",
         ),
+        (
+            {"optim__later": ("head*",), "optim__later_from": 6},
+            "optim.later_from is 6, but optim.steps is 6, .* never trained: set .* below that",
+        ),
+        (
+            {"optim__later": ("head*",), "optim__warmup_steps": 6},
+            "optim.warmup_steps is 6, but optim.steps is 6, .* never trained: set optim.later_from",
+        ),
+        (
+            {"optim": OptimConfig(epochs=2, warmup_steps=1, later=("head*",), later_from=10)},
+            r"later_from is 10, but the run's 2 epochs are 10 \(5 each\)",
+        ),
         ({"dst": ""}, "dst is empty"),
         ({"device": "cuda:0"}, "device is 'cuda:0'"),
         ({"device": "tpu"}, "device is 'tpu'"),
@@ -131,6 +145,22 @@ def test_configurations_that_do_not_fit(
     with pytest.raises(UsageError, match=message):
         train(toy_config(shards, **{"dst": tmp_path, **fields}))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_tasks_that_train_apart_are_warned(
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`srun splatshard train`: each of them would train on all samples."""
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    dataset = open_dataset(toy_config(shards, tmp_path), World(0, 1, torch.device("cpu")))
+    assert "start them with torchrun" not in caplog.text
+    next(iter(dataset))
+    assert "SLURM_NTASKS is 4, and this dataset is rank 0 of 1" in caplog.text
+    assert "start them with torchrun" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_is_not_saved(shards: Path, tmp_path: Path) -> None:

@@ -141,3 +141,25 @@ def test_other_launchers_are_not_followed_but_said_once(
     monkeypatch.delenv(several)
     again = SplatDataset(dst, batch_size=4)
     assert (keys_of(again), keys_of(again)) == (first, second)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"SLURM_NTASKS": "4"},  # a shell of salloc
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun -n1
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "RANK": "1", "WORLD_SIZE": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    ],
+    ids=lambda values: "-".join(values),
+)
+def test_one_alone_is_not_warned(
+    dst: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    values: dict[str, str],
+) -> None:
+    say(monkeypatch, **values)
+    with caplog.at_level(logging.WARNING):
+        keys_of(SplatDataset(dst, batch_size=4, lanes=4))
+    assert caplog.messages == []
