@@ -344,8 +344,13 @@ def source_of(ref: ShardRef) -> dict[str, Any]:
     """The source's part of `inputs`."""
     source = {"size_bytes": ref.size_bytes, "etag": ref.etag, "limit": ref.limit}
     if ref.labels:
-        source["labels"] = hashlib.sha256(canonical_json(ref.labels).encode()).hexdigest()
+        source["labels"] = class_list(ref.labels)
     return source
+
+
+def class_list(classes: tuple[str, ...]) -> str:
+    """SHA-256 (hex) of the classes by which labels are numbered: what markers keep of them."""
+    return hashlib.sha256(canonical_json(classes).encode()).hexdigest()
 
 
 def fingerprint(shard_inputs: dict[str, Any]) -> str:

@@ -48,13 +48,14 @@ def commit(
     rows: list[dict[str, Any]],
     config: ConvertConfig | None = None,
     attempt: str = "",
+    classes: tuple[str, ...] = (),
 ) -> ShardManifest:
-    """Write and publish a shard of `rows`."""
+    """Write and publish a shard of `rows`, whose labels `classes` number, if any."""
     config = config or splat_config()
     with staged_file(dst, name) as path:
         with open_writer(path, config.pack.format, metadata_of(config)) as writer:
             writer.write(rows)
-        ref = make_ref(name)
+        ref = replace(make_ref(name), labels=classes)
         return publish(dst, path, ref, config, "ab" * 32, len(rows), attempt=attempt)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from splatshard.pipeline.data.batch import Position
-from splatshard.pipeline.data.catalog import S, Source, pools
+from splatshard.pipeline.data.catalog import S, Source, numbered_otherwise, pools
 from splatshard.pipeline.data.epoch_order import (
     EpochOrder,
     Piece,
@@ -144,6 +144,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             return [self.open_source(urls, conditions) for urls in groups]
 
         self.sources: list[Source[S]] = on_rank_zero(opened) if on_rank_zero else opened()
+        if len(lists := self.class_lists) > 1:
+            log.warning("%s", numbered_otherwise(lists))
         self.epoch_samples = epoch_samples
         self._check_sizes()
         self._settings = {
@@ -159,6 +161,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         # next iteration begins, whether workers have begun since that was set, and which was last.
         self._shared = torch.zeros(6, dtype=torch.int64).share_memory_()
         self._in_order = 0  # the worker beside which all loaders were found to be in order
+        self._out = 0  # batches that the newest iterator of this process gave out of its epoch
         self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
         self._progress: dict[str, Any] | None = None
         self._begin(Start(0, 0, lanes, batch_size))
@@ -190,6 +193,11 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """The keys in a shard, to say which one has a bad sample."""
 
     @property
+    def class_lists(self) -> dict[str, str]:
+        """Digests of the lists of class folders by which labels are numbered, each with a shard."""
+        return {k: url for source in self.sources for k, url in source.class_lists.items()}
+
+    @property
     def place(self) -> Place:
         """Which of all processes this one is, now. Raises UsageError where only half is known."""
         return place_of(*self._given, self._parent)
@@ -214,7 +222,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         know what the last ones read. Raises UsageError for what is no epoch.
         """
         _check_counts(epoch=(epoch, 0))
-        self._shared[4] = 0
+        self._shared[4] = self._out = 0
         if epoch != self.epoch:
             self._begin(Start(epoch, 0, self.lanes, self.batch_size))
 
@@ -254,6 +262,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         with closing(batches):
             for batch in batches:
                 taken += 1
+                self._out += 1
                 if in_worker:
                     self._progress = self._state(start, reader, taken)
                 else:
@@ -316,10 +325,16 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             self._progress = self._state(start, self._reader(), taken)
 
     def _note_workers(self, reader: Reader) -> None:
-        """Note for other processes that DataLoader workers read, and say it when they do so again
-        from where they began. The first of them speaks for all."""
+        """Note for other processes that DataLoader workers read, and say it when they, or this
+        process, do so again from where they began. The first of them speaks for all; one batch is
+        only a look."""
         if get_worker_info() is None:
-            self._shared[4] = 0
+            if self._out > 1 and self.shuffle:
+                log.warning(
+                    "epoch %d is read again, since its last iterator was left after %d batches: "
+                    "call set_epoch before each epoch", self.epoch, self._out,
+                )  # fmt: skip
+            self._shared[4] = self._out = 0
             return
         self._shared[5] = os.getpid()
         if reader.worker == 0:
@@ -345,6 +360,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def _begin(self, start: Start) -> None:
         self._shared[:5] = torch.tensor([*start, 0])
+        self._out = 0
         self._progress = None
 
     def _start(self) -> Start:

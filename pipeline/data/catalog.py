@@ -70,11 +70,13 @@ S = TypeVar("S", bound=AnyShard)
 class Source(Generic[S]):
     """Shards that are read as one pool. `counts` int64 [S] are the samples that are read of each;
     `kept` has those rows of a shard as packed bits, where a filter leaves some out. `content` has
-    a digest of all that the shards of each URL hold."""
+    a digest of all that the shards of each URL hold, `class_lists` one of each list of class
+    folders by which labels are numbered, with a shard of which that is so."""
 
     urls: tuple[str, ...]
     shards: list[S]
     content: str
+    class_lists: dict[str, str] = field(default_factory=dict)
     counts: NDArray[np.int64] = field(init=False)
     kept: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
 
@@ -115,10 +117,13 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]
         contents.append(dataset_content(done))
         manifests += [(folder, manifest) for manifest in done]
     layouts: dict[tuple[str, str], Layout] = {}
+    class_lists: dict[str, str] = {}
     texts: dict[int, str] = {}  # markers share their recipes, and there may be 100,000 of them
     shards = []
     for folder, manifest in manifests:
         data = f"{folder}/{manifest.data_file}"
+        if classes := manifest.inputs["source"].get("labels"):
+            class_lists.setdefault(classes, data)
         recipe = manifest.inputs["recipe"]
         text = texts.get(id(recipe)) or texts.setdefault(id(recipe), canonical_json(recipe))
         kind = (manifest.format, text)
@@ -136,7 +141,41 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]
                 layout=layouts[kind],
             )
         )
-    return Source(tuple(urls), shards, "+".join(contents))
+    check_once(shards)
+    return Source(tuple(urls), shards, "+".join(contents), class_lists)
+
+
+def check_once(shards: Sequence[Shard]) -> None:
+    """Raises UsageError for a file that is named twice, and logs which are copies of others: each
+    of their samples is there several times in an epoch."""
+    places = {folder: fs.place(folder) for folder in {s.url.rpartition("/")[0] for s in shards}}
+    files: dict[tuple[str, str], Shard] = {}
+    contents: dict[str, list[Shard]] = {}
+    for shard in shards:
+        folder, _, name = shard.url.rpartition("/")
+        other = files.setdefault((places[folder], name), shard)
+        if other is not shard:
+            raise UsageError(
+                f"{shard.url} is there twice (as {other.url}), so its samples would be, too: name "
+                "it once, or weigh sources as a mixture, {src: weight, ...}"
+            )
+        if shard.ok:
+            contents.setdefault(shard.sha256, []).append(shard)
+    if copies := [alike for alike in contents.values() if len(alike) > 1]:
+        first, second, *_ = copies[0]
+        log.warning(
+            "%d shards are copies of others, and an epoch has their samples as often: %s, %s, ...",
+            sum(len(alike) - 1 for alike in copies), first.url, second.url,
+        )  # fmt: skip
+
+
+def numbered_otherwise(lists: Mapping[str, str]) -> str:
+    """What to say of labels that are numbered by several lists of classes, the `class_lists`."""
+    return (
+        f"the labels of {' and '.join(lists.values())} are numbered by different class folders, so "
+        "that one number means several classes: convert them with the same --classes, or give "
+        "ImageDataset classes=[...]"
+    )
 
 
 def folder_and_files(url: str) -> tuple[str, str]:

@@ -49,7 +49,7 @@ from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
 from splatshard.pipeline.storage import fs
-from splatshard.schemas.config import DecodeConfig, source_of
+from splatshard.schemas.config import DecodeConfig, class_list, source_of
 from splatshard.schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
 from splatshard.schemas.shard import ShardRef, manifest_from_json
 from splatshard.schemas.splats import canonical_json
@@ -122,22 +122,14 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         self.replaced = 0
         self._wanted = tuple(classes)
         super().__init__(src, **ordering)
-        if len(lists := self._class_lists()) > 1:
-            log.warning(
-                "the sources of a mixture number their classes by %d lists, so that a label means "
-                "several classes: give all of them as classes=[...]", len(lists),
-            )  # fmt: skip
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class folders whose positions are the labels; none where folders give no labels, or
         the sources of a mixture have several lists."""
-        lists = self._class_lists()
-        return lists.pop() if len(lists) == 1 else ()
-
-    def _class_lists(self) -> set[tuple[str, ...]]:
         shards = (shard for source in self.sources for shard in source.shards)
-        return {shard.ref.labels for shard in shards if shard.ref.labels}
+        lists = {shard.ref.labels for shard in shards if shard.ref.labels}
+        return lists.pop() if len(lists) == 1 else ()
 
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[ImageShard]:
         for column, _, _ in conditions:
@@ -227,7 +219,8 @@ def open_images(
     for shard in shards:
         if not shard.samples:
             log.warning("%s has no sample that can be read: it is left out", shard.url)
-    source = Source(tuple(urls), shards, content.hexdigest())
+    lists = {class_list(shard.ref.labels): shard.url for shard in shards if shard.ref.labels}
+    source = Source(tuple(urls), shards, content.hexdigest(), lists)
     if conditions:
         keep(source, lambda shard: rows_left(shard, conditions))
     return source

@@ -6,7 +6,7 @@ task (no label, a label beyond the classes, no caption), before any figure is ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -61,6 +61,7 @@ def classify(trained: Trained, shards: Data) -> Found:
     """A classifier's own logits; of a GViT the mean PSNR of its Gaussians' pictures, too, dB."""
     classes, model = trained.config.num_classes, trained.model
     assert classes is not None, "the model is a classifier"
+    check_classes(shards, {trained.class_list} - {""}, trained.url)
     predicts = isinstance(model, GViT)
     samples = samples_of(trained, shards, logits_and_psnr(model) if predicts else model)
     check_labels(samples, classes, f"the model's {classes} classes")
@@ -80,6 +81,7 @@ def probe(trained: Trained, train: Data, shards: Data) -> Found:
         pixels = batch.floating().pixels
         return model.read(model.predictor(pixels), *pixels.shape[2:])
 
+    check_classes(shards, train.class_lists, train.src)
     known, samples = (samples_of(trained, each, tokens) for each in (train, shards))
     check_labels(known, None, "")
     classes = int(known.labels.max()) + 1
@@ -106,6 +108,17 @@ def logits_and_psnr(model: GViT) -> Any:
 def unit_images(model: SplatCLIP) -> Any:
     """A function from a batch to unit vectors [B, E]."""
     return lambda batch: F.normalize(model.encode_image(batch).float(), dim=1)
+
+
+def check_classes(shards: Data, known: Collection[str], url: str) -> None:
+    """Raises UsageError where class folders number the labels of `shards` and those of `url`,
+    `known`, otherwise."""
+    if known and shards.class_lists and shards.class_lists != set(known):
+        raise UsageError(
+            f"{shards.src}: its labels are numbered by other class folders than those of {url}, so "
+            "that the same number is another class: convert it with --classes and the DST of the "
+            "training shards, or give both the same folders"
+        )
 
 
 def check_labels(samples: Samples, classes: int | None, what: str) -> None:

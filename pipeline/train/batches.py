@@ -22,6 +22,7 @@ from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, Tra
 from splatshard.pipeline.data.augment_pixels import check_pixels
 from splatshard.pipeline.data.base import Ordering
 from splatshard.pipeline.data.batch import values_of
+from splatshard.pipeline.data.catalog import numbered_otherwise
 from splatshard.pipeline.data.random_numbers import sample_seeds
 from splatshard.pipeline.models.classifier import image_config, reads_images
 from splatshard.pipeline.models.clip import load_tokenizer, tokenize
@@ -300,16 +301,21 @@ def augmented_batch(
 
 def constants_of(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     """What all sources must have in common for their numbers to mean the same: the cutoff, and for
-    distillation the teacher; of images the classes. Raises UsageError where they differ, or there
-    is no teacher."""
+    distillation the teacher; of images the classes; where labels are trained on the digest of the
+    class folders that number them. Raises UsageError where they differ, or there is no teacher."""
+    numbered = {}
+    if config.stage in ("classify", "gvit"):
+        if len(lists := dataset.class_lists) > 1:
+            raise UsageError(numbered_otherwise(lists))
+        numbered = {"class_list": next(iter(lists), "")}
     if isinstance(dataset, ImageDataset):
-        return {"cutoff": None, "classes": list(dataset.classes)}
+        return {"cutoff": None, "classes": list(dataset.classes)} | numbered
     names = ("cutoff", TEACHER) if config.stage == "distill" else ("cutoff",)
     firsts = {s.url.rpartition("/")[0]: s for source in dataset.sources for s in source.shards}
     metadata = {s.url: shard_metadata_of(s.url, s.format) for s in firsts.values()}
     for name in names:
         refuse_differences(metadata, name, "folders")
-    return {name: next(iter(metadata.values())).get(name) for name in names}
+    return {name: next(iter(metadata.values())).get(name) for name in names} | numbered
 
 
 def probe(config: TrainConfig, device: torch.device) -> Step:

@@ -33,7 +33,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Trained:
     """A model in eval mode on `device`: the checkpoint's at `url`, after `step` steps, or one from
     elsewhere (None). `weights` is a SHA-256 of them; `cutoff` (None: of images), `num_gaussians`,
-    `precision` and the class folders of images, `classes`, are those of training."""
+    `precision`, the class folders of images, `classes`, and `class_list`, a digest of those that
+    number the labels, are those of training."""
 
     model: nn.Module
     config: ModelConfig
@@ -45,6 +46,7 @@ class Trained:
     num_gaussians: int | None = None
     precision: str = "fp32"
     classes: tuple[str, ...] = ()
+    class_list: str = ""
 
     def computing(self) -> AbstractContextManager[Any]:
         """On a GPU in the precision of training; on a CPU, where that is slow, in fp32."""
@@ -56,11 +58,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Data:
-    """Batches of samples from `src`; `content` is a digest of it."""
+    """Batches of samples from `src`; `content` is a digest of it, `class_lists` those of the class
+    folders that number its labels."""
 
     src: str
     content: str
     batches: Iterable[TrainBatch | ImageBatch]
+    class_lists: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
         num_gaussians=config.data.num_gaussians,
         precision=config.precision,
         classes=tuple(found.shards.get("classes", ())),
+        class_list=found.shards.get("class_list", ""),
     )
 
 
@@ -148,7 +153,7 @@ def open_images(trained: Trained, src: str, batch: int) -> Data:
     dataset = opened(())
     if trained.classes and dataset.classes not in ((), trained.classes):
         dataset = opened(trained.classes)
-    return Data(src, dataset.sources[0].content, dataset)
+    return Data(src, dataset.sources[0].content, dataset, frozenset(dataset.class_lists))
 
 
 def open_shards(trained: Trained, src: str, batch: int) -> Data:
@@ -174,7 +179,7 @@ def open_shards(trained: Trained, src: str, batch: int) -> Data:
             f"trained on shards with {trained.cutoff}, where the same numbers are other pictures: "
             f"convert it with --cutoff {trained.cutoff}"
         )
-    return Data(src, dataset.sources[0].content, dataset)
+    return Data(src, dataset.sources[0].content, dataset, frozenset(dataset.class_lists))
 
 
 @torch.no_grad()

@@ -178,3 +178,39 @@ def test_remote_files_and_globs(
     assert keys(f"memory://bucket/out/{data_files(dst)[5].name}") == of_shards(5)
     with pytest.raises(UsageError, match="no file of that name"):
         keys(f"memory://bucket/out/x{extension}")
+
+
+def test_a_file_that_is_there_twice_is_refused(tmp_path: Path, dst: Path) -> None:
+    (tmp_path / "link").symlink_to(dst)
+    first = data_files(dst)[0]
+    for src in (
+        [str(dst)] * 2,
+        f"{dst}::{first}",
+        [str(dst), f"{dst}/"],
+        f"{tmp_path}/link::{dst}",
+    ):
+        with pytest.raises(UsageError, match=rf"{first.name} is there twice .* weigh sources"):
+            keys(src)
+    SplatDataset({str(dst): 1.0, str(first): 1.0}, batch_size=3)  # which is how to want that
+
+
+def test_copies_are_told(tmp_path: Path, dst: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(dst, tmp_path / "copy")
+    make_dataset(str(tmp_path / "empty"), [0, 0])
+    keys([str(dst), str(tmp_path / "empty")])
+    assert caplog.text == ""
+    assert len(keys([str(dst), str(tmp_path / "copy")])) == 2 * len(keys(str(dst)))
+    assert "12 shards are copies of others, and an epoch has their samples as often" in caplog.text
+
+
+def test_labels_of_several_lists_of_classes_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, classes in (("a", ("ant", "cat")), ("b", ("ant", "cat")), ("c", ("cat",)), ("d", ())):
+        commit(str(tmp_path / name), name, rows_of(ord(name), 5), classes=classes)
+    SplatDataset([f"{tmp_path}/{name}" for name in "abd"], batch_size=2)
+    assert caplog.text == ""
+    SplatDataset([f"{tmp_path}/{name}" for name in "abcd"], batch_size=2)
+    assert f"the labels of {tmp_path}/a/a-" in caplog.text
+    assert f" and {tmp_path}/c/c-" in caplog.text
+    assert "are numbered by different class folders" in caplog.text

@@ -138,6 +138,27 @@ def test_an_iterator_given_up_does_not_move_the_dataset(dst: str) -> None:
     assert keys_of(dataset) == whole
 
 
+def test_an_epoch_that_begins_again_is_told(dst: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Batches that were given out come a second time, and those behind them never do."""
+    dataset = SplatDataset(dst, batch_size=4)
+    first = keys_of(islice(dataset, 3))
+    assert caplog.text == ""
+    assert keys_of(islice(dataset, 3)) == first
+    assert "epoch 0 is read again, since its last iterator was left after 3" in caplog.text
+    caplog.clear()
+    dataset.set_epoch(1)
+    next(iter(dataset))  # only a look
+    list(dataset)
+    dataset.set_epoch(1)
+    list(islice(dataset, 3))
+    dataset.set_epoch(1)  # meant so
+    list(islice(dataset, 3))
+    evaluated = SplatDataset(dst, batch_size=4, shuffle=False)
+    for _ in range(2):
+        list(islice(evaluated, 2))
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_after_the_last_step_nothing_of_the_epoch_is_left(dst: str, drop_last: bool) -> None:
     """Not for fewer ranks either, which could fill a step with what was dropped."""
