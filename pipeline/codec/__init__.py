@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatshard.pipeline.codec import q11
-from splatshard.pipeline.codec.planes import HEADER, split
+from splatshard.pipeline.codec.layout import HEADER
+from splatshard.pipeline.codec.planes import split
 from splatshard.schemas.errors import CorruptShardError
 from splatshard.schemas.splats import PLANAR, PLANES
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from splatshard.pipeline.codec.layout import (
     CELLS_PER_OCTAVE,
     DIRECT,
+    HEADER,
     MAX_LEVEL,
     MAX_WIDTH,
     OPPONENT,
@@ -29,7 +30,6 @@ from splatshard.pipeline.codec.layout import (
     slant_table,
     token_tables,
 )
-from splatshard.pipeline.codec.planes import HEADER
 from splatshard.pipeline.kernels.compiled import compiled
 from splatshard.schemas.errors import CorruptShardError
 
@@ -86,7 +86,7 @@ def _load64(typingctx, data, offset):
 
 
 @intrinsic
-def _octave(typingctx, value):
+def log2_floor(typingctx, value):
     """floor(log2(value)) of an int64 above 0."""
 
     def codegen(context, builder, signature, args):
@@ -176,7 +176,7 @@ def _decode_row(
         if (sizes[j] | ratio | shear) >= 2 * DIRECT:
             return ROW_SYMBOL
         step, k1, k2, k3 = base[t0] + DIRECT, base[t1], base[t2], base[t3]
-        octave = _octave(k1 * k1 + k2 * k2 + k3 * k3 | 1) >> 1
+        octave = log2_floor(k1 * k1 + k2 * k2 + k3 * k3 | 1) >> 1
         size = uint64(int64(sizes[j]) + octave)
         if (t0 | t1 | t2 | t3) >= 2 * DIRECT:
             w0, w1, w2, w3 = extra[t0], extra[t1], extra[t2], extra[t3]

@@ -16,6 +16,7 @@ Tables are kept, and made on the CPU: other streams would not wait for the kerne
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -33,6 +34,8 @@ CELLS_PER_GAUSSIAN = 16  # of the image's area, about
 
 DIRECT = 64  # codes from -64 to 63 are a token each; beyond, four tokens per octave and sign
 MAX_CODE = 2**21
+HEADER = struct.Struct("<fBb")
+"""Of the plane `bits`: step, level, cell_log."""
 OPPONENT = (
     (1 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3)),
     (1 / math.sqrt(2), 0.0, -1 / math.sqrt(2)),

@@ -1,6 +1,8 @@
-"""The two decoders of the codecs balanced and compact agree."""
+"""The two decoders of the codecs balanced and compact agree, and the two encoders."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splatshard.pipeline.codec import column, decode_rows, planes
+from splatshard.pipeline.codec.layout import MAX_CODE, MAX_LEVEL, class_of, tokens
 from splatshard.pipeline.codec.pack import unpack
 from splatshard.schemas.errors import CorruptShardError
 from splatshard.schemas.splats import PLANES
@@ -44,6 +47,45 @@ def test_the_kernel_is_its_twin(data: st.DataObject) -> None:
         assert_values_close(torch.from_numpy(out[i, start:end]), wanted, max(size))
         assert (out[i, :start] == -7).all()
         assert (out[i, end:] == -7).all()
+
+
+@given(
+    st.integers(0, 5),
+    st.sampled_from([0, 1, 2, 9, 701]),
+    SIZES,
+    st.floats(-9, 3),
+    st.integers(0, 9),
+)
+@settings(max_examples=40)
+def test_the_encoder_is_its_twin(
+    batch: int, n: int, size: tuple[int, int], log_step: float, seed: int
+) -> None:
+    """Byte for byte; also where many Gaussians share a cell, and with codes of many extra bits."""
+    splats = plausible(batch, n, *size, seed)
+    if seed % 2:
+        splats = replace(splats, means=splats.means.round(decimals=-1))
+    codes = grid(splats, 10**log_step, *size)
+    assert planes.encode(codes) == [planes.encode_image(codes, i) for i in range(batch)]
+
+
+def test_the_encoder_is_its_twin_at_the_ends_of_all_codes() -> None:
+    """Codes at every border between tokens, with Gaussians of every level's cells."""
+    codes = grid(plausible(3, 900, 31, 50), 0.01, 31, 50)
+    edges = [2**k + d for k in range(21) for d in (-1, 0, 1)] + [MAX_CODE - 1]
+    edges = torch.tensor([0, *edges, *(-e for e in edges)])
+    draw = torch.Generator().manual_seed(0)
+    colors = edges[torch.randint(len(edges), codes.colors.shape, generator=draw)]
+    codes = replace(codes, colors=colors)
+    for level in (0, 1, MAX_LEVEL):
+        levels = torch.full_like(codes.level, level)
+        last = (1 << levels[:, None]) - 1
+        coarse = (codes.x >> codes.width_x).clamp(max=last), (codes.y >> codes.width_y) & last
+        own = replace(
+            codes, level=levels, x=coarse[0] << codes.width_x, y=coarse[1] << codes.width_y
+        )
+        classes = class_of(tokens(colors)[0])
+        own = replace(own, size=own.size.clamp(-20, 20) + (classes << own.width))
+        assert planes.encode(own) == [planes.encode_image(own, i) for i in range(3)]
 
 
 @pytest.mark.parametrize("codec", ["fp16", "q11"])
