@@ -54,6 +54,7 @@ def repair(options: RepairOptions, started: float) -> int:
     """The whole job; returns the exit code."""
     from splatshard.pipeline.shards.commit import check_destination
     from splatshard.pipeline.shards.markers import DONE, FAILED, read_markers
+    from splatshard.pipeline.storage.fs import exists
 
     prepare(options)
     dst = require_dataset(options.dst)
@@ -69,9 +70,8 @@ def repair(options: RepairOptions, started: float) -> int:
         code = redo(dst, redoable, shards, options, started)
         state = status(read_plan(dst), read_markers(dst, trust_manifest=False))
         left = to_redo(dst, only(state, bad.keys()), options.quick)
-    failed = {shard.name for shard in state.failed}
     for name in left.keys() - shards.keys():
-        marker = f"{dst}/{name}{FAILED if name in failed else DONE}"
+        marker = f"{dst}/{name}{DONE if exists(f'{dst}/{name}{DONE}') else FAILED}"
         left[name] += (
             f" (no plan mentions it: delete {marker}, and convert its source again if it is wanted)"
         )

@@ -8,6 +8,7 @@ What is wrong with the members is for those who know what they mean.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import reprlib
@@ -48,8 +49,15 @@ def strict_json(text: str | bytes) -> object:
 
 
 def first_json(text: bytes) -> object:
-    """What `text` begins with, which may be JSON lines. Raises ValueError and RecursionError."""
-    return _DECODER.raw_decode(text.decode().lstrip())[0]
+    """What `text` begins with, in any way that others write JSON: lines, NaN, a BOM. Raises
+    ValueError and RecursionError."""
+    return json.JSONDecoder().raw_decode(text_in_utf(text).lstrip())[0]
+
+
+def text_in_utf(text: bytes) -> str:
+    """`text` without its BOM, which may be that of UTF-16. Raises ValueError."""
+    utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return text.decode("utf-16" if utf_16 else "utf-8-sig")
 
 
 def is_shallow(value: object, levels: int = LEVELS) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from sys import intern
 from typing import Any, Literal, TypeGuard, cast, get_args
 
-from splatshard.schemas.document import document, first_json, is_text
+from splatshard.schemas.document import document, first_json, is_text, text_in_utf
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError
 from splatshard.schemas.splats import EXTENSIONS, FORMAT_VERSION
 
@@ -163,12 +163,15 @@ def failed_from_json(text: str | bytes, name: str) -> FailedShard:
 
 
 def is_foreign(text: bytes) -> bool:
-    """Whether these are JSON of something else than a marker: another tool's index, say. Of one
-    that is damaged most fields are there, or it is no JSON."""
+    """Whether these are something else than a marker: another tool's index, say. Of one that is
+    damaged most fields are there, or it is no JSON, but begins as one, or is no text."""
     try:
         found = first_json(text)
-    except (ValueError, RecursionError):
+    except UnicodeError:
         return False
+    except (ValueError, RecursionError):
+        begin = text_in_utf(text).lstrip()[:1]
+        return begin not in ("", "\0", "{") and not any(name.encode() in text for name in _OWN)
     return not isinstance(found, dict) or len(_OWN & cast("dict[str, Any]", found).keys()) < 2
 
 

@@ -13,8 +13,9 @@ bytes (but for quarantined samples, whose rows have another size). A commit that
 as a second data file, and then the marker is read. What this cannot see is damage that keeps the
 size; `verify` and `repair` look for that, and read every marker.
 
-Other tools leave JSON beside shards, too (litdata's index.json, say). Such a file, of whose name
-there is no data file, is no marker: it is left alone, which the log says.
+Other tools leave JSON beside shards, too (litdata's index.json, say), and file managers copies of
+markers (`00000 (copy).json`). Such a file, of whose name there is no data file, is no marker: it is
+left alone, which the log says.
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ DATA_FILE = re.compile(r"(.+?)-[0-9a-f]{8}(?:-[0-9a-f]{8}[0-9]+)?\.(?:parquet|ta
 
 
 class ForeignFile(CorruptShardError):
-    """A JSON file where a marker would be, and is none."""
+    """A JSON file where a marker would be, and is none; `original` is the shard whose marker it
+    holds, if it does."""
+
+    def __init__(self, message: str, original: str = "") -> None:
+        super().__init__(message)
+        self.original = original
 
 
 _said: set[tuple[str, ...]] = set()
@@ -104,17 +110,17 @@ def markers_and_others(
         del listing
         wanted = {name: file for name, file in (failed | done).items() if name not in known}
         found = known | dict(_read_all(dst, wanted))
-        foreign = [name for name, marker in found.items() if isinstance(marker, ForeignFile)]
-        if foreign:
-            here = data_files_by_shard(fs.list_folder(dst))
-            foreign = sorted(name for name in foreign if name not in here)
-    for name in foreign:
-        del found[name]
-    files = [name + DONE for name in foreign]
+        foreign = {name: m for name, m in found.items() if isinstance(m, ForeignFile)}
+        here = data_files_by_shard(fs.list_folder(dst)) if foreign else ()
+    files = list[str]()
+    for name, marker in sorted(foreign.items()):
+        if name not in here and (not marker.original or marker.original in found):
+            files.append(wanted[name])
+            del found[name]
     if files and (dst, *files) not in _said:
         _said.add((dst, *files))
         log.warning(
-            "%s: JSON that is not splatshard's is left alone: %s%s",
+            "%s: JSON that is no marker of a shard is left alone: %s%s",
             dst, ", ".join(files[:3]), ", ..." if len(files) > 3 else "",
         )  # fmt: skip
     return {name: found[name] for name in sorted(found)}, files
@@ -216,7 +222,8 @@ def _marker_or_none(dst: str, file: str) -> Marker | None:
         try:
             return read_marker(dst, file)
         except (CorruptShardError, FormatVersionError) as e:
-            if not file.endswith(FAILED) and is_foreign(fs.read_bytes(f"{dst}/{file}")):
+            known = file.endswith(FAILED) or isinstance(e, ForeignFile)
+            if not known and is_foreign(fs.read_bytes(f"{dst}/{file}")):
                 return ForeignFile(str(e))
             if isinstance(e, FormatVersionError):
                 raise
@@ -235,7 +242,8 @@ def read_marker(dst: str, file: str) -> ShardManifest | FailedShard:
     )
     marker = parse(fs.read_bytes(url), url)
     if marker.name != file.removesuffix(suffix):
-        raise CorruptShardError(
-            f"marker {url} is that of shard {marker.name!r}; delete it and run convert again"
+        raise ForeignFile(
+            f"marker {url} is that of shard {marker.name!r}; delete it and run convert again",
+            marker.name,
         )
     return marker

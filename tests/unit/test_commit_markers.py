@@ -50,12 +50,13 @@ def test_broken_markers_come_back_as_values(tmp_path: Path) -> None:
     manifest = commit_shard(tmp_path)
     (tmp_path / "a.json").write_bytes(b"\xff{")
     (tmp_path / "b.failed.json").write_text("{}")
-    (tmp_path / "c.json").write_text(to_json(manifest))  # of another shard
+    moved = dataclasses.replace(manifest, name="d")
+    (tmp_path / "c.json").write_text(to_json(moved))  # of another shard, whose own is gone
     (tmp_path / "_run.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("")
     markers = read_markers(str(tmp_path))
     assert list(markers) == ["00000000", "a", "b", "c"]
-    for name, message in (("a", "not JSON"), ("b", "missing fields"), ("c", "of shard '00000000'")):
+    for name, message in (("a", "not JSON"), ("b", "missing fields"), ("c", "of shard 'd'")):
         assert isinstance(markers[name], CorruptShardError)
         assert message in str(markers[name])
         assert f"{tmp_path}/{name}." in str(markers[name])

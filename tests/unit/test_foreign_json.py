@@ -26,6 +26,10 @@ FOREIGN = {
     "lines": '{"file_name": "a.jpg"}\n{"file_name": "b.jpg"}\n',
     "empty": "{}",
     "null": " null",
+    "nan": '{"loss": NaN}',
+    "bom": '\ufeff{"a": 1}',
+    "comment": "// settings\n{}",
+    "words": "see README",
 }
 
 
@@ -52,13 +56,27 @@ def test_json_of_others_is_left_alone_and_said(
         assert read_markers(str(dst)) == read_markers(str(dst), trust_manifest=False) == before
         assert len(list(SplatDataset(str(dst), batch_size=4))) == 3
     assert [m for m in caplog.messages if "index.json" in m] == [
-        f"{dst}: JSON that is not splatshard's is left alone: index.json"
+        f"{dst}: JSON that is no marker of a shard is left alone: index.json"
     ]
     for job in (status, verify, repair):
         assert job.main([str(dst), "--json"]) == 0
         out, _ = capsys.readouterr()
         assert "index" not in out
     assert (dst / "index.json").read_text() == text
+
+
+def test_copies_of_markers_are_left_alone(dst: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As file managers make them; but not where the marker that was copied is gone."""
+    before = read_markers(str(dst))
+    copy = dst / "00000 (copy).json"
+    copy.write_bytes((dst / "00000.json").read_bytes())
+    with caplog.at_level(logging.WARNING):
+        assert read_markers(str(dst)) == read_markers(str(dst), trust_manifest=False) == before
+        assert len(list(SplatDataset(str(dst), batch_size=4))) == 3
+    assert f"left alone: {copy.name}" in caplog.text
+    (dst / "00000.json").unlink()
+    with pytest.raises(CorruptShardError, match=r"is that of shard '00000'"):
+        SplatDataset(str(dst), batch_size=4)
 
 
 def test_a_damaged_marker_is_still_told(dst: Path) -> None:
@@ -96,16 +114,17 @@ def test_convert_does_not_replace_it(
     assert (dst / "index.json").read_text() == FOREIGN["wids"]
 
 
+@pytest.mark.parametrize("file", ["old.json", "old.failed.json"])
 def test_a_damaged_marker_that_no_plan_mentions_has_a_remedy(
-    dst: Path, capsys: pytest.CaptureFixture[str]
+    dst: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What repair says to do helps; it said to run convert, which does nothing."""
-    (dst / "old.json").write_text("{")
+    (dst / file).write_text("{")
     assert repair.main([str(dst), "--json"]) == 3
     out, _ = capsys.readouterr()
     why = json.loads(out)["still_bad"]["old"]
-    assert f"delete {dst}/old.json, and convert its source again if it is wanted" in why
+    assert f"delete {dst}/{file}, and convert its source again if it is wanted" in why
     assert status.main([str(dst)]) == 0
     assert "those that no plan mentions: delete these" in capsys.readouterr().out
-    (dst / "old.json").unlink()
+    (dst / file).unlink()
     assert repair.main([str(dst)]) == 0
