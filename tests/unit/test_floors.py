@@ -45,7 +45,7 @@ ONLY_IN = {
     "fsspec": ("pipeline/storage/fs.py", "pipeline/shards/commit.py"),
     "s3fs": ("pipeline/storage/fs.py", "pipeline/shards/commit.py"),
     "triton": ("pipeline/kernels/triton",),
-    "numba": ("pipeline/kernels/", "pipeline/codec/kernel.py"),
+    "numba": ("pipeline/kernels/", "pipeline/codec/kernel.py", "pipeline/codec/pack_kernel.py"),
     "transformers": ("pipeline/models/", "jobs/recipes/"),
     "gsplat": ("pipeline/kernels/gsplat_alpha.py", "pipeline/ply.py"),
 }
