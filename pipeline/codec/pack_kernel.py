@@ -22,7 +22,8 @@ DIGIT = 10  # bits of a place that one pass of the sort looks at; a place has at
 
 @lru_cache(maxsize=1)
 def places() -> NDArray[np.int32]:
-    """Place on the curve of cell y 2^level + x, the levels one after another."""
+    """Place on the curve of cell y 2^level + x, the levels one after another: int32 [4^0 + 4^1 +
+    ...]."""
     tables = [hilbert_tables(level)[0].numpy().ravel() for level in range(MAX_LEVEL + 1)]
     return np.concatenate(tables).astype(np.int32)
 
