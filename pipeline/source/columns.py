@@ -26,7 +26,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from splatshard.pipeline.source.sample import NAMES, NO_FIELD, TAKES, not_taken, spelled
+from splatshard.pipeline.source.sample import (
+    ALIKE,
+    NAMES,
+    NO_FIELD,
+    TAKES,
+    may_be,
+    not_taken,
+    spelled,
+)
 from splatshard.pipeline.source.values import gives_back, is_null
 from splatshard.schemas.errors import SourceError
 
@@ -117,7 +125,7 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     if twice:
         raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
     key = next(iter(spelled(("__key__", "key"), schema.names)), None)
-    notes = dict(_others(schema, images))
+    notes = dict(_may_be_meant(schema, images)) | dict(_others(schema, images))
     if key and key != "__key__" and _repeats(file, key):
         notes[key] = "its values repeat, so rows are numbered"
         key = None
@@ -156,11 +164,36 @@ def _others(schema: pa.Schema, images: tuple[str, ...]) -> Iterator[tuple[str, s
             )
 
 
+def _may_be_meant(schema: pa.Schema, images: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Columns, and fields of them, that may be a field which the file seems to lack."""
+    for field in ALIKE:
+        if "json" in schema.names or _named(field, schema, images[0]):
+            continue
+        for path, kind in (found for f in schema for found in _within(f.name, f.type)):
+            name = path.rpartition(".")[2]
+            named = name.lower() in FIELDS[field] or may_be(field, name)
+            if named and path not in images and _is_usual(field, kind):
+                yield path, f"it may be the {field}, which is a column called {field}"
+
+
+def _within(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+    """A column and the fields within it, by path, with their types; of lists what they hold."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    yield path, kind
+    if pa.types.is_struct(kind):
+        for i in range(kind.num_fields):
+            yield from _within(f"{path}.{kind.field(i).name}", kind.field(i).type)
+
+
 def _repeats(file: pq.ParquetFile, name: str) -> bool:
     column = file.read([name], use_threads=False).column(0)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not any(test(column.type) for test in (_is_text, is_binary, pa.types.is_integer)):
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.cast(column.type.storage_type)
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    if not any(test(column.type) for test in (_is_text, is_binary, *numbers)):
         return False  # no value of it is a key
     distinct = len(column.drop_null().unique())
     return distinct < len(column) - column.null_count
@@ -175,9 +208,12 @@ def _named(field: str, schema: pa.Schema, image: str) -> list[str]:
 
 def _certain(field: str, names: list[str], schema: pa.Schema) -> list[str]:
     """Those of the usual type."""
+    return [name for name in names if _is_usual(field, schema.field(name).type)]
+
+
+def _is_usual(field: str, kind: pa.DataType) -> bool:
     usual = pa.types.is_integer if field == "label" else _is_text
-    types = {name: schema.field(name).type for name in names}
-    return [n for n, t in types.items() if usual(t.value_type if pa.types.is_dictionary(t) else t)]
+    return usual(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
 def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:

@@ -14,9 +14,11 @@ that its field could not give back exactly. What is not used is told, and costs 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from splatshard.pipeline.source.formats import EXTENSIONS, NAMED_EXTENSIONS
@@ -169,6 +171,12 @@ NO_FIELD = "no field takes it, so it stays a member"
 NAMES = {"uid": ("uid",), "caption": ("caption", "text", "captions"), "label": ("label", "cls")}
 """Under which names a sample's JSON has its fields, as DataComp and timm write it; in any case."""
 
+ALIKE = {
+    "caption": ("caption", "text", "prompt", "title", "description", "sentence"),
+    "label": ("label", "class", "target", "category"),
+}
+"""Last words of other names that may mean a field, as in `edit_prompts` or `classId`."""
+
 TAKES = {
     "key": (key_of, "a text or a whole number"),
     "uid": (uid_of, "a text or a number"),
@@ -185,8 +193,9 @@ def json_fields(values: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     given = {name.lower(): value for name, value in values.items()} | values
     for field, names in NAMES.items():
-        taken = (TAKES[field][0](given.get(name)) for name in names)
-        found[field] = next((value for value in taken if value is not None), None)
+        taken = [TAKES[field][0](given.get(name)) for name in names]
+        known = [value for value in taken if value is not None]
+        found[field] = next((value for value in known if value != ""), known[0] if known else None)
     return found
 
 
@@ -197,16 +206,43 @@ def spelled(names: Iterable[str], given: Iterable[str]) -> list[str]:
 
 
 def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Values of a sample's JSON that have a field's name, while `fields` lacks that."""
-    if not isinstance(values, dict):
-        return ()
-    return tuple(
-        (name, not_taken(field, values[name]))
-        for field, names in NAMES.items()
-        if fields.get(field) is None
-        for name in spelled(names, values)
-        if not is_null(values[name])
-    )
+    """Values of a sample's JSON that have a field's name, while `fields` lacks that; and those that
+    may be it by another name, or further within."""
+    found: dict[str, str] = {}
+    top = values if isinstance(values, dict) else {}
+    for field in (field for field in NAMES if fields.get(field) is None):
+        own = spelled(NAMES[field], top)
+        found |= {n: not_taken(field, top[n]) for n in own if not is_null(top[n])}
+        for path, name, value in inner(values) if field in ALIKE else ():
+            if path not in own and may_be(field, name) and _may_take(field, value):
+                found.setdefault(path, f"it may be the {field}, which is {field} at the JSON's top")
+    return tuple(found.items())
+
+
+def inner(values: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Path, name and value of all in a JSON document, of lists the first, to a depth of four."""
+    if isinstance(values, list):
+        values = values[0] if values else None
+    if isinstance(values, dict) and path.count(".") < 3:
+        for name, value in values.items():
+            below = f"{path}.{name}" if path else name
+            yield below, name, value
+            yield from inner(value, below)
+
+
+@lru_cache(maxsize=1 << 12)
+def may_be(field: str, name: str) -> bool:
+    """Whether a name may mean the field `caption` or `label`."""
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
+    while words and words[-1] in ("id", "ids", "idx", "index", "en", "raw"):
+        words.pop()
+    return any(words[-1:] in ([word], [f"{word}s"], [f"{word}es"]) for word in ALIKE[field])
+
+
+def _may_take(field: str, value: Any) -> bool:
+    """Whether a value, or the first of several, would do for a field."""
+    first = value[:1] if isinstance(value, list) else value
+    return TAKES[field][0](first) not in (None, "")
 
 
 def not_taken(field: str, value: Any) -> str:

@@ -1,7 +1,9 @@
 """What a value says where a sample's uid, caption or label is looked for: in JSON, in Parquet.
 
 By value, since the same thing is written in many types: a label is 1, 1.0 (pandas, for a column
-with a gap), true, "1" or [1]; a caption is a text, bytes in UTF-8 or a list of texts.
+with a gap), true, "1" or [1]; a caption is a text, bytes in UTF-8 or a list of texts; a key is a
+text, 1, 1.0 or a UUID. Zero bytes at a text's end are none of it: arrays of NumPy's S10 and columns
+of fixed size are filled up with them.
 """
 
 from __future__ import annotations
@@ -20,20 +22,23 @@ LABELS = 1 << 63
 def text_of(data: bytes, errors: str = "replace") -> str:
     """Bytes as text without its BOM: UTF-8, or UTF-16 where a BOM says so."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors)
-    return data.decode("utf-8", errors).removeprefix("\ufeff")
+        return data.decode("utf-16", errors).rstrip("\0")
+    return data.decode("utf-8", errors).removeprefix("\ufeff").rstrip("\0")
 
 
 def caption_of(value: Any) -> str | None:
-    """A text without its BOM; of several texts a line each. None for what is no text."""
-    if isinstance(value, list | tuple):
+    """A text without its BOM; of several texts a line each. None for what is no text, such as the
+    pairs of a map."""
+    if isinstance(value, list):
         texts = [caption_of(each) for each in value if each is not None]
         if not texts or None in texts:
             return None
         return "\n".join(" ".join(text.splitlines()) for text in texts if text is not None)
     if isinstance(value, bytes):
         value = text_of(value)
-    return storable(value).removeprefix("\ufeff") if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return storable(value).removeprefix("\ufeff").rstrip("\0")
 
 
 def label_of(value: Any) -> int | None:
@@ -51,29 +56,30 @@ def label_of(value: Any) -> int | None:
 
 
 def key_of(value: Any) -> str | None:
-    """A text or a whole number."""
+    """A text, a whole number or a UUID; bytes where they can be read."""
     if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return None
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        return storable(str(value))
-    return None
+        text = value.decode(errors="replace").rstrip("\0")
+        return text if text.isprintable() and "\ufffd" not in text else None
+    if isinstance(value, float | Decimal) and label_of(value) is not None:
+        return str(int(value))
+    if isinstance(value, str):
+        return storable(value).rstrip("\0")
+    return str(value) if isinstance(value, int | UUID) and not isinstance(value, bool) else None
 
 
 def uid_of(value: Any) -> str | None:
     """A text, or a number or bytes as one; None for null and what is several things."""
+    found = key_of(value)
+    if is_null(value):
+        return None
     if isinstance(value, bytes):
-        return key_of(value) or value.hex()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value) if isinstance(value, float | Decimal | UUID) else key_of(value)
+        return found or value.hex()
+    return str(value) if found is None and isinstance(value, float | Decimal) else found
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value says that there is none, as None and NaN do."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    """Whether a value says that there is none, as None, NaN and an empty list do."""
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 def gives_back(found: str | int, value: Any) -> bool:

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from splatshard.pipeline.source.read import RawSample, scan
-from splatshard.pipeline.source.sample import NO_FIELD
 from splatshard.pipeline.source.values import caption_of, key_of, label_of, uid_of
 from tests.make import write_parquet
 from tests.unit.reading import IMAGE, read_all, read_members, ref_of, statuses
@@ -43,6 +42,8 @@ def samples_of(tmp_path: Path, **columns: Any) -> list[RawSample]:
         ("\ud800", r"\ud800"),
         ([], None),
         ([["a"], ["b"]], "a\nb"),
+        ([("en", "a"), ("de", "b")], None),  # of a map
+        (b"a boat\0\0", "a boat"),
         (["a", 1], None),
         (1, None),
         ({"en": "a"}, None),
@@ -57,7 +58,7 @@ def test_captions(value: Any, caption: str | None) -> None:
     ("value", "label"),
     [
         *((7, 7), (-1, -1), (7.0, 7), (True, 1), (False, 0), (Decimal("7.00"), 7), ("7", 7)),
-        *((" +07\n", 7), ("7.0", 7), (b"7", 7), ([7], 7), ((1 << 63) - 1, (1 << 63) - 1)),
+        *((" +07\n", 7), ("7.0", 7), (b"7\0", 7), ([7], 7), ((1 << 63) - 1, (1 << 63) - 1)),
         *((1 << 63, None), (-(1 << 63), None), (7.5, None), (float("nan"), None), (1e300, None)),
         *((float("inf"), None), (Decimal("1e99999999"), None), (Decimal("nan"), None)),
         *(("cat", None), ("", None), ("9" * 19, None), ([1, 2], None), ([], None), (None, None)),
@@ -72,9 +73,11 @@ def test_labels(value: Any, label: int | None) -> None:
 @pytest.mark.parametrize(
     ("value", "uid", "key"),
     [
-        *(("a", "a", "a"), (7, "7", "7"), (b"a", "a", "a"), (7.0, "7", None), (7.5, "7.5", None)),
-        *((b"\xff\0", "ff00", None), (UUID(int=1), str(UUID(int=1)), None), (True, None, None)),
+        *(("a", "a", "a"), (7, "7", "7"), (b"a", "a", "a"), (7.0, "7", "7"), (7.5, "7.5", None)),
+        *((b"\xff\0", "ff00", None), (UUID(int=1), *[str(UUID(int=1))] * 2), (True, None, None)),
         *((None, None, None), (["a"], None, None), ("\ud800", r"\ud800", r"\ud800")),
+        *((b"a\0\0", "a", "a"), (b"\1\2", "0102", None), (1 << 70, *[str(1 << 70)] * 2)),
+        *((Decimal("7.00"), "7", "7"), (Decimal("7.5"), "7.5", None), (float("nan"), None, None)),
     ],
 )
 def test_uids_and_keys(value: Any, uid: str | None, key: str | None) -> None:
@@ -164,6 +167,21 @@ def test_a_key_that_repeats_is_none(tmp_path: Path) -> None:
     assert statuses(samples_of(tmp_path, __key__=["C", "C"])) == [None, "duplicate_key"]
 
 
+def test_keys_of_any_type(tmp_path: Path) -> None:
+    ids = [UUID(int=i) for i in (5, 6)]
+    for key, expected in (
+        (pa.array([1.0, 2.0]), ["1", "2"]),
+        (pa.array([Decimal(1), Decimal(2)]), ["1", "2"]),
+        (pa.array([b"a\0\0", b"bcd"], pa.binary(3)), ["a", "bcd"]),
+        (pa.array([i.bytes for i in ids], pa.uuid()), [str(i) for i in ids]),
+    ):
+        samples = samples_of(tmp_path, key=key)
+        assert [s.key for s in samples] == expected
+        assert all(s.unused == () for s in samples)
+        numbered = [s.key for s in samples_of(tmp_path, key=pa.concat_arrays([key, key[:1]]))]
+        assert numbered == [f"p-{i:08d}" for i in range(3)]
+
+
 def test_a_key_of_another_type_stays(tmp_path: Path) -> None:
     (one, two) = samples_of(tmp_path, key=pa.array([[1], [1]]))
     assert (one.key, two.key) == ("p-00000000", "p-00000001")
@@ -172,52 +190,6 @@ def test_a_key_of_another_type_stays(tmp_path: Path) -> None:
     (one, two) = samples_of(tmp_path, key=pa.array([b"a", b"\xff"]))
     assert (one.key, two.key) == ("a", "p-00000001")
     assert (one.members, two.members) == ((), (("key", b"\xff"),))
-
-
-# Told once, see Progress
-
-
-def test_what_is_not_used_is_named(tmp_path: Path) -> None:
-    named = {"label": ["cat"], "caption": [{"en": "a"}], "uid": [[1]]}
-    (sample,) = samples_of(tmp_path, **named)
-    assert dict(sample.unused) == {
-        "label": "'cat' is not a whole number",
-        "caption": "{'en': 'a'} is not a text or a list of texts",
-        "uid": "[1] is not a text or a number",
-    }
-    (sample,) = samples_of(tmp_path, label=pa.array([None], pa.float64()), caption=["a"])
-    assert sample.unused == ()
-
-
-def test_several_that_would_do_are_named(tmp_path: Path) -> None:
-    numbers = {"Label": [3], "cls": [4]}
-    (sample,) = samples_of(tmp_path, caption=["a"], text=["b"], TEXT=["c"], **numbers)
-    assert (sample.caption, sample.label) == ("a", 3)
-    caption = "the caption is taken from caption; call the one that is meant caption"
-    label = "the label is taken from Label; call the one that is meant label"
-    assert dict(sample.unused) == {"text": caption, "TEXT": caption, "cls": label}
-
-
-def test_several_images_are_named(tmp_path: Path) -> None:
-    image, sound = pa.array([{"bytes": IMAGE}]), pa.array([{"bytes": b"RIFF"}])
-    table = pa.table({"sound": sound, "mask": image, "photo": image})
-    path = tmp_path / "p.parquet"
-    (sample,) = read_all(write_parquet(path, table))
-    why = "the image is taken from sound; call the one that is meant image"
-    assert (sample.image, dict(sample.unused)) == (b"RIFF", {"mask": why, "photo": why})
-    features = {"sound": {"_type": "Audio"}, "photo": {"_type": "Image"}}
-    (sample,) = read_all(write_parquet(path, table, features))
-    assert (sample.image, dict(sample.unused)) == (IMAGE, {"sound": NO_FIELD, "mask": NO_FIELD})
-    assert dict(sample.members) == {"sound": b"RIFF", "mask": IMAGE}
-    (sample,) = samples_of(tmp_path, mask=image)  # jpg is named
-    assert sample.unused == (("mask", NO_FIELD),)
-
-
-def test_columns_that_become_members_are_told(tmp_path: Path) -> None:
-    (sample,) = samples_of(tmp_path, npy=[b"1"], png=[IMAGE], txt=[b"a"])
-    assert dict(sample.unused) == {"npy": NO_FIELD, "png": "the image is taken from jpg"}
-    (sample,) = samples_of(tmp_path, png=pa.array([None], pa.binary()), width=[3])
-    assert sample.unused == ()
 
 
 def test_dictionaries_are_of_the_usual_type(tmp_path: Path) -> None:
@@ -341,3 +313,13 @@ def test_an_image_path_that_is_not_utf8(tmp_path: Path) -> None:
     assert sample.image == IMAGE
     assert json.loads(sample.metadata)["image"] == {"path": r"caf\xe9.jpg"}
     assert sample.image_name == r"caf\xe9.jpg"
+
+
+def test_an_empty_caption_gives_way(tmp_path: Path) -> None:
+    for document, caption in (
+        ({"caption": "", "text": "better"}, "better"),
+        ({"caption": "", "text": None}, ""),
+    ):
+        text = json.dumps(document).encode()
+        (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), ("a.json", text))
+        assert sample.caption == caption

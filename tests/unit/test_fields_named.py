@@ -1,0 +1,117 @@
+"""What is told of columns, and of values of a JSON, that are not used though they have a field's
+name, or one that may mean it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from splatshard.pipeline.source.read import RawSample
+from splatshard.pipeline.source.sample import NO_FIELD
+from tests.make import write_parquet
+from tests.unit.reading import IMAGE, read_all, read_members
+
+
+def samples_of(tmp_path: Path, **columns: Any) -> list[RawSample]:
+    """Rows of these columns beside an image."""
+    length = len(next(iter(columns.values())))
+    table = pa.table({"jpg": [IMAGE] * length} | columns)
+    return read_all(write_parquet(tmp_path / "p.parquet", table))
+
+
+def test_what_is_not_used_is_named(tmp_path: Path) -> None:
+    named = {"label": ["cat"], "caption": [{"en": "a"}], "uid": [[1]]}
+    (sample,) = samples_of(tmp_path, **named)
+    assert dict(sample.unused) == {
+        "label": "'cat' is not a whole number",
+        "caption": "{'en': 'a'} is not a text or a list of texts",
+        "uid": "[1] is not a text or a number",
+    }
+    (sample,) = samples_of(tmp_path, label=pa.array([None], pa.float64()), caption=["a"])
+    assert sample.unused == ()
+
+
+def test_several_that_would_do_are_named(tmp_path: Path) -> None:
+    numbers = {"Label": [3], "cls": [4]}
+    (sample,) = samples_of(tmp_path, caption=["a"], text=["b"], TEXT=["c"], **numbers)
+    assert (sample.caption, sample.label) == ("a", 3)
+    caption = "the caption is taken from caption; call the one that is meant caption"
+    label = "the label is taken from Label; call the one that is meant label"
+    assert dict(sample.unused) == {"text": caption, "TEXT": caption, "cls": label}
+
+
+def test_several_images_are_named(tmp_path: Path) -> None:
+    image, sound = pa.array([{"bytes": IMAGE}]), pa.array([{"bytes": b"RIFF"}])
+    table = pa.table({"sound": sound, "mask": image, "photo": image})
+    path = tmp_path / "p.parquet"
+    (sample,) = read_all(write_parquet(path, table))
+    why = "the image is taken from sound; call the one that is meant image"
+    assert (sample.image, dict(sample.unused)) == (b"RIFF", {"mask": why, "photo": why})
+    features = {"sound": {"_type": "Audio"}, "photo": {"_type": "Image"}}
+    (sample,) = read_all(write_parquet(path, table, features))
+    assert (sample.image, dict(sample.unused)) == (IMAGE, {"sound": NO_FIELD, "mask": NO_FIELD})
+    assert dict(sample.members) == {"sound": b"RIFF", "mask": IMAGE}
+    (sample,) = samples_of(tmp_path, mask=image)  # jpg is named
+    assert sample.unused == (("mask", NO_FIELD),)
+
+
+def test_columns_that_become_members_are_told(tmp_path: Path) -> None:
+    (sample,) = samples_of(tmp_path, npy=[b"1"], png=[IMAGE], txt=[b"a"])
+    assert dict(sample.unused) == {"npy": NO_FIELD, "png": "the image is taken from jpg"}
+    (sample,) = samples_of(tmp_path, png=pa.array([None], pa.binary()), width=[3])
+    assert sample.unused == ()
+
+
+def test_columns_that_may_be_meant_are_named(tmp_path: Path) -> None:
+    said = {
+        field: f"it may be the {field}, which is a column called {field}"
+        for field in ("caption", "label")
+    }
+    columns = {
+        "labels": [[3, 4]], "edit_prompt": ["a"], "classId": pa.array(["1"]).dictionary_encode(),
+        "target": [2], "target_size": [224], "class_name": ["cat"], "title": [7],
+        "data": [{"caption": "a", "objects": [{"category": 1}]}],
+    }  # fmt: skip
+    (sample,) = samples_of(tmp_path, **columns)
+    assert (sample.caption, sample.label) == (None, None)
+    assert dict(sample.unused) == {
+        "labels": said["label"],
+        "target": said["label"],
+        "edit_prompt": said["caption"],
+        "data.caption": said["caption"],
+        "data.objects.category": said["label"],
+    }
+    (sample,) = samples_of(tmp_path, **columns, label=[1], caption=["a"])
+    assert sample.unused == ()
+
+
+def test_values_of_the_json_that_may_be_meant_are_named(tmp_path: Path) -> None:
+    def told(document: object, *members: tuple[str, bytes]) -> dict[str, str]:
+        text = json.dumps(document).encode()
+        (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), ("a.json", text), *members)
+        return dict(sample.unused)
+
+    caption, label = (
+        f"it may be the {field}, which is {field} at the JSON's top"
+        for field in ("caption", "label")
+    )
+    assert told([{"caption": "a"}]) == {"caption": caption}
+    assert told({"data": {"captions": ["a"], "label": 1}}) == {
+        "data.captions": caption,
+        "data.label": label,
+    }
+    document = {
+        "class": 4,
+        "prompt_en": "a",
+        "labels": [3, 1],
+        "text": None,
+        "target": "x",
+        "uid": 1,
+    }
+    expected = {"class": label, "prompt_en": caption, "labels": label}
+    assert told(document) == expected
+    assert told(document, ("a.txt", b"a"), ("a.cls", b"1")) == {}
+    assert told({"a": {"b": {"c": {"d": {"caption": "deep"}}}}}) == {}
