@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
-from splatshard.jobs.cli.dataset import require_dataset
+from splatshard.jobs.cli.dataset import require_dataset, require_shards
 from splatshard.jobs.cli.options import RedoOptions, Switch, prepare
 from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.integrity import orphans, verified
@@ -60,7 +60,9 @@ def repair(options: RepairOptions, started: float) -> int:
     dst = require_dataset(options.dst)
     check_destination(dst)
     shards = read_plan(dst)
-    state = status(shards, read_markers(dst, trust_manifest=False))
+    markers = read_markers(dst, trust_manifest=False)
+    require_shards(dst, shards, markers)
+    state = status(shards, markers)
     bad = to_redo(dst, state, options.quick)
     looked = "looked at" if options.quick else "verified"
     say(f"{count(len(state.done), 'done shard')} {looked}; {len(bad):,} to redo")

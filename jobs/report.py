@@ -129,7 +129,7 @@ def gather(dst: str, options: ReportOptions) -> ReportData:
     entries.sort(key=lambda e: (e.psnr, e.shard.name, e.index))
     chosen = spread(entries, options.samples)
     compared = spread(entries, JPEG_SAMPLES)
-    say(f"report over {len(state.done):,} shards, {len(chosen)} pictures")
+    say(f"report over {count(len(state.done), 'shard')}, {count(len(chosen), 'picture')}")
     shown = [*chosen, *compared]
     originals, changed = reread(readable(dst, shards, shown, options.src), shown)
     return ReportData(

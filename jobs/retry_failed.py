@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, parse, run
-from splatshard.jobs.cli.dataset import require_dataset
+from splatshard.jobs.cli.dataset import require_dataset, require_shards
 from splatshard.jobs.cli.options import RedoOptions, prepare
 from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.plan import Marker, status
@@ -51,6 +51,7 @@ def retry(options: RetryOptions, started: float) -> int:
     check_destination(dst)
     shards = read_plan(dst)
     markers = read_markers(dst)
+    require_shards(dst, shards, markers)
     stale = {shard.name for shard in status(shards, markers).stale}
     wanted = worth_retrying(markers, options.status)
     names = wanted & shards.keys() - stale

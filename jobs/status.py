@@ -18,13 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
-from splatshard.jobs.cli.dataset import open_dataset
+from splatshard.jobs.cli.dataset import NOTHING, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import answer, count, duration, print_json, size
 from splatshard.jobs.destination.figures import dataset_figures, left_out_line, left_out_of
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import PlannedShard, Status, status
-from splatshard.jobs.destination.plan_file import PROGRESS_FILE, RUN_FILE, read_plan, read_record
+from splatshard.jobs.destination.plan_file import (
+    PROGRESS_FILE,
+    REMEDY,
+    RUN_FILE,
+    read_plan,
+    read_record,
+)
 from splatshard.jobs.driver.progress import file_every_s
 from splatshard.schemas.errors import CorruptShardError
 
@@ -60,12 +66,15 @@ def show(options: StatusOptions) -> int:
         shards = read_plan(dst)
     except CorruptShardError as e:
         damaged = e
-    state = status(shards, read_markers(dst))
+    markers = read_markers(dst)
+    state = status(shards, markers)
     figures = dataset_figures(state.done) | {"psnr_quantiles": psnr_quantiles(state.done)}
     progress = read_record(dst, PROGRESS_FILE)
     left_out = left_out_of(read_record(dst, RUN_FILE))
     stream = sys.stderr if options.json else sys.stdout
     answer(table_of(dst, state, figures, stream, planned=not damaged), options.json)
+    if not (shards or markers or damaged):
+        answer(f"{dst} {NOTHING}", options.json)
     if line := left_out_line(left_out):
         answer(line, options.json)
     if line := last_job(progress, datetime.now(UTC), max(SILENT_S, 4 * file_every_s(dst))):
@@ -94,7 +103,7 @@ def last_job(progress: Mapping[str, Any], now: datetime, silence_s: float) -> st
         if progress["eta_s"] is not None:
             parts.append(f"{duration(progress['eta_s'])} left")
     except (KeyError, TypeError, ValueError):
-        return f"a job may be running ({PROGRESS_FILE} cannot be understood)"
+        return f"a job may be running ({PROGRESS_FILE} cannot be understood; {REMEDY})"
     ago = duration(silent_s)
     if state == "interrupted":
         return f"the last job was stopped {ago} ago, at {done}; the same command continues"

@@ -158,7 +158,7 @@ def manifest_notes(dst: str, markers: Mapping[str, Marker]) -> list[str]:
         return []
     return [
         f"{url} differs from the markers in {count(len(different), 'shard')} ({min(different)}, "
-        "...); markers count, the next convert brings it up to date"
+        "...); markers count: delete it, the next convert writes it anew"
     ]
 
 

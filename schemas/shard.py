@@ -150,7 +150,10 @@ def manifest_of(values: dict[str, Any], name: str) -> ShardManifest:
     for field in ("counts", "statistics"):
         values[field] = _shared_keys(values[field])
     values["format"] = intern(values["format"])
-    return ShardManifest(**values)
+    try:
+        return ShardManifest(**values)
+    except CorruptShardError as e:
+        raise CorruptShardError(f"marker {name}: {e}; {_REMEDY}") from e
 
 
 def _shared_keys(values: dict[str, Any]) -> dict[str, Any]:

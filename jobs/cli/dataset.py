@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from splatshard.jobs.cli.options import DatasetOptions, use_storage_options
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 from splatshard.schemas.shard import ShardManifest
+
+NOTHING = "holds neither shards nor a plan of any: give the DST of a splatshard convert"
 
 
 def open_dataset(options: DatasetOptions) -> str:
@@ -43,10 +45,18 @@ def check_output(path: str) -> None:
         raise UsageError(f"--output {path}: create the folder {Path(path).parent} first")
 
 
+def require_shards(dst: str, shards: Collection[str], markers: Collection[str]) -> None:
+    """Raises UsageError for a folder that has none of convert's files, its plan and markers."""
+    if not shards and not markers:
+        raise UsageError(f"{dst} {NOTHING}")
+
+
 def require_dataset(dst: str) -> str:
     """`dst` without a closing slash. Raises UsageError when nothing is there, or a local file."""
     from splatshard.pipeline.storage.fs import absolute, exists, is_local, local_path
 
+    if not dst.strip():
+        raise UsageError("DST is empty: give the DST of a splatshard convert")
     dst = absolute(dst).rstrip("/") or "/"
     is_file = is_local(dst) and local_path(dst).is_file()
     if is_file or not exists(dst):

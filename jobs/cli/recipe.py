@@ -29,8 +29,11 @@ def load_recipe(path: str, settings: Sequence[str] = ()) -> TrainConfig:
     it does not take.
     """
     if not Path(path).is_file():
-        known = ", ".join(sorted(str(p) for p in Path("jobs/recipes").glob("[a-z]*_*.py")))
-        raise UsageError(f"{path}: no such recipe{f'; there are {known}' if known else ''}")
+        here, installed = Path("jobs/recipes"), Path(__file__).parents[1] / "recipes"
+        known = sorted((here if here.is_dir() else installed).glob("[a-z]*_*.py"))
+        raise UsageError(f"{path}: no such recipe; there are {', '.join(map(str, known))}")
+    if not path.endswith(".py"):
+        raise UsageError(f"{path}: a recipe is a Python file (.py) that makes a TrainConfig")
     try:
         config = runpy.run_path(path).get("config")
     except UsageError:

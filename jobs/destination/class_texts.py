@@ -58,6 +58,11 @@ def read_classes(place: str) -> tuple[str, ...]:
         url = f"{url}/{CLASSNAMES}"
         if not exists(url):
             raise UsageError(f"--classes {place}: the shards there have no classes by folder")
+    if not exists(url):
+        raise UsageError(
+            f"--classes {place}: no such file or folder; give a text file with a class folder's "
+            "name per line, or the DST of another split"
+        )
     names = tuple(read_lines(url))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"{url}: {twice[0]} is there twice, and the lines are numbered")

@@ -100,6 +100,5 @@ def shard_errors(shard: Shard) -> Iterator[None]:
         # Arrow's OSErrors on bad bytes have no errno
         if isinstance(e, OSError) and e.errno and not isinstance(e, FileNotFoundError):
             raise as_error(e, f"cannot read {shard.url}", SourceError) from e
-        raise CorruptShardError(
-            f"{shard.url} cannot be read: {type(e).__name__}: {e}: {shard.remedy}"
-        ) from e
+        reason = " ".join(f"{type(e).__name__}: {e}".split())  # Arrow's may have several lines
+        raise CorruptShardError(f"{shard.url} cannot be read: {reason}: {shard.remedy}") from e

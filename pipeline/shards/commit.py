@@ -83,6 +83,8 @@ def check_destination(dst: str) -> None:
 def check_scheme(dst: str) -> None:
     """Raises UsageError for what is no folder and no s3:// address, and on Windows; loads no
     driver."""
+    if not dst.strip():
+        raise UsageError("DST is empty: give a folder, or s3://bucket/...")
     if ON_WINDOWS:
         raise UsageError("on Windows shards are read, not written: run this on Linux, or in WSL")
     if not is_local(dst) and re.fullmatch(r"s3a?://[^/]+(/.*)?", dst) is None:

@@ -106,7 +106,8 @@ def reading(url: str) -> Iterator[BinaryIO]:
             raise  # `from e` would make it its own cause
         raise CorruptShardError(f"{url}: {e}") from e
     except (pa.ArrowException, tarfile.TarError, OSError, ValueError, RecursionError) as e:
-        raise CorruptShardError(f"{url} cannot be read: {type(e).__name__}: {e}") from e
+        reason = " ".join(f"{type(e).__name__}: {e}".split())  # Arrow's may have several lines
+        raise CorruptShardError(f"{url} cannot be read: {reason}") from e
 
 
 def _parquet_rows(stream: BinaryIO, url: str) -> Iterator[Row]:

@@ -173,11 +173,12 @@ def teacher_problem(embedding: bytes | None, dim: int) -> str:
 
 
 def is_refused(url: str, error: BaseException) -> bool:
-    """Whether a store refused access to the shard, which says nothing about the shard."""
+    """Whether a store, or the disk, refused access to the shard, which says nothing about it."""
     while not isinstance(error, SourceError) and error.__cause__:
         error = error.__cause__
-    refused = isinstance(error, SourceError)
-    return refused and not fs.is_local(url) and not isinstance(error.__cause__, FileNotFoundError)
+    cause = error.__cause__
+    refused = isinstance(cause, PermissionError) if fs.is_local(url) else True
+    return isinstance(error, SourceError) and refused and not isinstance(cause, FileNotFoundError)
 
 
 def verify_shard(dst: str, manifest: ShardManifest) -> list[str]:

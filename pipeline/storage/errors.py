@@ -77,6 +77,11 @@ REMEDIES = {
     **dict.fromkeys(("QuotaExceeded", "XMinioStorageFull", "507"), "no space left: free some"),
     "401": DENIED,
     "403": DENIED,
+    "410": "it is no longer there: find another address",
+    "TooManyRedirects": "the server redirects in a circle: open the address in a browser",
+    "PermissionError": "check what this user may do there",
+    "IsADirectoryError": "a folder is in the place of a file: move it away",
+    "NotADirectoryError": "a file is in the place of a folder: move it away",
     **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"), RENEW),
     **dict.fromkeys(("InvalidToken", "TokenRetrievalError", "UnauthorizedSSOTokenError"), RENEW),
     **dict.fromkeys(
@@ -175,10 +180,17 @@ def _reason(error: BaseException) -> tuple[str, str]:
         text = getattr(error, "strerror", None) or "nothing is there"
     else:
         cause = list(_chain(error))[-1] if isinstance(error, FileNotFoundError) else error
-        text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-    names = [name for e in _chain(error) for name in (*_codes(e), type(e).__name__)]
+        text = getattr(cause, "strerror", None) or _said(cause) or type(cause).__name__
+    names = [*(code for e in _chain(error) for code in _codes(e))]
+    names += [type(e).__name__ for e in _chain(error)]
     remedy = next((REMEDIES[name] for name in names if name in REMEDIES), "")
     return " ".join(str(text).split()), remedy
+
+
+def _said(error: BaseException) -> str:
+    """The message; of aiohttp's, which repeat the address, status and reason."""
+    status, message = getattr(error, "status", None), getattr(error, "message", None)
+    return f"{status or ''} {message}".strip() if isinstance(status, int) else str(error)
 
 
 @contextmanager
@@ -189,6 +201,8 @@ def storage_errors(path: Path | str, verb: str = "write") -> Iterator[None]:
         yield
     except driver_errors() as e:
         reason, remedy = _reason(e)
+        file = getattr(e, "filename", None)  # of a folder that is listed, say
+        path = file if isinstance(file, str) and file.startswith(f"{path}/") else path
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             reason, remedy = "no space left", "free some"
         elif not remedy:

@@ -201,5 +201,5 @@ def test_a_file_of_classes(tmp_path: Path) -> None:
         read_classes(str(path))
     with pytest.raises(UsageError, match="no classes by folder"):
         read_classes(str(tmp_path))
-    with pytest.raises(UsageError, match="nothing"):
+    with pytest.raises(UsageError, match=r"nothing: no such file.* a class folder.s name per line"):
         read_classes(str(tmp_path / "nothing"))

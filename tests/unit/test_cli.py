@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from splatshard.jobs import convert, verify
+from splatshard.jobs import convert, status, verify
 from splatshard.jobs.__main__ import JOBS, main
 from splatshard.jobs.cli.command import Interrupted, one_line, run
 from splatshard.jobs.cli.text import count, duration, size
@@ -241,6 +241,20 @@ def test_an_empty_dst_is_not_a_verified_dataset(
     assert ("holds no shard: run splatshard convert first" in out, err) == (True, "")
     assert "repair" not in out
     assert "holds no finished shard" in error_of(["report", str(tmp_path)], capsys)
+    for job in ("repair", "retry-failed"):
+        assert "neither shards nor a plan" in error_of([job, str(tmp_path)], capsys)
+    assert status.main([str(tmp_path)]) == 0
+    assert "neither shards nor a plan" in capsys.readouterr().out
+
+
+def test_no_dst_is_not_the_present_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a variable that is not set."""
+    src = image_folder(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["convert", str(src), ""], ["status", ""], ["repair", ""]):
+        assert "DST is empty" in error_of(arguments, capsys)
 
 
 def test_framed_messages_become_one_line() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from splatshard.pipeline.shards.commit import (
     clean_staging,
@@ -19,6 +21,7 @@ from splatshard.schemas.errors import (
     CorruptShardError,
     FormatVersionError,
     SourceError,
+    StorageError,
 )
 from splatshard.schemas.shard import FailedShard, to_json
 from splatshard.schemas.splats import FORMAT_VERSION
@@ -99,6 +102,20 @@ def test_damage_is_found_and_named(tmp_path: Path, format: str) -> None:
     assert "SHA-256" in problem()
     path.unlink()
     assert "No such file" in problem()
+
+
+def test_a_shard_that_may_not_be_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To redo it would help nobody."""
+    manifest = commit_shard(tmp_path)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(LocalFileSystem, "open", refused)
+    with pytest.raises(StorageError, match=r"denied. check what this user may do there$"):
+        verify_shard(str(tmp_path), manifest)
 
 
 @pytest.mark.parametrize("format", FORMATS)

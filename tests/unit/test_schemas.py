@@ -90,6 +90,9 @@ def test_markers_go_round() -> None:
 def test_rows_must_add_up_to_the_samples() -> None:
     with pytest.raises(CorruptShardError, match="5 samples, but the rows add up to 4"):
         dataclasses.replace(MANIFEST, samples=5)
+    text = to_json(MANIFEST).replace('"samples": 4', '"samples": 5')
+    with pytest.raises(CorruptShardError, match=r"marker d/x.json: .* add up to 4.*; delete it"):
+        manifest_from_json(text, "d/x.json")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ def http_error(status: int) -> aiohttp.ClientResponseError:
     return aiohttp.ClientResponseError(request, (), status=status, message="x")
 
 
+def redirects() -> aiohttp.TooManyRedirects:
+    error = http_error(0)
+    return aiohttp.TooManyRedirects(error.request_info, ())
+
+
 PASSING = [
     *(s3_error(code) for code in ("SlowDown", "InternalError", "RequestTimeout", "BadDigest")),
     *(s3_error(str(status), status) for status in (500, 502, 503, 504, 429)),
@@ -89,7 +94,9 @@ LASTING = [
     (http_error(401), "check the credentials"),
     (caused(FileNotFoundError("https://host/x"), http_error(403)), "403"),
     (aiohttp.InvalidURL("http:///"), "http:///"),
-    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (PermissionError(errno.EACCES, "Permission denied"), "denied. check what this user may do"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory"), "a folder is in the place of a file"),
+    (redirects(), "TooManyRedirects. the server redi"),
 ]
 
 
@@ -135,6 +142,15 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
         storage_errors(tmp_path),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_of_the_folder_is_named(tmp_path: Path) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}/00000.json")
+    with (
+        pytest.raises(StorageError, match=f"cannot read {tmp_path}/00000.json: Permission"),
+        storage_errors(tmp_path, "read"),
+    ):
+        raise error
 
 
 def test_our_own_bugs_are_not_the_stores() -> None:

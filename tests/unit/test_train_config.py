@@ -110,8 +110,11 @@ def test_a_recipe_that_is_none(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "recipe.py").write_text(text)
     with pytest.raises(UsageError, match=message):
         load_recipe(str(tmp_path / "recipe.py"))
-    with pytest.raises(UsageError, match=r"no such recipe"):
+    with pytest.raises(UsageError, match=r"no such recipe; there are .*classify_digits.py"):
         load_recipe(str(tmp_path / "other.py"))
+    (tmp_path / "recipe.toml").write_text("[data]\n")
+    with pytest.raises(UsageError, match=r"a recipe is a Python file"):
+        load_recipe(str(tmp_path / "recipe.toml"))
 
 
 RECIPES = sorted(Path(__file__).parents[2].glob("jobs/recipes/[a-z]*_*.py"))
