@@ -144,7 +144,9 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
         say(f"  {what}: splatshard report {dst}")
     if bare := sorted(m.name for m in progress.manifests if not total_ok([m])):
         some = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
-        say(f"  without any ok sample: {count(len(bare), 'shard')}: {some}")
+        hollow = sum(not m.samples for m in progress.manifests)
+        empty = f", {hollow:,} of them from a file that holds no sample at all" if hollow else ""
+        say(f"  without any ok sample: {count(len(bare), 'shard')}: {some}{empty}")
     if not summary["ok"]:
         say("no sample of SRC has splats: what the lines above name is to be mended first")
     else:

@@ -14,7 +14,7 @@ from splatshard.schemas.errors import SampleError
 SNIFFED_BYTES = 4096
 """So much of a file's beginning decides what it is."""
 
-HEAD_BYTES = 64
+HEAD_BYTES = 512
 """And so much, what is no tar or Parquet file."""
 
 

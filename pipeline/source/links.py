@@ -9,6 +9,7 @@ where its members begin is kept, 16 bytes for each. Archives without links cost 
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
 from array import array
 from collections.abc import Callable
@@ -26,9 +27,29 @@ MAX_CHAIN = 40
 """Links that lead to links, as many as Linux follows."""
 
 
+GNU_TIMES = re.compile(
+    rb"(?s).{156}[^LKS].{100}ustar  \0.{80}(?:\0{12}|[0-7]{11}\0){2}.*"
+).fullmatch
+"""A header of GNU's with times, as incremental archives have them, where POSIX has a folder."""
+
+
+class Member(tarfile.TarInfo):
+    """tarfile would take GNU's times for the name of a folder, another one for each member."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Member:
+        info = super().frombuf(buf, encoding, errors)
+        if GNU_TIMES(buf):
+            name = bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors)
+            info.name = name.rstrip("/") if info.isdir() else name
+        return info
+
+
 def open_tar(stream: Any) -> tarfile.TarFile:
     # names that are not UTF-8 become \xNN: Arrow and JSON could not store tarfile's surrogates
-    return tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="backslashreplace")
+    return tarfile.TarFile(
+        fileobj=stream, tarinfo=Member, encoding="utf-8", errors="backslashreplace"
+    )
 
 
 def forget_headers(archive: Any) -> None:

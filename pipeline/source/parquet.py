@@ -36,6 +36,9 @@ from splatshard.schemas.shard import ShardRef
 PARQUET_BATCH_ROWS = 16
 SCAN_ROWS = 4096
 
+NOT_UTF8 = "write the texts of its dictionary columns in UTF-8, or as another type"
+"""pyarrow checks dictionaries alone, and those with indices of 32 bits not even then."""
+
 
 def why_no_images(url: str) -> str:
     """What to say of a Parquet file that has no image column. Empty for others, and where a web
@@ -137,8 +140,9 @@ def _parquet_errors(url: str, path: str) -> Iterator[None]:
     except (pa.ArrowException, OSError) as e:
         if kind := _disguised(path):
             raise SourceError(f"{url} is no Parquet, but {kind}") from e
-        encrypted = "decrypt" in str(e).lower()
-        remedy = "write it without encryption" if encrypted else "download it again"
+        words = {"decrypt": "write it without encryption", "utf8": NOT_UTF8}
+        found = (remedy for word, remedy in words.items() if word in str(e).lower())
+        remedy = next(found, "download it again")
         raise SourceError(f"{url} is not readable as Parquet: {e}; {remedy}") from e
 
 

@@ -54,6 +54,10 @@ def _read_list(url: str) -> list[str]:
     return [pattern for source in sources for pattern in patterns_of(source, in_list=True)]
 
 
+def is_archive(path: str) -> bool:
+    return path.lower().endswith((".tar", *COMPRESSED))
+
+
 def refuse_compressed(url: str) -> None:
     if url.endswith(COMPRESSED):
         raise UsageError(f"{url}: compressed archives are not read; unpack it to a .tar first")

@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from splatshard.pipeline.source.formats import EXTENSIONS, NAMED_EXTENSIONS
+from splatshard.pipeline.source.patterns import is_archive
 from splatshard.pipeline.source.tar import Group
 from splatshard.pipeline.source.values import (
     caption_of,
@@ -94,6 +95,9 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         if any(e.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for e in group.members):
             text += "; a key ends at the first dot of a file's name: write others for these"
             error = None  # too large: the images of many samples
+        if archives := {e for e in group.members if is_archive(f".{e}")}:
+            text += "; an archive in an archive is not read: unpack it"
+            group.members |= dict.fromkeys(archives)  # gigabytes, in ImageNet's tar of tars
         error = error or SampleError("no_image", text)
     for extension, why in group.missing.items():
         error = error or SampleError("no_image" if extension == image else "bad_metadata", why)

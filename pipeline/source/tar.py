@@ -265,7 +265,10 @@ def _groups(
             group = Group(key)
         group.members[extension] = None
         if path != info.name:
-            text = f"member path {info.name!r} leads out of the archive"
+            text = (
+                f"member path {info.name!r} leads out of the archive: write the tar without "
+                "--absolute-names (-P)"
+            )
             group.error = SampleError("unsafe_path", text)
         elif isinstance(file, str):
             group.missing[extension] = file
@@ -304,7 +307,7 @@ def _errors(url: str, place: Callable[[], int], head: Callable[[], bytes]) -> It
             problem = f"{url} has zero bytes"
         elif kind := disguised(start):
             raise SourceError(f"{url} is no tar, but {kind}") from e
-        elif isinstance(e, tarfile.ReadError) and str(e) != "unexpected end of data":
+        elif not str(e).startswith("unexpected end") and start[257:262] != b"ustar":
             problem += f" (it begins with {start[:8]!r}; a tar must not be compressed)"
         raise SourceError(f"{problem}; download it again") from e
 

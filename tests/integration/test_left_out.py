@@ -58,7 +58,7 @@ def test_no_good_sample_is_no_success(tmp_path: Path, capsys: Capsys) -> None:
     dst = tmp_path / "out"
     code, summary, err = convert_json(capsys, tmp_path / "in", dst)
     assert (code, summary["ok"], summary["shards_done"]) == (3, 0, 2)
-    assert "without any ok sample: 2 shards: a, b\n" in err
+    assert "2 shards: a, b, 1 of them from a file that holds no sample at all\n" in err
     assert "no sample of SRC has splats" in err
     assert json.loads((dst / "_progress.json").read_text())["state"] == "failed"
     assert convert_json(capsys, tmp_path / "in", dst)[0] == 3

@@ -160,6 +160,14 @@ def test_key_without_image(tmp_path):
     assert samples[2].members == (("", b"hello"),)
 
 
+def test_archives_in_an_archive(tmp_path):
+    """They may be gigabytes, and do not travel along."""
+    samples = read_members(tmp_path, ("n01440764.tar", b"tar"), ("b.jpg", IMAGE), ("c.tgz", b""))
+    assert statuses(samples) == ["no_image", None, "no_image"]
+    assert "only: tar; an archive in an archive is not read: unpack it" in str(samples[0].error)
+    assert samples[0].members == samples[2].members == ()
+
+
 def test_json_that_is_no_object(tmp_path):
     (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), ("a.json", b"[1]"))
     assert (sample.metadata, sample.error) == ("[1]", None)

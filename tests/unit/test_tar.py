@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splatshard.pipeline.source.links import Member
 from splatshard.pipeline.source.read import read, scan
 from splatshard.pipeline.source.tar import read_groups, split_name
 from splatshard.schemas.errors import SourceError
@@ -80,6 +81,7 @@ def test_unsafe_path_is_one_row(tmp_path, path):
     samples = read_members(tmp_path, (f"{path}.jpg", IMAGE), (f"{path}.txt", b""), ("y.jpg", IMAGE))
     assert statuses(samples) == ["unsafe_path", None]
     assert path in str(samples[0].error).replace("\\\\", "\\")
+    assert "write the tar without --absolute-names" in str(samples[0].error)
     assert ".." not in samples[0].key  # a tar written from it must be safe, too
     assert not samples[0].key.startswith("/")
     assert samples[0].image == b""
@@ -177,11 +179,24 @@ def test_not_a_tar(tmp_path):
         (lzma.compress(tar), r"is no tar, but a compressed file \(xz\): unpack it"),
         (pointer, "is no tar, but a Git LFS pointer: fetch its file: git lfs pull"),
         (b"", "has zero bytes"),
+        (patched(tar, 0, 0, b"x", checksum=False), "bad checksum at byte 512; download it again"),
     ):
         path.write_bytes(data)
         for reader in (read_all, lambda path: list(scan(ref_of(path)))):
             with pytest.raises(SourceError, match=rf"a\.tar.* {text}"):
                 reader(path)
+
+
+def test_times_in_an_incremental_archive_are_no_folder(tmp_path):
+    """GNU tar --listed-incremental has them where POSIX has the begin of a name; tarfile made each
+    member another sample."""
+    members = [PLAIN | {"name": f"d/{n}", "data": b"1"} for n in ("a.jpg", "a.txt")]
+    data = archive(members, tarfile.GNU_FORMAT, {})
+    for header, time in ((0, b"15303257570"), (1024, b"15303257571")):
+        data = patched(data, header, 345, time + b"\0" + time + b"\0")
+    (tmp_path / "a.tar").write_bytes(data)
+    (sample,) = read_all(tmp_path / "a.tar")
+    assert (sample.key, sample.caption, sample.error) == ("d/a", "1", None)
 
 
 def test_the_rest_of_a_file_in_another_volume_is_a_row(tmp_path):
@@ -240,7 +255,8 @@ def listed(data: bytes) -> Listing:
 
 
 def listed_by_tarfile(data: bytes) -> Listing:
-    with tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8", errors="backslashreplace") as tar:
+    of_text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with tarfile.open(fileobj=io.BytesIO(data), tarinfo=Member, **of_text) as tar:
         return [(split_name(i.name), tar.extractfile(i).read()) for i in tar if i.isreg()]
 
 
