@@ -52,7 +52,7 @@ LEFT_OUT = {
     "beside_shards": "images beside tars or Parquet files",
     "same_name": "Parquet files beside a tar of their name",
     "no_image_column": "Parquet files without images",
-    "no_image": "texts without an image of their name",
+    "no_image": "texts without an image of their name beside them",
     "compressed": "compressed archives",
     "hidden": "hidden",
     "other": "of no known kind",

@@ -20,7 +20,7 @@ What was listed and is not converted is counted in `Listing.left_out`, by reason
     beside_shards   images in a folder or glob that has tars or Parquet files with images
     same_name       Parquet files beside a tar of their name
     no_image_column Parquet files without images
-    no_image        captions, labels, .json without an image of their name
+    no_image        captions, labels, .json without an image of their name beside them
     compressed      compressed archives
     hidden          images, tars and Parquet files whose name begins with a dot
     other           all else: no extension that is known

@@ -124,12 +124,9 @@ def _said(
 ) -> tuple[dict[str, Any], set[str], list[tuple[str, str]]]:
     """What the members beside the member `image` say: fields, and under `json` the parsed metadata;
     which of them these give back exactly; which are not used, and why."""
-    meanings = {extension: meaning_of(extension, image) for extension in beside}
-    ranked = sorted(beside, key=lambda e: (RANKS.get(meanings[e], 0), e != meanings[e]))
     fields: dict[str, Any] = {}
     taken, given, unused = dict[str, str](), set[str](), list[tuple[str, str]]()
-    for extension in ranked:
-        field = MEMBER_FIELDS.get(meanings[extension], "")
+    for extension, field in _meanings(tuple(beside), image):
         values, why = _parse(field, beside[extension])
         if not field and extension.lower() in IMAGE_EXTENSIONS:
             why = f"the image is taken from .{image}"
@@ -139,27 +136,32 @@ def _said(
             unused.append((f".{extension}", why))
         elif field not in taken:
             taken[field] = extension
-            fields |= values
-            back = str(values[field]).encode() == beside[extension]
-            if back and extension in SIDECAR_EXTENSIONS:
+            fields.update(values)
+            if extension in SIDECAR_EXTENSIONS and str(values[field]).encode() == beside[extension]:
                 given.add(extension)
     return fields, given, unused
 
 
-def meaning_of(extension: str, image: str) -> str:
-    """The extension by which a member is known: of `jpg.TXT`, beside the image `jpg`, `txt`."""
-    lower = extension.lower()
-    return lower.removeprefix(f"{image.lower()}.") if image else lower
+@lru_cache(1024)
+def _meanings(extensions: tuple[str, ...], image: str) -> list[tuple[str, str]]:
+    """Members beside the member `image` and their fields, by preference; most samples of a dataset
+    have the same ones."""
+    names = {e: e.lower().removeprefix(f"{image.lower()}.") for e in extensions}
+    ranked = sorted(extensions, key=lambda e: (RANKS.get(names[e], 0), e != names[e]))
+    return [(e, MEMBER_FIELDS.get(names[e], "")) for e in ranked]
 
 
 def _parse(field: str, data: bytes) -> tuple[dict[str, Any], str]:
     """The values a member gives, or why it gives none; with metadata, as `json`, what they are when
     parsed."""
     if field == "caption":
-        return {"caption": caption_of(data) or ""}, ""
+        caption = caption_of(data)
+        why = "it has zero bytes, so it is no text in UTF-8"
+        return ({}, why) if caption is None else ({"caption": caption}, "")
     if field == "label":
-        label = label_of(data)
-        return ({}, not_taken("label", text_of(data))) if label is None else ({"label": label}, "")
+        label = label_of(data[:LABEL_BYTES])
+        why = not_taken("label", text_of(data[:LABEL_BYTES]))
+        return ({}, why) if label is None or len(data) > LABEL_BYTES else ({"label": label}, "")
     if field == "metadata":
         try:
             text = text_of(data, "strict")
@@ -168,6 +170,9 @@ def _parse(field: str, data: bytes) -> tuple[dict[str, Any], str]:
             return {}, f"it cannot be parsed: {e}"
     return {}, NO_FIELD
 
+
+LABEL_BYTES = 256
+"""What is longer is no label."""
 
 NO_FIELD = "no field takes it, so it stays a member"
 """Said of members, and of columns that become some."""

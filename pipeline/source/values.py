@@ -28,7 +28,7 @@ def text_of(data: bytes, errors: str = "replace") -> str:
 
 def caption_of(value: Any) -> str | None:
     """A text without its BOM; of several texts a line each. None for what is no text, such as the
-    pairs of a map."""
+    pairs of a map, and bytes with zeros in them."""
     if isinstance(value, list):
         texts = [caption_of(each) for each in value if each is not None]
         if not texts or None in texts:
@@ -36,6 +36,8 @@ def caption_of(value: Any) -> str | None:
         return "\n".join(" ".join(text.splitlines()) for text in texts if text is not None)
     if isinstance(value, bytes):
         value = text_of(value)
+        if "\0" in value:
+            return None
     if not isinstance(value, str):
         return None
     return storable(value).removeprefix("\ufeff").rstrip("\0")

@@ -37,6 +37,7 @@ def samples_of(tmp_path: Path, **columns: Any) -> list[RawSample]:
         ("\ufeffa boat", "a boat"),
         (b"b\xc3\xa4r", "bär"),
         (b"caf\xe9", "caf\ufffd"),
+        (b"a\0b", None),
         (["a", None, b"b"], "a\nb"),
         (["two\nlines", "b"], "two lines\nb"),
         ("\ud800", r"\ud800"),

@@ -50,6 +50,18 @@ def test_labels(tmp_path: Path, name: str) -> None:
     assert sample.members == (() if name == "cls" else ((name, b"7"),))
 
 
+@pytest.mark.parametrize("data", [b"\x93NUMPY\1\0v\0", "a boat".encode("utf-16-le")])
+def test_bytes_that_are_no_text_are_no_caption(tmp_path: Path, data: bytes) -> None:
+    sample = one(tmp_path, ("a.captions", data))
+    assert (sample.caption, sample.error, dict(sample.members)) == (None, None, {"captions": data})
+    assert sample.unused == ((".captions", "it has zero bytes, so it is no text in UTF-8"),)
+
+
+def test_what_is_long_is_no_label(tmp_path: Path) -> None:
+    sample = one(tmp_path, ("a.label", b"7" + b" " * 300))
+    assert (sample.label, [name for name, _ in sample.unused]) == (None, [".label"])
+
+
 @pytest.mark.parametrize("name", ["cls", "label", "jpg.class"])
 def test_a_label_that_is_no_number_costs_itself_alone(tmp_path: Path, name: str) -> None:
     """As in a column of Parquet."""
