@@ -30,6 +30,7 @@ from splatshard.pipeline.source.sample import (
     ALIKE,
     NAMES,
     NO_FIELD,
+    SPLATS,
     TAKES,
     may_be,
     not_taken,
@@ -37,6 +38,7 @@ from splatshard.pipeline.source.sample import (
 )
 from splatshard.pipeline.source.values import gives_back, is_null
 from splatshard.schemas.errors import SourceError
+from splatshard.schemas.splats import METADATA_KEY
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 """Names of a Parquet file's image column, by preference."""
@@ -101,6 +103,8 @@ def unnamed_images(schema: pa.Schema) -> list[str]:
 
 def no_image_column(schema: pa.Schema) -> str:
     """What to say of a file where `image_columns` finds none."""
+    if METADATA_KEY in (schema.metadata or {}):
+        return SPLATS
     return (
         f"has no image column, only {types_of(schema)}; expected is one of type struct<bytes, "
         f"path>, or a binary one named {', '.join(IMAGE_COLUMNS)}: rename the one that is meant to "

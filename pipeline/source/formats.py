@@ -59,6 +59,7 @@ TONE_MAP = "map its range to 8 bits and save it as PNG"
 RENDER = "render it to PNG"
 FRAMES = "extract its frames, for instance with ffmpeg"
 FETCH = "download it again"
+OPEN = "open the address in a browser: it may ask for a login, or tell what is wrong"
 UNPACK = "unpack it"
 PULL = "fetch its file: git lfs pull"
 FTYP = rb"....ftyp(?:%b)"
@@ -136,11 +137,15 @@ def format_of(image: bytes, name: str) -> str:
     raise SampleError("not_an_image", f"{name} begins with {image[:12]!r}, no known image format")
 
 
-def disguised(start: bytes) -> str:
-    """What a file is that begins with `start` and is none of the tars or Parquet files that its
-    name says, and the remedy; empty where that is not known."""
+def disguised(url: str, start: bytes) -> str:
+    """What the file at `url` is that begins with `start` and is none of the tars or Parquet files
+    that its name says, and the remedy; empty where that is not known."""
     found = (f for f in NAMED if f.remedy in (FETCH, UNPACK, PULL) and f.begins.match(start))
-    return next((f"a {f.name}: {f.remedy}" for f in found), "")
+    named = next(found, None)
+    if named is None:
+        return ""
+    on_the_web = named.remedy == FETCH and url.startswith(("http://", "https://"))
+    return f"a {named.name}: {OPEN if on_the_web else named.remedy}"
 
 
 def not_read(name: str, what: str, remedy: str) -> SampleError:

@@ -31,6 +31,7 @@ Left out: compressed tars; list files inside list files; fsspec's chained URLs (
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,9 @@ from splatshard.schemas.shard import ShardManifest, ShardRef
 
 IMAGEFOLDER_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """What Hugging Face's imagefolder keeps beside images."""
+
+PARTITION = re.compile(r"(?<=/)(\w+)=[^/]*(?=/.*\.parquet$)", re.IGNORECASE)
+"""A folder as Spark, pandas and Polars name it, of rows with one value in a column."""
 
 
 @dataclass
@@ -254,6 +258,8 @@ def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple
         extensions = Counter(split_stem(path_of(file))[1] for file in files).most_common(5)
         some = ", ".join(f"{n:,} .{kind}" if kind else f"{n:,} without" for kind, n in extensions)
         said = "".join(f"; {why}" for why in list(_without_images(files).values())[:1])
+        if hidden:
+            said += f"; what begins with a dot is left out: {few([*map(basename, sorted(hidden))])}"
         raise UsageError(
             f"SRC {url} has no .tar, no image .parquet and no images in it; by extension: "
             f"{some or 'no file'}; write its images as one of these{said}"
@@ -276,6 +282,11 @@ def _add_shards(found: Listing, files: dict[str, Stat]) -> bool:
     images = sorted(filter(is_image, rest))
     found.leave_out("beside_shards", images)
     _leave_out_others(found, rest - set(images))
+    if named := next(filter(None, map(PARTITION.search, shards)), None):
+        found.notes.append(
+            f"{named[1]} stands in the names of folders alone ({named[0]}), which are not read: "
+            "write it into the Parquet files as a column, too"
+        )
     if images:
         found.notes.append(
             f"{len(images):,} images are left out, since tars or Parquet files lie beside them, "

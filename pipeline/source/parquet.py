@@ -138,7 +138,7 @@ def _parquet_errors(url: str, path: str) -> Iterator[None]:
     except UnicodeDecodeError as e:
         raise SourceError(f"{url}: the name of a column is not UTF-8: {e}; rename it") from e
     except (pa.ArrowException, OSError) as e:
-        if kind := _disguised(path):
+        if kind := _disguised(url, path):
             raise SourceError(f"{url} is no Parquet, but {kind}") from e
         words = {"decrypt": "write it without encryption", "utf8": NOT_UTF8}
         found = (remedy for word, remedy in words.items() if word in str(e).lower())
@@ -146,9 +146,9 @@ def _parquet_errors(url: str, path: str) -> Iterator[None]:
         raise SourceError(f"{url} is not readable as Parquet: {e}; {remedy}") from e
 
 
-def _disguised(path: str) -> str:
+def _disguised(url: str, path: str) -> str:
     with suppress(OSError, SourceError), fs.open_read(path) as stream:
-        return disguised(stream.read(HEAD_BYTES))
+        return disguised(url, stream.read(HEAD_BYTES))
     return ""
 
 

@@ -33,6 +33,7 @@ from splatshard.pipeline.source.values import (
     uid_of,
 )
 from splatshard.schemas.errors import SampleError
+from splatshard.schemas.splats import METADATA_MEMBER
 
 IMAGE_EXTENSIONS = (*EXTENSIONS, *NAMED_EXTENSIONS)
 """Extensions of images, any case; of several in one sample the first of this list is the image.
@@ -49,6 +50,8 @@ RANKS = {extension: rank for rank, extension in enumerate(MEMBER_FIELDS)}
 
 SIDECAR_EXTENSIONS = ("txt", "json", "cls")
 """Those that are not kept if their field says it all."""
+
+SPLATS = "holds splats, not images: give the images that they were made of"
 
 BESIDE_EXTENSIONS = frozenset(MEMBER_FIELDS) - {"meta.json"}
 """What joins an image of the same stem in a folder."""
@@ -95,6 +98,8 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         if any(e.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for e in group.members):
             text += "; a key ends at the first dot of a file's name: write others for these"
             error = None  # too large: the images of many samples
+        if group.key == METADATA_MEMBER:
+            text = f"the tar {SPLATS}"
         if archives := {e for e in group.members if is_archive(f".{e}")}:
             text += "; an archive in an archive is not read: unpack it"
             group.members |= dict.fromkeys(archives)  # gigabytes, in ImageNet's tar of tars

@@ -305,7 +305,7 @@ def _errors(url: str, place: Callable[[], int], head: Callable[[], bytes]) -> It
         problem, start = f"{url}: {e} at byte {place()}", head()
         if not start:
             problem = f"{url} has zero bytes"
-        elif kind := disguised(start):
+        elif kind := disguised(url, start):
             raise SourceError(f"{url} is no tar, but {kind}") from e
         elif not str(e).startswith("unexpected end") and start[257:262] != b"ustar":
             problem += f" (it begins with {start[:8]!r}; a tar must not be compressed)"

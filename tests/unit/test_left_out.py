@@ -17,8 +17,10 @@ from splatshard.pipeline.source import listing
 from splatshard.pipeline.source.folder import image_keys
 from splatshard.pipeline.source.listing import list_shards, list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
+from splatshard.schemas.errors import UsageError
 from tests.make import encode, image_parquet, imagenet_tar, jpeg, photo, write_parquet
 from tests.rows import config_of
+from tests.splat_shards import commit, rows_of, splat_config
 from tests.unit.test_sources import keys, names
 
 
@@ -67,6 +69,31 @@ def test_archives_with_capital_extensions(tmp_path: Path) -> None:
     assert [(ref.name, ref.kind) for ref in refs] == [("A", "tar"), ("B", "parquet")]
     assert len(keys(refs)) == 5
     assert names(list_shards(f"{tmp_path}/A.TAR")) == ["A"]
+
+
+def test_what_the_names_of_folders_say_is_told(tmp_path: Path) -> None:
+    """As Spark and Polars write a partitioned table."""
+    for label in (0, 1):
+        (tmp_path / f"label={label}").mkdir()
+        image_parquet(tmp_path / f"label={label}" / f"part-{label}.parquet", 1)
+    for src in (tmp_path, f"{tmp_path}/*/*.parquet"):
+        (note,) = list_source(str(src)).notes
+        assert "label stands in the names of folders alone (label=0)" in note
+
+
+def test_splats_are_no_images(tmp_path: Path) -> None:
+    for format, extension in (("parquet", "parquet"), ("webdataset", "tar")):
+        dst = tmp_path / format
+        commit(str(dst), "a", rows_of(0, 2), splat_config(format=format))
+        (data,) = dst.glob(f"*.{extension}")
+        if format == "parquet":
+            for src in (dst, data):
+                with pytest.raises(UsageError, match="holds splats, not images: give the images"):
+                    list_source(str(src))
+        else:
+            (ref,) = list_source(str(data)).refs
+            first = next(iter(scan(ref)))
+            assert "holds splats, not images: give the images" in str(first.error)
 
 
 def test_a_stray_parquet_among_images(tmp_path: Path) -> None:

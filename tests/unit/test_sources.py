@@ -158,6 +158,9 @@ def test_folder_and_glob_without_anything_usable(tmp_path):
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UsageError, match="no images in it"):
         list_shards(str(tmp_path))
+    datacomp_tar(tmp_path / ".cache" / "a.tar")
+    with pytest.raises(UsageError, match=r"begins with a dot is left out: \.cache$"):
+        list_shards(str(tmp_path))
     with pytest.raises(UsageError, match="matches 1 files, but no"):
         list_shards(f"{tmp_path}/*.md")
     with pytest.raises(UsageError, match="give one of these"):

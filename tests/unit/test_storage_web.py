@@ -87,6 +87,14 @@ def test_parquet_without_images_is_told_when_it_is_read(web: Any, tmp_path: Path
         whole(ref)
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_a_login_page_is_not_to_be_downloaded_again(web: Any, name: str) -> None:
+    web.files[f"/{name}"] = b"<!DOCTYPE html><title>Log in</title>"
+    (ref,) = list_shards(f"{web.url}/{name}")
+    with pytest.raises(SourceError, match=r"but a web page: open the address in a browser"):
+        whole(ref)
+
+
 def test_links_are_followed(web: Any, tmp_path: Path) -> None:
     members = [("a.jpg", IMAGE), *((f"b{i}.jpg", HARD, "a.jpg") for i in range(9))]
     web.files = {"/a.tar": tar_of(tmp_path / "a.tar", *members).read_bytes()}
