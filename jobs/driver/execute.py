@@ -136,7 +136,8 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
     if unused := summary["unused"]:
         most = Counter(unused).most_common(10)
         some = ", ".join(f"{name} of {count(n, 'sample')}" for name, n in most)
-        say(f"  not used: {some}")
+        more = f", ... ({RUN_FILE} names all {len(unused)})" if len(unused) > len(most) else ""
+        say(f"  not used: {some}{more}")
     for shard, sample in progress.skipped:
         say(f"  {sample.key} in shard {shard}: {sample.status}: {sample.error}")
     if sum(summary["skipped"].values()) > len(progress.skipped):

@@ -74,6 +74,10 @@ def test_what_is_not_used_is_told_once_and_counted(capsys: Capsys) -> None:
     assert "x is not used: y (1 sample, such as k)\n" in err
     assert "  not used: .npy of 20 samples, x of 2 samples\n" in err
     assert summary["unused"] == {".npy": 20, "x": 2}
+    many = {f"{i}.txt": 12 - i for i in range(12)}
+    tell_summary(summary | {"left_out": {}, "unused": many}, progress, "out")
+    line = "9.txt of 3 samples, ... (_run.json names all 12)\n"
+    assert line in capsys.readouterr().err
 
 
 def test_plain_lines_come_every_few_seconds(
