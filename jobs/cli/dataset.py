@@ -21,12 +21,18 @@ def open_dataset(options: DatasetOptions) -> str:
 
 @contextmanager
 def naming_repair(dst: str, manifest: ShardManifest) -> Iterator[None]:
-    """Reading the shard `manifest` of `dst`: a CorruptShardError says what to do about it, and is a
-    StorageError where the store refused."""
+    """Reading the shard `manifest` of `dst`, whose file must have the size that it says: a
+    CorruptShardError says what to do about it, and is a StorageError where the store refused."""
+    from splatshard.pipeline.shards.rows import reading
     from splatshard.pipeline.shards.verify import is_refused
+    from splatshard.pipeline.storage.fs import stat
 
     url = f"{dst}/{manifest.data_file}"
     try:
+        with reading(url):
+            size = stat(url).size_bytes
+        if size != manifest.size_bytes:
+            raise CorruptShardError(f"{url}: {size} bytes, its marker says {manifest.size_bytes}")
         yield
     except CorruptShardError as e:
         if is_refused(url, e):

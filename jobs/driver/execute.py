@@ -38,6 +38,8 @@ def execute(
     from splatshard.pipeline.shards.commit import clean_staging, remove
 
     say(describe(plan))
+    if left_out is not None and (line := beside(plan)):
+        say(line)
     if warning := mixed(plan, config):
         log("mixed", f"warning: {warning}", level="warning")
     write_plan(dst, planned(refs, plan, config), plan.folders)
@@ -120,6 +122,17 @@ def describe(plan: Plan) -> str:
         (len(plan.gone), "gone from SRC, to delete at the end"),
     ]
     return f"{count(total, 'shard')}: " + ", ".join(f"{n:,} {what}" for n, what in parts if n)
+
+
+def beside(plan: Plan) -> str:
+    """What stays in DST that SRC does not name: of a folder that was renamed, say; "" for none."""
+    going = plan.replaces.keys() | {marker.name for marker in plan.gone}
+    stay = [marker.name for marker in plan.others if marker.name not in going]
+    if not stay:
+        return ""
+    some = ", ".join(stay[:3]) + ", ..." * (len(stay) > 3)
+    number = count(len(stay), "shard")
+    return f"DST also holds {number} that SRC does not name, and readers take them, too: {some}"
 
 
 def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:

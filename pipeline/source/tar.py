@@ -35,6 +35,10 @@ from splatshard.schemas.errors import SampleError, SourceError
 MAX_SAMPLE_BYTES = 1 << 28
 """All members of one sample together; what is larger is skipped unread, so memory stays bounded."""
 
+MAX_PADDING = 1 << 21
+"""Zeros at the end of an archive: tar fills its last record with them, of 10 KiB, on tapes 1 MiB.
+aria2 and others give a file its size before they have its bytes."""
+
 MULTIVOLUME = b"M"
 """The type of a member that began in another volume."""
 
@@ -315,7 +319,13 @@ def _errors(url: str, place: Callable[[], int], head: Callable[[], bytes]) -> It
 def _check_end(url: str, source: TarStream, end: int) -> None:
     """From `end`, where the last member ends, there must be two zero blocks or more."""
     size, rest = source.position, source.position - end
-    if source.zeros >= rest and rest >= 2 * BLOCKSIZE:
+    if source.zeros >= rest > MAX_PADDING:
+        raise SourceError(
+            f"{url} ends in {rest:,} zero bytes from byte {end} on, as a download does whose room "
+            "was made before: download it again, or, if it is whole, cut them off: truncate "
+            f"--size {end + 2 * BLOCKSIZE}"
+        )
+    if source.zeros >= rest >= 2 * BLOCKSIZE:
         return
     if source.zeros >= rest:
         problem = (

@@ -195,7 +195,7 @@ def test_without_gsplat_the_remedy_is_said(
     assert "pip install gsplat" in err
 
 
-@pytest.mark.parametrize("damage", ["damaged", "gone"])
+@pytest.mark.parametrize("damage", ["damaged", "gone", "another"])
 def test_a_damaged_shard_names_the_remedy(
     damage: str, dst: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +203,8 @@ def test_a_damaged_shard_names_the_remedy(
     data = min(bad.glob("*.parquet"))
     if damage == "gone":
         data.unlink()
+    elif damage == "another":  # a good file, but not this shard's
+        shutil.copy(max(bad.glob("*.parquet")), data)
     else:
         data.write_bytes(data.read_bytes()[:-10])
     code, _, err = export(capsys, bad, KEY, "--output", tmp_path / "x.png")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splatshard.jobs.destination.plan import Marker, make_plan, mixed, refuse_stale
+from splatshard.jobs.driver.execute import beside
 from splatshard.jobs.verify import recipe_notes
 from splatshard.schemas.config import (
     PRESETS,
@@ -146,6 +147,16 @@ def test_shards_of_another_recipe_that_stay_are_told() -> None:
     (note,) = recipe_notes(markers)
     assert "shards of 2 configurations" in note
     assert recipe_notes({"b": markers["b"]}) == []
+
+
+def test_shards_that_src_does_not_name_are_told() -> None:
+    """A folder of images that was renamed gives shards of other names beside the old ones."""
+    a, b = make_ref("old-00000"), make_ref("new-00000")
+    markers: dict[str, Marker] = {"old-00000": make_manifest(a, CONFIG)}
+    line = beside(make_plan([b], markers, CONFIG, str))
+    assert "1 shard that SRC does not name, and readers take them, too: old-00000" in line
+    assert beside(make_plan([a, b], markers, CONFIG, str)) == ""
+    assert beside(make_plan([a], {"old-00000": make_manifest(a, OTHER)}, CONFIG, str)) == ""
 
 
 def test_two_sources_of_one_name_are_refused() -> None:

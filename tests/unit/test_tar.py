@@ -7,10 +7,12 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 import tarfile
 import tracemalloc
 from contextlib import nullcontext
 from functools import partial
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 from splatshard.pipeline.source.links import Member
 from splatshard.pipeline.source.read import read, scan
-from splatshard.pipeline.source.tar import read_groups, split_name
+from splatshard.pipeline.source.tar import MAX_PADDING, read_groups, split_name
 from splatshard.schemas.errors import SourceError
 from tests.make import datacomp_tar, imagenet_tar, write_tar
 from tests.unit.reading import (
@@ -123,6 +125,20 @@ def test_cut_at_a_member_boundary(tmp_path, zeros):
         assert len(archive.getmembers()) == 6  # tarfile finds nothing wrong
     with pytest.raises(SourceError, match=rf"byte {end + zeros} without the end-of-archive"):
         read_all(path)
+
+
+@pytest.mark.parametrize("zeros", [MAX_PADDING - BLOCKSIZE, MAX_PADDING + BLOCKSIZE])
+def test_a_download_with_its_room_made_before_is_not_whole(tmp_path, zeros):
+    end = end_of_second_sample(tmp_path)
+    path = cut(tmp_path, end)
+    path.write_bytes(path.read_bytes() + bytes(zeros))
+    if zeros <= MAX_PADDING:  # as tar fills its records
+        assert len(read_all(path)) == 2
+        return
+    with pytest.raises(SourceError, match=rf"zero bytes from byte {end} on.*download it again"):
+        read_all(path)
+    os.truncate(path, end + 1024)  # as the message says
+    assert len(read_all(path)) == 2
 
 
 def test_every_cut_is_noticed(tmp_path):
