@@ -19,11 +19,11 @@ from splatshard.jobs.cli.command import parse, run
 from splatshard.jobs.cli.options import RunOptions, Switch, prepare
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.class_texts import read_classes
-from splatshard.jobs.destination.figures import left_out_line
 from splatshard.jobs.destination.plan import make_plan, refuse_stale
 from splatshard.jobs.destination.sources import remember
 from splatshard.jobs.driver.execute import execute
 from splatshard.pipeline.shards.names import check_names
+from splatshard.pipeline.source.left_out import left_out_line
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import ENCODER, PRESETS, ConvertConfig, PresetName
 from splatshard.schemas.errors import UsageError
@@ -142,7 +142,7 @@ def convert(options: ConvertOptions, started: float) -> int:
         workers = None if options.workers == "auto" else options.workers
         return dry_run(plan.work, config, workers, options.json)
     remember(dst, options.src)
-    return execute(plan, refs, config, dst, options, started, found.left_out)
+    return execute(plan, refs, config, dst, options, started, found.left_out, found.classes)
 
 
 def with_teacher(config: ConvertConfig, model: str) -> ConvertConfig:

@@ -21,7 +21,7 @@ from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import NOTHING, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import answer, count, duration, print_json, size
-from splatshard.jobs.destination.figures import dataset_figures, left_out_line, left_out_of
+from splatshard.jobs.destination.figures import dataset_figures, left_out_of
 from splatshard.jobs.destination.manifest import psnr_quantiles
 from splatshard.jobs.destination.plan import PlannedShard, Status, status
 from splatshard.jobs.destination.plan_file import (
@@ -32,6 +32,7 @@ from splatshard.jobs.destination.plan_file import (
     read_record,
 )
 from splatshard.jobs.driver.progress import file_every_s
+from splatshard.pipeline.source.left_out import left_out_line
 from splatshard.schemas.errors import CorruptShardError
 
 MAX_NAMED = 20

@@ -74,9 +74,21 @@ def planned_classes(shards: Mapping[str, PlannedShard]) -> set[tuple[str, ...]]:
     return {shard.ref.labels for shard in shards.values() if shard.ref.labels}
 
 
-def place_texts(refs: Sequence[ShardRef], dst: str) -> None:
+def unlike(lines: Sequence[str], classes: Sequence[str]) -> str:
+    """Why `lines` are not the names of `classes`, in their order; empty where they may be."""
+    if len(lines) != len(classes):
+        return f"has {count(len(lines), 'name')} for {len(classes):,} classes"
+    number_of = {name: i for i, name in enumerate(classes)}
+    moved = (i for i, line in enumerate(lines) if number_of.get(line, i) != i)
+    if (i := next(moved, None)) is None:
+        return ""
+    return f"has {lines[i]} in line {i + 1}, and its label is {number_of[lines[i]]}"
+
+
+def place_texts(refs: Sequence[ShardRef], dst: str, classes: tuple[str, ...] = ()) -> None:
     """Put the class names and prompts of the images `refs` beside their shards, and tell where
-    numbers and names do not fit. Raises StorageError and UnavailableError."""
+    numbers and names do not fit. `classes` are known by their names, in the order of their numbers.
+    Raises StorageError and UnavailableError."""
     from splatshard.pipeline.evaluation.class_texts import (
         CLASSNAMES,
         copy_texts,
@@ -86,17 +98,17 @@ def place_texts(refs: Sequence[ShardRef], dst: str) -> None:
 
     for url in copy_texts(refs, dst):
         say(f"copied for evaluation: {url}")
-    classes = next((ref.labels for ref in refs if ref.labels), ())
+    classes = next((ref.labels for ref in refs if ref.labels), classes)
     if not classes:
         return
     url = f"{dst}/{CLASSNAMES}"
     if write_names(classes, url):
         say(f"the classes' names, in the order of their numbers: {url}")
-    elif (lines := len(read_lines(url, numbered=False))) != len(classes):
+    elif why := unlike(read_lines(url, numbered=False), classes):
         log(
             "classes",
-            f"warning: {url} has {count(lines, 'name')} for {len(classes):,} classes: delete it, "
-            "the next convert writes it anew",
+            f"warning: {url} {why}: delete it, the next convert writes it anew; or number the "
+            "class folders by it with --classes",
             level="warning",
         )
     names = {ref.name for ref in refs}

@@ -48,16 +48,6 @@ def dataset_figures(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
 
 # Files of SRC that are not converted
 
-LEFT_OUT = {
-    "beside_shards": "images beside tars or Parquet files",
-    "same_name": "Parquet files beside a tar of their name",
-    "no_image_column": "Parquet files without images",
-    "no_image": "texts without an image of their name beside them",
-    "compressed": "compressed archives",
-    "hidden": "hidden",
-    "other": "of no known kind",
-}
-
 
 def left_out_of(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """What the run that wrote `_run.json` left out of SRC, by reason and extension."""
@@ -69,21 +59,3 @@ def is_left_out(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(found, dict) and all(map(is_count, found.values())) for found in value.values()
     )
-
-
-def left_out_line(left_out: Mapping[str, Mapping[str, int]]) -> str:
-    """`left out of SRC: 6 files: 5 images beside tars or Parquet files (5 jpg), 1 of no known kind
-    (1 md)`; empty where nothing was."""
-    parts = [
-        f"{sum(found.values()):,} {LEFT_OUT.get(reason, reason)} ({_extensions(found)})"
-        for reason, found in left_out.items()
-    ]
-    total = sum(sum(found.values()) for found in left_out.values())
-    files = "1 file" if total == 1 else f"{total:,} files"
-    return f"left out of SRC: {files}: {', '.join(parts)}" if total else ""
-
-
-def _extensions(found: Mapping[str, int]) -> str:
-    most = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    some = ", ".join(f"{number:,} {name or 'without extension'}" for name, number in most[:5])
-    return some + (", ..." if len(most) > 5 else "")

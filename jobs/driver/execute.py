@@ -13,11 +13,12 @@ from splatshard.jobs.cli.options import RunOptions, parse_storage_options
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.cli.text import count, duration, print_json, say, size
 from splatshard.jobs.destination.class_texts import place_texts
-from splatshard.jobs.destination.figures import left_out_line, left_out_of, total_ok
+from splatshard.jobs.destination.figures import left_out_of, total_ok
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan, mixed, planned
 from splatshard.jobs.destination.plan_file import RUN_FILE, read_record, write_plan, write_text
 from splatshard.jobs.driver.progress import Progress, run_summary
+from splatshard.pipeline.source.left_out import left_out_line
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import StorageError, UnavailableError
 from splatshard.schemas.shard import ShardRef
@@ -31,10 +32,11 @@ def execute(
     options: RunOptions,
     started: float,
     left_out: Mapping[str, Mapping[str, int]] | None = None,
+    classes: tuple[str, ...] = (),
 ) -> int:
     """Convert what is left to do of `plan`, tell the result; returns the exit code. `left_out` are
-    files of SRC that are not converted, as `Listing` has them; None where SRC
-    was not listed: as the last run had them, and class names are left as they are."""
+    files of SRC that are not converted, as `Listing` has them, and `classes` names by number; None
+    where SRC was not listed: as the last run had them, and class names are left as they are."""
     from splatshard.pipeline.shards.commit import clean_staging, remove
 
     say(describe(plan))
@@ -44,7 +46,7 @@ def execute(
         log("mixed", f"warning: {warning}", level="warning")
     write_plan(dst, planned(refs, plan, config), plan.folders)
     if left_out is not None:
-        place_texts(refs, dst)
+        place_texts(refs, dst, classes)
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started, dst)
     catalog = Catalog(dst, [*plan.done, *plan.others])  # what is replaced stays until it is

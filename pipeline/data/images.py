@@ -46,8 +46,10 @@ from splatshard.pipeline.data.windows import Choice
 from splatshard.pipeline.runtime.prefetch import map_ahead
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE
 from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.left_out import left_out_line
 from splatshard.pipeline.source.listing import list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
+from splatshard.pipeline.source.sample import NO_FIELD
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import DecodeConfig, class_list, source_of
 from splatshard.schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
@@ -82,7 +84,8 @@ class ImageShard:
 @dataclass(frozen=True, eq=False)
 class ImageBlock:
     """K samples of one shard. images are files as they are stored, names theirs for messages,
-    errors what reading found wrong; labels int64 [K], -1 for none."""
+    errors what reading found wrong; labels int64 [K], -1 for none; unused is as RawSample has it.
+    """
 
     url: str
     images: list[bytes]
@@ -91,6 +94,7 @@ class ImageBlock:
     captions: list[str | None]
     labels: NDArray[np.int64]
     errors: list[SampleError | None]
+    unused: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -121,6 +125,7 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         self.decoding = DecodeConfig(image_size=image_size)
         self.replaced = 0
         self._wanted = tuple(classes)
+        self._told = set[str]()
         super().__init__(src, **ordering)
 
     @property
@@ -144,8 +149,14 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         shard = source.shards[piece.shard]
         if piece.shard in source.kept:
             kept = np.flatnonzero(np.unpackbits(source.kept[piece.shard], count=shard.samples))
-            return [read_block(shard, kept[piece.begin : piece.end])]
-        return [read_block(shard, np.arange(piece.begin, piece.end))]
+            block = read_block(shard, kept[piece.begin : piece.end])
+        else:
+            block = read_block(shard, np.arange(piece.begin, piece.end))
+        worker = get_worker_info()
+        for name in block.unused.keys() - self._told if worker is None or not worker.id else ():
+            self._told.add(name)
+            log.warning("%s: %s is not used: %s", block.url, name, block.unused[name])
+        return [block]
 
     def assemble(
         self, chosen: Sequence[Choice[ImageBlock]], valid: Tensor, position: Position
@@ -211,6 +222,8 @@ def open_images(
     found = list_source("::".join(urls), classes=classes)
     for note in found.notes:
         log.log(logging.INFO if found.classes and note is found.notes[0] else logging.WARNING, note)
+    if left_out := left_out_line(found.left_out):
+        log.warning("%s", left_out)
     refs = sorted(found.refs, key=lambda ref: ref.name)
     content = hashlib.sha256(canonical_json([source_of(ref) for ref in refs]).encode())
     with ThreadPoolExecutor(SCANNERS, thread_name_prefix="count") as pool:
@@ -289,6 +302,7 @@ def read_block(shard: ImageShard, rows: NDArray[np.int64]) -> ImageBlock:
         captions=[sample.caption for sample in taken],
         labels=np.array(labels, np.int64),
         errors=[sample.error for sample in taken],
+        unused={name: why for s in taken for name, why in s.unused if why != NO_FIELD},
     )
 
 

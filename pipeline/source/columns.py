@@ -231,14 +231,22 @@ def _paths(field: str, schema: pa.Schema, image: str) -> Iterator[Path]:
         yield from (("json", name) for name in NAMES[field])
 
 
-def _declared(schema: pa.Schema, kind: str) -> tuple[str, ...]:
+def class_names(schema: pa.Schema, image: str) -> tuple[str, ...]:
+    """What Hugging Face's schema metadata calls the classes of the label column, by number."""
+    named = _named("label", schema, image)
+    column = next(iter(_certain("label", named, schema) or named), "")
+    names = _declared(schema, "ClassLabel").get(column, {}).get("names")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _declared(schema: pa.Schema, kind: str) -> dict[str, dict[str, Any]]:
     """Columns that Hugging Face's schema metadata declares as `kind`: Image, ClassLabel."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info["info"]["features"].items()
-        return tuple(name for name, f in features if f.get("_type") == kind)
+        return {name: f for name, f in features if f.get("_type") == kind}
     except (ValueError, KeyError, AttributeError, TypeError):
-        return ()  # somebody else's metadata
+        return {}  # somebody else's metadata
 
 
 def fields_of(row: dict[str, Any], columns: Columns, default_key: str) -> Fields:

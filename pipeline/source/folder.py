@@ -7,7 +7,7 @@ and `cat.png` are the keys of those two, and `cat.txt` belongs to both.
 Classes are the folders directly below, whether or not they hold an image, if no image lies beside
 them; a label is the position of its name among the sorted ones. So two splits with the same folders
 have the same numbers. Folders whose names are digits, two or more and of one length, are shards of
-img2dataset and no classes, nor are `train`, `val` and `test`.
+img2dataset and no classes, nor are splits (`train`, `val2017`) or a folder of all (`images`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from splatshard.pipeline.source.values import storable
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardRef
 
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+SPLIT = re.compile(
+    "(train|training|trainval|val|valid|validation|dev|eval|test|testing|extra|unlabell?ed)[-_]?[0-9]*"
+)
+CONTAINERS = frozenset(("images", "image", "imgs", "img", "jpegimages", "photos", "pictures"))
+"""Folders of images of any class, as COCO, YOLO and Tiny ImageNet have them."""
 
 
 def split_stem(path: str) -> tuple[str, str]:
@@ -130,22 +134,56 @@ def classes_in(
         return (), []
     if beside and not wanted:
         return (), [f"no labels: {lie}; move them, or name the classes with --classes"]
-    if not wanted and (what := what_else(names)):
+    within = [] if wanted else folders_within(root, images)
+    if not wanted and (what := what_else(names, held)):
         text = f"are {what} and taken for no classes; if they are, name them with --classes"
-        return (), [f"no labels: the folders {few(names)} of {root} {text}"]
-    notes = [f"without a label: {lie}"] if beside else []
+        return (), [f"no labels: the folders {few(names)} of {root} {text}", *within]
+    notes = [f"without a label: {lie}", *within] if beside else within
     if empty := [name for name in names if name not in held]:
         notes.append(f"no image in {len(empty):,} of the class folders of {root}: {few(empty)}")
     return names, notes
 
 
-def what_else(folders: Collection[str]) -> str:
+def folders_within(root: str, images: Collection[str]) -> list[str]:
+    """What to say of class folders that hold several folders with images."""
+    inner: dict[str, set[str]] = {}
+    for path in images:
+        outer, *others = path.split("/", 2)
+        if len(others) == 2:
+            inner.setdefault(outer, set()).add(others[0])
+    for outer in sorted(name for name, found in inner.items() if len(found) > 1):
+        some = " and ".join(f"{outer}/{name}" for name in sorted(inner[outer])[:2])
+        return [
+            f"{storable(some)} are not told apart by their labels, which are those of the folders "
+            f"directly below {root}: give {root}/{storable(outer)} if they are the classes"
+        ]
+    return []
+
+
+def what_else(folders: Collection[str], held: Collection[str]) -> str:
     """What folders are that are hardly classes: `00000`, `00001` as img2dataset names its shards,
-    or the splits of a dataset; empty where they may be classes."""
+    the splits of a dataset, or the place of all images, if only these are `held`; empty where they
+    may be classes."""
     alike = len({len(name) for name in folders}) == 1
     if alike and all(re.fullmatch("[0-9]{2,}", name) for name in folders):
         return "numbers of one length"
-    return "splits" if {name.lower() for name in folders} <= SPLITS else ""
+    if {name.lower() for name in held} <= CONTAINERS:
+        return "places of all images"
+    return "splits" if all(SPLIT.fullmatch(name.lower()) for name in folders) else ""
+
+
+def doubts(classes: Sequence[str]) -> list[str]:
+    """What to say of labels that may not be what is meant, by the class folders in their order."""
+    if len(classes) == 1:
+        return [f"all images have the label 0, since {storable(classes[0])} is the only folder"]
+    numbers = [int(name) for name in classes if re.fullmatch("[0-9]+", name)]
+    if len(numbers) < len(classes) or numbers == list(range(len(classes))):
+        return []
+    label = next(i for i, number in enumerate(numbers) if i != number)
+    return [
+        f"folders that are numbers are sorted as texts, and their label is their place: {label} "
+        f"for the folder {classes[label]}; for others list them in order with --classes"
+    ]
 
 
 def few(names: Sequence[str], number: int = 10) -> str:

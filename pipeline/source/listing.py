@@ -15,15 +15,7 @@ folder that cannot be listed. Hidden folders are not looked into.
 Beside each `00000000.tar` img2dataset leaves a metadata file `00000000.parquet`: where both are in
 one folder the tar is meant, and Parquet files without images are passed over.
 
-What was listed and is not converted is counted in `Listing.left_out`, by reason and extension:
-
-    beside_shards   images in a folder or glob that has tars or Parquet files with images
-    same_name       Parquet files beside a tar of their name
-    no_image_column Parquet files without images
-    no_image        captions, labels, .json without an image of their name beside them
-    compressed      compressed archives
-    hidden          images, tars and Parquet files whose name begins with a dot
-    other           all else: no extension that is known
+What was listed and is not converted is counted in `Listing.left_out` (left_out.py).
 
 Left out: compressed tars; list files inside list files; fsspec's chained URLs (`::` joins here).
 """
@@ -42,13 +34,14 @@ from splatshard.pipeline.source.folder import (
     class_of,
     classes_in,
     cut,
+    doubts,
     few,
     is_image,
     is_sidecar,
     split_stem,
     with_images,
 )
-from splatshard.pipeline.source.parquet import why_no_images
+from splatshard.pipeline.source.parquet import Declared, declared, notes_on_classes
 from splatshard.pipeline.source.patterns import (
     COMPRESSED,
     is_glob,
@@ -76,16 +69,21 @@ PARTITION = re.compile(r"(?<=/)(\w+)=[^/]*(?=/.*\.parquet$)", re.IGNORECASE)
 @dataclass
 class Listing:
     """What is at SRC: its shards, what of it is left out (by reason, then extension), and what the
-    user should know of it, in lines."""
+    user should know of it, in lines. `class_names` are those that the schema of a Parquet file has,
+    by number, with the first such file."""
 
     refs: list[ShardRef] = field(default_factory=list)
+    class_names: dict[tuple[str, ...], str] = field(default_factory=dict)
     left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     notes: list[str] = field(default_factory=list)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class folders in the order of their numbers."""
-        return next((ref.labels for ref in self.refs if ref.labels), ())
+        """The class folders in the order of their numbers, or the names in Parquet's schemas, if
+        they are all alike."""
+        folders = {ref.labels for ref in self.refs if ref.labels}
+        found = folders | self.class_names.keys()
+        return found.pop() if len(found) == 1 else ()
 
     def leave_out(self, reason: str, urls: Iterable[str]) -> None:
         if found := Counter(split_stem(path_of(url))[1].lower() for url in urls):
@@ -132,6 +130,8 @@ def _list(src: str, samples_per_shard: int, dst: str, classes: tuple[str, ...]) 
         refuse_compressed(pattern)
     found = _resolve(src, patterns, samples_per_shard, dst, classes)
     _number_classes(found, classes)
+    folders = {ref.labels: ref.root for ref in found.refs if ref.labels}
+    found.notes = notes_on_classes(found.class_names, folders) + found.notes
     _check_names(found.refs)
     if dst:
         check_apart(found.refs, dst)
@@ -158,6 +158,11 @@ def _check_names(refs: list[ShardRef]) -> None:
                 f"{other.urls[0]} and {ref.urls[0]} would both become shard {ref.name}: "
                 "rename one, or convert them into two destinations"
             )
+    seen = set[str]()
+    for url in (url for ref in refs for url in ref.urls):
+        if url in seen:
+            raise UsageError(f"SRC has {url} twice, by two of the places that it names: give one")
+        seen.add(url)
 
 
 def check_apart(refs: Iterable[ShardRef], dst: str) -> None:
@@ -192,8 +197,8 @@ def _resolve(
 ) -> Listing:
     globs = {p for p in patterns if is_glob(p)}
     files = fs.stats(p for p in patterns if kind_of(p) and p not in globs)
-    no_images = _without_images(files)
     found, missing = Listing(), []
+    no_images = _without_images(found, files)
     for pattern in patterns:
         if pattern in no_images:
             raise UsageError(no_images[pattern])
@@ -223,7 +228,10 @@ def _resolve(
 
 
 def _add_glob(found: Listing, pattern: str) -> None:
-    matches = fs.glob(pattern)
+    listed = fs.glob(pattern)
+    hidden = [u for u in listed if is_hidden(basename(u)) and not is_hidden(basename(pattern))]
+    matches = {url: stat for url, stat in listed.items() if url not in hidden}
+    found.leave_out("hidden", {u for u in hidden if is_image(u) or kind_of(u)})
     if not _add_shards(found, matches):
         for url in matches:
             refuse_compressed(url)
@@ -257,7 +265,7 @@ def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple
             refuse_compressed(file)
         extensions = Counter(split_stem(path_of(file))[1] for file in files).most_common(5)
         some = ", ".join(f"{n:,} .{kind}" if kind else f"{n:,} without" for kind, n in extensions)
-        said = "".join(f"; {why}" for why in list(_without_images(files).values())[:1])
+        said = "".join(f"; {why}" for why in list(_without_images(found, files).values())[:1])
         if hidden:
             said += f"; what begins with a dot is left out: {few([*map(basename, sorted(hidden))])}"
         raise UsageError(
@@ -271,7 +279,7 @@ def _add_shards(found: Listing, files: dict[str, Stat]) -> bool:
     are any. Then all others are left out."""
     tars = {stem_of(url) for url in files if kind_of(url) == ".tar"}
     shards = [u for u in files if kind_of(u) == ".tar" or (kind_of(u) and stem_of(u) not in tars)]
-    no_images = _without_images(shards)
+    no_images = _without_images(found, shards)
     shards = [url for url in shards if url not in no_images]
     if not shards:
         return False
@@ -346,23 +354,26 @@ def _number_classes(found: Listing, classes: tuple[str, ...]) -> None:
         found.refs = [replace(r, labels=names) if r.labels else r for r in found.refs]
         some = "1 class" if len(names) == 1 else f"{len(names):,} classes"
         found.notes.insert(0, f"{some} by folder: {few(names)}")
+        found.notes += [] if classes else doubts(names)
 
 
-def _without_images(urls: Iterable[str]) -> dict[str, str]:
+def _without_images(found: Listing, urls: Iterable[str]) -> dict[str, str]:
     """The Parquet files among `urls` without an image column, and what to say of each; damaged ones
-    will fail later."""
+    will fail later. The class names of the others are noted."""
 
-    def why(url: str) -> str:
+    def look(url: str) -> Declared:
         try:
-            return why_no_images(url)
+            return declared(url)
         except SourceError:
-            return ""
+            return Declared()
 
     parquet = [url for url in urls if kind_of(url) == ".parquet"]
     with ThreadPoolExecutor(16) as pool:
-        return {
-            url: said for url, said in zip(parquet, pool.map(why, parquet), strict=True) if said
-        }
+        said = dict(zip(parquet, pool.map(look, parquet), strict=True))
+    for url, each in said.items():
+        if each.classes:
+            found.class_names.setdefault(each.classes, url)
+    return {url: each.no_images for url, each in said.items() if each.no_images}
 
 
 def _shard(url: str, stat: Stat) -> ShardRef:

@@ -5,16 +5,16 @@ become its members (bytes, and the bytes of further image structs) or values of 
 (the rest, see arrow_values.py), where an image struct leaves its other fields, such as the file's
 path. A caption that is not UTF-8 is a member, too.
 
-Left out: the names of a ClassLabel.
+A ClassLabel's names are not in the samples: the listing tells and keeps them.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +22,13 @@ import pyarrow.parquet as pq
 from splatshard.pipeline.source.arrow_values import NotText, plain, values_of
 from splatshard.pipeline.source.columns import (
     Columns,
+    class_names,
     columns_of,
     fields_of,
     image_columns,
     no_image_column,
 )
+from splatshard.pipeline.source.folder import few
 from splatshard.pipeline.source.formats import HEAD_BYTES, disguised
 from splatshard.pipeline.source.sample import RawSample
 from splatshard.pipeline.storage import fs
@@ -40,16 +42,40 @@ NOT_UTF8 = "write the texts of its dictionary columns in UTF-8, or as another ty
 """pyarrow checks dictionaries alone, and those with indices of 32 bits not even then."""
 
 
-def why_no_images(url: str) -> str:
-    """What to say of a Parquet file that has no image column. Empty for others, and where a web
-    server sends no ranges, so that all of it had to be copied first. Raises SourceError when it
-    cannot be opened."""
+class Declared(NamedTuple):
+    """What the schema of a Parquet file says: why it has no images, empty where it has some; and
+    the names of its classes, by number."""
+
+    no_images: str = ""
+    classes: tuple[str, ...] = ()
+
+
+def declared(url: str) -> Declared:
+    """Nothing where a web server sends no ranges, so that all of the file had to be copied first.
+    Raises SourceError when it cannot be opened."""
     with fs.open_read(url) as stream:
         if not stream.seekable():
-            return ""
+            return Declared()
         with _parquet_errors(url, url), _parquet_file(stream) as file:
             schema = file.schema_arrow
-            return "" if image_columns(schema) else f"{url} {no_image_column(schema)}"
+            if images := image_columns(schema):
+                return Declared(classes=class_names(schema, images[0]))
+            return Declared(f"{url} {no_image_column(schema)}")
+
+
+def notes_on_classes(
+    named: Mapping[tuple[str, ...], str], folders: Mapping[tuple[str, ...], str]
+) -> list[str]:
+    """What to say of the lists of classes that schemas name (`named`) and of those of folders, each
+    with where it is from."""
+    if len(lists := {**folders, **named}) > 1:
+        (a, first), (b, second), *_ = lists.items()
+        return [
+            f"the labels of {first} ({few(a, 3)}) and {second} ({few(b, 3)}) are numbered by "
+            "different lists of classes, so that one number means several: convert them into "
+            "several DST, or cast ClassLabels to one (cast_column of Hugging Face's datasets)"
+        ]
+    return [f"{len(names):,} classes by ClassLabel: {few(names)}" for names in named]
 
 
 def read_parquet(ref: ShardRef, digest: fs.Digest) -> Iterator[RawSample]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pytest
 
 from splatshard.jobs.destination.class_texts import lines_of, place_texts, read_classes
@@ -18,7 +20,7 @@ from splatshard.pipeline.source.read import read, scan
 from splatshard.schemas.config import source_of
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardRef
-from tests.make import image_folder, imagenet_tar, jpeg
+from tests.make import image_folder, imagenet_tar, jpeg, write_parquet
 from tests.rows import config_of
 
 Capsys = pytest.CaptureFixture[str]
@@ -182,13 +184,108 @@ def test_the_classes_of_another_split(val: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folders", "are_splits"), [(("train", "Val"), True), (("test", "train", "tram"), False)]
+    ("folders", "are_splits"),
+    [
+        (("train", "Val"), True),
+        (("dev", "eval_1", "extra"), True),
+        (("train2017", "val2017"), True),
+        (("test", "train", "tram"), False),
+    ],
 )
 def test_splits_are_no_classes(tmp_path: Path, folders: tuple[str, ...], are_splits: bool) -> None:
     found = list_source(str(image_folder(tmp_path / "in", folders, per_class=1)))
     assert found.classes == (() if are_splits else folders)
     assert any("are splits and taken for no classes" in n for n in found.notes) == are_splits
     assert list_source(f"{tmp_path}/in", classes=folders).classes == folders
+
+
+def test_a_folder_of_all_images_is_no_class(tmp_path: Path) -> None:
+    """Of Tiny ImageNet's `val`, and of YOLO's data; all of its images had the label 0."""
+    for folders in (("images",), ("JPEGImages", "labels")):
+        root = image_folder(tmp_path / folders[0], folders[:1], per_class=1)
+        for name in folders[1:]:
+            (root / name).mkdir()
+        found = list_source(str(root))
+        assert (found.classes, set(labels(found.refs).values())) == ((), {None})
+        assert "are places of all images and taken for no classes" in found.notes[0]
+    assert list_source(str(image_folder(tmp_path / "in", ("images", "cat")))).classes
+
+
+def test_labels_that_may_not_be_meant_are_told(tmp_path: Path) -> None:
+    found = list_source(str(image_folder(tmp_path / "numbers", map(str, range(12)), per_class=1)))
+    assert labels(found.refs)["10/0000"] == 2
+    (note,) = found.notes[1:]
+    assert note.startswith("folders that are numbers are sorted as texts, and their label is their")
+    assert "place: 2 for the folder 10; " in note
+    in_order = [str(i) for i in range(12)]
+    found = list_source(f"{tmp_path}/numbers", classes=in_order)
+    assert (labels(found.refs)["10/0000"], len(found.notes)) == (10, 1)
+    found = list_source(str(image_folder(tmp_path / "from_one", ("1", "2"), per_class=1)))
+    assert "place: 0 for the folder 1; " in found.notes[1]
+    found = list_source(str(image_folder(tmp_path / "digits", ("0", "1"), per_class=1)))
+    assert len(found.notes) == 1
+    found = list_source(str(image_folder(tmp_path / "one", ("cat",), per_class=1)))
+    assert found.notes[1:] == ["all images have the label 0, since cat is the only folder"]
+
+
+def test_folders_within_class_folders_are_told(tmp_path: Path) -> None:
+    for outer in ("minitrain", "minival"):
+        image_folder(tmp_path / "in" / outer, ("ant", "bee"), per_class=1)
+    found = list_source(f"{tmp_path}/in")
+    assert found.classes == ("minitrain", "minival")
+    (note,) = found.notes[1:]
+    assert note.startswith("minitrain/ant and minitrain/bee are not told apart by their labels")
+    assert note.endswith(f"give {tmp_path}/in/minitrain if they are the classes")
+    for name in ("n01", "n02"):  # Tiny ImageNet
+        image_folder(tmp_path / "tiny" / name, ("images",), per_class=1)
+    assert len(list_source(f"{tmp_path}/tiny").notes) == 1
+
+
+def test_names_in_another_order_are_told(val: Path, tmp_path: Path, capsys: Capsys) -> None:
+    """A file beside the images, of a tool that numbers them otherwise."""
+    (val / CLASSNAMES).write_text("dog\ncat\nbee\nant\n")
+    refs, dst = list_source(str(val)).refs, tmp_path / "out"
+    write_plan_of(refs, dst)
+    place_texts(refs, str(dst))
+    assert f"{CLASSNAMES} has dog in line 1, and its label is 3: " in capsys.readouterr().err
+    found = list_source(str(val), classes=read_classes(str(val / CLASSNAMES)))
+    place_texts(found.refs, str(dst))
+    assert "in line" not in capsys.readouterr().err
+
+
+# Hugging Face's ClassLabel
+
+
+def class_label_table(path: Path, names: list[str] | None, column: str = "label") -> Path:
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    features[column] = {"names": names, "_type": "ClassLabel"}
+    table = pa.table({"image": [jpeg()] * 2, column: [0, 1]})
+    info = json.dumps({"info": {"features": features}})
+    return write_parquet(path, table.replace_schema_metadata({"huggingface": info}))
+
+
+def test_names_of_a_class_label_are_told_and_kept(tmp_path: Path, capsys: Capsys) -> None:
+    for name in ("train-0", "train-1"):
+        class_label_table(tmp_path / "in" / f"{name}.parquet", ["cat", "dog"], "fine_label")
+    found, dst = list_source(f"{tmp_path}/in"), tmp_path / "out"
+    assert (found.classes, found.notes) == (("cat", "dog"), ["2 classes by ClassLabel: cat, dog"])
+    assert "labels" not in source_of(found.refs[0])  # shards made before are not stale
+    write_plan_of(found.refs, dst)
+    place_texts(found.refs, str(dst), found.classes)
+    assert lines_of("", CLASSNAMES, str(dst)) == ["cat", "dog"]
+    assert list_source(str(class_label_table(tmp_path / "a.parquet", None))).notes == []
+
+
+def test_several_class_labels_are_told(tmp_path: Path) -> None:
+    one = class_label_table(tmp_path / "a.parquet", ["cat", "dog"])
+    two = class_label_table(tmp_path / "b.parquet", ["ant", "cat"])
+    found = list_source(f"{one}::{two}")
+    assert found.classes == ()
+    (note,) = found.notes
+    assert note.startswith(f"the labels of {one} (cat, dog) and {two} (ant, cat) are numbered by")
+    folder = image_folder(tmp_path / "in", ("ant", "bee"), per_class=1)
+    note, _ = list_source(f"{folder}::{two}").notes
+    assert note.startswith(f"the labels of {folder} (ant, bee) and {two} (ant, cat) are numbered")
 
 
 def test_a_file_of_classes(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import fsspec
 import pytest
 
 from splatshard.jobs import status
-from splatshard.jobs.destination.figures import LEFT_OUT, left_out_line
 from splatshard.jobs.destination.plan import make_plan, planned
 from splatshard.jobs.destination.plan_file import write_plan
-from splatshard.pipeline.source import listing
+from splatshard.pipeline.data import ImageDataset
+from splatshard.pipeline.source import left_out
 from splatshard.pipeline.source.folder import image_keys
+from splatshard.pipeline.source.left_out import LEFT_OUT, left_out_line
 from splatshard.pipeline.source.listing import list_shards, list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
 from splatshard.schemas.errors import UsageError
@@ -34,8 +35,8 @@ def put(folder: Path, *files: str) -> Path:
 
 
 def test_every_reason_is_known_and_documented() -> None:
-    reasons = [line.split()[0] for line in listing.__doc__.split("reason and extension:")[1]
-               .split("Left out:")[0].strip().splitlines()]  # fmt: skip
+    _, documented = str(left_out.__doc__).split("\n\n")
+    reasons = [line.split()[0] for line in documented.splitlines()]
     assert reasons == list(LEFT_OUT)
 
 
@@ -77,7 +78,7 @@ def test_what_the_names_of_folders_say_is_told(tmp_path: Path) -> None:
         (tmp_path / f"label={label}").mkdir()
         image_parquet(tmp_path / f"label={label}" / f"part-{label}.parquet", 1)
     for src in (tmp_path, f"{tmp_path}/*/*.parquet"):
-        (note,) = list_source(str(src)).notes
+        _, note = list_source(str(src)).notes
         assert "label stands in the names of folders alone (label=0)" in note
 
 
@@ -106,7 +107,7 @@ def test_a_stray_parquet_among_images(tmp_path: Path) -> None:
     found = list_source(str(tmp_path))
     assert names(found.refs) == ["images"]
     assert found.left_out == {"no_image_column": {"parquet": 1}, "beside_shards": {"jpg": 2}}
-    assert "2 images are left out" in found.notes[0]
+    assert "2 images are left out" in found.notes[1]
 
 
 def test_what_lies_beside_tars(tmp_path: Path) -> None:
@@ -148,6 +149,33 @@ def test_hidden_files_where_a_store_lists_them(tmp_path: Path) -> None:
 
 
 # One stem
+
+
+def test_hidden_files_that_a_glob_matches(tmp_path: Path) -> None:
+    """As in a folder, and as a shell leaves them out: those of macOS are no tars."""
+    for name in ("a.tar", "._a.tar"):
+        imagenet_tar(tmp_path / name)
+    found = list_source(f"{tmp_path}/*.tar")
+    assert (names(found.refs), found.left_out) == (["a"], {"hidden": {"tar": 1}})
+    assert len(list_source(f"{tmp_path}/.*.tar").refs) == 1
+
+
+def test_a_file_of_two_places_is_refused(tmp_path: Path) -> None:
+    """Its samples would be there twice, here once with a label and once without."""
+    put(tmp_path, "in/cat/a.jpg", "in/dog/b.jpg")
+    with pytest.raises(UsageError, match=rf"SRC has {tmp_path}/in/cat/a.jpg twice"):
+        list_source(f"{tmp_path}/in::{tmp_path}/in/cat")
+
+
+def test_image_datasets_tell_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "in/a.jpg", "in/b.jpg", "in/c.jpg_large")
+    (tmp_path / "in" / "a.json").write_text('{"label": "cat"}')
+    (tmp_path / "in" / "b.json").write_text('{"label": "dog"}')
+    for batch in ImageDataset(f"{tmp_path}/in", image_size=8, batch_size=1):
+        assert batch.labels.tolist() == [-1]
+    assert "left out of SRC: 1 file: 1 of no known kind (1 jpg_large)" in caplog.text
+    assert caplog.text.count("label is not used: 'cat' is not a whole number") <= 1
+    assert caplog.text.count("is not used") == 1
 
 
 def test_images_of_one_stem_are_samples(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from splatshard.jobs.driver.dryrun import look
 from splatshard.pipeline.data import ImageDataset
 from splatshard.pipeline.source.listing import list_shards
-from splatshard.pipeline.source.parquet import why_no_images
+from splatshard.pipeline.source.parquet import declared
 from splatshard.pipeline.source.read import count_samples, read, scan
 from splatshard.pipeline.storage import fs, retry
 from splatshard.schemas.errors import SourceError, UnavailableError
@@ -65,7 +65,7 @@ def test_parquet_is_copied_first(web: Any, tmp_path: Path) -> None:
     data = image_parquet(tmp_path / "a.parquet", 9, row_group_size=2).read_bytes()
     web.files = {"/a.parquet": data}
     url = f"{web.url}/a.parquet"
-    assert why_no_images(url) == ""
+    assert declared(url).no_images == ""
     (ref,) = list_shards(url)
     keys, digest = whole(ref)
     assert len(keys) == 9
