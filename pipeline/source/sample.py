@@ -195,7 +195,7 @@ TAKES = {
     "key": (key_of, "a text or a whole number"),
     "uid": (uid_of, "a text or a number"),
     "caption": (caption_of, "a text or a list of texts"),
-    "label": (label_of, "a whole number"),
+    "label": (label_of, "the number of a class"),
 }
 """A field's value from what was found, and what that must be."""
 

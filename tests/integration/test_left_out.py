@@ -77,7 +77,7 @@ def test_columns_as_users_have_them(tmp_path: Path, capsys: Capsys) -> None:
     dst = tmp_path / "out"
     code, summary, err = convert_json(capsys, tmp_path / "in", dst)
     assert (code, summary["ok"], summary["skipped"]) == (0, 6, {}), err
-    assert err.count("label is not used: 'cat' is not a whole number (3 samples, such as ") == 1
+    assert err.count("label is not used: 'cat' is not the number of a class (3 samples, ") == 1
     assert err.count("key is not used: its values repeat, so rows are numbered (3 samples, ") == 1
     assert summary["unused"] == {"key": 6, "label": 6}
     rows = list(read_rows(str(next(dst.glob("a-*.parquet")))))

@@ -221,7 +221,7 @@ def test_fields_in_json(tmp_path: Path) -> None:
     assert (sample.label, sample.caption, sample.unused) == (1, "a", ())
     sample = read_json('{"label": "cat", "text": {"en": "a"}, "uid": null}')
     assert dict(sample.unused) == {
-        "label": "'cat' is not a whole number",
+        "label": "'cat' is not the number of a class",
         "text": "{'en': 'a'} is not a text or a list of texts",
     }
     assert read_json('{"label": "cat"}', ("1.cls", b"7")).unused == ()
@@ -238,7 +238,7 @@ def test_names_in_any_case(tmp_path: Path) -> None:
     (several,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"captions": ["a", "b"]}'))
     assert several.caption == "a\nb"
     (three,) = read_members(tmp_path, ("1.jpg", IMAGE), ("1.json", b'{"Label": "cat"}'))
-    assert dict(three.unused) == {"Label": "'cat' is not a whole number"}
+    assert dict(three.unused) == {"Label": "'cat' is not the number of a class"}
 
 
 def test_a_bom_is_dropped_and_its_bytes_are_kept(tmp_path: Path) -> None:

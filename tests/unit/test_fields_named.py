@@ -26,7 +26,7 @@ def test_what_is_not_used_is_named(tmp_path: Path) -> None:
     named = {"label": ["cat"], "caption": [{"en": "a"}], "uid": [[1]]}
     (sample,) = samples_of(tmp_path, **named)
     assert dict(sample.unused) == {
-        "label": "'cat' is not a whole number",
+        "label": "'cat' is not the number of a class",
         "caption": "{'en': 'a'} is not a text or a list of texts",
         "uid": "[1] is not a text or a number",
     }

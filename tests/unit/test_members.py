@@ -68,7 +68,7 @@ def test_a_label_that_is_no_number_costs_itself_alone(tmp_path: Path, name: str)
     sample = one(tmp_path, (f"a.{name}", b"cat"), ("a.txt", b"a boat"))
     assert (sample.image, sample.error, sample.label) == (IMAGE, None, None)
     assert (sample.caption, sample.members) == ("a boat", ((name, b"cat"),))
-    assert sample.unused == ((f".{name}", "'cat' is not a whole number"),)
+    assert sample.unused == ((f".{name}", "'cat' is not the number of a class"),)
 
 
 def test_of_several_the_first_by_name_is_taken(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_of_several_the_first_by_name_is_taken(tmp_path: Path) -> None:
     }
     sample = one(tmp_path, *captions, *labels, ("a.txt", b"0"), ("a.cls", b"x"))
     assert (sample.caption, sample.label) == ("0", 2)  # .cls says nothing
-    assert dict(sample.unused)[".cls"] == "'x' is not a whole number"
+    assert dict(sample.unused)[".cls"] == "'x' is not the number of a class"
 
 
 def test_the_same_twice_is_not_told(tmp_path: Path) -> None:
