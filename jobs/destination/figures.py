@@ -46,6 +46,21 @@ def dataset_figures(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
     }
 
 
+def copies_line(manifests: Sequence[ShardManifest]) -> str:
+    """`2 shards are made of the same bytes, ...: a and b`; empty where none are."""
+    made: dict[tuple[str, Any], list[str]] = {}
+    for m in manifests:
+        if m.counts.get(OK):
+            source = m.source_sha256, m.inputs["source"].get("limit")
+            made.setdefault(source, []).append(m.name)
+    copies = [sorted(names) for names in made.values() if len(names) > 1]
+    if not copies:
+        return ""
+    some = "; ".join(" and ".join(names[:3]) for names in copies[:3])
+    number = sum(map(len, copies))
+    return f"{number:,} shards are made of the same bytes, so their samples are several: {some}"
+
+
 # Files of SRC that are not converted
 
 

@@ -13,7 +13,7 @@ from splatshard.jobs.cli.options import RunOptions, parse_storage_options
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.cli.text import count, duration, print_json, say, size
 from splatshard.jobs.destination.class_texts import place_texts
-from splatshard.jobs.destination.figures import left_out_of, total_ok
+from splatshard.jobs.destination.figures import copies_line, left_out_of, total_ok
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan, mixed, planned
 from splatshard.jobs.destination.plan_file import RUN_FILE, read_record, write_plan, write_text
@@ -65,6 +65,8 @@ def execute(
     if run != last and (plan.work or last):
         write_text(dst, RUN_FILE, json.dumps(run, sort_keys=True, indent=2) + "\n")
     tell_summary(summary, progress, dst)
+    if copies := copies_line([*plan.done, *progress.manifests]):
+        say(f"warning: {copies}")
     if options.json:
         print_json(summary)
     return EXIT_FAILED_SHARDS if progress.failures or not summary["ok"] else EXIT_OK

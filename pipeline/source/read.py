@@ -109,7 +109,19 @@ def _read_tar(ref: ShardRef, digest: fs.Digest) -> Samples:
     (url,) = ref.urls
     again = partial(fs.open_anywhere, url)
     with fs.open_read(url) as stream, closing(read_groups(url, stream, digest, again)) as groups:
-        yield from map(assemble, groups)
+        yield from map(_with_folders, map(assemble, groups))
+
+
+def _with_folders(sample: RawSample) -> RawSample:
+    """A sample of a tar that says nothing but in which folder it lies, with a word on that."""
+    said = sample.caption is not None or sample.label is not None or sample.metadata is not None
+    if said or not sample.image or "/" not in sample.key.removeprefix("./"):
+        return sample
+    folders = ("folders in the tar", FOLDERS)
+    return replace(sample, unused=(*sample.unused, folders))
+
+
+FOLDERS = "they give no labels: unpack it, and convert the folder of class folders, or add a .cls"
 
 
 def _count_tar(ref: ShardRef) -> Iterator[Group]:

@@ -87,7 +87,7 @@ class RawSample:
 
 def assemble(group: Group, default_label: int | None = None) -> RawSample:
     """The sample of one key; `default_label` where neither a member nor the JSON gives one."""
-    if group.error and group.error.status == "unsafe_path":
+    if group.error and (group.error.status == "unsafe_path" or not group.members):
         return RawSample(group.key, error=group.error)
     images = [e for e in group.members if e.lower() in IMAGE_EXTENSIONS]
     image = min(images, key=lambda e: IMAGE_EXTENSIONS.index(e.lower()), default=None)

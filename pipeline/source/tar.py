@@ -27,7 +27,7 @@ from tarfile import BLOCKSIZE
 from typing import IO, BinaryIO, cast
 from zlib import adler32
 
-from splatshard.pipeline.source.formats import HEAD_BYTES, disguised
+from splatshard.pipeline.source.formats import EXTENSIONS, HEAD_BYTES, disguised
 from splatshard.pipeline.source.links import Again, Links, forget_headers, open_tar
 from splatshard.pipeline.storage.fs import Digest
 from splatshard.schemas.errors import SampleError, SourceError
@@ -38,6 +38,10 @@ MAX_SAMPLE_BYTES = 1 << 28
 MAX_PADDING = 1 << 21
 """Zeros at the end of an archive: tar fills its last record with them, of 10 KiB, on tapes 1 MiB.
 aria2 and others give a file its size before they have its bytes."""
+
+IMAGE = "|".join(EXTENSIONS)
+HIDDEN_IMAGE = re.compile(rf"(?is)(?!(?:.*/)?__MACOSX/)(?:.*/)?\.(?!_)[^/]*\.(?:{IMAGE})").fullmatch
+"""A path of one; those of macOS (`._a.jpg`) are none."""
 
 MULTIVOLUME = b"M"
 """The type of a member that began in another volume."""
@@ -254,13 +258,18 @@ def _groups(
     data: Callable[[tarfile.TarInfo], bytes],
     extensions: Collection[str] | None = None,
 ) -> Iterator[Group]:
-    """Consecutive members of one key; folders, devices and hidden files are passed over. Bytes are
-    read of those with one of `extensions`, by default of all."""
+    """Consecutive members of one key; folders, devices and hidden files are passed over, but hidden
+    images are told. Bytes are read of those with one of `extensions`, by default of all."""
     group = None
     for info in members:
         path = _safe(info.name)
-        file = None if _hidden(path) else _file_of(info, links)
+        file = _file_of(info, links)
         if file is None:
+            continue
+        if _hidden(path):
+            if HIDDEN_IMAGE(path):
+                text = f"{info.name} is hidden, since its name begins with a dot: rename it"
+                yield Group(path.rpartition(".")[0], error=SampleError("no_image", text))
             continue
         key, extension = split_name(path)
         if group is None or key != group.key or extension in group.members:

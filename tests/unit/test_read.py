@@ -9,7 +9,7 @@ import pytest
 
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_shards
-from splatshard.pipeline.source.read import count_samples, read
+from splatshard.pipeline.source.read import count_samples, read, scan
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import SourceError
 from splatshard.schemas.shard import ShardRef
@@ -282,3 +282,31 @@ def test_real_tiny_imagenet_labels():
     assert all(0 <= s.label < 100 for s in samples)
     assert len({s.label for s in samples}) > 20
     assert decode(samples[0].image, "", DecodeConfig()).original_width == 64
+
+
+def test_hidden_images_are_rows(tmp_path):
+    """Those of macOS are no images, other hidden files are passed over."""
+    members = [
+        ("a.jpg", IMAGE), ("d/.b.JPG", IMAGE), ("a.txt", b"a boat"), ("._a.jpg", b"mac"),
+        (".c.txt", b"x"), ("__MACOSX/.d.jpg", b"mac"), ("e.jpg", IMAGE),
+    ]  # fmt: skip
+    hidden, one, two = read_members(tmp_path, *members)
+    assert statuses([hidden, one, two]) == ["no_image", None, None]
+    assert (hidden.key, str(hidden.error)) == (
+        "d/.b", "d/.b.JPG is hidden, since its name begins with a dot: rename it"
+    )  # fmt: skip
+    assert (one.key, one.caption, two.key) == ("a", "a boat", "e")
+    ref = ref_of(tmp_path / "a.tar")
+    assert count_samples(ref, 9) == len(list(scan(ref))) == 3
+
+
+def test_folders_in_a_tar_give_no_labels_and_that_is_told(tmp_path):
+    def told(*members: tuple[str, bytes]) -> list[bool]:
+        samples = read_members(tmp_path, *members)
+        return ["folders in the tar" in dict(sample.unused) for sample in samples]
+
+    assert told(("./cat/a.jpg", IMAGE), ("cat/b.jpg", IMAGE)) == [True, True]
+    assert told(("a.jpg", IMAGE), ("./b.jpg", IMAGE)) == [False, False]
+    for name, data in (("cls", b"3"), ("txt", b"a cat"), ("json", b"{}")):
+        assert told(("cat/a.jpg", IMAGE), (f"cat/a.{name}", data)) == [False]
+    assert told(("cat/a.txt", b"x")) == [False]  # which is a row of its own
