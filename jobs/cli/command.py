@@ -36,6 +36,8 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 TRAIN_EXTRA = ("safetensors", "tensorboard", "transformers")
 """Packages that only training, evaluation and teachers need."""
+PACKAGES = ("PIL", "numba", "pyarrow", "ray", "torch", *TRAIN_EXTRA)
+"""That are first imported when there is work for them, and may not be installed."""
 
 Options = TypeVar("Options")
 
@@ -169,11 +171,21 @@ def _run(body: Callable[[], int]) -> int:
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_ERROR
     except Exception as e:
-        if isinstance(e, ModuleNotFoundError) and e.name in TRAIN_EXTRA:
-            complain(f"this needs {e.name}: install it, or splatshard with its extra `train`")
+        if name := missing(e):
+            extra = " with its extra `train`" if name in TRAIN_EXTRA else ""
+            complain(f"this needs {name}: install it, or splatshard{extra}")
         else:
             complain(f"internal error, {type(e).__name__}: {e} (--debug shows where)")
         return EXIT_ERROR
+
+
+def missing(error: BaseException | None) -> str:
+    """The package that is not installed, if that is why; transformers says so in its own words."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+            return error.name
+        error = error.__cause__
+    return ""
 
 
 def complain(message: str) -> None:

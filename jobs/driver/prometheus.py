@@ -2,8 +2,8 @@
 
 Ray prefixes the names with `ray_`, adds the driver's id (`WorkerId`), and exports every 10 s and
 when the driver leaves. Counters then stay with the cluster; gauges go 20 s after their last report.
-The tag `dst` tells jobs apart. Counters count finished shards only, so that they end with the
-numbers of `_run.json`.
+The tag `dst` tells jobs apart; of its letters Ray takes ASCII alone. Counters count finished shards
+only, so that they end with the numbers of `_run.json`.
 
 A Ray with a dashboard lists its nodes' ports for Prometheus in a file; an embedded one is started
 without, so `advertised` writes such a file beside it. A fixed port would need no file, but a second
@@ -55,7 +55,7 @@ class Metrics:
     """Publishes snapshots of one job into `dst`; does nothing while there is no Ray."""
 
     def __init__(self, dst: str) -> None:
-        self._dst = redact(dst)
+        self._dst = redact(dst).encode("ascii", "backslashreplace").decode()
         self._published: dict[tuple[str, str], float] = {}
 
     def publish(self, snapshot: Snapshot) -> None:

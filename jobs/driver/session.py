@@ -93,19 +93,20 @@ def started(workers: Workers) -> Iterator[None]:
 
 @contextmanager
 def short_folder() -> Iterator[str | None]:
-    """A folder for Ray in /tmp, of this user alone, where TMPDIR is too long for its sockets or
-    cannot be written; None where it will do."""
+    """A folder for Ray in /tmp, of this user alone, where TMPDIR is too long for its sockets, not
+    ASCII or cannot be written; None where it will do."""
     usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT
-    if len(os.fsencode(usual)) <= LONGEST_TMPDIR and os.access(usual, os.W_OK):
+    short = len(os.fsencode(usual)) <= LONGEST_TMPDIR and usual.isascii()
+    if short and os.access(usual, os.W_OK):
         yield None
         return
     try:
         folder = TemporaryDirectory(prefix="splatshard-ray-", dir=SHORT, ignore_cleanup_errors=True)
     except OSError as e:
         raise BackendError(
-            f"Ray has no folder for its sockets: {usual} is too long or cannot be written, and "
-            f"neither can {SHORT} ({e.strerror}): set RAY_TMPDIR to a folder that can, of at most "
-            f"{LONGEST_TMPDIR} bytes"
+            f"Ray has no folder for its sockets: {usual} is too long, not ASCII or cannot be "
+            f"written, and neither can {SHORT} ({e.strerror}): set RAY_TMPDIR to a folder that "
+            f"can, of at most {LONGEST_TMPDIR} bytes"
         ) from None
     with folder as name:
         yield name

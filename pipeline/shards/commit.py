@@ -36,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE, FAILED, read_marker
-from splatshard.pipeline.shards.names import is_shard_name
+from splatshard.pipeline.shards.names import is_shard_name, printable
 from splatshard.pipeline.shards.rows import is_shard
 from splatshard.pipeline.shards.verify import survey
 from splatshard.pipeline.storage import atomic, fs
@@ -85,6 +85,11 @@ def check_scheme(dst: str) -> None:
     driver."""
     if not dst.strip():
         raise UsageError("DST is empty: give a folder, or s3://bucket/...")
+    if dst != printable(dst):
+        raise UsageError(
+            f"DST {printable(dst)}: that path is no UTF-8, in which plans are written: choose "
+            "another, or set LC_ALL=C.UTF-8 if it is"
+        )
     if ON_WINDOWS:
         raise UsageError("on Windows shards are read, not written: run this on Linux, or in WSL")
     if not is_local(dst) and re.fullmatch(r"s3a?://[^/]+(/.*)?", dst) is None:

@@ -93,7 +93,8 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     image = min(images, key=lambda e: IMAGE_EXTENSIONS.index(e.lower()), default=None)
     error = group.error
     if image is None:
-        found = ", ".join(list(group.members)[:10]) + ", ..." * (len(group.members) > 10)
+        found = ", ".join(e or "a file without extension" for e in list(group.members)[:10])
+        found += ", ..." * (len(group.members) > 10)
         text = f"key {group.key} has no image ({' '.join(EXTENSIONS)}), only: {found}"
         if any(e.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for e in group.members):
             text += "; a key ends at the first dot of a file's name: write others for these"

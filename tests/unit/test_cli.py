@@ -138,6 +138,13 @@ def test_no_job_and_unknown_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("splatshard ")
 
 
+def in_other_words(cause: Exception) -> Exception:
+    """As transformers says what it misses."""
+    error = ModuleNotFoundError("Could not import module 'CLIPVisionModel'.")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -145,6 +152,8 @@ def test_no_job_and_unknown_jobs(capsys: pytest.CaptureFixture[str]) -> None:
         (StorageError("disk full"), 1, "splatshard: error: disk full"),
         (RuntimeError("oops"), 1, "internal error, RuntimeError: oops"),
         (ModuleNotFoundError("no", name="transformers"), 1, "needs transformers: install it, or"),
+        (ModuleNotFoundError("no", name="ray"), 1, "needs ray: install it, or splatshard"),
+        (in_other_words(ModuleNotFoundError("no", name="safetensors")), 1, "needs safetensors: "),
         (ModuleNotFoundError("oops", name="x"), 1, "internal error, ModuleNotFoundError: oops"),
         (KeyboardInterrupt(), 130, "run the same command again"),
         (Interrupted(143, "terminated"), 143, "splatshard: terminated"),

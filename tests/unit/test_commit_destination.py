@@ -72,6 +72,12 @@ def test_other_destinations_are_refused(dst: str) -> None:
     assert "pw" not in str(caught.value)
 
 
+def test_a_destination_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    """Ray did not start, and was blamed."""
+    with pytest.raises(UsageError, match=r"DST .*x\\udcff: that path is no UTF-8"):
+        check_destination(f"{tmp_path}/x\udcff")
+
+
 def test_a_destination_that_another_process_is_making(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ def test_key_without_image(tmp_path):
     assert samples[0].caption == "alone"
     assert "only: txt" in str(samples[0].error)
     assert samples[2].members == (("", b"hello"),)
+    assert "only: a file without extension" in str(samples[2].error)
 
 
 def test_archives_in_an_archive(tmp_path):
