@@ -36,6 +36,10 @@ DIRECT = 64  # codes from -64 to 63 are a token each; beyond, four tokens per oc
 MAX_CODE = 2**21
 HEADER = struct.Struct("<fBb")
 """Of the plane `bits`: step, level, cell_log."""
+STEP_RANGE = (1e-20, 1e20)
+SIZE_CELLS = (-20, 27)  # sqrt(l11 l22) from 2^-10 to 2^14 px
+RATIO_CELLS = (-24, 23)  # sqrt(l11 / l22) from 2^-12 to 2^12
+SHEAR_RANGE = (-DIRECT, DIRECT - 1)  # |l21 / l22| up to 5,961
 OPPONENT = (
     (1 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3)),
     (1 / math.sqrt(2), 0.0, -1 / math.sqrt(2)),

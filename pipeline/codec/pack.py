@@ -22,7 +22,7 @@ from torch import Tensor
 
 from splatshard.pipeline.codec import Plane, column, decode_rows, fp16, planes, q11
 from splatshard.pipeline.codec.layout import hilbert_tables
-from splatshard.pipeline.codec.quantise import allowed_error, quantise, squared_error
+from splatshard.pipeline.codec.quantise import allowed_error, quantise, squared_errors
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.errors import CorruptShardError
@@ -81,23 +81,25 @@ def _pack_planar(
 ) -> dict[str, Sequence[Payload]]:
     """The payloads of each budget's Gaussians, `parts` of `splats`, by their columns."""
     height, width = target.shape[2:]
-    fitted = stored = torch.zeros_like(target)
-    whole = squared_error(splats, target, stored, cutoff, backend)
-    allowed = allowed_error(whole, target, MAX_LOSS_DB[codec])
-    *_, last = parts
+    whole = squared_errors(splats, target, None, cutoff, backend)
+    allowed = allowed_error(whole[0], target, MAX_LOSS_DB[codec])
+    *others, last = parts
     columns: dict[str, Sequence[Payload]] = {}
-    for name, part in parts.items():
-        if name == last:
-            added = squared_error(part, target, stored, cutoff, backend) - whole
-            share = torch.maximum(allowed - added, LEAST_SHARE * allowed)
-            columns[name] = planes.encode(quantise(part, target, stored, share, cutoff, backend))
-            break
+    fitted, stored = torch.zeros_like(target), None
+    for name in others:
+        part = parts[name]
         fitted = fitted + backend.render(part, height, width, cutoff)
+        before = squared_errors(part, fitted, stored, cutoff, backend)
         share = allowed / splats.num_gaussians.clamp(min=1) * part.num_gaussians.clamp(min=1)
-        packed = planes.encode(quantise(part, fitted, stored, share, cutoff, backend))
+        packed = planes.encode(quantise(part, fitted, stored, share, before, cutoff, backend))
         own = unpack([{name: one} for one in packed], height, width, codec)
-        stored = stored + backend.render(own.to(target.device), height, width, cutoff)
+        image = backend.render(own.to(target.device), height, width, cutoff)
+        stored = image if stored is None else stored + image
         columns[name] = packed
+    before = squared_errors(parts[last], target, stored, cutoff, backend) if others else whole
+    share = torch.maximum(allowed - (before[0] - whole[0]), LEAST_SHARE * allowed)
+    codes = quantise(parts[last], target, stored, share, before, cutoff, backend)
+    columns[last] = planes.encode(codes)
     return columns
 
 

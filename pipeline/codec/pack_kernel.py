@@ -1,22 +1,44 @@
-"""Codes to planes on a CPU: one compiled pass over a batch, the inverse of `kernel.decode_planes`.
+"""Gaussians to codes and codes to planes on a CPU: compiled passes over a batch.
 
-The twin is `planes.encode_image`; the bytes are the same.
+`on_grid` has its twin in quantise.py, `encode` in `planes.encode_image`: the same integers, the
+same bytes.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numba import njit, uint64
 from numpy.typing import NDArray
 
 from splatshard.pipeline.codec.kernel import log2_floor
-from splatshard.pipeline.codec.layout import DIRECT, MAX_LEVEL, Codes, hilbert_tables
+from splatshard.pipeline.codec.layout import (
+    CELLS_PER_OCTAVE,
+    DIRECT,
+    MAX_CODE,
+    MAX_LEVEL,
+    MAX_WIDTH,
+    OPPONENT,
+    RATIO_CELLS,
+    SHEAR_CELLS,
+    SHEAR_RANGE,
+    SHEAR_UNIT,
+    SIZE_CELLS,
+    STEP_RANGE,
+    Codes,
+    hilbert_tables,
+    level_of,
+    slant_table,
+)
 from splatshard.pipeline.kernels.compiled import compiled
+from splatshard.pipeline.splats import Splats
 
 FIELDS = 9  # of a Gaussian in `bits`: of gap and colours the extra bits, then shape and place
 BYTES_PER_GAUSSIAN = 17  # at most: four times 18 extra bits, five fields of 12
+LARGEST = float(np.finfo(np.float64).max)
 DIGIT = 10  # bits of a place that one pass of the sort looks at; a place has at most two
 
 
@@ -26,6 +48,107 @@ def places() -> NDArray[np.int32]:
     ...]."""
     tables = [hilbert_tables(level)[0].numpy().ravel() for level in range(MAX_LEVEL + 1)]
     return np.concatenate(tables).astype(np.int32)
+
+
+def on_grid(splats: Splats, solved: Splats, step: torch.Tensor, height: int, width: int) -> Codes:
+    """As `quantise.on_grid`, of splats [B, N] in main memory, for images of `height` x `width`."""
+    level, cell_log = level_of(splats.num_gaussians, height, width)
+    batch, n = splats.mask.shape
+    step = step.clone()
+    colors = np.empty((batch, n, 3), np.int64)
+    cells = np.empty((8, batch, n), np.int64)
+    values = (splats.means, splats.cholesky, solved.cholesky, solved.colors)
+    put_on_grid(
+        *(x.double().contiguous().numpy() for x in values),
+        splats.mask.contiguous().numpy(),
+        step.numpy(),
+        level.numpy(),
+        cell_log.numpy(),
+        (height, width),
+        np.array(OPPONENT),
+        slant_table().numpy(),
+        colors,
+        cells,
+    )
+    names = ("size", "ratio", "shear", "x", "y", "width", "width_x", "width_y")
+    found = dict(zip(names, map(torch.from_numpy, cells), strict=True))
+    return Codes(step, level, cell_log, torch.from_numpy(colors), **found, mask=splats.mask)
+
+
+@compiled(error_model="numpy")
+def put_on_grid(
+    means, cholesky, solved, tint, mask, step, level, cell_log, picture, opponent, slant,
+    colors, cells,
+):  # fmt: skip
+    """See `on_grid`; `solved` and `tint` are cholesky and colours of the solution. `cells`: size,
+    ratio, shear, x, y, then their widths, in the order of `Codes`."""
+    height, width = picture
+    side = max(height, width)
+    for b in range(len(means)):
+        step[b] = _color_codes(solved[b], tint[b], mask[b], step[b], opponent, colors[b])
+        last = (1 << level[b]) - 1
+        for i in range(mask.shape[1]):
+            l11, l21, l22 = 1.0, 1.0, 1.0
+            if mask[b, i]:
+                l11, l21, l22 = cholesky[b, i, 0], cholesky[b, i, 1], cholesky[b, i, 2]
+            octave = _class(colors[b, i, 0], colors[b, i, 1], colors[b, i, 2])
+            wide = _clamp(octave - 1)
+            log11, log22 = np.log2(l11), np.log2(l22)
+            size = _place((log11 + log22) / 2 * CELLS_PER_OCTAVE, wide, SIZE_CELLS)
+            ratio = _place((log11 - log22) / 2 * CELLS_PER_OCTAVE, wide, RATIO_CELLS)
+            middle = (ratio + 0.5) / (1 << wide)
+            slope = l21 / l11 * np.exp2(2 * middle / CELLS_PER_OCTAVE)
+            shear = _place(math.asinh(slope / SHEAR_UNIT) * SHEAR_CELLS, wide, SHEAR_RANGE)
+            wanted, a, d = 2 * octave + cell_log[b] + 1, size >> wide, ratio >> wide
+            wide_x = _clamp((wanted - (a + d + 1) + slant[(shear >> wide) + DIRECT]) >> 1)
+            wide_y = _clamp((wanted - (a - d)) >> 1)
+            x = ((means[b, i, 0] - width / 2) / (2 * side) + 0.5) * (last + 1)
+            y = ((means[b, i, 1] - height / 2) / (2 * side) + 0.5) * (last + 1)
+            cells[0, b, i], cells[1, b, i], cells[2, b, i] = size, ratio, shear
+            cells[3, b, i] = _place(x, wide_x, (0, last))
+            cells[4, b, i] = _place(y, wide_y, (0, last))
+            cells[5, b, i], cells[6, b, i], cells[7, b, i] = wide, wide_x, wide_y
+
+
+@compiled(error_model="numpy")
+def _color_codes(cholesky, tint, mask, step, opponent, colors):
+    """Fill in the codes of one image; its step, as `quantise.color_codes`."""
+    n = len(mask)
+    amplitude, largest = np.zeros((n, 3)), 0.0
+    for i in range(n):
+        if not mask[i]:
+            continue
+        size = (np.log2(cholesky[i, 0]) + np.log2(cholesky[i, 2])) / 2
+        scale = math.sqrt(math.pi) * np.exp2(size)
+        for k in range(3):
+            value = 0.0
+            for c in range(3):
+                value += tint[i, c] * scale * opponent[k, c]
+            value = 0.0 if math.isnan(value) else min(max(value, -LARGEST), LARGEST)
+            amplitude[i, k] = value
+            largest = max(largest, abs(value))
+    step = max(step, largest / (MAX_CODE - 2))
+    if math.isnan(step):
+        step = STEP_RANGE[1]
+    step = np.float64(np.float32(min(max(step, STEP_RANGE[0]), STEP_RANGE[1])))
+    for i in range(n):
+        for k in range(3):
+            code = np.rint(amplitude[i, k] / step)
+            colors[i, k] = np.int64(min(max(code, 1.0 - MAX_CODE), MAX_CODE - 1.0))
+    return step
+
+
+@njit(inline="always")
+def _clamp(width):
+    return min(max(width, 0), MAX_WIDTH)
+
+
+@njit(inline="always")
+def _place(value, width, cells):
+    """As `quantise.place`; something in range for a NaN as well."""
+    lowest, highest = cells[0] << width, (cells[1] + 1 << width) - 1
+    fine = np.floor(value * (1 << width))
+    return min(max(np.int64(min(max(fine, lowest), highest)), lowest), highest)
 
 
 def encode(codes: Codes) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:

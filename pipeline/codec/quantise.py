@@ -1,6 +1,7 @@
 """Gaussians to integers: the lossy half of the codecs `balanced` and `compact`.
 
-    step from the loss allowed -> repeat: class, geometry on its grid, colours solved, loss measured
+    step from the loss allowed -> class, geometry on its grid -> colours solved, loss foreseen
+        -> a step that fits -> class, geometry and colours on their grid, loss measured: repeated
 
 An error of one parameter adds to the squared error of the image about
 
@@ -16,12 +17,13 @@ Gaussian's class, and nothing is stored for it. One geometry step for all would 
 for each of five parameters, so much do amplitudes differ.
 
 Colours are linear given the geometry, so they are solved anew, against the image, once it is on its
-grid; this takes up about a third of the error. Classes follow from the codes and codes from the
-solution, so the two alternate. Last the geometry follows the final codes: the result is consistent
-wherever the loop stopped. A solution is for the sum of the Gaussians, but images are shown clamped
-to 0..1, which fits of white or black areas rely on: there it can lose more than it takes up,
-however fine the step. Images that lose too much after three passes keep the colours of their fit,
-and what they lose goes to nothing with the step.
+grid; this takes up about a third of the error. One gradient is enough for it, and with it the loss
+is foreseen to a few percent, so that most images need one or two steps. Classes follow from the
+codes and codes from the solution; where a class changes, the geometry follows. So few do that the
+solution is kept for all further steps. It is for the sum of the Gaussians, but images are shown
+clamped to 0..1, which fits of white or black areas rely on: there it can lose more than it takes
+up, however fine the step. Images that lose too much after three passes keep the colours of their
+fit, and what they lose goes to nothing with the step.
 
 Left out: rate-distortion optimised rounding; prediction of colours from neighbours; position steps
 along the axes of each Gaussian (they would save 0.4 bits of 30 and no longer sort).
@@ -37,10 +39,13 @@ from torch import Tensor
 
 from splatshard.pipeline.codec.layout import (
     CELLS_PER_OCTAVE,
-    DIRECT,
     MAX_CODE,
+    RATIO_CELLS,
     SHEAR_CELLS,
+    SHEAR_RANGE,
     SHEAR_UNIT,
+    SIZE_CELLS,
+    STEP_RANGE,
     Codes,
     class_of,
     dequantise,
@@ -55,25 +60,23 @@ from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.solve_colors import solve_colors
 from splatshard.pipeline.splats import Splats
 
-PASSES = 2
+PASSES = 2  # at most, for images that keep to their limit
 SOLVED_PASSES, MAX_PASSES = 3, 12  # for images that lose too much
-COLOR_STEPS = 3  # conjugate-gradient steps of each pass
+COLOR_STEPS = 5  # conjugate-gradient steps of a pass, where the backend has no `color_change`
 FIRST_GUESS = 1.2  # on the step: solved colours take up about a third of the error foreseen
-AIM = 0.97  # of the squared error allowed
+AIM = 0.985  # of the squared error allowed
+FORESEEN_AIM = 1.0  # the same of what is foreseen: images are shown clamped, and lose less
+WELL_SPENT = 0.95  # an image that spends as much, and no more than allowed, is final at once
 FLOOR = 1e-6
 """Squared error per pixel and channel that every fit is granted: that of 60 dB."""
-
-STEP_RANGE = (1e-20, 1e20)
-SIZE_CELLS = (-20, 27)  # sqrt(l11 l22) from 2^-10 to 2^14 px
-RATIO_CELLS = (-24, 23)  # sqrt(l11 / l22) from 2^-12 to 2^12
-SHEAR_RANGE = (-DIRECT, DIRECT - 1)  # |l21 / l22| up to 5,961
 
 
 def quantise(
     splats: Splats,
     target: Tensor,
-    behind: Tensor,
+    behind: Tensor | None,
     allowed: Tensor,
+    before: Tensor,
     cutoff: float,
     backend: Backend,
 ) -> Codes:
@@ -81,39 +84,73 @@ def quantise(
     of `target` [B, 3, H, W]: of the steps tried, the coarsest that keeps to it, or where none does,
     as for Gaussians beyond the grid, the one that adds least.
 
-    `behind` [B, 3, H, W] is what other Gaussians of the image render. An image's codes do not
-    depend on the others in its batch (on a GPU: but for rounding). After PASSES one that keeps its
-    limit is final and leaves the loop: few need more, and only they take the time of more.
+    `behind` [B, 3, H, W] is what other Gaussians of the image render, if any; `before` [2, B] are
+    the `squared_errors` of `splats`. An image's codes do not depend on the others in its batch (on
+    a GPU: but for rounding). One that is final leaves the loop, and few need more than a pass.
     """
-    fit_error = squared_error(splats, target, behind, cutoff, backend)
+    front = target if behind is None else target - behind
     first = FIRST_GUESS * (12 * allowed / (8 * splats.num_gaussians.clamp(min=1))).sqrt()
+    codes = on_grid(splats, splats, first, target)
+    solved, error = resolved(codes, splats, front, cutoff, backend)
+    foreseen = (error + rounding_error(codes, splats) - before[1]) / allowed
+    step, best, result = next_step(codes.step, foreseen, FORESEEN_AIM), None, None
     left = torch.arange(len(splats), device=first.device)  # numbers of the images in the loop
-    step, solved, best, result = first, splats, None, None
     for number in range(MAX_PASSES):
         if number == SOLVED_PASSES:
             step, solved = first, splats
         codes = on_grid(splats, solved, step, target)
-        if number < SOLVED_PASSES:
-            geometry = replace(rendered(codes, target), colors=solved.colors)
-            solved = solve_colors(geometry, target - behind, COLOR_STEPS, cutoff, backend)
-            codes = on_grid(splats, solved, step, target)
-        error = squared_error(rendered(codes, target), target, behind, cutoff, backend)
-        spent = (error - fit_error) / allowed
+        error, _ = squared_errors(rendered(codes, target), target, behind, cutoff, backend)
+        spent = (error - before[0]) / allowed
         best = (codes, spent) if best is None else better(best, (codes, spent), number < PASSES)
-        step = codes.step * (AIM / spent.clamp(min=0.05)).sqrt().clamp(0.5, 1.5)
-        if number < PASSES - 1:
-            continue
+        step = next_step(codes.step, spent, AIM)
         result = best[0] if result is None else placed(result, left, best[0])
-        over = torch.nonzero(~(best[1] <= 1))[:, 0]  # on a GPU, the pass is waited for here
+        final = best[1] <= 1
+        if number < PASSES - 1:
+            final &= best[1] >= WELL_SPENT
+        over = torch.nonzero(~final)[:, 0]  # on a GPU, the pass is waited for here
         if not len(over):
             break
         if len(over) < len(left):
             splats, solved, best = splats[over], solved[over], (best[0][over], best[1][over])
-            left, step, first, fit_error, allowed, target, behind = (
-                x[over] for x in (left, step, first, fit_error, allowed, target, behind)
+            left, step, first, allowed, target = (
+                x[over] for x in (left, step, first, allowed, target)
             )
-    assert result is not None  # MAX_PASSES are PASSES and more
+            before, behind = before[:, over], None if behind is None else behind[over]
+    assert result is not None  # MAX_PASSES are one and more
     return result
+
+
+def next_step(step: Tensor, spent: Tensor, aim: float) -> Tensor:
+    """The step [B] that should spend `aim` of the error allowed, after one that spends `spent` [B]
+    of it."""
+    change = (aim / spent.clamp(min=0.05)).sqrt().nan_to_num(1)
+    return step * change.clamp(0.5, 1.5)
+
+
+def resolved(
+    codes: Codes, splats: Splats, front: Tensor, cutoff: float, backend: Backend
+) -> tuple[Splats, Tensor]:
+    """The geometry of `codes` with the colours of `splats` [B, N] solved anew for images `front`
+    [B, 3, H, W], and the squared error [B] of its sum, as foreseen."""
+    height, width = front.shape[2:]
+    geometry = replace(rendered(codes, front), colors=splats.colors)
+    found = backend.loss_and_grad(geometry, front, cutoff)
+    if backend.color_change:
+        change = backend.color_change(geometry, found.colors, height, width)
+        solved = replace(geometry, colors=geometry.colors + change)
+    else:
+        solved = solve_colors(geometry, front, COLOR_STEPS, cutoff, backend, found.colors)
+        change = solved.colors - geometry.colors
+    # the loss is a parabola along the change, and lowest at its end
+    loss = found.loss.double() + (found.colors * change).sum((1, 2), dtype=torch.float64) / 2
+    return solved, loss * (3 * height * width)
+
+
+def rounding_error(codes: Codes, splats: Splats) -> Tensor:
+    """Squared error [B] that rounding the colours of `splats` to those of `codes` adds, but for
+    overlaps."""
+    error = amplitudes(splats) - codes.step[:, None, None] * codes.colors
+    return torch.where(codes.mask[..., None], error, 0).square().sum((1, 2))
 
 
 def allowed_error(fit_error: Tensor, target: Tensor, max_loss_db: float) -> Tensor:
@@ -126,6 +163,17 @@ def on_grid(splats: Splats, solved: Splats, step: Tensor, target: Tensor) -> Cod
     """The colours of `solved` and the geometry of `splats`, [B, N] both, on the grid of `step` [B],
     for images as large as `target` [B, 3, H, W]."""
     height, width = target.shape[2:]
+    if splats.means.device.type != "cpu":
+        return on_grid_anywhere(splats, solved, step, height, width)
+    from splatshard.pipeline.codec import pack_kernel  # numba takes a second to import
+
+    return pack_kernel.on_grid(splats, solved, step, height, width)
+
+
+def on_grid_anywhere(
+    splats: Splats, solved: Splats, step: Tensor, height: int, width: int
+) -> Codes:
+    """The twin of `pack_kernel.on_grid`, in torch: [B, N] splats on any device."""
     level, cell_log = level_of(splats.num_gaussians, height, width)
     step, colors = color_codes(solved, step)
     classes = class_of(tokens(colors)[0])
@@ -165,16 +213,23 @@ def on_grid(splats: Splats, solved: Splats, step: Tensor, target: Tensor) -> Cod
 def color_codes(splats: Splats, step: Tensor) -> tuple[Tensor, Tensor]:
     """Steps [B], raised where codes would not fit and rounded as they are stored, and codes
     int64 [B, N, 3]."""
+    values = amplitudes(splats)
+    if values.numel():
+        step = torch.maximum(step, values.abs().flatten(1).amax(1) / (MAX_CODE - 2))
+    step = step.nan_to_num(nan=STEP_RANGE[1]).clamp(*STEP_RANGE).float().double()
+    codes = (values / step[:, None, None]).round().clamp(-MAX_CODE + 1, MAX_CODE - 1)
+    return step, codes.long()
+
+
+def amplitudes(splats: Splats) -> Tensor:
+    """Colours times sqrt(pi det L) in the opponent basis, float64 [B, N, 3]; 0 where the mask is.
+
+    A fit may be finite and yet too large to be rendered; what it gets need only be valid.
+    """
     size = (splats.cholesky[..., 0].double().log2() + splats.cholesky[..., 2].double().log2()) / 2
     scale = math.sqrt(math.pi) * size.exp2()
-    amplitudes = splats.colors.double() * scale[..., None] @ opponent(size.device).T
-    # a fit may be finite and yet too large to be rendered; what it gets need only be valid
-    amplitudes = torch.where(splats.mask[..., None], amplitudes, 0).nan_to_num()
-    if amplitudes.numel():
-        step = torch.maximum(step, amplitudes.abs().flatten(1).amax(1) / (MAX_CODE - 2))
-    step = step.nan_to_num(nan=STEP_RANGE[1]).clamp(*STEP_RANGE).float().double()
-    codes = (amplitudes / step[:, None, None]).round().clamp(-MAX_CODE + 1, MAX_CODE - 1)
-    return step, codes.long()
+    values = splats.colors.double() * scale[..., None] @ opponent(size.device).T
+    return torch.where(splats.mask[..., None], values, 0).nan_to_num()
 
 
 def place(value: Tensor, width: Tensor, cells: tuple[int | Tensor, int | Tensor]) -> Tensor:
@@ -218,14 +273,17 @@ def placed(codes: Codes, images: Tensor, own: Codes) -> Codes:
     return Codes(*(values.index_copy(0, images, others) for values, others in pairs))
 
 
-def squared_error(
-    splats: Splats, target: Tensor, behind: Tensor, cutoff: float, backend: Backend
+def squared_errors(
+    splats: Splats, target: Tensor, behind: Tensor | None, cutoff: float, backend: Backend
 ) -> Tensor:
-    """Sum over pixels and channels, float64 [B], of the error of splats [B, N] as they are shown in
-    front of `behind`, against `target`, both [B, 3, H, W]."""
+    """Sums over pixels and channels, float64 [2, B], of the error of splats [B, N] in front of
+    `behind` (nothing: None), against `target`, both [B, 3, H, W]: clamped to 0..1, as images are
+    shown, and of the sum itself."""
+    if backend.squared_errors:
+        return backend.squared_errors(splats, target, behind, cutoff)
     height, width = target.shape[2:]
-    image = (backend.render(splats, height, width, cutoff) + behind).clamp_(0, 1)
-    squares = (image - target.clamp(0, 1)).square_()
-    if len(squares) == 1:  # alone it would be added up in parts, one per thread of the CPU
-        return squares.expand(2, -1, -1, -1).sum((1, 2, 3), dtype=torch.float64)[:1]
-    return squares.sum((1, 2, 3), dtype=torch.float64)
+    image = backend.render(splats, height, width, cutoff)
+    image = image if behind is None else image + behind
+    shown = (image.clamp(0, 1) - target.clamp(0, 1)).square_()
+    both = torch.stack((shown, (image - target).square_()))
+    return both.sum((2, 3, 4), dtype=torch.float64)

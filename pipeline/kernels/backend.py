@@ -65,6 +65,8 @@ class Backend:
     make_step(target, config) -> Step: the fused step of the fit
     centroids(means [B, N, 2], rho [B, H, W]) -> [B, N, 2]: see `voronoi.centroids`
     blur(image [B, C, H, W], sigma) -> [B, C, H, W]: see `blur.blur`
+    squared_errors(splats, target, behind, cutoff) -> [2, B]: see `quantise.squared_errors`
+    color_change(splats, gradient [B, N, 3], height, width) -> [B, N, 3]: see `overlaps`
     """
 
     name: str
@@ -74,3 +76,5 @@ class Backend:
     make_step: Callable[[Tensor, FitConfig], Step] | None = None
     centroids: Callable[[Tensor, Tensor], Tensor] | None = None
     blur: Callable[[Tensor, float], Tensor] | None = None
+    squared_errors: Callable[[Splats, Tensor, Tensor | None, float], Tensor] | None = None
+    color_change: Callable[[Splats, Tensor, int, int], Tensor] | None = None

@@ -78,6 +78,19 @@ def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAn
     return LossAndGrad(loss=torch.from_numpy(loss), means=means, cholesky=cholesky, colors=colors)
 
 
+def squared_errors(
+    splats: Splats, target: Tensor, behind: Tensor | None, cutoff: float = 3.0
+) -> Tensor:
+    """Float64 [2, B]: see `quantise.squared_errors`, the twin; `target` is float32 [B, 3, H, W]."""
+    height, width = target.shape[2:]
+    picture = _picture(1, height, width)[0]
+    errors = np.empty((2, len(splats)))
+    back = target[:0] if behind is None else behind
+    inputs = (target.contiguous().numpy(), back.contiguous().numpy())
+    _squared_errors(*_arrays(splats), *inputs, cutoff, picture, errors)
+    return torch.from_numpy(errors)
+
+
 class _Render(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, cholesky, colors, mask, height, width, cutoff):
@@ -136,6 +149,39 @@ def _loss_and_grad(
             means[b], cholesky[b], colors[b], mask[b], width, cutoff, picture, f32(2) / size,
             g_means[b], g_cholesky[b], g_colors[b],
         )  # fmt: skip
+
+
+@compiled(error_model="numpy")
+def _squared_errors(means, cholesky, colors, mask, target, behind, cutoff, picture, errors):
+    """Errors float64 [2, B]: of the sum clamped to 0..1 as `target` is, and of the sum itself."""
+    height, width = target.shape[2:]
+    whole = width // LANES * LANES
+    zero, one = splat(f32(0)), splat(f32(1))
+    for b in range(len(means)):
+        picture[:] = f32(0)
+        if len(behind):
+            picture[:, :, :width] = behind[b]
+        _add_gaussians(means[b], cholesky[b], colors[b], mask[b], width, cutoff, picture)
+        shown, summed = 0.0, 0.0
+        for c in range(3):
+            for y in range(height):
+                sums, wanted = picture[c, y], target[b, c, y]
+                row_shown, row_summed = zero, zero
+                for x in range(0, whole, LANES):
+                    value, goal = load(sums, x), load(wanted, x)
+                    error = value - goal
+                    row_summed = fma(error, error, row_summed)
+                    error = smaller(larger(value, zero), one) - smaller(larger(goal, zero), one)
+                    row_shown = fma(error, error, row_shown)
+                shown += total(row_shown)
+                summed += total(row_summed)
+                for x in range(whole, width):
+                    error = sums[x] - wanted[x]
+                    summed += error * error
+                    error = min(max(sums[x], f32(0)), f32(1)) - min(max(wanted[x], f32(0)), f32(1))
+                    shown += error * error
+        errors[0, b] = np.nan if math.isnan(summed) else shown  # a NaN is not clamped
+        errors[1, b] = summed
 
 
 @njit(inline="always")

@@ -20,9 +20,16 @@ def select_backend(name: str) -> Backend:
     if name == "auto":
         name = "triton" if torch.cuda.is_available() and find_spec("triton") else "cpu"
     if name == "cpu":
-        from splatshard.pipeline.kernels import cpu
+        from splatshard.pipeline.kernels import cpu, overlaps
 
-        return Backend(name, torch.device("cpu"), cpu.render, cpu.loss_and_grad)
+        return Backend(
+            name,
+            torch.device("cpu"),
+            cpu.render,
+            cpu.loss_and_grad,
+            squared_errors=cpu.squared_errors,
+            color_change=overlaps.color_change,
+        )
     if name == "reference":
         from splatshard.pipeline.kernels import reference
 

@@ -4,7 +4,8 @@ numba leaves vectorisation to LLVM's heuristics, which handle neither short rows
 nor reductions carried across them. This module gives the kernel what a C compiler offers as vector
 extensions: a value type, arithmetic operators, fused multiply-add, select, unaligned load and
 store, and a horizontal sum. LLVM legalises 16 lanes to what the machine has (AVX-512: one
-register, AVX2: two, NEON: four), so the code is portable. Only what cpu.py needs is here.
+register, AVX2: two, NEON: four), so the code is portable. Only what the CPU's kernels need is
+here.
 """
 
 from __future__ import annotations
@@ -151,6 +152,27 @@ def zero_above(typingctx, value, x, limit):
         return builder.select(inside, args[0], ir.Constant(_VECTOR, [0.0] * LANES))
 
     return vector(vector, vector, vector), codegen
+
+
+@intrinsic
+def below(typingctx, a, b):
+    """The lanes in which a < b as the bits of an int64, the first lane lowest."""
+
+    def codegen(context, builder, signature, args):
+        lanes = builder.fcmp_ordered("<", args[0], args[1])
+        return builder.zext(builder.bitcast(lanes, ir.IntType(LANES)), ir.IntType(64))
+
+    return types.int64(vector, vector), codegen
+
+
+@intrinsic
+def lowest(typingctx, bits):
+    """Number of the lowest bit set of an int64 that is not 0."""
+
+    def codegen(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic

@@ -12,10 +12,16 @@ from splatshard.pipeline.splats import Splats
 
 
 def solve_colors(
-    splats: Splats, target: Tensor, steps: int, cutoff: float, backend: Backend
+    splats: Splats,
+    target: Tensor,
+    steps: int,
+    cutoff: float,
+    backend: Backend,
+    gradient: Tensor | None = None,
 ) -> Splats:
     """Splats [B, N] with least-squares colours for `target` [B, 3, H, W], of fixed geometry, by
-    `steps` of preconditioned conjugate gradients.
+    `steps` of preconditioned conjugate gradients; `gradient` [B, N, 3] is that of the loss, where
+    it is known.
 
     The rendering is A c, so the loss gradient at c is 2/(3HW) A^T (A c - I), and A^T A p is the
     gradient at p for a black target: the fused kernel is all that is needed. Preconditioner: the
@@ -26,7 +32,9 @@ def solve_colors(
     black = target.new_zeros(target.shape)
     norm = square_norm(splats.cholesky)[..., None] * (2 / (3 * height * width))
     colors = splats.colors.clone()
-    residual = -backend.loss_and_grad(splats, target, cutoff).colors
+    if gradient is None:
+        gradient = backend.loss_and_grad(splats, target, cutoff).colors
+    residual = -gradient
     direction = residual / norm
     energy = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):

@@ -19,6 +19,7 @@ from splatshard.pipeline.codec.pack import gaussians_in, pack, unpack, unpack_ro
 from splatshard.pipeline.convert import packed_rows
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.nested import fit_nested
+from splatshard.pipeline.kernels import cpu
 from splatshard.pipeline.kernels.backend import Backend, LossAndGrad
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.splats import Splats, first
@@ -26,6 +27,7 @@ from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig
 from splatshard.schemas.splats import MAX_LOSS_DB, PLANAR, PLANES, shard_metadata
 from tests.make import photo, shared_data
 from tests.rows import CUTOFF, HEIGHT, WIDTH, packed, random_splats, target_of, values_of
+from tests.unit.codes import grid
 
 
 def planes_of(pixels: np.ndarray) -> torch.Tensor:
@@ -40,9 +42,16 @@ def fitted(pixels: np.ndarray, n: int, steps: int = 30) -> tuple[torch.Tensor, S
     return target, splats
 
 
-def rows_of(target: torch.Tensor, splats: Splats, codec: str, nested: str = "") -> Any:
+def rows_of(
+    target: torch.Tensor,
+    splats: Splats,
+    codec: str,
+    nested: str = "",
+    backend: str | Backend = "cpu",
+) -> Any:
     config = ConvertConfig(fit=FitConfig(nested=nested), pack=PackConfig(codec=codec))  # type: ignore[arg-type]
-    return packed_rows(target, splats, config, select_backend("cpu"))
+    backend = select_backend(backend) if isinstance(backend, str) else backend
+    return packed_rows(target, splats, config, backend)
 
 
 def shapes(height: int, width: int, seed: int) -> np.ndarray:
@@ -139,27 +148,32 @@ def test_compact_is_smaller_than_balanced_and_balanced_than_fp16() -> None:
     assert 120 * 16 / 2 > sizes[0] > 1.1 * sizes[1]
 
 
-def test_solved_colours_take_up_a_good_part_of_the_error() -> None:
+@pytest.mark.parametrize("solver", ["color_change", "solve_colors"])
+def test_solved_colours_take_up_a_good_part_of_the_error(solver: str) -> None:
+    """And what they leave is foreseen."""
+    backend = select_backend("cpu")
+    if solver == "solve_colors":
+        backend = replace(backend, color_change=None)
+    target, splats = fitted(shapes(40, 40, 8), 100)
+    codes = grid(splats, 0.1, 40, 40)
+
+    def error(found: Splats) -> float:
+        return float(quantise.squared_errors(found, target, None, CUTOFF, backend)[1, 0])
+
+    solved, foreseen = quantise.resolved(codes, splats, target, CUTOFF, backend)
+    before, plain = error(splats), replace(solved, colors=splats.colors)
+    assert error(plain) > 1.05 * before
+    assert error(solved) - before < 0.6 * (error(plain) - before)
+    assert float(foreseen) == pytest.approx(error(solved), rel=0.02)
+
+
+def test_without_solving_steps_are_finer() -> None:
     backend = select_backend("cpu")
     target, splats = fitted(shapes(40, 40, 8), 100)
-    behind = torch.zeros_like(target)
-    steps = torch.full((1,), 0.02, dtype=torch.float64)
-    plain = quantise.rendered(quantise.on_grid(splats, splats, steps, target), target)
-    before = quantise.squared_error(splats, target, behind, CUTOFF, backend)
-    without = quantise.squared_error(plain, target, behind, CUTOFF, backend) - before
-    geometry = replace(plain, colors=splats.colors)
-    solved = quantise.solve_colors(geometry, target, quantise.COLOR_STEPS, CUTOFF, backend)
-    stored = quantise.rendered(quantise.on_grid(splats, solved, steps, target), target)
-    found = quantise.squared_error(stored, target, behind, CUTOFF, backend) - before
-    assert without > 0
-    assert found < 0.85 * without
-
-
-def test_without_solving_steps_are_finer(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, splats = fitted(shapes(40, 40, 8), 100)
     solved = len(planes.join(rows_of(target, splats, "compact")[0]["splats"]))
-    monkeypatch.setattr(quantise, "COLOR_STEPS", 0)
-    assert len(planes.join(rows_of(target, splats, "compact")[0]["splats"])) > 1.01 * solved
+    kept = replace(backend, color_change=lambda splats, *_: torch.zeros_like(splats.colors))
+    (row,) = rows_of(target, splats, "compact", backend=kept)
+    assert len(planes.join(row["splats"])) > 1.01 * solved
 
 
 # Batches, masks, repetition
@@ -187,10 +201,10 @@ def test_payloads_do_not_depend_on_the_batch_and_repeat(codec: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def mixed() -> tuple[Splats, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Splats, targets, what is behind them and the error allowed of six images: one that keeps its
-    limit at once, one that never does, three with which solved colours do harm, one without
-    Gaussians."""
+def mixed() -> tuple[Splats, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Splats, targets, what is behind them, errors allowed and before of six images: one that
+    keeps its limit soon, one that never does, three with which solved colours do harm, one
+    without Gaussians."""
     dark = white_and_black("dark pixel", 32)
     pictures = (photo(32, 32, 1), photo(32, 32, 1), dark, white_and_black("red", 32), dark, dark)
     fits = [fitted(pixels, 60, 40) for pixels in pictures]
@@ -203,105 +217,93 @@ def mixed() -> tuple[Splats, torch.Tensor, torch.Tensor, torch.Tensor]:
     splats.mask[5] = False
     behind = torch.zeros_like(target)
     behind[:2] = 0.05 * torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    error = quantise.squared_error(splats, target, behind, CUTOFF, select_backend("cpu"))
-    allowed = quantise.allowed_error(error, target, 0.2)
-    return splats, target, behind, allowed * torch.tensor([1, 1, 1, 1, 0.1, 1])
+    before = quantise.squared_errors(splats, target, behind, CUTOFF, select_backend("cpu"))
+    allowed = quantise.allowed_error(before[0], target, 0.2)
+    return splats, target, behind, allowed * torch.tensor([1, 1, 1, 1, 0.1, 1]), before.T
 
 
-def quantised_together(
-    splats: Splats, target: torch.Tensor, behind: torch.Tensor, allowed: torch.Tensor
+def quantised(
+    splats: Splats,
+    target: torch.Tensor,
+    behind: torch.Tensor,
+    allowed: torch.Tensor,
+    before: torch.Tensor,
+    backend: Backend | None = None,
 ) -> Codes:
-    """The twin of `quantise`: all images stay in the loop until the last one has done."""
-    backend = select_backend("cpu")
-    fit_error = quantise.squared_error(splats, target, behind, CUTOFF, backend)
-    count = splats.num_gaussians.clamp(min=1)
-    first = quantise.FIRST_GUESS * (12 * allowed / (8 * count)).sqrt()
-    step, solved, best = first, splats, None
-    for number in range(quantise.MAX_PASSES):
-        if number == quantise.SOLVED_PASSES:
-            step, solved = first, splats
-        codes = quantise.on_grid(splats, solved, step, target)
-        if number < quantise.SOLVED_PASSES:
-            geometry = replace(quantise.rendered(codes, target), colors=solved.colors)
-            solved = quantise.solve_colors(
-                geometry, target - behind, quantise.COLOR_STEPS, CUTOFF, backend
-            )
-            codes = quantise.on_grid(splats, solved, step, target)
-        stored = quantise.rendered(codes, target)
-        error = quantise.squared_error(stored, target, behind, CUTOFF, backend)
-        new = (codes, (error - fit_error) / allowed)
-        best = quantise.better(best, new, number < quantise.PASSES) if best else new
-        if number >= quantise.PASSES - 1 and (best[1] <= 1).all():
-            break
-        step = codes.step * (quantise.AIM / new[1].clamp(min=0.05)).sqrt().clamp(0.5, 1.5)
-    assert best
-    return best[0]
+    """`quantise`, of a part of `mixed`."""
+    backend = backend or select_backend("cpu")
+    return quantise.quantise(splats, target, behind, allowed, before.T, CUTOFF, backend)
 
 
 def counting() -> tuple[Backend, list[int], list[int]]:
     """The CPU's backend, and how many images each call of its two kernels has had."""
     backend = select_backend("cpu")
-    rendered: list[int] = []
+    measured: list[int] = []
     solved: list[int] = []
 
-    def render(splats: Splats, *rest: Any) -> torch.Tensor:
-        rendered.append(len(splats))
-        return backend.render(splats, *rest)
+    def squared_errors(splats: Splats, *rest: Any) -> torch.Tensor:
+        measured.append(len(splats))
+        return cpu.squared_errors(splats, *rest)
 
     def loss_and_grad(splats: Splats, *rest: Any) -> LossAndGrad:
         solved.append(len(splats))
         return backend.loss_and_grad(splats, *rest)
 
-    return replace(backend, render=render, loss_and_grad=loss_and_grad), rendered, solved
+    counted = replace(backend, squared_errors=squared_errors, loss_and_grad=loss_and_grad)
+    return counted, measured, solved
 
 
-def test_images_that_keep_their_limit_leave_the_loop(mixed: Any) -> None:
-    """So each takes as many passes as alone."""
-    passes, solutions = [], []
+def test_images_that_are_final_leave_the_loop(mixed: Any) -> None:
+    """So each takes as many passes as alone; colours are solved once."""
+    passes = []
     for i in range(len(mixed[0])):
-        backend, rendered, solved = counting()
-        quantise.quantise(*(value[i : i + 1] for value in mixed), CUTOFF, backend)
-        passes.append(len(rendered) - 1)  # one is of the fit
-        solutions.append(len(solved))
+        backend, measured, solved = counting()
+        quantised(*(value[i : i + 1] for value in mixed), backend)
+        passes.append(len(measured))
+        assert solved == [1]
     assert passes == [2, 12, 4, 4, 5, 2]
-    backend, rendered, solved = counting()
-    quantise.quantise(*mixed, CUTOFF, backend)
-    assert rendered == [6, *(sum(p > number for p in passes) for number in range(12))]
-    assert sum(solved) == sum(solutions)
+    backend, measured, solved = counting()
+    quantised(*mixed, backend)
+    assert measured == [n for number in range(12) if (n := sum(p > number for p in passes))]
+    assert solved == [6]
 
 
-def test_codes_are_those_of_images_that_all_stay_in_the_loop(mixed: Any) -> None:
-    backend = select_backend("cpu")
-    found = quantise.quantise(*mixed, CUTOFF, backend)
-    assert_same(found, quantised_together(*mixed))
+def test_codes_do_not_depend_on_the_batch(mixed: Any) -> None:
+    found = quantised(*mixed)
     for i in range(len(mixed[0])):
-        alone = quantise.quantise(*(value[i : i + 1] for value in mixed), CUTOFF, backend)
-        assert_same(found[i : i + 1], alone)
+        assert_same(found[i : i + 1], quantised(*(value[i : i + 1] for value in mixed)))
     turned = torch.tensor([4, 2, 0, 5, 3, 1])
-    mixed = quantise.quantise(*(value[turned] for value in mixed), CUTOFF, backend)
-    assert_same(found[turned], mixed)
+    assert_same(found[turned], quantised(*(value[turned] for value in mixed)))
+
+
+def test_codes_are_the_coarsest_tried_that_keep_to_the_limit(
+    mixed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or where none does, those that add least."""
+    tried: list[tuple[Codes, torch.Tensor]] = []
+    rendered = quantise.rendered
+    monkeypatch.setattr(
+        quantise, "rendered", lambda codes, *_: tried.append(codes) or rendered(codes, *_)
+    )
+    for i in range(5):
+        splats, target, behind, allowed, before = (value[i : i + 1] for value in mixed)
+        tried.clear()
+        found = quantised(splats, target, behind, allowed, before)
+        spent = []
+        for codes in tried[1:]:  # the first is for the solution
+            stored = rendered(codes, target)
+            errors = quantise.squared_errors(stored, target, behind, CUTOFF, select_backend("cpu"))
+            spent.append(float((errors[0] - before[:, 0]) / allowed))
+        keep = [k for k, share in enumerate(spent) if share <= 1]
+        wanted = (
+            max(keep, key=lambda k: float(tried[1 + k].step)) if keep else spent.index(min(spent))
+        )
+        assert_same(found, tried[1 + wanted])
 
 
 def assert_same(found: Codes, wanted: Codes) -> None:
     for field in fields(Codes):
         assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
-
-
-def test_the_error_of_an_image_does_not_depend_on_its_batch() -> None:
-    """Of large images torch adds up one alone in parts, where there are several threads."""
-    splats, backend = random_splats(3, 0), select_backend("cpu")
-    # squares so unlike that their sums are rounded
-    target = torch.rand(3, 3, 140, 120, generator=torch.Generator().manual_seed(0)) ** 16
-    behind = torch.zeros_like(target)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = quantise.squared_error(splats, target, behind, CUTOFF, backend)
-        for i in range(3):
-            part = (value[i : i + 1] for value in (splats, target, behind))
-            assert torch.equal(quantise.squared_error(*part, CUTOFF, backend), together[i : i + 1])
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("codec", PLANAR)

@@ -1,0 +1,197 @@
+"""The writer's compiled kernels beside their twins: grid, squared errors, colours from overlaps.
+
+test_codec_decoders.py has the encoder of planes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splatshard.pipeline.codec import pack_kernel, quantise
+from splatshard.pipeline.codec.layout import Codes
+from splatshard.pipeline.kernels import cpu, overlaps, reference
+from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.splats import Splats
+from tests.rows import CUTOFF
+from tests.unit.codes import GAUSSIANS, SIZES, STEPS, batch_of, plausible
+
+SHAPES = [  # batch, Gaussians, height, width
+    (0, 3, 5, 5),
+    (2, 0, 5, 5),
+    (1, 1, 1, 1),
+    (2, 7, 13, 17),
+    (3, 60, 31, 45),
+    (1, 150, 90, 7),
+    (2, 300, 64, 65),
+]
+
+
+def both_grids(splats: Splats, solved: Splats, step: float, size: tuple[int, int]) -> None:
+    steps = torch.full((len(splats),), step, dtype=torch.float64)
+    found = pack_kernel.on_grid(splats, solved, steps, *size)
+    wanted = quantise.on_grid_anywhere(splats, solved, steps, *size)
+    for field in fields(Codes):
+        a, b = getattr(found, field.name), getattr(wanted, field.name)
+        assert a.dtype == b.dtype, field.name
+        assert torch.equal(a, b), field.name
+    assert (steps == step).all()  # a new tensor holds those that were raised
+
+
+@given(
+    st.integers(0, 4),
+    st.sampled_from([0, 1, 2, 9, 200]),
+    SIZES,
+    st.floats(-8, 3),
+    st.integers(0, 9),
+)
+@settings(max_examples=40)
+def test_the_grid_is_its_twin(
+    batch: int, n: int, size: tuple[int, int], log_step: float, seed: int
+) -> None:
+    splats = plausible(batch, n, *size, seed)
+    solved = plausible(batch, n, *size, seed + 10)
+    both_grids(splats, replace(solved, mask=splats.mask), 10**log_step, size)
+
+
+@given(GAUSSIANS, SIZES, STEPS)
+def test_the_grid_is_its_twin_at_the_ends(
+    gaussians: list[tuple[float, ...]], size: tuple[int, int], step: float
+) -> None:
+    splats = batch_of(gaussians)
+    both_grids(splats, splats, step, size)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["means", "cholesky", "colors"])
+def test_codes_are_in_range_whatever_the_values(field: str, value: float) -> None:
+    """A solution may be anything; what is stored is a table's index."""
+    splats = plausible(1, 9, 20, 30)
+    getattr(splats, field)[0, 4] = value
+    steps = torch.ones(1, dtype=torch.float64)
+    codes = pack_kernel.on_grid(splats, splats, steps, 20, 30)
+    for name, (lowest, highest) in (
+        ("size", quantise.SIZE_CELLS),
+        ("ratio", quantise.RATIO_CELLS),
+        ("shear", quantise.SHEAR_RANGE),
+    ):
+        cells = getattr(codes, name) >> codes.width
+        assert lowest <= int(cells.min()) <= int(cells.max()) <= highest, name
+    for place, width in ((codes.x, codes.width_x), (codes.y, codes.width_y)):
+        assert ((place >> width) >= 0).all()
+        assert ((place >> width) < 1 << codes.level[:, None]).all()
+    assert codes.colors.abs().max() < quantise.MAX_CODE
+
+
+# Squared errors
+
+
+def images(shape: tuple[int, int, int, int]) -> tuple[Splats, torch.Tensor, torch.Tensor]:
+    batch, n, height, width = shape
+    draw = torch.Generator().manual_seed(0)
+    target, behind = torch.rand(2, batch, 3, height, width, generator=draw)
+    return plausible(batch, n, height, width), 1.2 * target - 0.1, behind - 0.5
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squared_errors_are_their_twin(shape: tuple[int, int, int, int], before: bool) -> None:
+    splats, target, behind = images(shape)
+    backend = replace(select_backend("cpu"), squared_errors=None)
+    inputs = (splats, target, behind if before else None, CUTOFF)
+    found = cpu.squared_errors(*inputs)
+    wanted = quantise.squared_errors(*inputs, backend)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for i in range(len(splats)):
+        part = (value if value is None else value[i : i + 1] for value in inputs[:3])
+        assert torch.equal(cpu.squared_errors(*part, CUTOFF), found[:, i : i + 1])
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_squared_errors_of_what_is_not_finite(value: float, place: int) -> None:
+    """Shown clamped, infinity is white; what is no number stays none."""
+    splats, target, behind = images((1, 3, 9, 17))
+    behind[0, 1, place, place] = value
+    found = cpu.squared_errors(splats, target, behind, CUTOFF)
+    backend = replace(select_backend("cpu"), squared_errors=None)
+    wanted = quantise.squared_errors(splats, target, behind, CUTOFF, backend)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+# Colours from overlaps
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_changes_of_colour_are_their_twin(shape: tuple[int, int, int, int]) -> None:
+    splats, target, _ = images(shape)
+    gradient = reference.loss_and_grad(splats, target, CUTOFF).colors
+    found = overlaps.color_change(splats, gradient, *shape[2:])
+    wanted = reference.color_change(splats, gradient, *shape[2:])
+    assert found.dtype == torch.float32
+    assert (found[~splats.mask] == 0).all()
+    size = wanted.abs().amax((1, 2), keepdim=True) if wanted.numel() else 1
+    torch.testing.assert_close(found / size, wanted / size, rtol=1e-3, atol=1e-3)
+
+
+def test_changes_of_colour_of_thin_and_small_gaussians_are_their_twin() -> None:
+    """Where the pixels count: smaller than one, and thin along a diagonal."""
+    splats, target, _ = images((2, 80, 40, 40))
+    cholesky = splats.cholesky.clone()
+    cholesky[0] = torch.tensor([0.3, 0.1, 0.25])
+    cholesky[1] = torch.tensor([4.0, 4.0, 0.2])
+    splats = replace(splats, cholesky=cholesky)
+    gradient = reference.loss_and_grad(splats, target, CUTOFF).colors
+    found = overlaps.color_change(splats, gradient, 40, 40)
+    wanted = reference.color_change(splats, gradient, 40, 40)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_the_share_that_is_seen_is_that_of_the_pixels() -> None:
+    """Of Gaussians of 0.5 px and more, inside, over a border and outside."""
+    draw = torch.Generator().manual_seed(1)
+    means = torch.rand(1, 200, 2, generator=draw, dtype=torch.float64) * 60 - 10
+    angle, size = torch.rand(2, 200, generator=draw, dtype=torch.float64)
+    cholesky = torch.stack((0.5 + 2 * size, 2 * angle - 1, 0.5 + 2 * angle), -1)[None]
+    y, x = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(40) + 0.5, indexing="ij")
+    u = (x - means[0, :, 0, None, None]) / cholesky[0, :, 0, None, None]
+    v = (y - means[0, :, 1, None, None] - cholesky[0, :, 1, None, None] * u) / cholesky[
+        0, :, 2, None, None
+    ]
+    counted = torch.exp(-(u * u + v * v)).sum((1, 2))
+    norm = math.pi * cholesky[0, :, 0] * cholesky[0, :, 2]
+    found = reference.seen_share(means, cholesky, 40, 40)[0]
+    assert float((found - counted / norm).abs().median()) < 1e-3
+    assert float((found - counted / norm).abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("together", [5, 400])
+def test_one_change_is_nearly_the_least_squares_solution(together: int) -> None:
+    """Of Gaussians on a lattice, and of as many on one another."""
+    draw = torch.Generator().manual_seed(2)
+    side = 48
+    means = side * torch.rand(1, together, 2, generator=draw)
+    cholesky = torch.tensor([3.0, 1.0, 2.5]).expand(1, together, 3)
+    mask = torch.ones(1, together, dtype=torch.bool)
+    splats = Splats(means, cholesky, torch.rand(1, together, 3, generator=draw) - 0.5, mask)
+    wanted = replace(splats, colors=torch.rand(1, together, 3, generator=draw) - 0.5)
+    backend = select_backend("cpu")
+    target = backend.render(wanted, side, side, CUTOFF)
+    found = backend.loss_and_grad(splats, target, CUTOFF)
+    change = overlaps.color_change(splats, found.colors, side, side)
+    solved = replace(splats, colors=splats.colors + change)
+    assert backend.loss_and_grad(solved, target, CUTOFF).loss < 0.1 * found.loss
+
+
+def test_pairs_that_are_left_out_do_no_harm() -> None:
+    """All on one another: most pairs are left out, and the change stays finite."""
+    splats = plausible(1, 1500, 20, 20)
+    splats = replace(splats, cholesky=torch.tensor([30.0, 0, 30]).expand(1, 1500, 3))
+    change = overlaps.color_change(splats, torch.ones(1, 1500, 3), 20, 20)
+    assert change.isfinite().all()
