@@ -2,8 +2,9 @@
 
 By value, since the same thing is written in many types: a label is 1, 1.0 (pandas, for a column
 with a gap), true, "1" or [1]; a caption is a text, bytes in UTF-8 or a list of texts; a key is a
-text, 1, 1.0 or a UUID. Zero bytes at a text's end are none of it: arrays of NumPy's S10 and columns
-of fixed size are filled up with them.
+text, 1, 1.0 or a UUID. Zero bytes at the end of a caption or key are none of it: arrays of NumPy's
+S10 and columns of fixed size are filled up with them. Bytes with zeros are no label: 3 and seven of
+them are 51, as numbers are stored.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ LABELS = 1 << 63
 def text_of(data: bytes, errors: str = "replace") -> str:
     """Bytes as text without its BOM: UTF-8, or UTF-16 where a BOM says so."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors).rstrip("\0")
-    return data.decode("utf-8", errors).removeprefix("\ufeff").rstrip("\0")
+        return data.decode("utf-16", errors)
+    return data.decode("utf-8", errors).removeprefix("\ufeff")
 
 
 def caption_of(value: Any) -> str | None:
@@ -35,7 +36,7 @@ def caption_of(value: Any) -> str | None:
             return None
         return "\n".join(" ".join(text.splitlines()) for text in texts if text is not None)
     if isinstance(value, bytes):
-        value = text_of(value)
+        value = text_of(value).rstrip("\0")
         if "\0" in value:
             return None
     if not isinstance(value, str):

@@ -59,7 +59,14 @@ def test_captions(value: Any, caption: str | None) -> None:
     ("value", "label"),
     [
         *((7, 7), (-1, -1), (7.0, 7), (True, 1), (False, 0), (Decimal("7.00"), 7), ("7", 7)),
-        *((" +07\n", 7), ("7.0", 7), (b"7\0", 7), ([7], 7), ((1 << 63) - 1, (1 << 63) - 1)),
+        *(
+            (" +07\n", 7),
+            ("7.0", 7),
+            (b"7", 7),
+            (b"7" + bytes(7), None),
+            ([7], 7),
+            ((1 << 63) - 1, (1 << 63) - 1),
+        ),
         *((1 << 63, None), (-(1 << 63), None), (7.5, None), (float("nan"), None), (1e300, None)),
         *((float("inf"), None), (Decimal("1e99999999"), None), (Decimal("nan"), None)),
         *(("cat", None), ("", None), ("9" * 19, None), ([1, 2], None), ([], None), (None, None)),
