@@ -88,13 +88,12 @@ def counted(size: Size) -> None:
     config = FitConfig(num_gaussians=size.gaussians[0], steps=size.steps)
     splats = repeated(half_fitted(images, config, backend), size.batch)
     moments = tuple(splats.means.new_zeros(*splats.mask.shape, 8) for _ in range(2))
-    step = triton_backend.FusedStep(fill(images, size.batch), config)
+    step = triton_backend.FusedStep(fill(images, size.batch), config, 1)
     profiler = torch.cuda.profiler if backend.device.type == "cuda" else None
     wait(backend.device)
     if profiler:
         profiler.start()
-    step.loss(splats, True)
-    step.update(splats, moments, 0.8, 1e-6, 0.9)
+    step.step(splats, moments, 0, True, 0.8, 1e-6, 0.9)
     wait(backend.device)
     if profiler:
         profiler.stop()

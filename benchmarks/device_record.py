@@ -24,7 +24,7 @@ class Size:
     toy: bool = False
     image: int = 224
     gaussians: tuple[int, ...] = (400, 1600, 4900)
-    steps: int = 100
+    steps: int = 150
     paper_steps: int = 3000
     pictures: int = 16
     """Different ones; batches repeat them."""

@@ -52,12 +52,12 @@ def moments_of(target: Tensor, n: int, steps: int) -> list[Moment]:
     backend = select_backend("cpu")
 
     class Recorded(TorchStep):
-        def loss(self, splats: Splats, moved_far: bool) -> Tensor:
+        def step(self, splats: Splats, moments: Any, phase: int, moved_far: bool, *rest) -> Splats:
             seen.append(Moment(splats, moved_far))
-            return super().loss(splats, moved_far)
+            return super().step(splats, moments, phase, moved_far, *rest)
 
-    def make_step(target: Tensor, config: FitConfig) -> Recorded:
-        return Recorded(target, config, backend)
+    def make_step(target: Tensor, config: FitConfig, stride: int) -> Recorded:
+        return Recorded(target, config, stride, backend)
 
     fit(target, FitConfig(num_gaussians=n, steps=steps), replace(backend, make_step=make_step))
     return seen

@@ -19,6 +19,8 @@ from torch import Tensor
 
 LARGEST = 4.0
 """Of the entries of L while fitting, in the image's longer side."""
+MIN_SIGMA_PX = 0.3
+"""Lower bound of the diagonal factors of the published parametrisation."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def make_shards(folder: Path, count: int = 90, per_shard: int = 40, seed: int = 
     write_tars(folder / "images", samples, per_shard)
     write_tokenizer(folder / "tokenizer", [caption for _, caption, _ in samples])
     config = ConvertConfig(
-        decode=DecodeConfig(image_size=32), fit=FitConfig(num_gaussians=8, steps=8), backend="cpu"
+        decode=DecodeConfig(image_size=32),
+        fit=FitConfig(num_gaussians=8, steps=8, row_stride=1),
+        backend="cpu",
     )
     dst = folder / "splats"
     dst.mkdir()

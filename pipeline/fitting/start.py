@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splatshard.pipeline.codec.layout import hilbert_curve
+from splatshard.pipeline.fitting.rows import row_stride, squeezed
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.blur import blur
 from splatshard.pipeline.kernels.solve_colors import solve_colors
@@ -63,7 +64,7 @@ def adaptive(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     even = Splats(means, cholesky, torch.ones_like(cholesky), mask)
     cover = values_at(backend.render(even, height, width, config.cutoff), means).clamp(min=0.1)
     splats = replace(even, colors=values_at(target, means) / cover)
-    return solve_colors(splats, target, COLOR_STEPS, config.cutoff, backend)
+    return solved(splats, target, config, backend)
 
 
 def grid(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
@@ -105,7 +106,17 @@ def predicted(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
     )
 
     splats = predict(target, config.init, config.num_gaussians)
-    return solve_colors(splats, target, COLOR_STEPS, config.cutoff, backend)
+    return solved(splats, target, config, backend)
+
+
+def solved(splats: Splats, target: Tensor, config: FitConfig, backend: Backend) -> Splats:
+    """`splats` [B, N] with the colours that suit `target` [B, 3, H, W] best, on the rows that a
+    step looks at."""
+    stride = row_stride(config, *target.shape[2:])
+    rows = target[:, :, stride // 2 :: stride].contiguous()
+    seen = squeezed(splats, stride, stride // 2)
+    seen = solve_colors(seen, rows, COLOR_STEPS, config.cutoff, backend)
+    return replace(splats, colors=seen.colors)
 
 
 def circles(like: Tensor, sigma: float, batch: int, n: int) -> Tensor:

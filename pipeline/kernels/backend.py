@@ -34,19 +34,19 @@ class LossAndGrad:
 
 
 class Step(Protocol):
-    """One step of the fit against a fixed target, in two halves; the twin is `fit.TorchStep`.
+    """One step of the fit against a fixed target; the twin is `fit.TorchStep`.
 
-    loss(splats, moved_far) -> [B]; moved_far: they are not those of the last update
-    update(splats, (moment1, moment2), beta1, rate, correction2) -> Splats, at the gradient of the
-    splats that `loss` last saw; splats and moments may be changed in place
+    step(splats [B, N], (moment1, moment2) [B, N, 8], phase, moved_far, beta1, rate, correction2) ->
+    splats after Adam at the gradient on the rows `phase`, `phase` + stride, ...; splats and moments
+    may be changed in place. moved_far: the splats are not those of the last step
     """
 
-    def loss(self, splats: Splats, moved_far: bool) -> Tensor: ...
-
-    def update(
+    def step(
         self,
         splats: Splats,
         moments: tuple[Tensor, Tensor],
+        phase: int,
+        moved_far: bool,
         beta1: float,
         rate: float,
         correction2: float,
@@ -62,7 +62,7 @@ class Backend:
 
     and optionally, where the torch path or the CPU's kernel would be slow or on another device:
 
-    make_step(target, config) -> Step: the fused step of the fit
+    make_step(target, config, stride) -> Step: the fused step of the fit on every `stride`-th row
     centroids(means [B, N, 2], rho [B, H, W]) -> [B, N, 2]: see `voronoi.centroids`
     blur(image [B, C, H, W], sigma) -> [B, C, H, W]: see `blur.blur`
     squared_errors(splats, target, behind, cutoff) -> [2, B]: see `quantise.squared_errors`
@@ -73,7 +73,7 @@ class Backend:
     device: torch.device
     render: Callable[[Splats, int, int, float], Tensor]
     loss_and_grad: Callable[[Splats, Tensor, float], LossAndGrad]
-    make_step: Callable[[Tensor, FitConfig], Step] | None = None
+    make_step: Callable[[Tensor, FitConfig, int], Step] | None = None
     centroids: Callable[[Tensor, Tensor], Tensor] | None = None
     blur: Callable[[Tensor, float], Tensor] | None = None
     squared_errors: Callable[[Splats, Tensor, Tensor | None, float], Tensor] | None = None

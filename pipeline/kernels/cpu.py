@@ -9,15 +9,22 @@ pixel at (dx, dy) from the mean has
 so a row needs only its centre, a weight exp(-(dy/sy)^2 / 2) and where it leaves the cutoff
 ellipse. These are computed for LANES rows at once; then each row runs over LANES pixels at once
 without a branch: the window is rounded up to whole vectors, lanes beyond the ellipse are zeroed,
-and the picture's rows are padded so that they may overrun. The exponential is a degree-6
-polynomial of a sixteenth of the argument, squared four times (absolute error below 1e-7 for any
-cutoff up to 6). The backward pass recomputes the weights (cheaper than fetching them) and keeps
-its nine sums in registers over all rows of a Gaussian; the moments are of (t / sx, dy / sy), a
-rotation of L^-1 (p - mu), so high aspect ratios lose no digits.
+and the picture's rows are padded so that they may overrun.
 
-Measured (benchmarks/cpu_kernel.py): 1.5 to 3.5 ns per forward+backward evaluation and thread, for
-400 to 4900 Gaussians, where the plain loop, left to numba's vectorisation, takes 19 to 24.
-Processes, not threads, use more cores: images are independent and a worker owns one core.
+A row's exponentials follow from each other. From t to t + LANES the weight grows by a ratio, and
+the ratio by exp(-LANES^2 / sx^2), so two multiplications stand for an exponential. Each run of
+RUN pixels begins anew, or rounding would add up.
+
+The backward pass recomputes the weights (cheaper than fetching them) and keeps its nine sums in
+registers over all rows of a Gaussian; the moments are of (t / sx, dy / sy), a rotation of z =
+L^-1 (p - mu), so high aspect ratios lose no digits.
+
+Rows. Everything here works on every `stride`-th row of the picture from `phase` on, too: with
+y' = (y - 0.5 - phase) / stride + 0.5 and l21, l22 divided by stride, they are a picture of their
+own. cpu_step.py fits on them.
+
+Processes, not threads, use more cores: images are independent and a worker owns one core. What an
+evaluation costs: benchmarks/cpu_kernel.py.
 """
 
 from __future__ import annotations
@@ -43,6 +50,7 @@ from splatshard.pipeline.kernels.simd import (
     splat,
     square_root,
     store,
+    times_power_of_two,
     total,
     zero_above,
 )
@@ -51,11 +59,15 @@ from splatshard.pipeline.splats import Splats
 f32 = np.float32
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 HALF = f32(0.5)
+LOG2_E = f32(1 / math.log(2))
+SHIFT = 1.5 * 2**23
 RIM = f32(1e-3)
 """Pixels by which a row's window is widened: `limit` decides on the rim, not the rounded window."""
-FIRST, LAST, START, LIMIT, WEIGHT = range(5)
+RUN = 8 * LANES
+"""Pixels of a row from one exponential to the next."""
+FIRST, LAST, START, LIMIT, WEIGHT, RATIO = range(6)
 """Rows of the scratch array: first and last pixel, t at the first pixel, largest t^2, weight of
-the row."""
+the row, by how much the weight grows from the first pixel over the next LANES."""
 
 
 def render(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Tensor:
@@ -97,7 +109,7 @@ class _Render(torch.autograd.Function):
         arrays = _arrays(Splats(means, cholesky, colors, mask))
         picture = _picture(len(means), height, width)
         for inputs, image in zip(zip(*arrays, strict=True), picture, strict=True):
-            _add_gaussians(*inputs, width, cutoff, image)
+            add_gaussians(*inputs, 1, 0, width, cutoff, image)
         ctx.save_for_backward(means, cholesky, colors, mask)
         ctx.cutoff = cutoff
         return torch.from_numpy(np.ascontiguousarray(picture[..., :width]))
@@ -142,7 +154,7 @@ def _loss_and_grad(
     size = f32(3 * height * width)
     for b in range(len(means)):
         picture[:, :, :width] = -target[b]
-        _add_gaussians(means[b], cholesky[b], colors[b], mask[b], width, cutoff, picture)
+        add_gaussians(means[b], cholesky[b], colors[b], mask[b], 1, 0, width, cutoff, picture)
         picture[:, :, width:] = f32(0)
         loss[b] = _sum_of_squares(picture.reshape(-1)) / size
         _gradients(
@@ -161,7 +173,7 @@ def _squared_errors(means, cholesky, colors, mask, target, behind, cutoff, pictu
         picture[:] = f32(0)
         if len(behind):
             picture[:, :, :width] = behind[b]
-        _add_gaussians(means[b], cholesky[b], colors[b], mask[b], width, cutoff, picture)
+        add_gaussians(means[b], cholesky[b], colors[b], mask[b], 1, 0, width, cutoff, picture)
         shown, summed = 0.0, 0.0
         for c in range(3):
             for y in range(height):
@@ -184,23 +196,25 @@ def _squared_errors(means, cholesky, colors, mask, target, behind, cutoff, pictu
         errors[1, b] = summed
 
 
-@njit(inline="always")
-def _exp_of_16(v):
-    """exp(16 v) for v <= 0."""
-    e = splat(f32(1 / 720))
-    e = fma(e, v, splat(f32(1 / 120)))
-    e = fma(e, v, splat(f32(1 / 24)))
-    e = fma(e, v, splat(f32(1 / 6)))
-    e = fma(e, v, splat(f32(0.5)))
-    e = fma(e, v, splat(f32(1)))
-    e = fma(e, v, splat(f32(1)))
-    e = e * e
-    e = e * e
-    e = e * e
-    return e * e
+@njit(forceinline=True)
+def exp2(x):
+    """2^x for x from -126 to 127, to two roundings; anything elsewhere. What lies inside the cutoff
+    ellipse, and the ratio of two such weights, is between 2^-52 and 2^26.
+
+    The polynomial has the least relative error on -0.5 to 0.5 of those that are 1 at 0: 7e-8.
+    """
+    shifted = x + splat(f32(SHIFT))  # whose last bits are the nearest whole number
+    x = x - (shifted - splat(f32(SHIFT)))
+    p = splat(f32(0.0013352725))
+    p = fma(p, x, splat(f32(0.0096718863)))
+    p = fma(p, x, splat(f32(0.055504490)))
+    p = fma(p, x, splat(f32(0.24022230)))
+    p = fma(p, x, splat(f32(0.69314722)))
+    p = fma(p, x, splat(f32(1)))
+    return times_power_of_two(p, shifted)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _window(mean_y, sy, cutoff, height):
     """First row and one past the last that the cutoff ellipse can reach; (0, 0) where there is
     none."""
@@ -213,9 +227,10 @@ def _window(mean_y, sy, cutoff, height):
     return first, last + 1
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _rows(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
     """Fill `scratch` for `count` rows starting dy0 below the mean. inv_syy = 1/sy^2, var = sx^2."""
+    grow = splat(LOG2_E * f32(-LANES) / var)
     for r in range(0, count, LANES):
         dy = iota() + splat(dy0 + f32(r))
         q = dy * dy * splat(inv_syy)
@@ -226,85 +241,102 @@ def _rows(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
         first = larger(ceiling(center - half), splat(f32(0)))
         first = smaller(first, splat(f32(width)))
         last = larger(floor(center + half), splat(f32(-1)))
+        start = (first + splat(HALF - mean_x)) - shift
         store(scratch[FIRST], r, first)
         store(scratch[LAST], r, smaller(last, splat(f32(width - 1))))
-        store(scratch[START], r, (first + splat(HALF - mean_x)) - shift)
+        store(scratch[START], r, start)
         store(scratch[LIMIT], r, limit)
-        store(scratch[WEIGHT], r, _exp_of_16(q * splat(f32(-0.5 / 16))))
+        store(scratch[WEIGHT], r, exp2(q * splat(LOG2_E * f32(-0.5))))
+        store(scratch[RATIO], r, exp2((start + splat(f32(LANES / 2))) * grow))
+
+
+@njit(forceinline=True)
+def _steepness(var):
+    """What the weights of all rows have in common, var = sx^2: the exponent over t^2; the lanes'
+    ratios over that of the first; how a ratio changes over LANES and over RUN pixels."""
+    unit = LOG2_E / var
+    lanes = exp2(iota() * splat(f32(-LANES) * unit))
+    bend = exp2(splat(f32(-LANES * LANES) * unit))
+    two = bend * bend
+    four = two * two
+    return splat(f32(-0.5) * unit), lanes, bend, four * four
 
 
 @compiled(error_model="numpy")
-def _add_gaussians(means, cholesky, colors, mask, width, cutoff, picture):
-    """Add every Gaussian to `picture` [3, H, width + LANES]; the last LANES columns are overrun."""
-    height, stride = picture.shape[1:]
-    plane = height * stride
+def add_gaussians(means, cholesky, colors, mask, stride, phase, width, cutoff, picture):
+    """Add every Gaussian to `picture` [3, rows, width + LANES], which is the rows `phase`,
+    `phase` + `stride`, ... of an image; the last LANES columns are overrun."""
+    height, pitch = picture.shape[1:]
+    plane = height * pitch
     pixels = picture.reshape(-1)
     cutoff = f32(cutoff)
-    scratch = np.empty((5, height + LANES), f32)
+    squeeze = f32(1) / f32(stride)
+    scratch = np.empty((6, height + LANES), f32)
     for i in range(len(means)):
-        l11, l21, l22 = cholesky[i, 0], cholesky[i, 1], cholesky[i, 2]
+        l11, l21, l22 = cholesky[i, 0], cholesky[i, 1] * squeeze, cholesky[i, 2] * squeeze
         if not (mask[i] and l11 > 0 and l22 > 0):
             continue
+        mean_y = (means[i, 1] - HALF - f32(phase)) * squeeze + HALF
         syy = l21 * l21 + l22 * l22
         var = l11 * l11 * (l22 * l22 / syy)
-        y0, y1 = _window(means[i, 1], math.sqrt(syy), cutoff, height)
-        dy = f32(y0) + HALF - means[i, 1]
+        y0, y1 = _window(mean_y, math.sqrt(syy), cutoff, height)
+        dy = f32(y0) + HALF - mean_y
         _rows(dy, y1 - y0, means[i, 0], f32(1) / syy, var, l11 * l21 / syy, cutoff, width, scratch)
-        scale = splat(f32(-0.5 / 16) / var)
+        scale, lanes, bend, leap = _steepness(var)
         red, green, blue = splat(colors[i, 0]), splat(colors[i, 1]), splat(colors[i, 2])
         for j in range(y1 - y0):
             t = iota() + splat(scratch[START, j])
             limit = splat(scratch[LIMIT, j])
-            weight = splat(scratch[WEIGHT, j])
-            r, g, b = red * weight, green * weight, blue * weight
-            row = (y0 + j) * stride
-            for x in range(int(scratch[FIRST, j]), int(scratch[LAST, j]) + 1, LANES):
-                t2 = t * t
-                w = zero_above(_exp_of_16(t2 * scale), t2, limit)
-                o = row + x
-                store(pixels, o, fma(w, r, load(pixels, o)))
-                store(pixels, o + plane, fma(w, g, load(pixels, o + plane)))
-                store(pixels, o + 2 * plane, fma(w, b, load(pixels, o + 2 * plane)))
-                t = t + splat(f32(LANES))
+            row = (y0 + j) * pitch
+            ratios = lanes * splat(scratch[RATIO, j])
+            end = int(scratch[LAST, j]) + 1
+            for begin in range(int(scratch[FIRST, j]), end, RUN):
+                weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
+                ratio = ratios
+                for x in range(begin, min(begin + RUN, end), LANES):
+                    w = zero_above(weight, t * t, limit)
+                    o = row + x
+                    store(pixels, o, fma(w, red, load(pixels, o)))
+                    store(pixels, o + plane, fma(w, green, load(pixels, o + plane)))
+                    store(pixels, o + 2 * plane, fma(w, blue, load(pixels, o + 2 * plane)))
+                    t = t + splat(f32(LANES))
+                    weight = weight * ratio
+                    ratio = ratio * bend
+                ratios = ratios * leap
 
 
 @compiled(error_model="numpy")
-def _gradients(
-    means, cholesky, colors, mask, width, cutoff, picture, scale, g_means, g_cholesky, g_colors
+def gradient_sums(
+    mean_x, mean_y, l11, l21, l22, red, green, blue, width, cutoff, height, pitch, pixels, scratch
 ):
-    """`scale` times the vector-Jacobian product of `_add_gaussians` with `picture` (its padding
-    zero)."""
-    height, stride = picture.shape[1:]
-    plane = height * stride
-    pixels = picture.reshape(-1)
-    cutoff = f32(cutoff)
-    scratch = np.empty((5, height + LANES), f32)
+    """The vector-Jacobian product of one Gaussian with `pixels`, a picture of `height` rows (its
+    padding zero), in whitened coordinates: with p = w <r, color> the sums of p z, of p zz^T, and of
+    w r, for residuals r."""
+    plane = height * pitch
+    syy = l21 * l21 + l22 * l22
+    sy = math.sqrt(syy)
+    sx = l11 * (l22 / sy)
+    y0, y1 = _window(mean_y, sy, cutoff, height)
+    dy = f32(y0) + HALF - mean_y
+    _rows(dy, y1 - y0, mean_x, f32(1) / syy, sx * sx, l11 * l21 / syy, cutoff, width, scratch)
+    scale, lanes, bend, leap = _steepness(sx * sx)
+    red, green, blue = splat(red), splat(green), splat(blue)
     zero = splat(f32(0))
-    for i in range(len(means)):
-        l11, l21, l22 = cholesky[i, 0], cholesky[i, 1], cholesky[i, 2]
-        if not (mask[i] and l11 > 0 and l22 > 0):
-            continue
-        syy = l21 * l21 + l22 * l22
-        sy = math.sqrt(syy)
-        sx = l11 * (l22 / sy)
-        y0, y1 = _window(means[i, 1], sy, cutoff, height)
-        dy = f32(y0) + HALF - means[i, 1]
-        _rows(
-            dy, y1 - y0, means[i, 0], f32(1) / syy, sx * sx, l11 * l21 / syy, cutoff, width, scratch
-        )
-        minus = splat(f32(-0.5 / 16) / (sx * sx))
-        red, green, blue = splat(colors[i, 0]), splat(colors[i, 1]), splat(colors[i, 2])
-        sum_r, sum_g, sum_b = zero, zero, zero
-        sum_t, sum_y, sum_tt, sum_ty, sum_yy = zero, zero, zero, zero, zero
-        for j in range(y1 - y0):
-            t = iota() + splat(scratch[START, j])
-            limit = splat(scratch[LIMIT, j])
-            weight = splat(scratch[WEIGHT, j])
-            row = (y0 + j) * stride
-            row_p, row_t = zero, zero
-            for x in range(int(scratch[FIRST, j]), int(scratch[LAST, j]) + 1, LANES):
+    sum_r, sum_g, sum_b = zero, zero, zero
+    sum_t, sum_y, sum_tt, sum_ty, sum_yy = zero, zero, zero, zero, zero
+    for j in range(y1 - y0):
+        t = iota() + splat(scratch[START, j])
+        limit = splat(scratch[LIMIT, j])
+        row = (y0 + j) * pitch
+        row_p, row_t = zero, zero
+        ratios = lanes * splat(scratch[RATIO, j])
+        end = int(scratch[LAST, j]) + 1
+        for begin in range(int(scratch[FIRST, j]), end, RUN):
+            weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
+            ratio = ratios
+            for x in range(begin, min(begin + RUN, end), LANES):
                 t2 = t * t
-                w = zero_above(_exp_of_16(t2 * minus) * weight, t2, limit)
+                w = zero_above(weight, t2, limit)
                 o = row + x
                 r, g, b = load(pixels, o), load(pixels, o + plane), load(pixels, o + 2 * plane)
                 sum_r, sum_g, sum_b = fma(w, r, sum_r), fma(w, g, sum_g), fma(w, b, sum_b)
@@ -313,28 +345,64 @@ def _gradients(
                 row_t = fma(p, t, row_t)
                 sum_tt = fma(p, t2, sum_tt)
                 t = t + splat(f32(LANES))
-            y = splat(dy + f32(j))
-            sum_t = sum_t + row_t
-            sum_ty = fma(row_t, y, sum_ty)
-            sum_y = fma(row_p, y, sum_y)
-            sum_yy = fma(row_p * y, y, sum_yy)
-        g_colors[i, 0] = scale * total(sum_r)
-        g_colors[i, 1] = scale * total(sum_g)
-        g_colors[i, 2] = scale * total(sum_b)
-        # Moments of (u, v) = (t / sx, dy / sy), rotated into those of z = L^-1 (p - mu).
-        cos, sin = l22 / sy, l21 / sy
-        u, v = total(sum_t) / sx, total(sum_y) / sy
-        uu, uv, vv = total(sum_tt) / (sx * sx), total(sum_ty) / (sx * sy), total(sum_yy) / syy
-        z1, z2 = cos * u + sin * v, cos * v - sin * u
-        z11 = cos * cos * uu + f32(2) * cos * sin * uv + sin * sin * vv
-        z21 = cos * sin * (vv - uu) + (cos * cos - sin * sin) * uv
-        z22 = sin * sin * uu - f32(2) * cos * sin * uv + cos * cos * vv
-        # d loss / d mu = L^-T z and d loss / d L = lower(L^-T zz^T).
-        g_means[i, 0] = scale * (z1 - l21 * z2 / l22) / l11
-        g_means[i, 1] = scale * z2 / l22
-        g_cholesky[i, 0] = scale * (z11 - l21 * z21 / l22) / l11
-        g_cholesky[i, 1] = scale * z21 / l22
-        g_cholesky[i, 2] = scale * z22 / l22
+                weight = weight * ratio
+                ratio = ratio * bend
+            ratios = ratios * leap
+        y = splat(dy + f32(j))
+        sum_t = sum_t + row_t
+        sum_ty = fma(row_t, y, sum_ty)
+        sum_y = fma(row_p, y, sum_y)
+        sum_yy = fma(row_p * y, y, sum_yy)
+    # Moments of (u, v) = (t / sx, dy / sy), rotated into those of z = L^-1 (p - mu).
+    cos, sin = l22 / sy, l21 / sy
+    u, v = total(sum_t) / sx, total(sum_y) / sy
+    uu, uv, vv = total(sum_tt) / (sx * sx), total(sum_ty) / (sx * sy), total(sum_yy) / syy
+    return (
+        cos * u + sin * v,
+        cos * v - sin * u,
+        cos * cos * uu + f32(2) * cos * sin * uv + sin * sin * vv,
+        cos * sin * (vv - uu) + (cos * cos - sin * sin) * uv,
+        sin * sin * uu - f32(2) * cos * sin * uv + cos * cos * vv,
+        total(sum_r),
+        total(sum_g),
+        total(sum_b),
+    )
+
+
+@njit(forceinline=True)
+def unwhitened(l11, l21, l22, z1, z2, z11, z21, z22):
+    """`gradient_sums` as gradients of mean and factor: L^-T z and lower(L^-T zz^T)."""
+    return (
+        (z1 - l21 * z2 / l22) / l11,
+        z2 / l22,
+        (z11 - l21 * z21 / l22) / l11,
+        z21 / l22,
+        z22 / l22,
+    )
+
+
+@compiled(error_model="numpy")
+def _gradients(
+    means, cholesky, colors, mask, width, cutoff, picture, scale, g_means, g_cholesky, g_colors
+):
+    """`scale` times the vector-Jacobian product of `add_gaussians` with `picture` (its padding
+    zero)."""
+    height, pitch = picture.shape[1:]
+    pixels = picture.reshape(-1)
+    cutoff = f32(cutoff)
+    scratch = np.empty((6, height + LANES), f32)
+    for i in range(len(means)):
+        l11, l21, l22 = cholesky[i, 0], cholesky[i, 1], cholesky[i, 2]
+        if not (mask[i] and l11 > 0 and l22 > 0):
+            continue
+        z1, z2, z11, z21, z22, r, g, b = gradient_sums(
+            means[i, 0], means[i, 1], l11, l21, l22, colors[i, 0], colors[i, 1], colors[i, 2],
+            width, cutoff, height, pitch, pixels, scratch,
+        )  # fmt: skip
+        gx, gy, g11, g21, g22 = unwhitened(l11, l21, l22, z1, z2, z11, z21, z22)
+        g_means[i, 0], g_means[i, 1] = scale * gx, scale * gy
+        g_cholesky[i, 0], g_cholesky[i, 1], g_cholesky[i, 2] = scale * g11, scale * g21, scale * g22
+        g_colors[i, 0], g_colors[i, 1], g_colors[i, 2] = scale * r, scale * g, scale * b
 
 
 @compiled(error_model="numpy")

@@ -20,13 +20,14 @@ def select_backend(name: str) -> Backend:
     if name == "auto":
         name = "triton" if torch.cuda.is_available() and find_spec("triton") else "cpu"
     if name == "cpu":
-        from splatshard.pipeline.kernels import cpu, overlaps
+        from splatshard.pipeline.kernels import cpu, cpu_step, overlaps
 
         return Backend(
             name,
             torch.device("cpu"),
             cpu.render,
             cpu.loss_and_grad,
+            make_step=cpu_step.FusedStep,
             squared_errors=cpu.squared_errors,
             color_change=overlaps.color_change,
         )

@@ -124,6 +124,20 @@ square_root, ceiling, floor = _unary("sqrt"), _unary("ceil"), _unary("floor")
 
 
 @intrinsic
+def times_power_of_two(typingctx, value, shifted):
+    """`value` * 2^n for `shifted` = n + 1.5 * 2^23, n whole: n is added to the exponent's bits,
+    which must hold the result."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.VectorType(ir.IntType(32), LANES)
+        value, shifted = (builder.bitcast(x, kind) for x in args)
+        n = builder.shl(shifted, ir.Constant(kind, [23] * LANES))  # the rest falls out on the left
+        return builder.bitcast(builder.add(value, n), _VECTOR)
+
+    return vector(vector, vector), codegen
+
+
+@intrinsic
 def larger(typingctx, a, b):
     """Lane-wise a if a > b else b (b where either is NaN)."""
 
@@ -204,23 +218,24 @@ def _binary(name: str):
 
 
 _add, _sub, _mul = _binary("fadd"), _binary("fsub"), _binary("fmul")
+divide = _binary("fdiv")
 
 
-@overload(operator.add, inline="always")
+@overload(operator.add, jit_options={"forceinline": True})
 def _overload_add(a, b):
     if a == vector and b == vector:
         return lambda a, b: _add(a, b)
     return None
 
 
-@overload(operator.sub, inline="always")
+@overload(operator.sub, jit_options={"forceinline": True})
 def _overload_sub(a, b):
     if a == vector and b == vector:
         return lambda a, b: _sub(a, b)
     return None
 
 
-@overload(operator.mul, inline="always")
+@overload(operator.mul, jit_options={"forceinline": True})
 def _overload_mul(a, b):
     if a == vector and b == vector:
         return lambda a, b: _mul(a, b)

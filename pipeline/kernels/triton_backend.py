@@ -76,46 +76,49 @@ class FusedStep:
     """The fast twin of `fit.TorchStep`: every buffer is kept, splats and moments are updated in
     place."""
 
-    def __init__(self, target: Tensor, config: FitConfig) -> None:
-        self.target, self.config = target.contiguous(), config
-        self.residual = _channels_last(self.target)
+    def __init__(self, target: Tensor, config: FitConfig, stride: int) -> None:
+        self.target, self.config, self.stride = target.contiguous(), config, stride
         self.lists: TileLists | None = None
         self.order: Tensor | None = None
         self.lists_age = self.order_age = 0
         self.gradient: Tensor | None = None
 
-    def loss(self, splats: Splats, moved_far: bool) -> Tensor:
-        """Loss [B] at `splats`; `moved_far` if they are not those of the last update."""
-        (height, width), cutoff = self.target.shape[2:], self.config.cutoff
-        if self.lists is None or moved_far or self.lists_age >= LISTS_EVERY:
-            self.lists = tile_lists(splats, height, width, cutoff, True, self.lists)
-            self.lists_age = 0
-        if self.order is None or moved_far or self.order_age >= ORDER_EVERY:
-            self.order = by_window(splats, height, width, cutoff)
-            self.order_age = 0
-        self.lists_age += 1
-        self.order_age += 1
-        return _loss(splats, self.lists, cutoff, self.residual, self.target)
-
-    def update(
+    def step(
         self,
         splats: Splats,
         moments: tuple[Tensor, Tensor],
+        phase: int,
+        moved_far: bool,
         beta1: float,
         rate: float,
         correction2: float,
     ) -> Splats:
-        """One Adam step, in place, of splats [B, N] and moments [B, N, 8] against the gradient at
-        the splats that `loss` last saw; see `fit.TorchStep.update`."""
-        config = self.config
+        """One Adam step, in place, of contiguous splats [B, N] and moments [B, N, 8]; see
+        `fit.TorchStep.step`."""
+        config, (whole, width) = self.config, self.target.shape[2:]
+        height = cdiv(whole - phase, self.stride)
+        if self.lists is None or moved_far or self.lists_age >= LISTS_EVERY:
+            # as many tiles for every phase: of the tallest of their pictures
+            size = (cdiv(whole, self.stride), width)
+            self.lists = tile_lists(
+                splats, *size, config.cutoff, True, self.lists, self.stride, phase
+            )
+            self.lists_age = 0
+        if self.order is None or moved_far or self.order_age >= ORDER_EVERY:
+            self.order = by_window(splats, whole, width, config.cutoff)
+            self.order_age = 0
+        self.lists_age += 1
+        self.order_age += 1
         if self.gradient is None:
             self.gradient = splats.means.new_empty(*splats.mask.shape, 8)
-        scale = 2 / self.target.shape[1:].numel()
-        assert self.order is not None, "loss comes first"
+        residual = self.target.new_empty(len(splats), height, width, 3)
+        rows = (self.stride, phase)
+        _forward(splats, self.lists, config.cutoff, residual, self.target, rows)
+        scale = 2 / (3 * height * width)
         _backward(
-            splats, self.residual, self.order, config.cutoff, scale, config.whitened, self.gradient
+            splats, residual, self.order, config.cutoff, scale, config.whitened, self.gradient, rows
         )
-        size = self.target.shape[2:]
+        size = (whole, width)
         _adam(splats, self.gradient, moments, config, size, beta1, rate, correction2)
         return splats
 
@@ -162,18 +165,25 @@ def _loss(
 
 
 def _forward(
-    splats: Splats, lists: TileLists, cutoff: float, out: Tensor, target: Tensor | None
+    splats: Splats,
+    lists: TileLists,
+    cutoff: float,
+    out: Tensor,
+    target: Tensor | None,
+    rows: tuple[int, int] = (1, 0),
 ) -> Tensor:
     """Draw into `out` [B, 3, H, W]; with a target, put the residual into `out` [B, H, W, 3] and
-    return each tile's sum of its squares [B, tiles]."""
+    return each tile's sum of its squares [B, tiles]. `rows`: stride and phase of those that `out`
+    has."""
     batch, n = splats.mask.shape
-    size = out.shape[2:] if target is None else target.shape[2:]
+    size = out.shape[2:] if target is None else out.shape[1:3]
+    whole = size[0] if target is None else target.shape[2]
     squares = out.new_empty(batch, lists.tiles)
     launch(
         triton_kernels.forward_kernel, batch * lists.tiles,
         splats.means, splats.cholesky, splats.colors, splats.mask,
         out if target is None else target, out, squares, *lists.arguments,
-        n, *size, cutoff,
+        n, *size, cutoff, whole, *rows,
         TILE=TILE, RATIO=RATIO, CAPACITY=lists.fine.shape[2], COARSE_CAPACITY=lists.coarse.shape[2],
         GROUP=triton_kernels.GROUP, RESIDUAL=target is not None, **WARP,
     )  # fmt: skip
@@ -210,15 +220,17 @@ def _backward(
     scale: float,
     whitened: bool,
     out: Tensor,
+    rows: tuple[int, int] = (1, 0),
 ) -> None:
     """scale * the vector-Jacobian product with `field` [B, H, W, 3] into `out` [B, N, 8]; `order`:
-    see `by_window`."""
+    see `by_window`; `rows`: stride and phase of those that the field has."""
     batch, n = splats.mask.shape
     groups = cdiv(n, triton_kernels.SHARED)
+    squeeze, phase = 1 / rows[0], rows[1]
     launch(
         triton_kernels.backward_kernel, batch * groups,
         splats.means, splats.cholesky, splats.colors, splats.mask, field, out, order,
-        n, groups, *field.shape[1:3], cutoff, scale,
+        n, groups, *field.shape[1:3], cutoff, scale, squeeze, (phase + 0.5) * squeeze - 0.5,
         SHARED=triton_kernels.SHARED, PIXELS=triton_kernels.PIXELS, WHITENED=whitened, **WARP,
     )  # fmt: skip
 

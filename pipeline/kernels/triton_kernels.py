@@ -57,6 +57,7 @@ import triton.language as tl
 
 from splatshard.pipeline.kernels.triton_launch import jit
 from splatshard.pipeline.kernels.triton_lists import candidates, listed
+from splatshard.pipeline.splats import MIN_SIGMA_PX as SMALLEST
 
 GROUP = 32
 """Gaussians of a tile evaluated at once: loaded one per lane, then shared by all lanes."""
@@ -66,19 +67,20 @@ ADAM_BLOCK = 128
 """Gaussians per program of the Adam kernel, 4 warps."""
 HUGE = tl.constexpr(1e30)
 LOG2_E_HALF = tl.constexpr(0.7213475204444817)
-MIN_SIGMA_PX = tl.constexpr(0.3)  # as in fit.py, of the published parametrisation
+MIN_SIGMA_PX = tl.constexpr(SMALLEST)
 
 
 @triton.jit
 def forward_kernel(
     means, cholesky, colors, mask, target, out, squares,
     fine, fine_counts, coarse, coarse_counts, columns, tiles, coarse_columns, coarse_tiles,
-    n, height, width, cutoff,
+    n, height, width, cutoff, whole_height, stride, phase,
     TILE: tl.constexpr, RATIO: tl.constexpr, CAPACITY: tl.constexpr,
     COARSE_CAPACITY: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """One tile of `out`: the rendering [B, 3, H, W], or with RESIDUAL rendering - target as
-    [B, H, W, 3], and the tile's sum of its squares in `squares` [B, tiles]."""
+    [B, H, W, 3], and the tile's sum of its squares in `squares` [B, tiles]. H counts the rows
+    `phase`, `phase` + `stride`, ... of `target` [B, 3, whole_height, W]."""
     program = tl.program_id(0)
     image, tile = (program // tiles).to(tl.int64), program % tiles
     start, count, whole = candidates(
@@ -87,7 +89,7 @@ def forward_kernel(
     )  # fmt: skip
     pixel = tl.arange(0, TILE * TILE)
     px, py = tile % columns * TILE + pixel % TILE, tile // columns * TILE + pixel // TILE
-    x, y = px.to(tl.float32)[None, :], py.to(tl.float32)[None, :]
+    x, y = px.to(tl.float32)[None, :], (py * stride + phase).to(tl.float32)[None, :]
     red = tl.zeros([TILE * TILE], tl.float32)
     green = tl.zeros([TILE * TILE], tl.float32)
     blue = tl.zeros([TILE * TILE], tl.float32)
@@ -115,15 +117,15 @@ def forward_kernel(
         green += tl.sum(w * g[:, None], 0)
         blue += tl.sum(w * b[:, None], 0)
     inside = (px < width) & (py < height)
-    plane = height * width
-    at = image * 3 * plane + py * width + px
+    plane = whole_height * width
+    at = image * 3 * plane + (py * stride + phase) * width + px
     step = plane
     if RESIDUAL:
         red = tl.where(inside, red - tl.load(target + at, inside, 0), 0)
         green = tl.where(inside, green - tl.load(target + at + plane, inside, 0), 0)
         blue = tl.where(inside, blue - tl.load(target + at + 2 * plane, inside, 0), 0)
         tl.store(squares + program, tl.sum(red * red + green * green + blue * blue, 0))
-        at = 3 * (image * plane + py * width + px)
+        at = 3 * (image * height * width + py * width + px)
         step = 1
     tl.store(out + at, red, inside)
     tl.store(out + at + step, green, inside)
@@ -144,11 +146,12 @@ def loss_kernel(squares, loss, tiles, scale, BLOCK: tl.constexpr):
 @triton.jit
 def backward_kernel(
     means, cholesky, colors, mask, field, gradient, order,
-    n, groups, height, width, cutoff, scale,
+    n, groups, height, width, cutoff, scale, squeeze, shift,
     SHARED: tl.constexpr, PIXELS: tl.constexpr, WHITENED: tl.constexpr,
 ):  # fmt: skip
     """`gradient` [B, N, 8] = scale * the vector-Jacobian product of the rendering with `field`
-    [B, H, W, 3], for (position 2, shape 3, colour 3); 0 for Gaussians that draw nothing.
+    [B, H, W, 3], for (position 2, shape 3, colour 3); 0 for Gaussians that draw nothing. The field
+    is some rows of a picture, in which y is y * `squeeze` - `shift`.
 
     `order` int32 [B, N], a permutation of each image's Gaussians, says which ones share a program;
     the gradient's bits do not depend on it."""
@@ -162,6 +165,8 @@ def backward_kernel(
     l11 = tl.load(cholesky + 3 * i, exists, 0)
     l21 = tl.load(cholesky + 3 * i + 1, exists, 0)
     l22 = tl.load(cholesky + 3 * i + 2, exists, 0)
+    my = my * squeeze - shift  # from here on, in the picture that the rows make
+    l21, l22 = l21 * squeeze, l22 * squeeze
     cr = tl.load(colors + 3 * i, exists, 0)
     cg = tl.load(colors + 3 * i + 1, exists, 0)
     cb = tl.load(colors + 3 * i + 2, exists, 0)
@@ -229,9 +234,9 @@ def backward_kernel(
         sum_21 += e1 * z2
         sum_22 += e2 * z2
     if not WHITENED:
-        sum_1, sum_2 = sum_1 * inv11 + sum_2 * inv21, sum_2 * inv22
-        sum_11, sum_21 = sum_11 * inv11 + sum_21 * inv21, sum_21 * inv22
-        sum_22 = sum_22 * inv22
+        sum_1, sum_2 = sum_1 * inv11 + sum_2 * inv21, sum_2 * inv22 * squeeze
+        sum_11, sum_21 = sum_11 * inv11 + sum_21 * inv21, sum_21 * inv22 * squeeze
+        sum_22 = sum_22 * inv22 * squeeze
     slot = program % groups * SHARED + tl.arange(0, SHARED)
     exists = slot < n
     out = gradient + 8 * (image * n + tl.load(order + image * n + slot, exists, 0))
@@ -260,7 +265,7 @@ def adam_kernel(
     low_x, high_x, low_y, high_y, largest,
     BLOCK: tl.constexpr, WHITENED: tl.constexpr,
 ):  # fmt: skip
-    """One Adam step of `count` = B * N Gaussians in place; the twin is `TorchStep.update`.
+    """One Adam step of `count` = B * N Gaussians in place; the twin is `TorchStep.step`.
 
     rate_* already hold the schedule and the first moment's bias correction; the last five numbers
     are `splats.bounds`.

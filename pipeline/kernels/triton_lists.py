@@ -46,7 +46,8 @@ BLOCK = 128
 PAD_PX, GROW = 1e-2, 1 + 1e-4
 """Margin of fresh lists: against rounding only."""
 STALE_PAD_PX, STALE_GROW = 1.0, 1.15
-"""Margin of lists that serve several steps: what a Gaussian may move and grow meanwhile."""
+"""Margin of lists that serve several steps: what a Gaussian may move and grow meanwhile. Steps that
+look at other rows see it up to a row higher or lower, too."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,12 @@ def tile_lists(
     cutoff: float,
     stale: bool = False,
     out: TileLists | None = None,
+    stride: int = 1,
+    phase: int = 0,
 ) -> TileLists:
-    """Lists for contiguous `splats` [B, N] of images of `height` x `width` px; `stale` ones have a
-    margin and may serve several steps.
+    """Lists for contiguous `splats` [B, N] of images of `height` x `width` px, which are the rows
+    `phase`, `phase` + `stride`, ... of larger ones; `stale` ones have a margin and may serve
+    several steps.
 
     `out` is filled and returned instead of new lists, if given.
     """
@@ -96,7 +100,9 @@ def tile_lists(
     lists = out or _empty(batch, n, height, width, splats.means.device)
     pad, grow = (STALE_PAD_PX, STALE_GROW) if stale else (PAD_PX, GROW)
     inputs = (splats.means, splats.cholesky, splats.mask)
-    scalars = (n, cutoff, grow, pad)
+    pad_y = pad if stride == 1 or not stale else pad / stride + 1
+    squeeze = 1 / stride
+    scalars = (n, cutoff, grow, pad, grow * squeeze, pad_y, squeeze, (phase + 0.5) * squeeze - 0.5)
     coarse_tiles = lists.coarse_counts.shape[1]
     for kept, counts, columns, tiles, ratio in (
         (lists.coarse, lists.coarse_counts, lists.coarse_columns, coarse_tiles, 0),
@@ -128,7 +134,8 @@ def _empty(batch: int, n: int, height: int, width: int, device: torch.device) ->
 @triton.jit
 def _list_kernel(
     means, cholesky, mask, coarse, coarse_counts, lists, counts,
-    n, cutoff, grow, pad, columns, tiles, coarse_columns, coarse_tiles,
+    n, cutoff, grow, pad, grow_y, pad_y, squeeze, shift,
+    columns, tiles, coarse_columns, coarse_tiles,
     SIDE: tl.constexpr, RATIO: tl.constexpr, CAPACITY: tl.constexpr,
     COARSE_CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +164,8 @@ def _list_kernel(
         l21 = tl.load(cholesky + 3 * i + 1, live, 0)
         l22 = tl.load(cholesky + 3 * i + 2, live, 0)
         half_x = cutoff * l11 * grow + pad
-        half_y = cutoff * tl.sqrt(l21 * l21 + l22 * l22) * grow + pad
+        half_y = cutoff * tl.sqrt(l21 * l21 + l22 * l22) * grow_y + pad_y
+        y = y * squeeze - shift  # in the picture that the rows make
         live &= tl.load(mask + i, live, 0) != 0
         # comparisons are false for NaN: such Gaussians are in no list
         live &= (l11 > 0) & (l22 > 0)

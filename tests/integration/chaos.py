@@ -35,7 +35,10 @@ from tests.integration.running import kill_tree, tars
 from tests.integration.stores import SECRET_KEY, Store
 
 SHARDS, SAMPLES = 8, 6
-RECIPE = ("--image-size=64", "--num-gaussians=100", "--steps=100", "--batch-size=2")
+RECIPE = (
+    *("--image-size=64", "--num-gaussians=100", "--steps=150", "--row-stride=1"),
+    "--batch-size=2",
+)
 """A fifth of a second per shard, so that a kill finds some done and some not."""
 
 MAX_RUNS = 5

@@ -23,7 +23,7 @@ SMALL = ("--image-size=32", "--num-gaussians=16", "--steps=3", "--workers=1")
 """Fits in milliseconds; each worker takes seconds to load torch."""
 
 LONG = (
-    *("--image-size=128", "--num-gaussians=200", "--steps=200"),
+    *("--image-size=128", "--num-gaussians=200", "--steps=280", "--row-stride=1"),
     *("--batch-size=2", "--workers=2"),
 )
 """Half a second per shard, so that there is time to interfere."""

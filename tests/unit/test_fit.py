@@ -9,8 +9,9 @@ import torch
 
 from splatshard.pipeline.codec.pack import pack, unpack
 from splatshard.pipeline.fitting import fit as fit_module
-from splatshard.pipeline.fitting.fit import energy, fit, optimize, relocate
+from splatshard.pipeline.fitting.fit import energy, fit, largest_of_five, optimize, relocate
 from splatshard.pipeline.fitting.prune import energy_mask, luminosity_mask, prune
+from splatshard.pipeline.fitting.rows import PHASES, row_stride, squeezed
 from splatshard.pipeline.fitting.start import (
     density,
     hilbert_order,
@@ -28,6 +29,7 @@ from splatshard.schemas.config import PRESETS, ConvertConfig, FitConfig, PruneCo
 from splatshard.schemas.splats import MAX_LOSS_DB
 
 CPU = select_backend("cpu")
+PLAIN = replace(CPU, make_step=None)  # with `fit.TorchStep`
 
 
 def picture(batch=2, height=47, width=61) -> torch.Tensor:
@@ -165,6 +167,65 @@ def test_cpu_and_reference_backends_agree_on_a_fit():
     torch.testing.assert_close(fast.means, slow.means, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("shape", [(24, 20), (9, 13), (5, 31)])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_fused_steps_are_the_torch_steps(preset, stride, shape):
+    """Four steps with a masked Gaussian, one off the picture, one wide, one thin, one NaN, an L1
+    penalty and steps into the bounds."""
+    target = picture(2, *shape)
+    config = replace(
+        PRESETS[preset].fit, num_gaussians=14, row_stride=stride, l1_colors=1e-4, relocate=False
+    )
+    start = initial_splats(target, config, CPU)
+    start.mask[:, 5] = False
+    start.means[0, 1], start.means[0, 2], start.means[0, 3] = -1e4, 1e4, torch.nan
+    start.cholesky[1, 4] = torch.tensor([500.0, -300.0, 500.0])
+    start.cholesky[1, 6] = torch.tensor([0.8, 3.0, 0.7])
+    before = start.means.clone()
+    fused, _ = optimize(start, target, 4, config, CPU)
+    plain, _ = optimize(start, target, 4, config, PLAIN)
+    assert torch.equal(start.means.nan_to_num(), before.nan_to_num())  # in place, but a copy
+    for name in ("means", "cholesky", "colors"):
+        ours, twin = getattr(fused, name)[start.mask], getattr(plain, name)[start.mask]
+        torch.testing.assert_close(ours, twin, rtol=2e-3, atol=2e-3, equal_nan=True)
+    assert fused.means[0, 3].isnan().all()
+
+
+def test_rows_are_a_picture_of_squeezed_gaussians():
+    target = picture(1)
+    splats = initial_splats(target, FitConfig(num_gaussians=30), CPU)
+    whole = CPU.render(splats, 47, 61, 3.0)
+    for stride in (2, 3, 4):
+        for phase in range(stride):
+            rows = whole[:, :, phase::stride]
+            drawn = CPU.render(squeezed(splats, stride, phase), *rows.shape[2:], 3.0)
+            torch.testing.assert_close(drawn, rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_every_row_is_looked_at_before_one_is_again(stride):
+    assert sorted(PHASES[stride]) == list(range(stride))
+
+
+def test_stride_follows_the_spacing():
+    sizes = [(1, 224), (400, 224), (900, 224), (1600, 224), (3136, 224), (4900, 224), (65536, 224)]
+    found = [row_stride(FitConfig(num_gaussians=n), side, side) for n, side in sizes]
+    assert found == [4, 4, 3, 3, 2, 2, 1]
+    assert row_stride(FitConfig(num_gaussians=64), 64, 64) == 3
+    assert row_stride(FitConfig(num_gaussians=400, row_stride=1), 224, 224) == 1
+    assert row_stride(FitConfig(num_gaussians=1), 2, 500) == 2
+
+
+def test_few_of_the_rows_are_as_good_as_all():
+    """In as many steps, and ahead at the same cost."""
+    target, config = picture(), FitConfig(num_gaussians=60, steps=80)
+    few, whole = (fit(target, replace(config, row_stride=k), CPU)[0] for k in (3, 1))
+    cheap, _ = fit(target, replace(config, row_stride=1, steps=27), CPU)
+    assert quality(few, target).mean() > quality(whole, target).mean() - 1
+    assert quality(few, target).mean() > quality(cheap, target).mean()
+
+
 def test_target_psnr_stops_each_image_on_its_own():
     target = torch.cat((torch.full((1, 3, 40, 40), 0.4), picture(1, 40, 40)))
     config = FitConfig(num_gaussians=60, steps=100, target_psnr=27.0)
@@ -197,8 +258,9 @@ def test_gaussians_stay_where_a_shard_can_hold_them(monkeypatch):
         return low_x <= x <= high_x and low_y <= y <= high_y and not wide
 
     assert within(fit(target, config, CPU)[0])
+    assert within(fit(target, config, PLAIN)[0])
     monkeypatch.setattr(fit_module, "bounded", lambda splats, *size: splats)
-    assert not within(fit(target, config, CPU)[0])
+    assert not within(fit(target, config, PLAIN)[0])
 
 
 @pytest.mark.parametrize("codec", ["balanced", "compact"])
@@ -208,6 +270,13 @@ def test_what_is_stored_of_a_long_fit_is_what_was_fitted(codec):
     stored = unpack(pack(splats, target, codec, 3.0, CPU), 32, 32, codec)
     lost = quality(splats, target) - quality(stored, target)
     assert (lost <= MAX_LOSS_DB[codec] + 1e-3).all(), lost
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (9, 4), (13, 17)])
+def test_largest_of_five_is_a_pooled_maximum(shape):
+    values = torch.rand(2, 1, *shape)
+    pooled = torch.nn.functional.max_pool2d(values, 5, stride=1, padding=2)
+    assert torch.equal(largest_of_five(largest_of_five(values, 2), 3), pooled)
 
 
 def test_relocation_moves_the_useless_to_the_error():

@@ -63,7 +63,7 @@ def test_a_larger_budget_is_a_better_image(fitted):
 def test_steps_are_those_of_all_tiers(fitted):
     _, _, steps = fitted
     assert steps.dtype == torch.int64
-    assert steps.tolist() == [60 + (36 + 2 * 12) + (36 + 3 * 12)] * 3
+    assert steps.tolist() == [60 + (48 + 2 * 18) + (48 + 3 * 18)] * 3
 
 
 def test_the_result_is_repeatable_and_independent_of_the_batch(fitted):
@@ -134,7 +134,7 @@ def test_sweeps_lower_the_error_of_all_budgets_together():
     first, _ = fit(target, replace(CONFIG, num_gaussians=30), CPU)
     image = CPU.render(first, 48, 48, 3.0)
     own = replace(CONFIG, num_gaussians=40)
-    tiers = [Tier(first, image, torch.ones(2))]
+    tiers = [Tier(first, image, torch.ones(2), 40)]
     tiers.append(nested.detail_tier(error_of(tiers, target), 70, own, CPU))
     before = torch.stack([nested.root_mean_square(error_of(tiers[:n], target)) for n in (1, 2)])
     sweep(tiers, target, CONFIG, CPU)
@@ -176,26 +176,26 @@ def test_a_diverged_image_leaves_the_others_alone(monkeypatch):
 
 
 class InPlace(TorchStep):
-    """As the fused steps of a GPU: updates the splats it is given in place."""
+    """As fused steps: updates the splats it is given in place."""
 
-    def update(self, splats, *args):
-        for old, new in zip(splats.fields, super().update(splats, *args).fields, strict=True):
+    def step(self, splats, *args):
+        for old, new in zip(splats.fields, super().step(splats, *args).fields, strict=True):
             old.copy_(new)
         return splats
 
 
-@pytest.mark.parametrize("name", ["reference", "fused"])
+@pytest.mark.parametrize("name", ["reference", "in place"])
 def test_other_backends_agree(name):
     target = picture(1, 22, 26)
     backend = select_backend("reference")
-    if name == "fused":
-        backend = Backend(name, CPU.device, CPU.render, CPU.loss_and_grad)
-        backend = replace(backend, make_step=partial(InPlace, backend=backend))
+    plain = Backend(name, CPU.device, CPU.render, CPU.loss_and_grad)
+    if name == "in place":
+        backend = replace(plain, make_step=partial(InPlace, backend=plain))
     config = FitConfig(steps=15)
     other, _ = fit_nested(target, (8, 20), config, backend)
-    splats, _ = fit_nested(target, (8, 20), config, CPU)
+    splats, _ = fit_nested(target, (8, 20), config, plain)
     difference = qualities(other, target, (8, 20)) - qualities(splats, target, (8, 20))
-    assert difference.abs().max() < (1e-4 if name == "fused" else 0.3)
+    assert difference.abs().max() < (1e-4 if name == "in place" else 0.3)
 
 
 def test_the_published_loop_can_be_nested():

@@ -105,7 +105,7 @@ def test_a_touched_source_and_another_recipe_is_stale() -> None:
     refs, markers = markers_for(["touched"])
     plan = make_plan(refs, markers, OTHER, never)
     assert plan.stale[0].differences == (
-        "recipe.fit.steps: 100 -> 300",
+        "recipe.fit.steps: 150 -> 300",
         "source.etag: 0 -> 1",
     )
 
@@ -117,7 +117,7 @@ def test_stale_shards_are_refused_with_one_diff_per_difference() -> None:
         refuse_stale(plan, markers, "out")
     text = str(error.value)
     assert "out holds 5 shards of another configuration" in text
-    assert text.count("recipe.fit.steps: 300 -> 100") == 1
+    assert text.count("recipe.fit.steps: 300 -> 150") == 1
     assert "4 shards (00000000, 00000001, 00000002, ...)" in text
     assert text.count("source.size_bytes: 99 -> 100") == 1
     assert "--overwrite-stale" in text
@@ -141,7 +141,7 @@ def test_shards_of_another_recipe_that_stay_are_told() -> None:
     markers: dict[str, Marker] = {"a": make_manifest(a, OTHER), "b": make_manifest(b, CONFIG)}
     line = mixed(make_plan([c], markers, CONFIG, str), CONFIG)
     assert "DST also holds 1 shard of another configuration" in line
-    assert "recipe.fit.steps: 300 -> 100" in line
+    assert "recipe.fit.steps: 300 -> 150" in line
     assert mixed(make_plan([a, c], markers, CONFIG, str), CONFIG) == ""
     assert mixed(make_plan([c], {"b": markers["b"]}, CONFIG, str), CONFIG) == ""
     (note,) = recipe_notes(markers)

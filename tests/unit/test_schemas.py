@@ -243,7 +243,7 @@ def test_the_fingerprint_outlives_json() -> None:
 
 def test_differences_are_readable() -> None:
     new = inputs(dataclasses.replace(CONFIG, fit=FitConfig(steps=300)), make_ref())
-    assert describe_difference(INPUTS, new) == ["recipe.fit.steps: 100 -> 300"]
+    assert describe_difference(INPUTS, new) == ["recipe.fit.steps: 150 -> 300"]
     assert describe_difference({"a": None}, {}) == ["a: None -> absent"]
     assert describe_difference({"a": {"b": 1}}, {"a": 2}) == ["a: {'b': 1} -> 2"]
     assert describe_difference(INPUTS, INPUTS) == []
