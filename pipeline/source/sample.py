@@ -110,9 +110,16 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     beside = {e: d for e, d in group.members.items() if e != image and d is not None}
     fields, given, unused = _said(beside, image or "")
     document = fields.pop("json", None)
-    fields = json_fields(document) | fields
-    if fields.get("label") is None:
-        fields["label"] = default_label
+    inside = json_fields(document)
+    places = ("a member", "the JSON", "the class folder")
+    labels = dict(
+        zip(places, (fields.get("label"), inside.get("label"), default_label), strict=True)
+    )
+    first = next((place for place, label in labels.items() if label is not None), places[0])
+    fields = inside | fields | {"label": labels[first]}
+    for place, label in labels.items():
+        if label not in (None, labels[first]):
+            unused.append((f"the label of {place}", f"it is {label}, and {first} has another"))
     return RawSample(
         key=group.key,
         image=(group.members[image] if image else None) or b"",

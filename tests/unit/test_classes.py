@@ -137,6 +137,26 @@ def test_a_list_of_classes_needs_class_folders(tmp_path: Path) -> None:
             list_source(str(src), classes=("ant",))
 
 
+def test_labels_that_contradict_their_folder_are_told(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "in", ("ant", "bee"), per_class=2)
+    (root / "bee" / "0000.cls").write_text("1")  # says the same
+    (root / "bee" / "0001.cls").write_text("7")
+    (root / "bee" / "0001.json").write_text('{"label": 8}')
+    (root / "ant" / "0001.json").write_text('{"label": 9}')
+    (ref,) = list_source(str(root)).refs
+    samples = {s.key: s for s in read(ref, hashlib.sha256())}
+    assert {key: s.label for key, s in samples.items()} == {
+        "ant/0000": 0, "ant/0001": 9, "bee/0000": 1, "bee/0001": 7
+    }  # fmt: skip
+    assert {key: dict(s.unused) for key, s in samples.items() if s.unused} == {
+        "ant/0001": {"the label of the class folder": "it is 0, and the JSON has another"},
+        "bee/0001": {
+            "the label of the JSON": "it is 8, and a member has another",
+            "the label of the class folder": "it is 1, and a member has another",
+        },
+    }
+
+
 # Kept beside the shards
 
 
