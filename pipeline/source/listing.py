@@ -154,6 +154,8 @@ def _check_names(refs: list[ShardRef]) -> None:
     for ref in refs:
         other = first.setdefault(ref.name, ref)
         if other is not ref:
+            if other.urls == ref.urls:
+                raise UsageError(f"SRC has {ref.urls[0]} twice: leave one out")
             raise UsageError(
                 f"{other.urls[0]} and {ref.urls[0]} would both become shard {ref.name}: "
                 "rename one, or convert them into two destinations"
@@ -213,9 +215,9 @@ def _resolve(
             _check_outside(dst, pattern, as_glob=False)
             _add_folder(found, pattern, samples_per_shard, classes)
         elif fs.exists(pattern):
-            raise UsageError(
-                f"{pattern} is no .tar, .parquet, .txt list or folder; give one of these"
-            )
+            web = "; on the web the path without its query must end so: else download it"
+            what = f"{pattern} is no .tar, .parquet, .txt list or folder; give one of these"
+            raise UsageError(what + web * pattern.startswith("http"))
         else:
             missing.append(pattern)
     if missing:

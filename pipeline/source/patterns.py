@@ -47,7 +47,8 @@ def _read_list(url: str) -> list[str]:
     with fs.open_read(url) as stream:
         lines = text_of(stream.read()).splitlines()
     folder = fs.absolute(url).rpartition("/")[0]
-    sources = [s.strip() for line in lines for s in line.partition("#")[0].split("::")]
+    told = (re.split(r"(?:^|\s)#", line)[0] for line in lines)  # `a#1.tar` is a name
+    sources = [source.strip() for line in told for source in line.split("::")]
     sources = [s if re.match(r"/|~|\w+://", s) else f"{folder}/{s}" for s in sources if s]
     if not sources:
         raise UsageError(f"{url}: the list names no source; write one per line")

@@ -97,6 +97,12 @@ def test_list_file(shards):
     assert names(list_shards(f"{shards.parent}/list.txt")) == ["00000000", "00000001", "00000003"]
 
 
+def test_comments_in_a_list_stand_apart(tmp_path):
+    datacomp_tar(tmp_path / "a#1.tar", 1)
+    (tmp_path / "list.txt").write_text("# all\na#1.tar # the first\n  #b.tar\n")
+    assert names(list_shards(f"{tmp_path}/list.txt")) == ["a#1"]
+
+
 def test_list_file_that_says_nothing_useful(tmp_path):
     path = tmp_path / "list.txt"
     with pytest.raises(UsageError, match="no such list file"):
@@ -165,6 +171,12 @@ def test_folder_and_glob_without_anything_usable(tmp_path):
         list_shards(f"{tmp_path}/*.md")
     with pytest.raises(UsageError, match="give one of these"):
         list_shards(f"{tmp_path}/notes.md")
+
+
+def test_one_tar_twice(tmp_path):
+    tar = datacomp_tar(tmp_path / "a.tar", 1)
+    with pytest.raises(UsageError, match=r"SRC has \S+/a.tar twice: leave one out"):
+        list_shards(f"{tar}::{tmp_path}/*.tar")
 
 
 def test_two_shards_of_one_name(tmp_path):

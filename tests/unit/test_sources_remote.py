@@ -136,6 +136,13 @@ def web(tmp_path: Path) -> Iterator[str]:
         yield address
 
 
+def test_an_address_that_does_not_end_as_a_tar(web: str, tmp_path: Path) -> None:
+    """As Zenodo has them."""
+    imagenet_tar(tmp_path / "content", count=1)
+    with pytest.raises(UsageError, match=r"on the web the path without its query must"):
+        list_shards(f"{web}/content")
+
+
 def test_a_new_signature_is_the_same_source(web: str, tmp_path: Path) -> None:
     """The job that goes on with a URL signed anew knows what is done, and writes the same plan."""
     imagenet_tar(tmp_path / "a.tar", count=2)
