@@ -111,11 +111,12 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     fields, given, unused = _said(beside, image or "")
     document = fields.pop("json", None)
     inside = json_fields(document)
-    places = ("a member", "the JSON", "the class folder")
-    labels = dict(
-        zip(places, (fields.get("label"), inside.get("label"), default_label), strict=True)
-    )
-    first = next((place for place, label in labels.items() if label is not None), places[0])
+    labels: dict[str, Any] = {
+        "a member": fields.get("label"),
+        "the JSON": inside.get("label"),
+        "the class folder": default_label,
+    }
+    first = next((place for place in labels if labels[place] is not None), "a member")
     fields = inside | fields | {"label": labels[first]}
     for place, label in labels.items():
         if label not in (None, labels[first]):
