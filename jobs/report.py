@@ -218,10 +218,18 @@ def by_shard(entries: Sequence[Entry]) -> dict[str, dict[int, Entry]]:
 def readable(
     dst: str, shards: Mapping[str, PlannedShard], entries: Sequence[Entry], src: str
 ) -> dict[str, PlannedShard]:
-    """The shards of `entries` whose sources the user has named, here or with `src`."""
+    """The shards of `entries` whose sources the user has named, here or with `src`, and that can be
+    read without what was secret in their addresses."""
     from splatshard.jobs.destination.sources import explain, outside
+    from splatshard.pipeline.storage.options import is_redacted
 
     wanted = {name: shards[name] for name in by_shard(entries) if name in shards}
+    if signed := [name for name, s in wanted.items() if any(map(is_redacted, s.ref.urls))]:
+        say(
+            f"without originals of {count(len(signed), 'shard')} ({signed[0]}): the signature or "
+            "password of the address is not kept in _plan.json"
+        )
+    wanted = {name: shard for name, shard in wanted.items() if name not in signed}
     if refused := outside((shard.ref for shard in wanted.values()), dst, src):
         reason = explain(refused, dst, src, "--src")
         say(f"without originals of {count(len(refused), 'shard')}: {reason}")

@@ -148,3 +148,17 @@ def test_identity_of_a_part_and_of_a_store_without_etags(
     others_of_the_same_size(src)
     assert not is_source_of(limited, unknown)
     assert not is_source_of(limited, replace(marker, source_sha256=""))
+
+
+def test_an_address_that_was_signed_is_not_asked(
+    made: tuple[Path, Path, ShardRef], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server would refuse, and the credentials would be blamed."""
+    _, dst, ref = made
+    signed = replace(ref, kind="tar", urls=("http://127.0.0.1:1/a.tar?***",), root="")
+    plan = make_plan([signed], {}, CONFIG, str)
+    write_plan(str(dst), planned([signed], plan, CONFIG))
+    assert report.main([str(dst), "--src", "http://127.0.0.1:1"]) == 0
+    err = capsys.readouterr().err
+    assert f"without originals of 1 shard ({ref.name}): the signature or password" in err
+    assert "cannot be read" not in err
