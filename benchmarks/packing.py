@@ -53,12 +53,16 @@ class Args:
     repeats: int = 3
     turns: int = 2
     fits: Path | None = None
-    """Only measure this build on fits that were saved there, and print JSON."""
+    """A folder that keeps the fits for the next time."""
+    alone: bool = False
+    """Only measure this build on those fits, and print JSON."""
 
 
 def save_fits(args: Args, folder: Path) -> None:
     target, backend = sample_images(args.images, shard=1), select_backend("cpu")
     for n in args.gaussians:
+        if (folder / f"{n}.pt").exists():
+            continue
         parts = [
             fit(target[i : i + TOGETHER], FitConfig(num_gaussians=n), backend)[0]
             for i in range(0, len(target), TOGETHER)
@@ -134,7 +138,7 @@ def measure(path: Path, repeats: int) -> dict[str, float]:
 
 def measure_build(root: Path, args: Args, fits: Path) -> dict[str, dict[str, float]]:
     """What the build in `root` takes, by number of Gaussians."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--fits", str(fits)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--alone", "--fits", str(fits)]
     command += ["--repeats", str(args.repeats), "--gaussians", *map(str, args.gaussians)]
     env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
@@ -145,7 +149,7 @@ def measure_build(root: Path, args: Args, fits: Path) -> dict[str, dict[str, flo
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    if args.fits:
+    if args.alone and args.fits:
         found = {n: measure(args.fits / f"{n}.pt", args.repeats) for n in args.gaussians}
         print(json.dumps({"commit": commit(), **found}))
         return
@@ -153,10 +157,11 @@ def main() -> None:
     builds = {"this": here} | ({"base": args.base.resolve()} if args.base else {})
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        save_fits(args, Path(folder))
+        fits = (args.fits or Path(folder)).resolve()
+        save_fits(args, fits)
         for _ in range(args.turns):
             for name, root in builds.items():
-                found = measure_build(root, args, Path(folder))
+                found = measure_build(root, args, fits)
                 old = results.setdefault(name, found)
                 for n in map(str, args.gaussians):
                     old[n] |= {key: min(old[n][key], found[n][key]) for key in ("ms", "lock_ms")}

@@ -118,8 +118,7 @@ def _color_codes(cholesky, tint, mask, step, opponent, colors):
     for i in range(n):
         if not mask[i]:
             continue
-        size = (np.log2(cholesky[i, 0]) + np.log2(cholesky[i, 2])) / 2
-        scale = math.sqrt(math.pi) * np.exp2(size)
+        scale = math.sqrt(math.pi * cholesky[i, 0] * cholesky[i, 2])
         for k in range(3):
             value = 0.0
             for c in range(3):

@@ -226,9 +226,8 @@ def amplitudes(splats: Splats) -> Tensor:
 
     A fit may be finite and yet too large to be rendered; what it gets need only be valid.
     """
-    size = (splats.cholesky[..., 0].double().log2() + splats.cholesky[..., 2].double().log2()) / 2
-    scale = math.sqrt(math.pi) * size.exp2()
-    values = splats.colors.double() * scale[..., None] @ opponent(size.device).T
+    scale = (math.pi * splats.cholesky[..., 0].double() * splats.cholesky[..., 2].double()).sqrt()
+    values = splats.colors.double() * scale[..., None] @ opponent(scale.device).T
     return torch.where(splats.mask[..., None], values, 0).nan_to_num()
 
 
