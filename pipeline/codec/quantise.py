@@ -132,18 +132,16 @@ def resolved(
 ) -> tuple[Splats, Tensor]:
     """The geometry of `codes` with the colours of `splats` [B, N] solved anew for images `front`
     [B, 3, H, W], and the squared error [B] of its sum, as foreseen."""
-    height, width = front.shape[2:]
     geometry = replace(rendered(codes, front), colors=splats.colors)
-    found = backend.loss_and_grad(geometry, front, cutoff)
     if backend.color_change:
-        change = backend.color_change(geometry, found.colors, height, width)
-        solved = replace(geometry, colors=geometry.colors + change)
-    else:
-        solved = solve_colors(geometry, front, COLOR_STEPS, cutoff, backend, found.colors)
-        change = solved.colors - geometry.colors
+        change, error = backend.color_change(geometry, front, cutoff)
+        return replace(geometry, colors=geometry.colors + change), error
+    found = backend.loss_and_grad(geometry, front, cutoff)
+    solved = solve_colors(geometry, front, COLOR_STEPS, cutoff, backend, found.colors)
+    change = solved.colors - geometry.colors
     # the loss is a parabola along the change, and lowest at its end
     loss = found.loss.double() + (found.colors * change).sum((1, 2), dtype=torch.float64) / 2
-    return solved, loss * (3 * height * width)
+    return solved, loss * math.prod(front.shape[1:])
 
 
 def rounding_error(codes: Codes, splats: Splats) -> Tensor:

@@ -80,34 +80,21 @@ def render(splats: Splats, height: int, width: int, cutoff: float = 3.0) -> Tens
 
 def loss_and_grad(splats: Splats, target: Tensor, cutoff: float = 3.0) -> LossAndGrad:
     """See `LossAndGrad` and `reference.loss_and_grad`. `target` is float32 [B, 3, H, W]."""
-    arrays = _arrays(splats)
+    arrays = arrays_of(splats)
     gradients = _zeros(arrays)
     loss = np.empty(len(splats), f32)
     height, width = target.shape[2:]
-    picture = _picture(1, height, width)[0]
+    picture = padded_picture(1, height, width)[0]
     _loss_and_grad(*arrays, target.contiguous().numpy(), cutoff, picture, *gradients, loss)
     means, cholesky, colors = map(torch.from_numpy, gradients)
     return LossAndGrad(loss=torch.from_numpy(loss), means=means, cholesky=cholesky, colors=colors)
 
 
-def squared_errors(
-    splats: Splats, target: Tensor, behind: Tensor | None, cutoff: float = 3.0
-) -> Tensor:
-    """Float64 [2, B]: see `quantise.squared_errors`, the twin; `target` is float32 [B, 3, H, W]."""
-    height, width = target.shape[2:]
-    picture = _picture(1, height, width)[0]
-    errors = np.empty((2, len(splats)))
-    back = target[:0] if behind is None else behind
-    inputs = (target.contiguous().numpy(), back.contiguous().numpy())
-    _squared_errors(*_arrays(splats), *inputs, cutoff, picture, errors)
-    return torch.from_numpy(errors)
-
-
 class _Render(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, cholesky, colors, mask, height, width, cutoff):
-        arrays = _arrays(Splats(means, cholesky, colors, mask))
-        picture = _picture(len(means), height, width)
+        arrays = arrays_of(Splats(means, cholesky, colors, mask))
+        picture = padded_picture(len(means), height, width)
         for inputs, image in zip(zip(*arrays, strict=True), picture, strict=True):
             add_gaussians(*inputs, 1, 0, width, cutoff, image)
         ctx.save_for_backward(means, cholesky, colors, mask)
@@ -116,9 +103,9 @@ class _Render(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        arrays = _arrays(Splats(*ctx.saved_tensors))
+        arrays = arrays_of(Splats(*ctx.saved_tensors))
         height, width = grad.shape[2:]
-        picture = _picture(len(grad), height, width)
+        picture = padded_picture(len(grad), height, width)
         picture[..., :width] = grad.numpy()
         gradients = _zeros(arrays)
         for inputs, image, outputs in zip(
@@ -128,7 +115,8 @@ class _Render(torch.autograd.Function):
         return (*map(torch.from_numpy, gradients), None, None, None, None)
 
 
-def _arrays(splats: Splats) -> Arrays:
+def arrays_of(splats: Splats) -> Arrays:
+    """The four tensors of `splats` [B, N] as arrays, C order, float32 and bool."""
     floats = (splats.means, splats.cholesky, splats.colors)
     means, cholesky, colors = (x.detach().float().contiguous().numpy() for x in floats)
     return means, cholesky, colors, splats.mask.contiguous().numpy()
@@ -140,7 +128,7 @@ def _zeros(arrays: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return means, cholesky, colors
 
 
-def _picture(batch: int, height: int, width: int) -> np.ndarray:
+def padded_picture(batch: int, height: int, width: int) -> np.ndarray:
     """Zeros [batch, 3, height, width + LANES]: a row's last vector may overrun its end."""
     return np.zeros((batch, 3, height, width + LANES), f32)
 
@@ -156,44 +144,11 @@ def _loss_and_grad(
         picture[:, :, :width] = -target[b]
         add_gaussians(means[b], cholesky[b], colors[b], mask[b], 1, 0, width, cutoff, picture)
         picture[:, :, width:] = f32(0)
-        loss[b] = _sum_of_squares(picture.reshape(-1)) / size
+        loss[b] = sum_of_squares(picture.reshape(-1)) / size
         _gradients(
             means[b], cholesky[b], colors[b], mask[b], width, cutoff, picture, f32(2) / size,
             g_means[b], g_cholesky[b], g_colors[b],
         )  # fmt: skip
-
-
-@compiled(error_model="numpy")
-def _squared_errors(means, cholesky, colors, mask, target, behind, cutoff, picture, errors):
-    """Errors float64 [2, B]: of the sum clamped to 0..1 as `target` is, and of the sum itself."""
-    height, width = target.shape[2:]
-    whole = width // LANES * LANES
-    zero, one = splat(f32(0)), splat(f32(1))
-    for b in range(len(means)):
-        picture[:] = f32(0)
-        if len(behind):
-            picture[:, :, :width] = behind[b]
-        add_gaussians(means[b], cholesky[b], colors[b], mask[b], 1, 0, width, cutoff, picture)
-        shown, summed = 0.0, 0.0
-        for c in range(3):
-            for y in range(height):
-                sums, wanted = picture[c, y], target[b, c, y]
-                row_shown, row_summed = zero, zero
-                for x in range(0, whole, LANES):
-                    value, goal = load(sums, x), load(wanted, x)
-                    error = value - goal
-                    row_summed = fma(error, error, row_summed)
-                    error = smaller(larger(value, zero), one) - smaller(larger(goal, zero), one)
-                    row_shown = fma(error, error, row_shown)
-                shown += total(row_shown)
-                summed += total(row_summed)
-                for x in range(whole, width):
-                    error = sums[x] - wanted[x]
-                    summed += error * error
-                    error = min(max(sums[x], f32(0)), f32(1)) - min(max(wanted[x], f32(0)), f32(1))
-                    shown += error * error
-        errors[0, b] = np.nan if math.isnan(summed) else shown  # a NaN is not clamped
-        errors[1, b] = summed
 
 
 @njit(forceinline=True)
@@ -215,7 +170,7 @@ def exp2(x):
 
 
 @njit(forceinline=True)
-def _window(mean_y, sy, cutoff, height):
+def row_window(mean_y, sy, cutoff, height):
     """First row and one past the last that the cutoff ellipse can reach; (0, 0) where there is
     none."""
     top = mean_y - cutoff * sy - HALF
@@ -228,7 +183,7 @@ def _window(mean_y, sy, cutoff, height):
 
 
 @njit(forceinline=True)
-def _rows(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
+def row_table(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
     """Fill `scratch` for `count` rows starting dy0 below the mean. inv_syy = 1/sy^2, var = sx^2."""
     grow = splat(LOG2_E * f32(-LANES) / var)
     for r in range(0, count, LANES):
@@ -251,7 +206,7 @@ def _rows(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
 
 
 @njit(forceinline=True)
-def _steepness(var):
+def steepness(var):
     """What the weights of all rows have in common, var = sx^2: the exponent over t^2; the lanes'
     ratios over that of the first; how a ratio changes over LANES and over RUN pixels."""
     unit = LOG2_E / var
@@ -279,10 +234,12 @@ def add_gaussians(means, cholesky, colors, mask, stride, phase, width, cutoff, p
         mean_y = (means[i, 1] - HALF - f32(phase)) * squeeze + HALF
         syy = l21 * l21 + l22 * l22
         var = l11 * l11 * (l22 * l22 / syy)
-        y0, y1 = _window(mean_y, math.sqrt(syy), cutoff, height)
+        y0, y1 = row_window(mean_y, math.sqrt(syy), cutoff, height)
         dy = f32(y0) + HALF - mean_y
-        _rows(dy, y1 - y0, means[i, 0], f32(1) / syy, var, l11 * l21 / syy, cutoff, width, scratch)
-        scale, lanes, bend, leap = _steepness(var)
+        row_table(
+            dy, y1 - y0, means[i, 0], f32(1) / syy, var, l11 * l21 / syy, cutoff, width, scratch
+        )
+        scale, lanes, bend, leap = steepness(var)
         red, green, blue = splat(colors[i, 0]), splat(colors[i, 1]), splat(colors[i, 2])
         for j in range(y1 - y0):
             t = iota() + splat(scratch[START, j])
@@ -316,10 +273,10 @@ def gradient_sums(
     syy = l21 * l21 + l22 * l22
     sy = math.sqrt(syy)
     sx = l11 * (l22 / sy)
-    y0, y1 = _window(mean_y, sy, cutoff, height)
+    y0, y1 = row_window(mean_y, sy, cutoff, height)
     dy = f32(y0) + HALF - mean_y
-    _rows(dy, y1 - y0, mean_x, f32(1) / syy, sx * sx, l11 * l21 / syy, cutoff, width, scratch)
-    scale, lanes, bend, leap = _steepness(sx * sx)
+    row_table(dy, y1 - y0, mean_x, f32(1) / syy, sx * sx, l11 * l21 / syy, cutoff, width, scratch)
+    scale, lanes, bend, leap = steepness(sx * sx)
     red, green, blue = splat(red), splat(green), splat(blue)
     zero = splat(f32(0))
     sum_r, sum_g, sum_b = zero, zero, zero
@@ -406,7 +363,7 @@ def _gradients(
 
 
 @compiled(error_model="numpy")
-def _sum_of_squares(values):
+def sum_of_squares(values):
     """Sum of squares of a float32 array whose length is any; vector lanes, then the tail."""
     whole = len(values) // LANES * LANES
     sums = splat(f32(0))

@@ -84,50 +84,45 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(rows, weights.view(1, 1, -1, 1)).view_as(image)
 
 
-def color_change(splats: Splats, gradient: Tensor, height: int, width: int) -> Tensor:
-    """See `overlaps.color_change`, [B, N, 3]; here with the whole matrix, float64."""
-    means, cholesky = splats.means.double(), splats.cholesky.double()
+def color_change(splats: Splats, target: Tensor, cutoff: float = 3.0) -> tuple[Tensor, Tensor]:
+    """See `overlaps.color_change`, [B, N, 3] and [B] for `target` [B, 3, H, W]; with the whole
+    matrix, float64."""
+    splats = splats.map(lambda x: x if x.dtype == torch.bool else x.double())
+    means, cholesky, mask = splats.means, splats.cholesky, splats.mask
+    found = loss_and_grad(splats, target.double(), cutoff)
+    size = math.prod(target.shape[1:])
+    gradient = found.colors * (size / 2)
+    height, width = target.shape[2:]
+    weights = splats_alone(splats, height, width, cutoff)
+    square = torch.maximum(weights.square().sum((2, 3)), LEAST_SEEN * square_norm(cholesky))
+    norm = torch.where(mask, square.sqrt(), 1)[..., None]
     xx, xy, yy = (x[:, :, None] + x[:, None] for x in covariances(cholesky).unbind(-1))
     dx, dy = (means[:, :, None] - means[:, None]).unbind(-1)
     full = xx * yy - xy * xy
     q = (yy * dx * dx - 2 * xy * dx * dy + xx * dy * dy) / full
-    seen = seen_share(means, cholesky, height, width).clamp(min=LEAST_SEEN)
-    norm = square_norm(cholesky)
-    both = (norm[:, :, None] * norm[:, None]).sqrt()
-    overlap = 2 / math.pi * both / full.sqrt() * torch.exp(-0.5 * q)
-    kept = (overlap > LEAST_OVERLAP) & splats.mask[:, :, None] & splats.mask[:, None]
-    matrix = torch.where(kept, overlap * both, 0) * (seen[:, :, None] * seen[:, None]).sqrt()
-    norm = torch.where(splats.mask, norm * seen, 1)[..., None]
-    matrix = matrix + torch.diag_embed(DAMPING * norm[..., 0])
-    residual = torch.where(splats.mask[..., None], gradient.double(), 0) * (-1.5 * height * width)
-    change, direction = torch.zeros_like(residual), residual / norm
-    energy = (residual * direction).sum((1, 2), keepdim=True)
+    det = cholesky[..., 0] * cholesky[..., 2]
+    cosine = 2 * (det[:, :, None] * det[:, None] / full).sqrt() * torch.exp(-0.5 * q)
+    kept = (cosine > LEAST_OVERLAP) & mask[:, :, None] & mask[:, None]
+    matrix = torch.where(kept, cosine, 0) + DAMPING * torch.eye(mask.shape[1], dtype=torch.double)
+    residual = torch.where(mask[..., None], -gradient / norm, 0)
+    change, direction = torch.zeros_like(residual), residual
+    energy = residual.square().sum((1, 2), keepdim=True)
     for _ in range(STEPS):
         applied = matrix @ direction
         curvature = (direction * applied).sum((1, 2), keepdim=True)
-        square = (direction * direction * norm).sum((1, 2), keepdim=True)
+        square = direction.square().sum((1, 2), keepdim=True)
         step = torch.where(curvature > LEAST_CURVATURE * square, energy / curvature, 0)
         change = change + step * direction
         residual = residual - step * applied
-        before, energy = energy, (residual * residual / norm).sum((1, 2), keepdim=True)
-        direction = residual / norm + energy / before.clamp(min=1e-30) * direction
-    return change.to(splats.colors.dtype)
+        before, energy = energy, residual.square().sum((1, 2), keepdim=True)
+        direction = residual + energy / before.clamp(min=1e-30) * direction
+    change = change / norm
+    return change.float(), found.loss * size + (gradient * change).sum((1, 2))
 
 
-def seen_share(means: Tensor, cholesky: Tensor, height: int, width: int) -> Tensor:
-    """Sum of the squared weights of Gaussians over the pixel centres of a picture, beside their
-    integral over the plane: [B, N], of means [B, N, 2] and cholesky [B, N, 3].
-
-    Borders count along each axis by itself, pixels by the first terms of Poisson's sum.
-    """
-    xx, xy, yy = covariances(cholesky).unbind(-1)
-    share = torch.ones_like(xx)
-    for mean, square, size in zip(means.unbind(-1), (xx, yy), (width, height), strict=True):
-        deviation = square.sqrt()
-        share = share * (((size - mean) / deviation).erf() + (mean / deviation).erf()) / 2
-    x, y = (means - 0.5).unbind(-1)
-    pixels = torch.ones_like(xx)
-    for kx, ky in ((1, 0), (0, 1), (1, 1), (1, -1)):
-        decay = torch.exp(-(math.pi**2) * (kx * kx * xx + 2 * kx * ky * xy + ky * ky * yy))
-        pixels = pixels + 2 * decay * torch.cos(2 * math.pi * (kx * x + ky * y))
-    return share * pixels
+def splats_alone(splats: Splats, height: int, width: int, cutoff: float) -> Tensor:
+    """The weights of each Gaussian at each pixel, [B, N, H, W]."""
+    one = torch.ones_like(splats.colors[..., :1]).expand(-1, -1, 3)
+    alone = splats.map(lambda x: x.flatten(0, 1)[:, None])
+    alone = replace(alone, colors=one.flatten(0, 1)[:, None])
+    return render(alone, height, width, cutoff)[:, 0].reshape(*splats.mask.shape, height, width)

@@ -20,7 +20,7 @@ def select_backend(name: str) -> Backend:
     if name == "auto":
         name = "triton" if torch.cuda.is_available() and find_spec("triton") else "cpu"
     if name == "cpu":
-        from splatshard.pipeline.kernels import cpu, cpu_step, overlaps
+        from splatshard.pipeline.kernels import cpu, cpu_errors, cpu_step, overlaps
 
         return Backend(
             name,
@@ -28,7 +28,7 @@ def select_backend(name: str) -> Backend:
             cpu.render,
             cpu.loss_and_grad,
             make_step=cpu_step.FusedStep,
-            squared_errors=cpu.squared_errors,
+            squared_errors=cpu_errors.squared_errors,
             color_change=overlaps.color_change,
         )
     if name == "reference":

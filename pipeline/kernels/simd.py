@@ -180,16 +180,6 @@ def below(typingctx, a, b):
 
 
 @intrinsic
-def lowest(typingctx, bits):
-    """Number of the lowest bit set of an int64 that is not 0."""
-
-    def codegen(context, builder, signature, args):
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
 def total(typingctx, value):
     """Sum of the lanes, pairwise: log2(LANES) shuffles, always in the same order."""
 
