@@ -57,7 +57,7 @@ from splatshard.pipeline.codec.layout import (
     tokens,
 )
 from splatshard.pipeline.kernels.backend import Backend
-from splatshard.pipeline.kernels.solve_colors import solve_colors
+from splatshard.pipeline.kernels.solve_colors import solve_colors, square_norm
 from splatshard.pipeline.splats import Splats
 
 PASSES = 2  # at most, for images that keep to their limit
@@ -65,8 +65,8 @@ SOLVED_PASSES, MAX_PASSES = 3, 12  # for images that lose too much
 COLOR_STEPS = 5  # conjugate-gradient steps of a pass, where the backend has no `color_change`
 FIRST_GUESS = 1.2  # on the step: solved colours take up about a third of the error foreseen
 AIM = 0.985  # of the squared error allowed
-FORESEEN_AIM = 1.0  # the same of what is foreseen: images are shown clamped, and lose less
-WELL_SPENT = 0.95  # an image that spends as much, and no more than allowed, is final at once
+FORESEEN_AIM = 0.98  # the same of what is foreseen
+WELL_SPENT = 0.93  # an image that spends as much, and no more than allowed, is final at once
 FLOOR = 1e-6
 """Squared error per pixel and channel that every fit is granted: that of 60 dB."""
 
@@ -91,8 +91,8 @@ def quantise(
     front = target if behind is None else target - behind
     first = FIRST_GUESS * (12 * allowed / (8 * splats.num_gaussians.clamp(min=1))).sqrt()
     codes = on_grid(splats, splats, first, target)
-    solved, error = resolved(codes, splats, front, cutoff, backend)
-    foreseen = (error + rounding_error(codes, splats) - before[1]) / allowed
+    solved, error, seen = resolved(codes, splats, front, cutoff, backend)
+    foreseen = (error + rounding_error(codes, splats, seen) - before[1]) / allowed
     step, best, result = next_step(codes.step, foreseen, FORESEEN_AIM), None, None
     left = torch.arange(len(splats), device=first.device)  # numbers of the images in the loop
     for number in range(MAX_PASSES):
@@ -129,26 +129,29 @@ def next_step(step: Tensor, spent: Tensor, aim: float) -> Tensor:
 
 def resolved(
     codes: Codes, splats: Splats, front: Tensor, cutoff: float, backend: Backend
-) -> tuple[Splats, Tensor]:
+) -> tuple[Splats, Tensor, Tensor]:
     """The geometry of `codes` with the colours of `splats` [B, N] solved anew for images `front`
-    [B, 3, H, W], and the squared error [B] of its sum, as foreseen."""
+    [B, 3, H, W]; the squared error [B] of its sum, as foreseen; the share [B, N] of each Gaussian's
+    squared weight that the image sees, or 1 where that is not known."""
     geometry = replace(rendered(codes, front), colors=splats.colors)
     if backend.color_change:
-        change, error = backend.color_change(geometry, front, cutoff)
-        return replace(geometry, colors=geometry.colors + change), error
+        change, error, square = backend.color_change(geometry, front, cutoff)
+        seen = square / square_norm(geometry.cholesky)
+        return replace(geometry, colors=geometry.colors + change), error, seen
     found = backend.loss_and_grad(geometry, front, cutoff)
     solved = solve_colors(geometry, front, COLOR_STEPS, cutoff, backend, found.colors)
     change = solved.colors - geometry.colors
     # the loss is a parabola along the change, and lowest at its end
     loss = found.loss.double() + (found.colors * change).sum((1, 2), dtype=torch.float64) / 2
-    return solved, loss * math.prod(front.shape[1:])
+    seen = torch.ones_like(solved.means[..., 0])
+    return solved, loss * math.prod(front.shape[1:]), seen
 
 
-def rounding_error(codes: Codes, splats: Splats) -> Tensor:
-    """Squared error [B] that rounding the colours of `splats` to those of `codes` adds, but for
-    overlaps."""
-    error = amplitudes(splats) - codes.step[:, None, None] * codes.colors
-    return torch.where(codes.mask[..., None], error, 0).square().sum((1, 2))
+def rounding_error(codes: Codes, splats: Splats, seen: Tensor) -> Tensor:
+    """Squared error [B] that rounding the colours of `splats` to those of `codes` adds where that
+    share [B, N] is seen, but for overlaps."""
+    error = (amplitudes(splats) - codes.step[:, None, None] * codes.colors).square().sum(-1)
+    return torch.where(codes.mask, error * seen, 0).sum(1)
 
 
 def allowed_error(fit_error: Tensor, target: Tensor, max_loss_db: float) -> Tensor:

@@ -66,7 +66,7 @@ class Backend:
     centroids(means [B, N, 2], rho [B, H, W]) -> [B, N, 2]: see `voronoi.centroids`
     blur(image [B, C, H, W], sigma) -> [B, C, H, W]: see `blur.blur`
     squared_errors(splats, target, behind, cutoff) -> [2, B]: see `quantise.squared_errors`
-    color_change(splats, target, cutoff) -> [B, N, 3] and [B]: see `overlaps.color_change`
+    color_change(splats, target, cutoff) -> [B, N, 3], [B], [B, N]: see `overlaps.color_change`
     """
 
     name: str
@@ -77,4 +77,4 @@ class Backend:
     centroids: Callable[[Tensor, Tensor], Tensor] | None = None
     blur: Callable[[Tensor, float], Tensor] | None = None
     squared_errors: Callable[[Splats, Tensor, Tensor | None, float], Tensor] | None = None
-    color_change: Callable[[Splats, Tensor, float], tuple[Tensor, Tensor]] | None = None
+    color_change: Callable[[Splats, Tensor, float], tuple[Tensor, Tensor, Tensor]] | None = None

@@ -60,9 +60,12 @@ for pattern in range(1 << LANES):
 COUNT_OF = np.array([pattern.bit_count() for pattern in range(1 << LANES)])
 
 
-def color_change(splats: Splats, target: Tensor, cutoff: float = 3.0) -> tuple[Tensor, Tensor]:
-    """What to add to the colours of `splats` for `target` [B, 3, H, W], float32 [B, N, 3], and the
-    squared error of their sum that is foreseen then, float64 [B]."""
+def color_change(
+    splats: Splats, target: Tensor, cutoff: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What to add to the colours of `splats` for `target` [B, 3, H, W], float32 [B, N, 3]; the
+    squared error of their sum that is foreseen then, float64 [B]; the sums of their squared weights
+    over the picture, float32 [B, N]."""
     error, sums = color_sums(splats, target, cutoff)
     inputs = (splats.means, splats.cholesky)
     means, cholesky = (x.detach().float().contiguous().numpy() for x in inputs)
@@ -72,7 +75,7 @@ def color_change(splats: Splats, target: Tensor, cutoff: float = 3.0) -> tuple[T
     change = np.zeros((*mask.shape, 3), np.float32)
     gain = np.zeros(len(change))
     _color_change(means, cholesky, order, mask.sum(1), sums.numpy(), change, gain)
-    return torch.from_numpy(change), error.double() - torch.from_numpy(gain)
+    return torch.from_numpy(change), error.double() - torch.from_numpy(gain), sums[..., 3]
 
 
 @compiled(error_model="numpy")

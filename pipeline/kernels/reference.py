@@ -84,9 +84,11 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     return F.conv2d(rows, weights.view(1, 1, -1, 1)).view_as(image)
 
 
-def color_change(splats: Splats, target: Tensor, cutoff: float = 3.0) -> tuple[Tensor, Tensor]:
-    """See `overlaps.color_change`, [B, N, 3] and [B] for `target` [B, 3, H, W]; with the whole
-    matrix, float64."""
+def color_change(
+    splats: Splats, target: Tensor, cutoff: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `overlaps.color_change`, [B, N, 3], [B] and [B, N] for `target` [B, 3, H, W]; with the
+    whole matrix, float64."""
     splats = splats.map(lambda x: x if x.dtype == torch.bool else x.double())
     means, cholesky, mask = splats.means, splats.cholesky, splats.mask
     found = loss_and_grad(splats, target.double(), cutoff)
@@ -94,8 +96,9 @@ def color_change(splats: Splats, target: Tensor, cutoff: float = 3.0) -> tuple[T
     gradient = found.colors * (size / 2)
     height, width = target.shape[2:]
     weights = splats_alone(splats, height, width, cutoff)
-    square = torch.maximum(weights.square().sum((2, 3)), LEAST_SEEN * square_norm(cholesky))
-    norm = torch.where(mask, square.sqrt(), 1)[..., None]
+    seen = weights.square().sum((2, 3))
+    norm = torch.maximum(seen, LEAST_SEEN * square_norm(cholesky)).sqrt()
+    norm = torch.where(mask, norm, 1)[..., None]
     xx, xy, yy = (x[:, :, None] + x[:, None] for x in covariances(cholesky).unbind(-1))
     dx, dy = (means[:, :, None] - means[:, None]).unbind(-1)
     full = xx * yy - xy * xy
@@ -117,7 +120,8 @@ def color_change(splats: Splats, target: Tensor, cutoff: float = 3.0) -> tuple[T
         before, energy = energy, residual.square().sum((1, 2), keepdim=True)
         direction = residual + energy / before.clamp(min=1e-30) * direction
     change = change / norm
-    return change.float(), found.loss * size + (gradient * change).sum((1, 2))
+    error = found.loss * size + (gradient * change).sum((1, 2))
+    return change.float(), error, seen.float()
 
 
 def splats_alone(splats: Splats, height: int, width: int, cutoff: float) -> Tensor:

@@ -129,13 +129,14 @@ def test_squared_errors_of_what_is_not_finite(value: float, place: int) -> None:
 
 
 def assert_same_changes(splats: Splats, target: torch.Tensor) -> None:
-    found, error = overlaps.color_change(splats, target, CUTOFF)
-    wanted, foreseen = reference.color_change(splats, target, CUTOFF)
+    found, error, seen = overlaps.color_change(splats, target, CUTOFF)
+    wanted, foreseen, counted = reference.color_change(splats, target, CUTOFF)
     assert found.dtype == torch.float32
     assert (found[~splats.mask] == 0).all()
     size = float(wanted.abs().max()) if wanted.numel() else 1.0
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * size)
     torch.testing.assert_close(error, foreseen, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen, counted, rtol=1e-4, atol=1e-4)
     for i in range(len(splats)):
         alone = overlaps.color_change(splats[i : i + 1], target[i : i + 1], CUTOFF)
         assert torch.equal(alone[0], found[i : i + 1])
@@ -170,7 +171,7 @@ def test_one_change_is_nearly_the_least_squares_solution(count: int) -> None:
     splats, wanted = (Splats(means, cholesky, own, mask) for own in colors)
     backend = select_backend("cpu")
     target = backend.render(wanted, side, side, CUTOFF)
-    change, foreseen = overlaps.color_change(splats, target, CUTOFF)
+    change, foreseen, _ = overlaps.color_change(splats, target, CUTOFF)
     solved = replace(splats, colors=splats.colors + change)
     before, after = (
         cpu_errors.squared_errors(one, target, None, CUTOFF)[1] for one in (splats, solved)
@@ -183,6 +184,6 @@ def test_pairs_that_are_left_out_do_no_harm() -> None:
     """All on one another: most pairs are left out, and the change stays finite."""
     splats = plausible(1, 1500, 20, 20)
     splats = replace(splats, cholesky=torch.tensor([30.0, 0, 30]).expand(1, 1500, 3))
-    change, error = overlaps.color_change(splats, torch.ones(1, 3, 20, 20), CUTOFF)
+    change, error, _ = overlaps.color_change(splats, torch.ones(1, 3, 20, 20), CUTOFF)
     assert change.isfinite().all()
     assert error.isfinite().all()

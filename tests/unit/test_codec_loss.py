@@ -155,7 +155,7 @@ def test_solved_colours_take_up_a_good_part_of_the_error(solver: str) -> None:
     def error(found: Splats) -> float:
         return float(quantise.squared_errors(found, target, None, CUTOFF, backend)[1, 0])
 
-    solved, foreseen = quantise.resolved(codes, splats, target, CUTOFF, backend)
+    solved, foreseen, _ = quantise.resolved(codes, splats, target, CUTOFF, backend)
     before, plain = error(splats), replace(solved, colors=splats.colors)
     assert error(plain) > 1.05 * before
     assert error(solved) - before < 0.6 * (error(plain) - before)
@@ -166,9 +166,9 @@ def test_without_solving_steps_are_finer() -> None:
     target, splats = fitted(shapes(40, 40, 8), 100)
     solved = len(planes.join(rows_of(target, splats, "compact")[0]["splats"]))
 
-    def unchanged(splats: Splats, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        errors = cpu_errors.squared_errors(splats, rest[0], None, CUTOFF)
-        return torch.zeros_like(splats.colors), errors[1]
+    def unchanged(splats: Splats, *rest: Any) -> tuple[torch.Tensor, ...]:
+        _, error, seen = overlaps.color_change(splats, *rest)
+        return torch.zeros_like(splats.colors), error, seen
 
     kept = replace(select_backend("cpu"), color_change=unchanged)
     (row,) = rows_of(target, splats, "compact", kernels=kept)
@@ -244,7 +244,7 @@ def counting() -> tuple[Backend, list[int], list[int]]:
         measured.append(len(splats))
         return cpu_errors.squared_errors(splats, *rest)
 
-    def color_change(splats: Splats, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def color_change(splats: Splats, *rest: Any) -> tuple[torch.Tensor, ...]:
         solved.append(len(splats))
         return overlaps.color_change(splats, *rest)
 
