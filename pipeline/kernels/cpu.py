@@ -246,20 +246,20 @@ def add_gaussians(means, cholesky, colors, mask, stride, phase, width, cutoff, p
             limit = splat(scratch[LIMIT, j])
             row = (y0 + j) * pitch
             ratios = lanes * splat(scratch[RATIO, j])
-            end = int(scratch[LAST, j]) + 1
-            for begin in range(int(scratch[FIRST, j]), end, RUN):
-                weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
-                ratio = ratios
-                for x in range(begin, min(begin + RUN, end), LANES):
-                    w = zero_above(weight, t * t, limit)
-                    o = row + x
-                    store(pixels, o, fma(w, red, load(pixels, o)))
-                    store(pixels, o + plane, fma(w, green, load(pixels, o + plane)))
-                    store(pixels, o + 2 * plane, fma(w, blue, load(pixels, o + 2 * plane)))
-                    t = t + splat(f32(LANES))
-                    weight = weight * ratio
-                    ratio = ratio * bend
-                ratios = ratios * leap
+            ratio, begin = ratios, int(scratch[FIRST, j])
+            weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
+            for x in range(begin, int(scratch[LAST, j]) + 1, LANES):
+                if x - begin == RUN:
+                    ratios, begin = ratios * leap, x
+                    weight, ratio = exp2(t * t * scale) * splat(scratch[WEIGHT, j]), ratios
+                w = zero_above(weight, t * t, limit)
+                o = row + x
+                store(pixels, o, fma(w, red, load(pixels, o)))
+                store(pixels, o + plane, fma(w, green, load(pixels, o + plane)))
+                store(pixels, o + 2 * plane, fma(w, blue, load(pixels, o + 2 * plane)))
+                t = t + splat(f32(LANES))
+                weight = weight * ratio
+                ratio = ratio * bend
 
 
 @compiled(error_model="numpy")
@@ -287,24 +287,24 @@ def gradient_sums(
         row = (y0 + j) * pitch
         row_p, row_t = zero, zero
         ratios = lanes * splat(scratch[RATIO, j])
-        end = int(scratch[LAST, j]) + 1
-        for begin in range(int(scratch[FIRST, j]), end, RUN):
-            weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
-            ratio = ratios
-            for x in range(begin, min(begin + RUN, end), LANES):
-                t2 = t * t
-                w = zero_above(weight, t2, limit)
-                o = row + x
-                r, g, b = load(pixels, o), load(pixels, o + plane), load(pixels, o + 2 * plane)
-                sum_r, sum_g, sum_b = fma(w, r, sum_r), fma(w, g, sum_g), fma(w, b, sum_b)
-                p = w * fma(r, red, fma(g, green, b * blue))
-                row_p = row_p + p
-                row_t = fma(p, t, row_t)
-                sum_tt = fma(p, t2, sum_tt)
-                t = t + splat(f32(LANES))
-                weight = weight * ratio
-                ratio = ratio * bend
-            ratios = ratios * leap
+        ratio, begin = ratios, int(scratch[FIRST, j])
+        weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
+        for x in range(begin, int(scratch[LAST, j]) + 1, LANES):
+            if x - begin == RUN:
+                ratios, begin = ratios * leap, x
+                weight, ratio = exp2(t * t * scale) * splat(scratch[WEIGHT, j]), ratios
+            t2 = t * t
+            w = zero_above(weight, t2, limit)
+            o = row + x
+            r, g, b = load(pixels, o), load(pixels, o + plane), load(pixels, o + 2 * plane)
+            sum_r, sum_g, sum_b = fma(w, r, sum_r), fma(w, g, sum_g), fma(w, b, sum_b)
+            p = w * fma(r, red, fma(g, green, b * blue))
+            row_p = row_p + p
+            row_t = fma(p, t, row_t)
+            sum_tt = fma(p, t2, sum_tt)
+            t = t + splat(f32(LANES))
+            weight = weight * ratio
+            ratio = ratio * bend
         y = splat(dy + f32(j))
         sum_t = sum_t + row_t
         sum_ty = fma(row_t, y, sum_ty)

@@ -137,21 +137,21 @@ def _weighted_sums(means, cholesky, mask, width, cutoff, picture, sums):
             limit = splat(scratch[LIMIT, j])
             row = (y0 + j) * pitch
             ratios = lanes * splat(scratch[RATIO, j])
-            end = int(scratch[LAST, j]) + 1
-            for begin in range(int(scratch[FIRST, j]), end, RUN):
-                weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
-                ratio = ratios
-                for x in range(begin, min(begin + RUN, end), LANES):
-                    w = zero_above(weight, t * t, limit)
-                    o = row + x
-                    sum_r = fma(w, load(pixels, o), sum_r)
-                    sum_g = fma(w, load(pixels, o + plane), sum_g)
-                    sum_b = fma(w, load(pixels, o + 2 * plane), sum_b)
-                    w = zero_above(w, iota() + splat(f32(x)), edge)
-                    sum_w = fma(w, w, sum_w)
-                    t = t + splat(f32(LANES))
-                    weight = weight * ratio
-                    ratio = ratio * bend
-                ratios = ratios * leap
+            ratio, begin = ratios, int(scratch[FIRST, j])
+            weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
+            for x in range(begin, int(scratch[LAST, j]) + 1, LANES):
+                if x - begin == RUN:
+                    ratios, begin = ratios * leap, x
+                    weight, ratio = exp2(t * t * scale) * splat(scratch[WEIGHT, j]), ratios
+                w = zero_above(weight, t * t, limit)
+                o = row + x
+                sum_r = fma(w, load(pixels, o), sum_r)
+                sum_g = fma(w, load(pixels, o + plane), sum_g)
+                sum_b = fma(w, load(pixels, o + 2 * plane), sum_b)
+                w = zero_above(w, iota() + splat(f32(x)), edge)
+                sum_w = fma(w, w, sum_w)
+                t = t + splat(f32(LANES))
+                weight = weight * ratio
+                ratio = ratio * bend
         sums[i, 0], sums[i, 1], sums[i, 2] = total(sum_r), total(sum_g), total(sum_b)
         sums[i, 3] = total(sum_w)
