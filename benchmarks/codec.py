@@ -48,7 +48,7 @@ class Args:
     images: int = 100
     """Of each set, from its beginning."""
     gaussians: tuple[int, ...] = (400, 900, 1600, 3136)
-    steps: int = 100
+    steps: int = 150
     codecs: tuple[str, ...] = CODECS
     formats: tuple[str, ...] = tuple(EXTENSIONS)
 

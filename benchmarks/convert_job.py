@@ -28,7 +28,7 @@ class Args:
     limit: int = 400
     """Samples to convert, of 400."""
     workers: int = 2
-    steps: int = 100
+    steps: int = 150
 
 
 def worker_peaks_bytes() -> dict[int, int]:

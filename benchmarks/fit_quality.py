@@ -29,7 +29,7 @@ class Args:
     shard: int = 0
     """Number of the datacomp-sample shard (the recipe's constants were tuned on 1 to 3)."""
     gaussians: tuple[int, ...] = (400, 900, 1600, 3136)
-    steps: tuple[int, ...] = (10, 30, 100, 300)
+    steps: tuple[int, ...] = (15, 50, 150, 450)
     paper_steps: tuple[int, ...] = (100, 3000)
 
 
