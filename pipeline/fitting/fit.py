@@ -233,8 +233,8 @@ def default_beta1(steps: int) -> float:
 
 
 def relocates_at(step: int, steps: int) -> bool:
-    """Whether Gaussians move before `step`: from 2 sqrt(steps) on, every 1.5 sqrt(steps)."""
-    start, every = round(2 * math.sqrt(steps)), max(1, round(1.5 * math.sqrt(steps)))
+    """Whether Gaussians move before `step`: from 2 sqrt(steps) on, every 2 sqrt(steps)."""
+    start = every = max(1, round(2 * math.sqrt(steps)))
     return start <= step <= RELOCATE_UNTIL * steps and (step - start) % every == 0
 
 

@@ -28,7 +28,7 @@ def centroids(means: Tensor, rho: Tensor) -> Tensor:
     return torch.from_numpy(moved)
 
 
-@compiled()
+@compiled(error_model="numpy")
 def _centroids(means, rho, moved):
     height, width = rho.shape
     half = np.float32(0.5)
@@ -41,12 +41,13 @@ def _centroids(means, rho, moved):
         left, right = max(0, int(x - radius)), min(width, int(x + radius) + 1)
         for row in range(max(0, int(y - radius)), min(height, int(y + radius) + 1)):
             dy = np.float32(row) + half - y
-            for column in range(left, right):
-                dx = np.float32(column) + half - x
+            nearest_of, owner_of = nearest[row, left:right], owner[row, left:right]
+            for column in range(right - left):  # no branch, so that it becomes vectors
+                dx = np.float32(left + column) + half - x
                 distance = dx * dx + dy * dy
-                if distance < nearest[row, column]:
-                    nearest[row, column] = distance
-                    owner[row, column] = i
+                nearer = distance < nearest_of[column]
+                nearest_of[column] = distance if nearer else nearest_of[column]
+                owner_of[column] = np.int32(i) if nearer else owner_of[column]
     sums = np.zeros((len(means), 3), np.float64)
     for row in range(height):
         for column in range(width):
