@@ -94,14 +94,14 @@ PREDICTIONS: dict[str, Prediction] = {
     "clock under load": Prediction(1600, 1980, "MHz", "of fp32 products"),
     **kernels(),
     "images/s, N=400, batch 512": Prediction(
-        3200, 6000, "images/s", "158 us of steps on a row in 4 and 68 of the rest, at 65 %"
+        3200, 6000, "images/s", "158 us of steps on a row in 4 and 62 of the rest, at 65 %"
     ),
     "images/s, N=400, batch 1024": Prediction(3200, 6200, "images/s", "as batch 512 [E]"),
     "peak memory, N=400, batch 512": Prediction(
         2, 6.4, "GB", "at most 240 bytes a pixel and 1 kB a Gaussian (pipeline/runtime/batching.py)"
     ),
     "time in forward, backward, lists": Prediction(
-        0.55, 0.9, "share of the device's", "150 of 226 us"
+        0.55, 0.9, "share of the device's", "150 of 220 us"
     ),
     "device idle in a fit": Prediction(0, 0.08, "share of the time", "five launches a step [E]"),
     "forward instructions, N=400": Prediction(
@@ -125,12 +125,12 @@ PREDICTIONS: dict[str, Prediction] = {
     "published loop, N=400, batch 64": Prediction(
         50, 110, "images/s", "3,000 steps of 3.5 us (its authors: 139)"
     ),
-    "PSNR, N=400": Prediction(27.43, 27.55, "dB", "27.49 on the CPU, of the same pictures"),
-    "PSNR, N=1600": Prediction(34.81, 34.93, "dB", "34.87 on the CPU, of the same pictures"),
-    "PSNR, N=4900": Prediction(40.39, 40.51, "dB", "40.45 on the CPU, of the same pictures"),
-    "above the published loop, N=400": Prediction(0.57, 0.77, "dB", "0.67 on the CPU"),
-    "above the published loop, N=1600": Prediction(2.15, 2.5, "dB", "2.33 on the CPU"),
-    "above the published loop, N=4900": Prediction(5.2, 5.7, "dB", "5.45 on the CPU"),
+    "PSNR, N=400": Prediction(27.41, 27.53, "dB", "27.47 on the CPU, of the same pictures"),
+    "PSNR, N=1600": Prediction(34.82, 34.94, "dB", "34.88 on the CPU, of the same pictures"),
+    "PSNR, N=4900": Prediction(40.41, 40.53, "dB", "40.47 on the CPU, of the same pictures"),
+    "above the published loop, N=400": Prediction(0.55, 0.75, "dB", "0.65 on the CPU"),
+    "above the published loop, N=1600": Prediction(2.15, 2.5, "dB", "2.34 on the CPU"),
+    "above the published loop, N=4900": Prediction(5.2, 5.7, "dB", "5.47 on the CPU"),
     "conversion, fp16": Prediction(
         900, 2200, "images/s", "Python's lock: 0.36 ms of decoding, 0.15 of reading and stacking"
     ),
