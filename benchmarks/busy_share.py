@@ -40,7 +40,7 @@ from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.splats import Splats
-from splatshard.schemas.config import ConvertConfig, FitConfig
+from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ def device_of(images_per_s: float) -> Iterator[Backend]:
     def nothing(*arguments: object) -> Tensor:
         return torch.empty(0)
 
-    def psnr(image: Tensor, target: Tensor) -> Tensor:
-        return torch.full((len(target),), 30.0, dtype=torch.float64)
+    def squared_errors(splats: Splats, target: Tensor, *_: object) -> Tensor:
+        return torch.full((2, len(target)), 100.0, dtype=torch.float64)
 
     backend = Backend(
         name="waiting", device=torch.device("cpu"), render=nothing, loss_and_grad=nothing
     )
     with (
         mock.patch.object(convert, "fit", fit),
-        mock.patch.object(convert, "psnr", psnr),
+        mock.patch.object(convert, "squared_errors", squared_errors),
         mock.patch.object(convert, "planes", lambda pixels: pixels),
         mock.patch.object(convert, "overlaps", return_value=True),
     ):
@@ -88,7 +88,7 @@ def run(args: Args, images_per_s: float, at_once: int) -> dict:
     """Convert the shards on `at_once` threads, as a worker does."""
     sources = list_shards(str(DATA / "datacomp-sample" / "shards"))
     work = [replace(sources[i % len(sources)], name=f"{i:08d}") for i in range(args.shards)]
-    config = ConvertConfig(batch_size=args.batch_size)
+    config = ConvertConfig(batch_size=args.batch_size, pack=PackConfig(codec="fp16"))  # no device
     timer = StageTimer()
     with (
         tempfile.TemporaryDirectory() as dst,

@@ -33,12 +33,13 @@ import torch
 from torch import Tensor
 
 from splatshard.pipeline.codec.pack import finite_images, pack, unpack
+from splatshard.pipeline.codec.quantise import squared_errors
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.nested import fit_nested
 from splatshard.pipeline.fitting.prune import prune
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.models.teacher import load_teacher
-from splatshard.pipeline.psnr import psnr
+from splatshard.pipeline.psnr import psnr_of
 from splatshard.pipeline.runtime.batching import (
     TEACHER_TOGETHER,
     BatchLimit,
@@ -395,8 +396,8 @@ def packed_rows(
     stored = unpack(payloads, height, width, codec)
 
     def quality(shown: Splats) -> Tensor:
-        image = backend.render(shown.to(backend.device), height, width, cutoff)
-        return psnr(image, target).clamp(max=MAX_PSNR).cpu()
+        errors = squared_errors(shown.to(backend.device), target, None, cutoff, backend)
+        return psnr_of(errors[0] / math.prod(target.shape[1:])).clamp(max=MAX_PSNR).cpu()
 
     whole = quality(stored)
     found = {"psnr": whole, "psnr_loss": quality(splats) - whole}

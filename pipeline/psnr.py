@@ -15,4 +15,9 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
     same to 1e-6 dB.
     """
     error = (image.clamp(0, 1) - target).square_().mean((1, 2, 3), dtype=torch.float64)
+    return psnr_of(error)
+
+
+def psnr_of(error: Tensor) -> Tensor:
+    """Of mean squared errors [B]."""
     return -10 * error.log10()

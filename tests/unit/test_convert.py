@@ -18,6 +18,7 @@ from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.convert import Row, convert_samples, convert_shard
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.runtime import batching
 from splatshard.pipeline.runtime.batching import BatchLimit, auto_batch_size
 from splatshard.pipeline.runtime.stage_timer import StageTimer
@@ -214,10 +215,10 @@ def test_rows_tell_the_quality_of_what_they_hold() -> None:
         config = replace(CONFIG, pack=PackConfig(codec=codec))
         metadata = shard_metadata(codec, 3.0, output_config(config))
         fits, _ = convert.fit(target, config.fit, backend)
-        wanted = convert.psnr(backend.render(fits, 24, 24, 3.0), target)
+        wanted = psnr(backend.render(fits, 24, 24, 3.0), target)
         for i, row in enumerate(convert_batch(samples, config, backend)):
             stored = unpack_row(row, metadata)
-            found = convert.psnr(backend.render(stored, 24, 24, 3.0), target[i : i + 1])
+            found = psnr(backend.render(stored, 24, 24, 3.0), target[i : i + 1])
             assert row["psnr"] == pytest.approx(float(found), abs=1e-4)
             assert row["psnr"] + row["psnr_loss"] == pytest.approx(float(wanted[i]), abs=1e-4)
 
@@ -245,7 +246,7 @@ def test_rows_of_nested_budgets(codec: str) -> None:
         for name, budget in (("psnr_4", 4), ("psnr", 9)):
             stored = unpack_row(row, metadata, budget)
             assert stored.num_gaussians.tolist() == [budget]
-            found = convert.psnr(backend.render(stored, 24, 24, 3.0), target)
+            found = psnr(backend.render(stored, 24, 24, 3.0), target)
             assert row[name] == pytest.approx(float(found), abs=1e-4)
 
 
