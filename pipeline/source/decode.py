@@ -83,6 +83,9 @@ DRAFT_FACTOR = 3
 then agrees with that of a full decode to 51 dB PSNR or better on 12 Kodak images, near the rounding
 to 8 bits; keeping only 2x gives 42 dB, which would show in a fit at 40 dB."""
 
+UNFILLED = 512
+"""So many zeros at a file's end are looked at: a flat WebP has one per 10,000 px, others none."""
+
 QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The warning filter that `silence_pillow` wants in front."""
 
@@ -205,11 +208,30 @@ def check_opened(source: ImageFile.ImageFile, bare: Bare, name: str) -> None:
         canvas = (0, 0, *source.size)
         if source.tile[0][1] != canvas and "transparency" not in source.info:
             raise NotSupported("a GIF whose picture does not fill its canvas")
+    if source.format in ("JPEG", "MPO", "WEBP", "AVIF"):
+        check_filled(source, bare, name)
     if source.format == "BMP":
         at = 24 if bare.data[14] == 12 else 28
         layout: Any = source.tile[0][3]
         if bare.data[at] == 4 and layout[0] != "P;4":
             raise NotSupported("a BMP of 4 bits with the first grey levels as its palette")
+
+
+def check_filled(source: ImageFile.ImageFile, bare: Bare, name: str) -> None:
+    """Raises SampleError where the file's end was never written, which decoders show as grey: zeros
+    in place of a JPEG's end, or more of them than a flat picture has."""
+    if bare.data[-UNFILLED:].strip(b"\0"):
+        return
+    zeros = len(bare.data) - len(bare.data.rstrip(b"\0"))
+    width, height = source.size
+    scan = bytes(bare.parts[-1]) if bare.parts else bare.data
+    is_jpeg = source.format in ("JPEG", "MPO")
+    if b"\xff\xd9" not in scan if is_jpeg else zeros > UNFILLED + width * height // 2048:
+        raise SampleError(
+            "corrupt_image",
+            f"{name} ends in {zeros:,} zero bytes, as a download does whose room was made before: "
+            "download it again",
+        )
 
 
 def has_frames(source: ImageFile.ImageFile) -> bool:

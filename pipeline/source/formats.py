@@ -61,6 +61,7 @@ FRAMES = "extract its frames, for instance with ffmpeg"
 FETCH = "download it again"
 OPEN = "open the address in a browser: it may ask for a login, or tell what is wrong"
 UNPACK = "unpack it"
+DECODE = "decode it to the bytes that it stands for"
 PULL = "fetch its file: git lfs pull"
 FTYP = rb"....ftyp(?:%b)"
 RAW = rb"II\*\0....CR|....ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0|FOVb|\0MRM"
@@ -106,6 +107,7 @@ NAMED = (
     _format("video (Flash, Ogg, WMV, FLI)", OTHER_VIDEO, "", FRAMES),
     _format("NumPy array", rb"\x93NUMPY", "", "save it as an image"),
     _format("HDF5", rb"\x89HDF\r\n", "", "save its arrays as images"),
+    _format("base64 text", rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|data:image/", "", DECODE),
     _format("ZIP archive", rb"PK\x03\x04", "", UNPACK),
     _format("gzip file", rb"\x1f\x8b", "", UNPACK),
     _format("bzip2 file", rb"BZh[1-9]", "", UNPACK),

@@ -224,6 +224,35 @@ def test_cut_image_is_corrupt(format, share):
     assert status_of(image[: int(share * len(image))]) == "corrupt_image"
 
 
+def noise(side=64):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF"])
+def test_an_end_that_was_never_written_is_corrupt(format):
+    """Decoders show it as grey, without an error."""
+    image = encode(noise(), format, quality=95)
+    half = len(image) // 2
+    with pytest.raises(
+        SampleError, match=r"ends in \d,\d+ zero bytes.*download it again"
+    ) as caught:
+        decode_at(image[:half] + bytes(len(image) - half))
+    assert caught.value.status == "corrupt_image"
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("JPEG", {"optimize": True}), ("WEBP", {"quality": 80}), ("WEBP", {"lossless": True})],
+)
+def test_zeros_of_flat_pictures_and_behind_them_are_no_damage(format, options):
+    flat = Image.new("RGB", (2000, 2000), (200, 10, 10))
+    flat.paste(noise(), (0, 0))
+    image = encode(flat, format, **options)
+    assert image.count(bytes(64)) or "lossless" in options
+    assert decode_at(image).pixels[20:, 20:].mean((0, 1)) == pytest.approx((200, 10, 10), abs=4)
+    assert np.array_equal(decode_at(image + bytes(1000)).pixels, decode_at(image).pixels)
+
+
 def test_header_alone_is_corrupt():
     assert status_of(jpeg()[:4]) == "corrupt_image"
     assert status_of(encode(photo(), "PNG")[:20]) == "corrupt_image"

@@ -74,6 +74,8 @@ BY_HAND = {
     b"OggS\0\2": "video (Flash, Ogg, WMV, FLI)",
     b"\x93NUMPY\1\0": "NumPy array",
     b"\x89HDF\r\n\x1a\n": "HDF5",
+    b"/9j/4AAQSkZJRgABAQ": "base64 text",
+    b"data:image/png;base64,iVBORw0KGgo": "base64 text",
     b"PK\3\4\x14\0": "ZIP archive",
     b"\x1f\x8b\x08\0": "gzip file",
     b"BZh91AY&SY": "bzip2 file",
