@@ -31,7 +31,15 @@ _OWNER = object()
 
 
 def _holders(value: object) -> Iterator[dict[Any, Any]]:
-    """The attributes of every object that has `value` among them, and the object as _OWNER."""
+    """The attributes of every object that has `value` among them, itself or in a list, tuple or
+    dictionary (torch's ChainDataset), and the object as _OWNER."""
+    for found in gc.get_referrers(value):
+        if isinstance(found, list | tuple | dict):
+            yield from _owners(found)
+    yield from _owners(value)
+
+
+def _owners(value: object) -> Iterator[dict[Any, Any]]:
     for found in gc.get_referrers(value):
         owners = gc.get_referrers(found) if isinstance(found, dict) else [found]
         for owner in owners:

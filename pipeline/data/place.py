@@ -23,6 +23,10 @@ LAUNCHERS = {
     "SLURM_NTASKS": "SLURM_PROCID",  # of the whole job, where nothing is said of its step
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
     "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "HOROVOD_SIZE": "HOROVOD_RANK",
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
+    "FLUX_JOB_SIZE": "FLUX_TASK_RANK",
 }
 """Variables that tell how many processes were started together, and which of them this is."""
 
@@ -87,8 +91,8 @@ def _number(name: str) -> int | None:
 def doubts(place: Place) -> str:
     """What speaks against `place` as reading begins, where nobody gave it; empty for nothing.
 
-    Raises UsageError where WORLD_SIZE alone says that there are others: then all would read the
-    same.
+    Raises UsageError where WORLD_SIZE or RANK alone says that there are others: then all would read
+    the same.
     """
     if place != ALONE:
         return ""
@@ -97,6 +101,11 @@ def doubts(place: Place) -> str:
             f"the environment says WORLD_SIZE {os.environ['WORLD_SIZE']} and no RANK, so all "
             "processes would read the same: begin after torch.distributed.init_process_group, or "
             "give rank and world_size"
+        )
+    if _number("RANK") and _number("WORLD_SIZE") is None:
+        raise UsageError(
+            f"the environment says RANK {os.environ['RANK']} and no WORLD_SIZE, so all processes "
+            "would read the same: set both as torchrun does, or give rank and world_size"
         )
     told = (name for name, which in LAUNCHERS.items() if {name, which} <= os.environ.keys())
     several = next(told, "")  # a step of one task in a larger job is alone

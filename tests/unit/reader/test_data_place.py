@@ -122,6 +122,14 @@ def test_one_of_several_that_does_not_know_which_is_refused(
     assert keys_of(SplatDataset(dst, batch_size=4, rank=0, world_size=1))
 
 
+def test_a_rank_without_a_world_size_is_refused(dst: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, RANK="1")
+    with pytest.raises(UsageError, match="RANK 1 and no WORLD_SIZE"):
+        next(iter(SplatDataset(dst, batch_size=4)))
+    say(monkeypatch, RANK="0")
+    assert keys_of(SplatDataset(dst, batch_size=4))
+
+
 @pytest.mark.parametrize(("several", "which"), LAUNCHERS.items())
 def test_other_launchers_are_not_followed_but_said_once(
     dst: str,

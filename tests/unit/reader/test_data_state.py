@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import ChainDataset, DataLoader
 
 from splatshard.pipeline.data import SplatDataset, TrainBatch
+from splatshard.pipeline.data.loaders import in_any_order
 from splatshard.schemas.errors import (
     UsageError,
 )
@@ -30,6 +31,19 @@ def test_epochs_differ_and_repeat(dst: str) -> None:
     dataset.set_epoch(1)
     assert keys_of(dataset) == second
     assert keys_of(SplatDataset(dst, batch_size=4, seed=1)) != first
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda d: d, lambda d: ChainDataset([d])], ids=["itself", "chain"]
+)
+def test_loaders_that_keep_no_order_are_found(dst: str, wrap: Callable[[Any], Any]) -> None:
+    """Within the datasets that a dataset lists, too; tests/integration/test_data_loaders.py loses
+    samples in this way."""
+    for in_order in (True, False):
+        dataset = SplatDataset(dst, batch_size=4)
+        loader = DataLoader(wrap(dataset), batch_size=None, num_workers=2, in_order=in_order)
+        assert in_any_order(dataset) != in_order
+        del loader
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
