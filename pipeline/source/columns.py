@@ -30,13 +30,14 @@ from splatshard.pipeline.source.sample import (
     ALIKE,
     NAMES,
     NO_FIELD,
+    REPLACED,
     SPLATS,
     TAKES,
     may_be,
     not_taken,
     spelled,
 )
-from splatshard.pipeline.source.values import gives_back, is_null
+from splatshard.pipeline.source.values import gives_back, is_null, not_utf8
 from splatshard.schemas.errors import SourceError
 from splatshard.schemas.splats import METADATA_KEY
 
@@ -263,6 +264,8 @@ def fields_of(row: dict[str, Any], columns: Columns, default_key: str) -> Fields
             unused += [(name, not_taken(field, value)) for name, value in refused]
         elif len(path) == 1 and gives_back(taken[field], value):
             given.add(path[0])
+        if field == "caption" and not_utf8(value):
+            unused.append((f"what is not UTF-8 in {'.'.join(path)}", REPLACED))
     key = taken.pop("key")
     key = default_key if key is None else key
     return Fields(key=key, given=frozenset(given), unused=tuple(unused), **taken)

@@ -29,6 +29,8 @@ from splatshard.pipeline.source.values import (
     is_null,
     key_of,
     label_of,
+    lists_boxes,
+    not_utf8,
     text_of,
     uid_of,
 )
@@ -150,6 +152,8 @@ def _said(
             unused.append((f".{extension}", why))
         elif field not in taken:
             taken[field] = extension
+            if field == "caption" and not_utf8(beside[extension]):
+                unused.append((f"what is not UTF-8 in .{extension}", REPLACED))
             fields.update(values)
             if extension in SIDECAR_EXTENSIONS and str(values[field]).encode() == beside[extension]:
                 given.add(extension)
@@ -171,6 +175,8 @@ def _parse(field: str, data: bytes) -> tuple[dict[str, Any], str]:
     if field == "caption":
         caption = caption_of(data)
         why = "it has zero bytes, so it is no text in UTF-8"
+        if caption and lists_boxes(caption):
+            caption, why = None, "it lists boxes of objects, as YOLO does, and is no caption"
         return ({}, why) if caption is None else ({"caption": caption}, "")
     if field == "label":
         label = label_of(data[:LABEL_BYTES])
@@ -184,6 +190,8 @@ def _parse(field: str, data: bytes) -> tuple[dict[str, Any], str]:
             return {}, f"it cannot be parsed: {e}"
     return {}, NO_FIELD
 
+
+REPLACED = "the caption has U+FFFD there: write texts in UTF-8"
 
 LABEL_BYTES = 256
 """What is longer is no label."""

@@ -16,6 +16,8 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+BOX = re.compile(r"[0-9]+( -?[0-9]*\.?[0-9]+(e-[0-9]+)?){4,}")
+
 LABELS = 1 << 63
 """A label is a signed 64-bit integer."""
 
@@ -42,6 +44,26 @@ def caption_of(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     return storable(value).removeprefix("\ufeff").rstrip("\0")
+
+
+def not_utf8(value: Any) -> bool:
+    """Whether a caption of these bytes has U+FFFD for some of them."""
+    if not isinstance(value, bytes):
+        return False
+    try:
+        text_of(value, "strict")
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def lists_boxes(text: str) -> bool:
+    """Whether a text is YOLO's, which has a line of numbers per object: its class, and a box or an
+    outline in shares of the picture."""
+    lines = (
+        [line.split() for line in text.splitlines() if line.strip()] if text[:1].isdigit() else []
+    )
+    return bool(lines) and all(map(BOX.fullmatch, map(" ".join, lines)))
 
 
 def label_of(value: Any) -> int | None:

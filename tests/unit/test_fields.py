@@ -280,6 +280,8 @@ def test_a_text_that_is_not_utf8_costs_itself_alone(tmp_path: Path) -> None:
     samples = samples_of(tmp_path, caption=captions, name=captions, uid=captions, key=captions)
     assert statuses(samples) == [None] * 3
     assert [s.caption for s in samples] == ["a boat", "caf\ufffd", "bär"]
+    told = [("what is not UTF-8 in caption", "the caption has U+FFFD there: write texts in UTF-8")]
+    assert [[u for u in s.unused if "U+FFFD" in u[1]] for s in samples] == [[], told, []]
     assert [s.uid for s in samples] == ["a boat", b"caf\xe9".hex(), "bär"]
     assert [s.key for s in samples] == ["a boat", "p-00000001", "bär"]
     assert [json.loads(s.metadata)["name"] for s in samples] == ["a boat", r"caf\xe9", "bär"]

@@ -57,6 +57,42 @@ def test_bytes_that_are_no_text_are_no_caption(tmp_path: Path, data: bytes) -> N
     assert sample.unused == ((".captions", "it has zero bytes, so it is no text in UTF-8"),)
 
 
+YOLO = [
+    b"0 0.5 0.5 0.1 0.2\n3 0.1 .2 1 1e-05\n",
+    b"15 0.1 0.1 0.9 0.1 0.9 0.9\r\n",
+    b"7 0.512500 0.498611 0.975000 0.997222 0.93",
+]
+
+
+@pytest.mark.parametrize("data", YOLO)
+def test_boxes_are_no_caption(tmp_path: Path, data: bytes) -> None:
+    sample = one(tmp_path, ("a.txt", data))
+    assert (sample.caption, sample.error, sample.members) == (None, None, (("txt", data),))
+    why = "it lists boxes of objects, as YOLO does, and is no caption"
+    assert sample.unused == ((".txt", why),)
+
+
+@pytest.mark.parametrize("data", [b"", b"3", b"1 2 3 4", b"0 1 2 3 4 go", b"1 2 3 4 5\na boat"])
+def test_captions_with_numbers(tmp_path: Path, data: bytes) -> None:
+    sample = one(tmp_path, ("a.txt", data))
+    assert (sample.caption, sample.unused) == (data.decode(), ())
+
+
+def test_captions_that_are_not_utf8_are_told(tmp_path: Path) -> None:
+    sample = one(tmp_path, ("a.txt", b"caf\xe9"))
+    assert (sample.caption, sample.members) == ("caf\ufffd", (("txt", b"caf\xe9"),))
+    why = "the caption has U+FFFD there: write texts in UTF-8"
+    assert sample.unused == (("what is not UTF-8 in .txt", why),)
+    assert one(tmp_path, ("a.txt", "caf\xe9".encode("utf-16"))).unused == ()
+    assert one(tmp_path, ("a.txt", "caf\ufffd".encode())).unused == ()  # it says so
+
+
+def test_thumbnails_of_a_nas_in_a_tar(tmp_path: Path) -> None:
+    thumb = ("b/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", IMAGE)
+    (sample,) = read_members(tmp_path, ("b/a.jpg", IMAGE), thumb)
+    assert sample.key == "b/a"
+
+
 def test_what_is_long_is_no_label(tmp_path: Path) -> None:
     sample = one(tmp_path, ("a.label", b"7" + b" " * 300))
     assert (sample.label, [name for name, _ in sample.unused]) == (None, [".label"])
