@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from unicodedata import normalize
 
 from splatshard.pipeline.source.sample import BESIDE_EXTENSIONS, IMAGE_EXTENSIONS
 from splatshard.pipeline.source.values import storable
@@ -23,7 +24,9 @@ from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardRef
 
 SPLIT = re.compile(
-    "(train|training|trainval|val|valid|validation|dev|eval|test|testing|extra|unlabell?ed)[-_]?[0-9]*"
+    "([a-z]+[-_])?"
+    "(train|training|trainval|val|valid|validation|dev|eval|test|testing|extra|unlabell?ed)"
+    "[-_]?(set|data|images?|imgs?)?[-_]?[0-9]*"
 )
 CONTAINERS = frozenset(("images", "image", "imgs", "img", "jpegimages", "photos", "pictures"))
 """Folders of images of any class, as COCO, YOLO and Tiny ImageNet have them."""
@@ -145,12 +148,12 @@ def classes_in(
 
 
 def folders_within(root: str, images: Collection[str]) -> list[str]:
-    """What to say of class folders that hold several folders with images."""
+    """What to say of class folders that hold several folders with images, at any depth."""
     inner: dict[str, set[str]] = {}
-    for path in images:
-        outer, *others = path.split("/", 2)
-        if len(others) == 2:
-            inner.setdefault(outer, set()).add(others[0])
+    for folder in sorted({path.rpartition("/")[0] for path in images}):
+        while "/" in folder:
+            folder, _, name = folder.rpartition("/")
+            inner.setdefault(folder, set()).add(name)
     for outer in sorted(name for name, found in inner.items() if len(found) > 1):
         some = " and ".join(f"{outer}/{name}" for name in sorted(inner[outer])[:2])
         return [
@@ -169,13 +172,21 @@ def what_else(folders: Collection[str], held: Collection[str]) -> str:
         return "numbers of one length"
     if {name.lower() for name in held} <= CONTAINERS:
         return "places of all images"
-    return "splits" if all(SPLIT.fullmatch(name.lower()) for name in folders) else ""
+    return "splits" if all(SPLIT.fullmatch(name.lower()) for name in held) else ""
 
 
 def doubts(classes: Sequence[str]) -> list[str]:
     """What to say of labels that may not be what is meant, by the class folders in their order."""
     if len(classes) == 1:
         return [f"all images have the label 0, since {storable(classes[0])} is the only folder"]
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(normalize("NFC", name).casefold().strip(), []).append(name)
+    if same := next((names for names in alike.values() if len(names) > 1), None):
+        some = " and ".join(map(ascii, same))
+        return [
+            f"{some} are classes of their own, though they look alike: if they are one, join them"
+        ]
     numbers = [int(name) for name in classes if re.fullmatch("[0-9]+", name)]
     if len(numbers) < len(classes) or numbers == list(range(len(classes))):
         return []

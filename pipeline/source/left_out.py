@@ -11,7 +11,10 @@ other           all else: no extension that is known
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from splatshard.pipeline.source.folder import few, is_image
+from splatshard.pipeline.storage import fs
 
 LEFT_OUT = {
     "beside_shards": "images beside tars or Parquet files",
@@ -35,6 +38,16 @@ def left_out_line(left_out: Mapping[str, Mapping[str, int]]) -> str:
     total = sum(sum(found.values()) for found in left_out.values())
     files = "1 file" if total == 1 else f"{total:,} files"
     return f"left out of SRC: {files}: {', '.join(parts)}" if total else ""
+
+
+def hidden_with_images(folder: str, paths: Iterable[str]) -> list[str]:
+    """What to say of hidden folders directly below a local `folder` that hold images; `paths` are
+    hidden files and folders. One may be a class, such as .NET."""
+    near = sorted(p for p in paths if p.rpartition("/")[0] == folder and fs.is_dir(p))
+    names = [p.rpartition("/")[2] for p in near if any(map(is_image, fs.list_folder(p)))]
+    dotted = [name for name in names if name.startswith(".")]
+    why = "images are left out, since the names of their folders begin with a dot (rename them)"
+    return [f"{why}: {few(dotted)}"] if dotted else []
 
 
 def _extensions(found: Mapping[str, int]) -> str:

@@ -41,6 +41,7 @@ from splatshard.pipeline.source.folder import (
     split_stem,
     with_images,
 )
+from splatshard.pipeline.source.left_out import hidden_with_images
 from splatshard.pipeline.source.parquet import Declared, declared, notes_on_classes
 from splatshard.pipeline.source.patterns import (
     COMPRESSED,
@@ -191,9 +192,6 @@ def _lies_in(url: str, folder: str) -> bool:
     return f"{fs.place(url)}/".startswith(f"{fs.place(folder).rstrip('/')}/")
 
 
-# From paths to shards
-
-
 def _resolve(
     src: str, patterns: list[str], samples_per_shard: int, dst: str, classes: tuple[str, ...]
 ) -> Listing:
@@ -259,6 +257,7 @@ def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple
     hidden += [path for path in listed if is_hidden(path)]  # where a store lists all at once
     files = {f"{root}/{p}": s for p, s in listed.items() if not is_hidden(p)}
     found.leave_out("hidden", {p for p in hidden if is_image(p) or kind_of(p)})
+    found.notes += hidden_with_images(place, hidden)
     if _add_shards(found, files):
         return
     folders = {class_of(u[start:]) for u in files} - {""} | (below - listed.keys())

@@ -14,6 +14,19 @@ from splatshard.schemas.errors import UsageError
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
+SYSTEM_FOLDERS = frozenset(
+    (
+        "__MACOSX",
+        "@eaDir",
+        "#recycle",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "lost+found",
+    )
+)
+"""Folders that systems make beside those of people, for thumbnails and what was deleted."""
+
+
 def patterns_of(source: str, in_list: bool = False) -> list[str]:
     """Paths and globs: lists read, braces expanded."""
     if not source:
@@ -69,7 +82,7 @@ def is_glob(pattern: str) -> bool:
 
 
 def is_hidden(path: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.split("/"))
 
 
 def path_of(url: str) -> str:

@@ -29,6 +29,7 @@ from zlib import adler32
 
 from splatshard.pipeline.source.formats import EXTENSIONS, HEAD_BYTES, disguised
 from splatshard.pipeline.source.links import Again, Links, forget_headers, open_tar
+from splatshard.pipeline.source.patterns import SYSTEM_FOLDERS
 from splatshard.pipeline.storage.fs import Digest
 from splatshard.schemas.errors import SampleError, SourceError
 
@@ -358,7 +359,8 @@ def split_name(path: str) -> tuple[str, str]:
 
 
 def _hidden(path: str) -> bool:
-    return path.rpartition("/")[2].startswith(".") or "__MACOSX" in path.split("/")
+    parts = path.split("/")
+    return parts[-1].startswith(".") or not SYSTEM_FOLDERS.isdisjoint(parts)
 
 
 def _safe(path: str) -> str:

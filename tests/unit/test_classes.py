@@ -62,6 +62,61 @@ def test_hidden_folders_are_no_classes(val: Path) -> None:
     assert list_source(str(val)).classes == ANIMALS
 
 
+def test_folders_of_systems_are_no_classes(val: Path) -> None:
+    """Thumbnails of a NAS, what was deleted, what a disk had lost: none is between the classes."""
+    thumb = val / "ant" / "@eaDir" / "0000.jpg" / "SYNOPHOTO_THUMB_M.jpg"
+    others = [val / name / "x.jpg" for name in ("lost+found", "$RECYCLE.BIN", "@eaDir", "#recycle")]
+    for path in (thumb, *others):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(jpeg())
+    found = list_source(str(val))
+    assert (found.classes, labels(found.refs)) == (ANIMALS, {"ant/0000": 0, "dog/0000": 3})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("Cat", "cat"), ("cat", "cat "), ("caf\xe9", "cafe\u0301")],
+    ids=["case", "space", "NFD"],
+)
+def test_classes_that_look_alike_are_told(tmp_path: Path, names: tuple[str, ...]) -> None:
+    root = image_folder(tmp_path / "in", names, per_class=1)
+    found = list_source(str(root))
+    assert found.classes == tuple(sorted(names))
+    some = " and ".join(map(ascii, found.classes))
+    assert any(note.startswith(f"{some} are classes of their own") for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("test_set", "training_set"),
+        ("seg_train", "seg_test"),
+        ("train_images", "test_images"),
+        ("train2017", "val2017", "annotations/"),
+        ("training-data", "unlabeled"),
+    ],
+)
+def test_splits_under_other_names(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    """By whatever name, and beside folders that hold no image."""
+    held = [name for name in folders if not name.endswith("/")]
+    root = image_folder(tmp_path / "in", held, per_class=1)
+    for name in folders:
+        (root / name).mkdir(exist_ok=True)
+    found = list_source(str(root))
+    assert (found.classes, set(labels(found.refs).values())) == ((), {None})
+    assert "are splits and taken for no classes" in found.notes[0]
+
+
+def test_classes_further_within_are_told(tmp_path: Path) -> None:
+    for name in ("Cat", "Dog"):
+        image_folder(tmp_path / "in" / "unzipped" / "PetImages", (name,), per_class=1)
+    notes = list_source(f"{tmp_path}/in").notes
+    assert f"give {tmp_path}/in/unzipped/PetImages if they are the classes" in notes[1]
+    image_folder(tmp_path / "tiny" / "n01443537", ("images",), per_class=1)
+    image_folder(tmp_path / "tiny" / "n01629819", ("images",), per_class=1)
+    assert list_source(f"{tmp_path}/tiny").notes == ["2 classes by folder: n01443537, n01629819"]
+
+
 def test_empty_folders_elsewhere(tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe("/val/ant/0.jpg", jpeg())

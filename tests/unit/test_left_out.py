@@ -138,6 +138,15 @@ def test_what_lies_beside_images(tmp_path: Path) -> None:
     }
 
 
+def test_hidden_folders_with_images_are_told(tmp_path: Path) -> None:
+    """.NET may be a class."""
+    put(tmp_path, "java/a.jpg", ".NET/b.jpg", ".git/config", ".x.jpg")
+    found = list_source(str(tmp_path))
+    assert keys(found.refs) == ["java/a"]
+    (told,) = (note for note in found.notes if "begin with a dot" in note)
+    assert told.endswith(": .NET")
+
+
 def test_hidden_files_where_a_store_lists_them(tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe({"/p/a.jpg": jpeg(), "/p/.b.jpg": jpeg(), "/p/x/.c.png": jpeg()})
