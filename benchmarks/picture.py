@@ -60,14 +60,15 @@ def main() -> None:
     size = (SIDE * SCALE, SIDE * SCALE)
     panels = [("original, 224 x 224", image.resize(size, Image.Resampling.BICUBIC))]
     for n in BUDGETS:
-        splats, _ = fit(target.contiguous(), FitConfig(num_gaussians=n), backend)
+        config = FitConfig(num_gaussians=n)
+        splats, _ = fit(target.contiguous(), config, backend)
         rendering = backend.render(splats, SIDE, SIDE, 3.0)
         quality = psnr(rendering, target).item()
         pixels = (rendering[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
         if n == BUDGETS[0]:
             panels.append((f"{n} Gaussians, 1 sigma", draw_ellipses(splats)))
         shown = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-        panels.append((f"{n} Gaussians, 100 steps: {quality:.1f} dB", shown))
+        panels.append((f"{n} Gaussians, {config.steps} steps: {quality:.1f} dB", shown))
     width = len(panels) * size[0] + (len(panels) - 1) * GAP
     sheet = Image.new("RGB", (width, size[1] + CAPTION * 2), "white")
     draw = ImageDraw.Draw(sheet)
