@@ -11,14 +11,13 @@ from torch import Tensor
 
 from splatshard.pipeline.kernels.compiled import compiled
 from splatshard.pipeline.kernels.cpu import (
+    BASE,
     FIRST,
     HALF,
     LAST,
     LIMIT,
-    RATIO,
-    RUN,
+    POWER,
     START,
-    WEIGHT,
     add_gaussians,
     arrays_of,
     exp2,
@@ -26,7 +25,6 @@ from splatshard.pipeline.kernels.cpu import (
     padded_picture,
     row_table,
     row_window,
-    steepness,
     sum_of_squares,
 )
 from splatshard.pipeline.kernels.simd import (
@@ -119,7 +117,7 @@ def _weighted_sums(means, cholesky, mask, width, cutoff, picture, sums):
     plane = height * pitch
     pixels = picture.reshape(-1)
     cutoff = f32(cutoff)
-    scratch = np.empty((6, height + LANES), f32)
+    scratch = np.empty((5, height + LANES), f32)
     zero, edge = splat(f32(0)), splat(f32(width - 1))
     for i in range(len(means)):
         l11, l21, l22 = cholesky[i, 0], cholesky[i, 1], cholesky[i, 2]
@@ -130,20 +128,16 @@ def _weighted_sums(means, cholesky, mask, width, cutoff, picture, sums):
         y0, y1 = row_window(means[i, 1], math.sqrt(syy), cutoff, height)
         dy, slope = f32(y0) + HALF - means[i, 1], l11 * l21 / syy
         row_table(dy, y1 - y0, means[i, 0], f32(1) / syy, var, slope, cutoff, width, scratch)
-        scale, lanes, bend, leap = steepness(var)
+        scale = splat(POWER / var)
         sum_r, sum_g, sum_b, sum_w = zero, zero, zero, zero
         for j in range(y1 - y0):
             t = iota() + splat(scratch[START, j])
             limit = splat(scratch[LIMIT, j])
             row = (y0 + j) * pitch
-            ratios = lanes * splat(scratch[RATIO, j])
-            ratio, begin = ratios, int(scratch[FIRST, j])
-            weight = exp2(t * t * scale) * splat(scratch[WEIGHT, j])
-            for x in range(begin, int(scratch[LAST, j]) + 1, LANES):
-                if x - begin == RUN:
-                    ratios, begin = ratios * leap, x
-                    weight, ratio = exp2(t * t * scale) * splat(scratch[WEIGHT, j]), ratios
-                w = zero_above(weight, t * t, limit)
+            base = splat(scratch[BASE, j])
+            for x in range(int(scratch[FIRST, j]), int(scratch[LAST, j]) + 1, LANES):
+                t2 = t * t
+                w = zero_above(exp2(fma(t2, scale, base)), t2, limit)
                 o = row + x
                 sum_r = fma(w, load(pixels, o), sum_r)
                 sum_g = fma(w, load(pixels, o + plane), sum_g)
@@ -151,7 +145,5 @@ def _weighted_sums(means, cholesky, mask, width, cutoff, picture, sums):
                 w = zero_above(w, iota() + splat(f32(x)), edge)
                 sum_w = fma(w, w, sum_w)
                 t = t + splat(f32(LANES))
-                weight = weight * ratio
-                ratio = ratio * bend
         sums[i, 0], sums[i, 1], sums[i, 2] = total(sum_r), total(sum_g), total(sum_b)
         sums[i, 3] = total(sum_w)

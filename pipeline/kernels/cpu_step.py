@@ -96,7 +96,7 @@ def _update(
     height, pitch = picture.shape[1:]
     pixels = picture.reshape(-1)
     squeeze = f32(1) / f32(stride)
-    scratch = np.empty((6, height + LANES), f32)
+    scratch = np.empty((5, height + LANES), f32)
     eight = np.empty(LANES, f32)
     for i in range(len(means)):
         l11, l21, l22 = cholesky[i, 0], cholesky[i, 1], cholesky[i, 2]
