@@ -16,8 +16,9 @@ Method, for rising budgets b1 < b2 < ...; the Gaussians from one budget to the n
 
 Every tier goes through the unmodified loop, so any backend serves, with its fused step.
 
-Measured at 100 steps and 224 px on 16 photographs of datacomp-sample that were tuned on: mean dB
-against separate fits of 400 / 900 / 1600 / 3136 Gaussians, CPU time against theirs together.
+Measured with 100 steps on all rows and 224 px, on 16 photographs of datacomp-sample that were tuned
+on: mean dB against separate fits of 400 / 900 / 1600 / 3136 Gaussians, CPU time against theirs
+together. Since steps look at some of the rows (rows.py) they are more: DETAIL_STEPS, SWEEP_STEPS.
 benchmarks/nested.py has other photographs, benchmarks/notes/nested.md what else was tried.
 
     tiers of 100 steps, no sweeps                         0.00 -0.43 -0.61 -0.34   0.63
@@ -29,9 +30,9 @@ Sweeps cost the small budgets little and give the large ones much; after every t
 than at the end. Without them more steps per tier gain next to nothing.
 
 Limits. A coarse Gaussian is worth little to a large budget, so the loss grows as fits converge: at
-300 steps it is 0.1 / 0.5 / 0.8 / 0.9 dB. At 30 steps nesting gains 0.1 to 2 dB, since the steps of
-all tiers add up. Means hide a spread: at 3136 a crowd before a white wall lost 2.3 dB of 36, and a
-picture that fits to 43 dB gained 3.2.
+300 steps it was 0.1 / 0.5 / 0.8 / 0.9 dB. At 30 steps nesting gained 0.1 to 2 dB, since the steps
+of all tiers add up. Means hide a spread: at 3136 a crowd before a white wall lost 2.3 dB of 36, and
+a picture that fits to 43 dB gained 3.2.
 
 Left out: all tiers moving at once (loses 1.6 dB at 400, or takes twice the time: what a tier should
 do changes under its momentum); a joint solve of colours (sweeps move them); a relocation margin and
@@ -68,6 +69,7 @@ from splatshard.schemas.errors import UsageError
 
 DETAIL_STEPS = 0.8  # of config.steps, for a tier after the first; 0.6 loses 0.06 dB
 SWEEP_STEPS = 0.3  # of config.steps, for each tier in a sweep; 0.2 loses 0.04 dB
+SWEEP_STRIDE = 2  # rows, at most; at 4 a picture of 37 dB lost 13 dB in 450 steps
 SWEEP_RATE = 0.15  # of the step sizes; 0.07 and 0.3 lose 0.02 dB
 CONTRAST = 0.1  # root mean square that errors are brought to; 0.07 loses 0.01 dB, 0.15 loses 0.03
 DETAIL_COLOR_STEPS = 1  # conjugate-gradient steps of an increment's start; more: no gain
@@ -188,7 +190,8 @@ def sweep(tiers: list[Tier], target: Tensor, config: FitConfig, backend: Backend
         gain = tier.gain[:, None, None]
         lifted = replace(tier.splats, colors=tier.splats.colors * gain)
         wanted *= gain[..., None]
-        own = replace(careful, row_stride=spacing_stride(tier.budget, target, config))
+        stride = min(SWEEP_STRIDE, spacing_stride(tier.budget, target, config))
+        own = replace(careful, row_stride=stride)
         splats, _ = optimize(lifted, wanted, sweep_steps(config), own, backend)
         tier.splats = replace(splats, colors=splats.colors / gain)
         before, tier.image = tier.image, rendering(tier.splats, target, config, backend)

@@ -217,11 +217,11 @@ def test_psnr_by_steps_is_the_measured_one() -> None:
         if row["preset"] == "default"
     }
     for n, *cells in table_after("docs/choosing.md", "## Steps"):
-        assert cells == [found[int(n), steps] for steps in (10, 30, 100, 300)]
+        assert cells == [found[int(n), steps] for steps in (15, 50, 150, 450)]
 
 
 def test_nested_budgets_are_the_measured_ones() -> None:
-    (run,) = [r for r in measured("nested")["rows"] if (r["set"], r["steps"]) == ("datacomp", 100)]
+    (run,) = [r for r in measured("nested")["rows"] if (r["set"], r["steps"]) == ("datacomp", 150)]
     rows = table_after("docs/choosing.md", "## Nested budgets")
     for (n, *cells), budget in zip(rows, run["budgets"], strict=True):
         assert int(n) == budget["num_gaussians"]
