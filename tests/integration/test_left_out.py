@@ -79,7 +79,7 @@ def test_columns_as_users_have_them(tmp_path: Path, capsys: Capsys) -> None:
     assert (code, summary["ok"], summary["skipped"]) == (0, 6, {}), err
     assert err.count("label is not used: 'cat' is not the number of a class (3 samples, ") == 1
     assert err.count("key is not used: its values repeat, so rows are numbered (3 samples, ") == 1
-    assert summary["unused"] == {"key": 6, "label": 6}
+    assert summary["unused"] == {"key": 6, "label": 6, "what is not UTF-8 in text": 2}
     assert "2 shards are made of the same bytes, so their samples are several: a and b\n" in err
     rows = list(read_rows(str(next(dst.glob("a-*.parquet")))))
     assert [row["key"] for row in rows] == [f"a-{i:08d}" for i in range(3)]
