@@ -35,7 +35,7 @@ SkipStatus = Literal[
     "not_an_image",  # no image format that is read
     "corrupt_image",  # header fine, pixels not, or in a layout that is not read
     "too_large",  # the header promises more pixels than allowed
-    "animated_image",  # more than one frame
+    "animated_image",  # more than one frame, or page
     "bad_metadata",  # a member beside the image that is a link to nothing
     "fit_diverged",  # non-finite splats
     "quarantined",  # killed its worker, or kept it busy beyond --sample-timeout

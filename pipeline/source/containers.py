@@ -44,6 +44,7 @@ class Bare:
     white: int = 65535
     transparent: int | None = None
     animated: bool = False
+    pages: int = 1
 
 
 def orientation_of(bare: Bare) -> int:

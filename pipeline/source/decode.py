@@ -204,6 +204,12 @@ def check_opened(source: ImageFile.ImageFile, bare: Bare, name: str) -> None:
     animated = source.format in ("GIF", "WEBP", "AVIF") and has_frames(source)
     if animated or bare.animated:
         raise SampleError("animated_image", f"{name} has more than one frame")
+    if bare.pages > 1:
+        raise SampleError(
+            "animated_image",
+            f"{name} has {bare.pages:,} pages: save the one that is meant as a file of its own, or "
+            "all as one if they are channels (photometric='rgb' of tifffile)",
+        )
     if source.format == "GIF":
         canvas = (0, 0, *source.size)
         if source.tile[0][1] != canvas and "transparency" not in source.info:

@@ -1,11 +1,13 @@
-"""TIFF files as Pillow reads them right: the first page, if its layout is one that tests compare
+"""TIFF files of one page as Pillow reads them right: where the layout is one that tests compare
 with another decoder, under a directory with only the tags that the pixels need.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -27,6 +29,7 @@ MOST_VALUES = 1 << 20
 FULL = (0, 255, 128, 255, 128, 255)
 """The range of YCbCr as JPEG has it: black and white of each component."""
 SUBFILE, OLD_SUBFILE, XMP, DNG_VERSION, JPEG_TABLES = 254, 255, 700, 50706, 347
+WIDTH, HEIGHT, DESCRIPTION, DEPTH = 256, 257, 270, 32997
 
 SHORTS = (BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, COLOR_MAP)
 SHORTS += (PREDICTOR, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING)
@@ -35,12 +38,13 @@ LONGS = (256, 257, 273, 278, 279, 292, 293, 322, 323, 324, 325)
 
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
+MASK = 4
 NAMES = {
     WHITE_IS_ZERO: "white-is-zero grey",
     BLACK_IS_ZERO: "grey",
     RGB: "RGB",
     PALETTE: "palette",
-    4: "mask",
+    MASK: "mask",
     CMYK: "CMYK",
     YCBCR: "YCbCr",
     8: "CIELab",
@@ -78,12 +82,17 @@ Changes = dict[int, tuple[int, ...]]
 
 @dataclass
 class Directory:
-    """A TIFF's first directory. `entries`: tag to its type, its count and where its values are."""
+    """A directory of a TIFF. `entries`: tag to its type, its count and where its values are, which
+    may be fewer than its `count`; `start`: where it begins; `next`: where the next one does, or 0.
+    """
 
     order: str
     big: bool
     image: bytes
     entries: dict[int, tuple[int, int, int]]
+    count: int
+    start: int
+    next: int
 
     def values(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """The numbers of a tag. Raises struct.error where the file ends before them."""
@@ -107,7 +116,7 @@ def bare_tiff(image: bytes) -> Bare:
         raise NotSupported("a TIFF whose first page is a thumbnail, as in RAW photographs")
     check_layout(page)
     bits, changed, order = page.value(BITS, 1), {}, page.order
-    bare = Bare(image, orientation=page.value(ORIENTATION_TAG))
+    bare = Bare(image, orientation=page.value(ORIENTATION_TAG), pages=pages_of(page))
     if XMP in page.entries:
         _, count, at = page.entries[XMP]
         bare.xmp = image[at : at + count]
@@ -130,20 +139,62 @@ def bare_tiff(image: bytes) -> Bare:
 
 
 def directory(image: bytes) -> Directory:
-    order = "<" if image[:2] == b"II" else ">"
-    big = b"+" in image[2:4]
+    """The first one."""
+    order, big = "<" if image[:2] == b"II" else ">", b"+" in image[2:4]
     (start,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", image, 8 if big else 4)
+    return directory_at(start, order, big, image)
+
+
+def directory_at(start: int, order: str, big: bool, image: bytes) -> Directory:
+    word = f"{order}Q" if big else f"{order}I"
     (count,) = struct.unpack_from(f"{order}Q" if big else f"{order}H", image, start)
     layout = struct.Struct(f"{order}HHQ" if big else f"{order}HHI")
     room, step, at = (8, 20, start + 8) if big else (4, 12, start + 2)
-    entries = {}
-    for place in range(at, at + count * step, step):
+    entries, end = {}, at + count * step
+    for place in range(at, end, step):
         tag, kind, values = layout.unpack_from(image, place)
         where = place + layout.size
         if values * SIZES.get(kind, 0) > room:
-            (where,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", image, where)
+            (where,) = struct.unpack_from(word, image, where)
         entries.setdefault(tag, (kind, values, where))
-    return Directory(order, big, image, entries)
+    following = struct.unpack_from(word, image, end) if end + room <= len(image) else (0,)
+    return Directory(order, big, image, entries, count, start, following[0])
+
+
+def pages_of(first: Directory) -> int:
+    """How many full pages a file has; what cannot be read behind the first is none."""
+    told = [first.value(DEPTH, 1)]  # volumes; ImageJ's stacks of over 4 GB have one directory
+    if DESCRIPTION in first.entries:
+        _, count, at = first.entries[DESCRIPTION]
+        text = first.image[at : at + min(count, 256)]
+        told += map(int, re.findall(rb"^ImageJ=.*\nimages=([0-9]{1,9})\b", text))
+    return max(*told, 1 + sum(is_page(each, first) for each in further(first)))
+
+
+def further(first: Directory) -> Iterator[Directory]:
+    """The directories behind the first one, up to one that is broken or was met."""
+    page, met, left = first, {first.start}, MOST_VALUES
+    while page.next and page.next not in met and left > 0:
+        met.add(page.next)
+        try:
+            page = directory_at(page.next, page.order, page.big, page.image)
+        except struct.error:
+            return
+        left -= page.count + 1
+        yield page
+
+
+def is_page(page: Directory, first: Directory) -> bool:
+    """Whether it is a picture of its own beside the first: no preview (reduced in resolution, or at
+    most half as wide and half as high, as the levels of a pyramid are) and no mask."""
+    try:
+        kind, width, height = page.value(SUBFILE), page.value(WIDTH), page.value(HEIGHT)
+        if kind & 5 or page.value(OLD_SUBFILE) == 2 or page.value(PHOTOMETRIC) == MASK:
+            return False
+        wide = 2 * width > first.value(WIDTH) + 1
+        return min(width, height) > 0 and (wide or 2 * height > first.value(HEIGHT) + 1)
+    except (struct.error, ValueError):
+        return False
 
 
 def check_layout(page: Directory) -> None:

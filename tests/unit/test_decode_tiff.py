@@ -252,12 +252,6 @@ def test_rows_name_what_they_are(photometric: int, tags: Any, words: str) -> Non
     assert f": {remedy}" in found
 
 
-def test_first_page_is_the_picture() -> None:
-    first, second = (Image.fromarray(photo(48, 48, seed)) for seed in (1, 2))
-    image = encode(first, "TIFF", save_all=True, append_images=[second])
-    assert np.array_equal(pixels_of(image, 48), np.asarray(first))
-
-
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_orientation(orientation: int) -> None:
     values = samples(3, 8)[:20]
