@@ -69,6 +69,7 @@ def estimate_job(
     import torch
 
     from splatshard.pipeline.kernels.select import select_backend
+    from splatshard.pipeline.source.sample import unused_lines
 
     torch.set_num_threads(1)
     backend = select_backend(config.backend)
@@ -76,8 +77,8 @@ def estimate_job(
     here = torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0))
     devices = min(workers or here, len(work))
     samples, picked = look(work, SAMPLES_ON_GPU if on_gpu else SAMPLES)
-    for name, why in dict(pair for sample in picked for pair in sample.unused).items():
-        say(f"{name} is not used: {why}")
+    for _, line in unused_lines(dict(pair for sample in picked for pair in sample.unused)):
+        say(line)
     if not picked:
         return {"samples": samples, "sampled": 0}
     rows, each_s = convert_timed(picked, config, backend)

@@ -34,6 +34,7 @@ from splatshard.jobs.driver.prometheus import Metrics
 from splatshard.jobs.driver.stats import RetryKind, Snapshot, Stats
 from splatshard.jobs.driver.worker import Outcome, SkippedSample, WorkerState
 from splatshard.pipeline.runtime.stage_timer import StageStats
+from splatshard.pipeline.source.sample import unused_lines
 from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import SplatshardError
 from splatshard.schemas.shard import ShardManifest, ShardRef
@@ -141,11 +142,14 @@ class Progress:
         if structured():
             for sample in outcome.skipped:
                 log_skipped(ref.name, sample)
+        told = {
+            unused.name: f"{unused.why} ({count(unused.samples, 'sample')}, such as {unused.key})"
+            for unused in outcome.unused
+            if unused.name not in self.unused  # the next shard has as many again
+        }
+        for names, line in unused_lines(told):
+            log("unused", f"shard {ref.name}: {line}", level="warning", shard=ref.name, field=names)
         for unused in outcome.unused:
-            if unused.name not in self.unused:  # the next shard has as many again
-                some = f"{count(unused.samples, 'sample')}, such as {unused.key}"
-                message = f"shard {ref.name}: {unused.name} is not used: {unused.why} ({some})"
-                log("unused", message, level="warning", shard=ref.name, field=unused.name)
             self.unused[unused.name] += unused.samples
         if outcome.manifest:
             self.manifests.append(outcome.manifest)

@@ -49,7 +49,7 @@ from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.left_out import left_out_line
 from splatshard.pipeline.source.listing import list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
-from splatshard.pipeline.source.sample import NO_FIELD
+from splatshard.pipeline.source.sample import NO_FIELD, unused_lines
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import DecodeConfig, class_list, source_of
 from splatshard.schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
@@ -153,9 +153,11 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         else:
             block = read_block(shard, np.arange(piece.begin, piece.end))
         worker = get_worker_info()
-        for name in block.unused.keys() - self._told if worker is None or not worker.id else ():
-            self._told.add(name)
-            log.warning("%s: %s is not used: %s", block.url, name, block.unused[name])
+        if worker is None or not worker.id:
+            new = {name: why for name, why in block.unused.items() if name not in self._told}
+            self._told.update(new)
+            for _, line in unused_lines(new):
+                log.warning("%s: %s", block.url, line)
         return [block]
 
     def assemble(

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.sample import (
-    ALIKE,
+    MEANT,
     NAMES,
     NO_FIELD,
     REPLACED,
@@ -36,6 +36,7 @@ from splatshard.pipeline.source.sample import (
     may_be,
     not_taken,
     spelled,
+    unused_in,
 )
 from splatshard.pipeline.source.values import gives_back, is_null, not_utf8
 from splatshard.schemas.errors import SourceError
@@ -53,6 +54,9 @@ FIELDS = {
 Path = tuple[str, ...]
 """A column, or a field of the column `json`."""
 
+Notes = tuple[tuple[str, str], ...]
+"""Columns that are not used, and why."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -65,7 +69,8 @@ class Columns:
     binary: tuple[str, ...]  # columns that become members, unless a field gives them back
     other: tuple[str, ...]  # the rest, for the metadata JSON
     types: str  # of all, for messages
-    note: tuple[tuple[str, str], ...] = ()
+    note: Notes = ()
+    meant: tuple[tuple[str, str], ...] = ()  # others, and the field that they may be
 
     @cached_property
     def own(self) -> list[str]:
@@ -83,7 +88,7 @@ class Fields:
     caption: str | None
     label: int | None
     given: frozenset[str]
-    unused: tuple[tuple[str, str], ...]
+    unused: Notes
 
 
 def image_columns(schema: pa.Schema) -> tuple[str, ...]:
@@ -130,7 +135,7 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     if twice:
         raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
     key = next(iter(spelled(("__key__", "key"), schema.names)), None)
-    notes = dict(_may_be_meant(schema, images)) | dict(_others(schema, images))
+    notes = dict(_others(schema, images))
     if key and key != "__key__" and _repeats(file, key):
         notes[key] = "its values repeat, so rows are numbered"
         key = None
@@ -139,7 +144,10 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
     other = [f.name for f in rest if f.name not in binary]
     own = {key, *images, *(path[0] for paths in fields.values() for path in paths)}
-    notes = {name: NO_FIELD for name in binary if name not in own} | notes
+    lacking = {field for field in FIELDS if not any(len(path) == 1 for path in fields[field])}
+    lacking = lacking - {"uid"} | ({"key"} if key is None and "uid" in lacking else set())
+    meant = dict(_may_be_meant(schema, {*own, *notes}, lacking))
+    notes = {n: NO_FIELD for n in binary if n not in own and n not in meant} | notes
     return Columns(
         image=images[0],
         images=images,
@@ -149,6 +157,7 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
         other=tuple(other),
         types=types_of(schema),
         note=tuple(notes.items()),
+        meant=tuple(meant.items()),
     )
 
 
@@ -169,16 +178,29 @@ def _others(schema: pa.Schema, images: tuple[str, ...]) -> Iterator[tuple[str, s
             )
 
 
-def _may_be_meant(schema: pa.Schema, images: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Columns, and fields of them, that may be a field which the file seems to lack."""
-    for field in ALIKE:
-        if "json" in schema.names or _named(field, schema, images[0]):
-            continue
-        for path, kind in (found for f in schema for found in _within(f.name, f.type)):
+def _may_be_meant(
+    schema: pa.Schema, own: set[str | None], lacking: set[str]
+) -> Iterator[tuple[str, str]]:
+    """Columns and fields of them, beside the `own`, that may be one of the `lacking` by their
+    names, and which."""
+    for column in schema:
+        for path, kind in _within(column.name, column.type) if column.name != "json" else ():
             name = path.rpartition(".")[2]
-            named = name.lower() in FIELDS[field] or may_be(field, name)
-            if named and path not in images and _is_usual(field, kind):
-                yield path, f"it may be the {field}, which is a column called {field}"
+            for field in lacking - ({"key"} if path != column.name else set()):
+                meant = may_be(field, name) or name.lower() in FIELDS.get(field, ())
+                if meant and path not in own and _suits(field, kind):
+                    yield path, field
+
+
+def _suits(field: str, kind: pa.DataType) -> bool:
+    """Whether the field may be made of values of this type."""
+    if field == "caption" and pa.types.is_struct(kind):
+        return True  # of a conversation, say
+    if field == "label" and (pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        return True
+    if field == "key" and is_binary(kind):
+        return True
+    return _is_usual("caption", kind) or (field != "caption" and _is_usual("label", kind))
 
 
 def _within(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
@@ -254,6 +276,10 @@ def fields_of(row: dict[str, Any], columns: Columns, default_key: str) -> Fields
     """The fields of a row, by its values."""
     taken: dict[str, Any] = {}
     given, unused = set[str](), list(columns.note)
+    if "json" in row:
+        document, why = _document(row["json"])
+        row = row | {"json": document}
+        unused += [("json", why)] if why else []
     paths_of: dict[str, tuple[Path, ...]] = {"key": ((columns.key,),) if columns.key else ()}
     for field, paths in (paths_of | columns.fields).items():
         values = [(path, _at(row, path)) for path in paths]
@@ -266,20 +292,36 @@ def fields_of(row: dict[str, Any], columns: Columns, default_key: str) -> Fields
             given.add(path[0])
         if field == "caption" and not_utf8(value):
             unused.append((f"what is not UTF-8 in {'.'.join(path)}", REPLACED))
+    unused += _meant(row.get("json"), columns, taken)
     key = taken.pop("key")
     key = default_key if key is None else key
-    return Fields(key=key, given=frozenset(given), unused=tuple(unused), **taken)
+    return Fields(key=key, given=frozenset(given), unused=tuple(dict(unused).items()), **taken)
+
+
+def _document(value: Any) -> tuple[Any, str]:
+    """What the column `json` holds, as text or as a struct, or why its text is none."""
+    if not isinstance(value, str | bytes) or not value:
+        return value, ""
+    try:
+        return json.loads(value), ""
+    except (ValueError, RecursionError) as e:
+        return None, f"it cannot be parsed: {e}"
 
 
 def _at(row: dict[str, Any], path: Path) -> Any:
     value = row.get(path[0])
     if len(path) == 1:
         return value
-    try:
-        value = json.loads(value) if isinstance(value, str | bytes) else value
-    except (ValueError, RecursionError):
-        return None  # some other text
     return value.get(path[1]) if isinstance(value, dict) else None
+
+
+def _meant(document: Any, columns: Columns, taken: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What may be a field that the row lacks."""
+    for name, why in unused_in(document, taken):
+        yield f"json.{name}", why
+    for name, field in columns.meant:
+        if taken[field] is None and (field != "key" or taken["uid"] is None):
+            yield name, MEANT[field]
 
 
 def _is_text(kind: pa.DataType) -> bool:

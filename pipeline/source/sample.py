@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -196,20 +196,45 @@ REPLACED = "the caption has U+FFFD there: write texts in UTF-8"
 LABEL_BYTES = 256
 """What is longer is no label."""
 
-NO_FIELD = "no field takes it, so it stays a member"
+NO_FIELD = "no field takes such a member, so it is kept as bytes"
 """Said of members, and of columns that become some."""
 
 NAMES = {"uid": ("uid",), "caption": ("caption", "text", "captions"), "label": ("label", "cls")}
 """Under which names a sample's JSON has its fields, as DataComp and timm write it; in any case."""
 
 ALIKE = {
-    "caption": ("caption", "text", "prompt", "title", "description", "sentence"),
-    "label": ("label", "class", "target", "category"),
+    "caption": (
+        *("caption", "recaption", "text", "alt", "prompt", "title", "description", "sentence"),
+        *("query", "question", "instruction", "conversation", "messages", "tag"),
+    ),
+    "label": ("label", "class", "target", "category", "categories", "digit", "species", "genre"),
 }
-"""Last words of other names that may mean a field, as in `edit_prompts` or `classId`."""
+"""Last words of other names that may mean a field, as in `edit_prompts` or `classId`; a caption's
+may come first, as in `caption_llava`."""
+
+NO_WORDS = ("id", "ids", "idx", "index", "en", "raw", "name", "names")
+"""Behind a name's last word, as in `category_id`."""
+
+KEY_LIKE = re.compile(
+    "(image|img|photo|picture|sample|item|example|file)*(id|key|uid|uuid|guid|hash|sha|md|file|path)"
+    "|(image|img|photo|picture|file)+name"
+)
+"""Names that may mean a key, their letters alone: `image_id`, `sha256`, `file_name`."""
+
+MEANT = {
+    "key": "a key is a column called key, a uid one called uid; rows are numbered",
+    "caption": "a caption is a text in a column called caption",
+    "label": "a label is a whole number in a column called label",
+}
+"""What is said of columns that may be meant by their names."""
+
+MEANT_IN_JSON = {
+    "caption": "a caption is a text called caption at the JSON's top",
+    "label": "a label is a whole number called label at the JSON's top",
+}
 
 TAKES = {
-    "key": (key_of, "a text or a whole number"),
+    "key": (key_of, "a text, not empty, or a whole number"),
     "uid": (uid_of, "a text or a number"),
     "caption": (caption_of, "a text or a list of texts"),
     "label": (label_of, "the number of a class"),
@@ -246,7 +271,7 @@ def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...
         found |= {n: not_taken(field, top[n]) for n in own if not is_null(top[n])}
         for path, name, value in inner(values) if field in ALIKE else ():
             if path not in own and may_be(field, name) and _may_take(field, value):
-                found.setdefault(path, f"it may be the {field}, which is {field} at the JSON's top")
+                found.setdefault(path, MEANT_IN_JSON[field])
     return tuple(found.items())
 
 
@@ -263,19 +288,38 @@ def inner(values: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
 
 @lru_cache(maxsize=1 << 12)
 def may_be(field: str, name: str) -> bool:
-    """Whether a name may mean the field `caption` or `label`."""
+    """Whether a name may mean the field `caption`, `label` or `key`."""
     words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
-    while words and words[-1] in ("id", "ids", "idx", "index", "en", "raw"):
+    if field == "key":
+        return bool(KEY_LIKE.fullmatch("".join(words)))
+    while words and words[-1] in NO_WORDS:
         words.pop()
-    return any(words[-1:] in ([word], [f"{word}s"], [f"{word}es"]) for word in ALIKE[field])
+    if field == "label" and words == ["y"]:
+        return True
+    ends = {*words[-1:], *(words[:1] if field == "caption" else ())}
+    return any(not ends.isdisjoint((word, f"{word}s", f"{word}es")) for word in ALIKE[field])
 
 
 def _may_take(field: str, value: Any) -> bool:
-    """Whether a value, or the first of several, would do for a field."""
-    first = value[:1] if isinstance(value, list) else value
-    return TAKES[field][0](first) not in (None, "")
+    """Whether a value, or the first of several, may be meant by a field: texts, also within what
+    they belong to, and classes, also by their names."""
+    first = value[0] if isinstance(value, list) and value else value
+    if field == "label":
+        return isinstance(first, str | int | float) and first != "" and not is_null(first)
+    return isinstance(first, dict) or caption_of(first) not in (None, "")
 
 
 def not_taken(field: str, value: Any) -> str:
     """Why `value` gave no `field`."""
     return f"{reprlib.repr(value)} is not {TAKES[field][1]}"
+
+
+def unused_lines(unused: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Of names and why each is not used, those of one reason joined, and a line on them."""
+    names_of: dict[str, list[str]] = {}
+    for name, why in unused.items():
+        names_of.setdefault(why, []).append(name)
+    joined = [(", ".join(names), len(names) == 1, why) for why, names in names_of.items()]
+    return [
+        (names, f"{names} {'is' if one else 'are'} not used: {why}") for names, one, why in joined
+    ]

@@ -81,14 +81,14 @@ def label_of(value: Any) -> int | None:
 
 
 def key_of(value: Any) -> str | None:
-    """A text, a whole number or a UUID; bytes where they can be read."""
+    """A text that is not empty, a whole number or a UUID; bytes where they can be read."""
     if isinstance(value, bytes):
         text = value.decode(errors="replace").rstrip("\0")
-        return text if text.isprintable() and "\ufffd" not in text else None
+        return text if text and text.isprintable() and "\ufffd" not in text else None
     if isinstance(value, float | Decimal) and label_of(value) is not None:
         return str(int(value))
     if isinstance(value, str):
-        return storable(value).rstrip("\0")
+        return storable(value).rstrip("\0") or None
     return str(value) if isinstance(value, int | UUID) and not isinstance(value, bool) else None
 
 
@@ -98,7 +98,7 @@ def uid_of(value: Any) -> str | None:
     if is_null(value):
         return None
     if isinstance(value, bytes):
-        return found or value.hex()
+        return found or value.hex() or None
     return str(value) if found is None and isinstance(value, float | Decimal) else found
 
 

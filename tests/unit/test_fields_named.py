@@ -1,9 +1,7 @@
-"""What is told of columns, and of values of a JSON, that are not used though they have a field's
-name, or one that may mean it."""
+"""What is told of columns that are not used though they have a field's name."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pyarrow as pa
 from splatshard.pipeline.source.read import RawSample
 from splatshard.pipeline.source.sample import NO_FIELD
 from tests.make import write_parquet
-from tests.unit.reading import IMAGE, read_all, read_members
+from tests.unit.reading import IMAGE, read_all
 
 
 def samples_of(tmp_path: Path, **columns: Any) -> list[RawSample]:
@@ -63,55 +61,3 @@ def test_columns_that_become_members_are_told(tmp_path: Path) -> None:
     assert dict(sample.unused) == {"npy": NO_FIELD, "png": "the image is taken from jpg"}
     (sample,) = samples_of(tmp_path, png=pa.array([None], pa.binary()), width=[3])
     assert sample.unused == ()
-
-
-def test_columns_that_may_be_meant_are_named(tmp_path: Path) -> None:
-    said = {
-        field: f"it may be the {field}, which is a column called {field}"
-        for field in ("caption", "label")
-    }
-    columns = {
-        "labels": [[3, 4]], "edit_prompt": ["a"], "classId": pa.array(["1"]).dictionary_encode(),
-        "target": [2], "target_size": [224], "class_name": ["cat"], "title": [7],
-        "data": [{"caption": "a", "objects": [{"category": 1}]}],
-    }  # fmt: skip
-    (sample,) = samples_of(tmp_path, **columns)
-    assert (sample.caption, sample.label) == (None, None)
-    assert dict(sample.unused) == {
-        "labels": said["label"],
-        "target": said["label"],
-        "edit_prompt": said["caption"],
-        "data.caption": said["caption"],
-        "data.objects.category": said["label"],
-    }
-    (sample,) = samples_of(tmp_path, **columns, label=[1], caption=["a"])
-    assert sample.unused == ()
-
-
-def test_values_of_the_json_that_may_be_meant_are_named(tmp_path: Path) -> None:
-    def told(document: object, *members: tuple[str, bytes]) -> dict[str, str]:
-        text = json.dumps(document).encode()
-        (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), ("a.json", text), *members)
-        return dict(sample.unused)
-
-    caption, label = (
-        f"it may be the {field}, which is {field} at the JSON's top"
-        for field in ("caption", "label")
-    )
-    assert told([{"caption": "a"}]) == {"caption": caption}
-    assert told({"data": {"captions": ["a"], "label": 1}}) == {
-        "data.captions": caption,
-        "data.label": label,
-    }
-    document = {
-        "class": 4,
-        "prompt_en": "a",
-        "labels": [3, 1],
-        "text": None,
-        "target": "x",
-        "uid": 1,
-    }
-    expected = {"class": label, "prompt_en": caption, "labels": label}
-    assert told(document) == expected
-    assert told(document, ("a.txt", b"a"), ("a.cls", b"1")) == {}
-    assert told({"a": {"b": {"c": {"d": {"caption": "deep"}}}}}) == {}

@@ -14,7 +14,7 @@ from splatshard.pipeline.source.read import RawSample, read, scan
 from tests.make import write_tar
 from tests.unit.reading import IMAGE, read_all, read_members, statuses
 
-NO_FIELD = "no field takes it, so it stays a member"
+NO_FIELD = "no field takes such a member, so it is kept as bytes"
 
 
 def one(tmp_path: Path, *members: tuple[str, bytes]) -> RawSample:
