@@ -31,6 +31,9 @@ FULL = (0, 255, 128, 255, 128, 255)
 SUBFILE, OLD_SUBFILE, XMP, DNG_VERSION, JPEG_TABLES = 254, 255, 700, 50706, 347
 WIDTH, HEIGHT, DESCRIPTION, DEPTH = 256, 257, 270, 32997
 
+STRIPS, TILES = (273, 279), (324, 325)
+"""Tags of where they begin, and of how many bytes they have."""
+
 SHORTS = (BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, COLOR_MAP)
 SHORTS += (PREDICTOR, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING)
 LONGS = (256, 257, 273, 278, 279, 292, 293, 322, 323, 324, 325)
@@ -115,6 +118,7 @@ def bare_tiff(image: bytes) -> Bare:
     if page.value(SUBFILE) & 1 or page.value(OLD_SUBFILE) == 2:
         raise NotSupported("a TIFF whose first page is a thumbnail, as in RAW photographs")
     check_layout(page)
+    check_whole(page)
     bits, changed, order = page.value(BITS, 1), {}, page.order
     bare = Bare(image, orientation=page.value(ORIENTATION_TAG), pages=pages_of(page))
     if XMP in page.entries:
@@ -234,6 +238,19 @@ def check_layout(page: Directory) -> None:
         raise NotSupported("a TIFF of inks other than CMYK")
 
 
+def check_whole(page: Directory) -> None:
+    """Raises ValueError where pixels lie beyond the end: another directory will be there."""
+    places = zip(*map(page.values, pieces_of(page)), strict=False)
+    end = max(map(sum, places), default=0)
+    if end > len(page.image):
+        raise ValueError(f"it ends before its pixels, which reach to byte {end:,}")
+
+
+def pieces_of(page: Directory) -> tuple[int, int]:
+    """The tags of its tiles or strips."""
+    return TILES if TILES[0] in page.entries else STRIPS
+
+
 def plain_ycbcr(page: Directory) -> bool:
     """Uncompressed, each pixel with its own colour, by JPEG's formula and in its range."""
     kind, count, at = page.entries.get(REFERENCE, (0, 0, 0))
@@ -248,14 +265,14 @@ def plain_ycbcr(page: Directory) -> bool:
 
 def deflate(page: Directory) -> tuple[bytes, Changes]:
     """Strips or tiles of an uncompressed file as Deflate stores them, and the tags that say so."""
-    offsets, sizes = (324, 325) if 324 in page.entries else (273, 279)
-    places = list(zip(page.values(offsets), page.values(sizes), strict=True))
+    tags = pieces_of(page)
+    places = list(zip(*map(page.values, tags), strict=True))
     if sum(size for _, size in places) > len(page.image):
         raise ValueError("its strips are larger than the file")
     pieces = [zlib.compress(page.image[at : at + size], level=0) for at, size in places]
     lengths = tuple(map(len, pieces))
     starts = tuple(accumulate(lengths[:-1], initial=len(page.image)))
-    return b"".join(pieces), {COMPRESSION: (8,), offsets: starts, sizes: lengths}
+    return b"".join(pieces), dict(zip((COMPRESSION, *tags), ((8,), starts, lengths), strict=True))
 
 
 def with_tags(page: Directory, changed: Changes, order: str, more: bytes) -> bytes:

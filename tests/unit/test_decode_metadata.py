@@ -87,6 +87,8 @@ def test_png_of_wrong_pixels_stays_corrupt() -> None:
         whole[: second - 4] + whole[whole.index(b"tEXt") - 4 :],
         whole.replace(b"IHDR", b"IHDR" + b"\0", 1),
         png(samples(1, 8), 8, 3),  # no palette
+        # zeros at the end of a download, say, which inflate to pixels, too
+        whole[: second + 9] + bytes([whole[second + 9] ^ 1]) + whole[second + 10 :],
     ):
         assert "a.tif" in picture_or_reason(broken)
 
@@ -271,6 +273,13 @@ def test_orientation(kind: str) -> None:
     turned = samples(3, 8)[::-1, ::-1].astype(int)
     tolerance = 0 if kind.startswith(("png", "TIFF")) else 12
     assert np.abs(pixels_of(with_orientation(kind)) - turned).mean() <= tolerance
+
+
+def test_orientation_between_either_quotes() -> None:
+    image = jpeg(64, 64)
+    tags = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp().replace(b'"', b"'"))
+    found = pixels_of(image[:2] + tags + image[2:], 64)
+    assert np.array_equal(found, pixels_of(image, 64)[::-1, ::-1])
 
 
 def test_orientation_of_exif_in_pieces() -> None:

@@ -304,6 +304,20 @@ def test_cut_and_lying_files_are_corrupt(planar: bool, compression: int) -> None
         assert caught.value.status == "corrupt_image"
 
 
+@pytest.mark.parametrize("compression", [None, "jpeg"])
+def test_pixels_that_are_cut_behind_their_directory(compression: str | None) -> None:
+    """The directory that is put behind them must not become some."""
+    stream = io.BytesIO()
+    values = photo(48, 48)
+    tifffile.imwrite(stream, values, photometric="rgb", metadata=None, compression=compression)
+    image = stream.getvalue()
+    pixels_of(image)
+    for cut in (1, 2, 20, 100):
+        with pytest.raises(SampleError, match="it ends before its pixels") as caught:
+            pixels_of(image[:-cut])
+        assert caught.value.status == "corrupt_image"
+
+
 def test_strips_that_share_their_bytes_take_no_memory() -> None:
     """Planes of an uncompressed file are copied: not more than the file has."""
     many = {273: (4, [8] * 10_000), 279: (4, [40_000] * 10_000)}
