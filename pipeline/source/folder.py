@@ -26,10 +26,16 @@ from splatshard.schemas.shard import ShardRef
 SPLIT = re.compile(
     "([a-z]+[-_])?"
     "(train|training|trainval|val|valid|validation|dev|eval|test|testing|extra|unlabell?ed)"
-    "[-_]?(set|data|images?|imgs?)?[-_]?[0-9]*"
+    "[-_]?(set|data|images?|imgs?|masks?|labels?|annotations?)?[-_]?[0-9]*"
 )
-CONTAINERS = frozenset(("images", "image", "imgs", "img", "jpegimages", "photos", "pictures"))
-"""Folders of images of any class, as COCO, YOLO and Tiny ImageNet have them."""
+CONTAINERS = frozenset(
+    (
+        *("images", "image", "imgs", "img", "jpegimages", "photos", "pictures"),
+        *("masks", "mask", "labels", "annotations", "segmentationclass", "segmentationobject"),
+    )
+)
+"""Folders of images of any class, and of what belongs to them, as COCO, YOLO, Pascal VOC and Tiny
+ImageNet have them."""
 
 
 def split_stem(path: str) -> tuple[str, str]:
@@ -187,7 +193,7 @@ def doubts(classes: Sequence[str]) -> list[str]:
         return [
             f"{some} are classes of their own, though they look alike: if they are one, join them"
         ]
-    numbers = [int(name) for name in classes if re.fullmatch("[0-9]+", name)]
+    numbers = [float(name) for name in classes if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name)]
     if len(numbers) < len(classes) or numbers == list(range(len(classes))):
         return []
     label = next(i for i, number in enumerate(numbers) if i != number)

@@ -264,6 +264,7 @@ def test_the_classes_of_another_split(val: Path, tmp_path: Path) -> None:
         (("train", "Val"), True),
         (("dev", "eval_1", "extra"), True),
         (("train2017", "val2017"), True),
+        (("train_images", "train_masks", "val-labels"), True),
         (("test", "train", "tram"), False),
     ],
 )
@@ -276,10 +277,11 @@ def test_splits_are_no_classes(tmp_path: Path, folders: tuple[str, ...], are_spl
 
 def test_a_folder_of_all_images_is_no_class(tmp_path: Path) -> None:
     """Of Tiny ImageNet's `val`, and of YOLO's data; all of its images had the label 0."""
-    for folders in (("images",), ("JPEGImages", "labels")):
-        root = image_folder(tmp_path / folders[0], folders[:1], per_class=1)
+    for folders in (("images",), ("JPEGImages", "labels"), ("imgs", "masks")):
+        held = folders if "masks" in folders else folders[:1]
+        root = image_folder(tmp_path / folders[0], held, per_class=1)
         for name in folders[1:]:
-            (root / name).mkdir()
+            (root / name).mkdir(exist_ok=True)
         found = list_source(str(root))
         assert (found.classes, set(labels(found.refs).values())) == ((), {None})
         assert "are places of all images and taken for no classes" in found.notes[0]
@@ -297,6 +299,12 @@ def test_labels_that_may_not_be_meant_are_told(tmp_path: Path) -> None:
     assert (labels(found.refs)["10/0000"], len(found.notes)) == (10, 1)
     found = list_source(str(image_folder(tmp_path / "from_one", ("1", "2"), per_class=1)))
     assert "place: 0 for the folder 1; " in found.notes[1]
+    for names, place in (
+        (("-1", "0"), "0 for the folder -1"),
+        (("0.5", "1.5"), "0 for the folder"),
+    ):
+        found = list_source(str(image_folder(tmp_path / names[0], names, per_class=1)))
+        assert f"place: {place}" in found.notes[1]
     found = list_source(str(image_folder(tmp_path / "digits", ("0", "1"), per_class=1)))
     assert len(found.notes) == 1
     found = list_source(str(image_folder(tmp_path / "one", ("cat",), per_class=1)))
