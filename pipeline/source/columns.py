@@ -33,7 +33,9 @@ from splatshard.pipeline.source.sample import (
     REPLACED,
     SPLATS,
     TAKES,
+    inner,
     may_be,
+    may_take,
     not_taken,
     spelled,
     unused_in,
@@ -50,6 +52,9 @@ FIELDS = {
     "caption": ("caption", "text", "txt", "captions"),
     "label": ("label", "cls", "class"),
 }
+
+DOCUMENTS = ("metadata", "meta", "info", "annotation", "annotations")
+"""Columns whose text may be JSON."""
 
 Path = tuple[str, ...]
 """A column, or a field of the column `json`."""
@@ -144,9 +149,7 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
     other = [f.name for f in rest if f.name not in binary]
     own = {key, *images, *(path[0] for paths in fields.values() for path in paths)}
-    lacking = {field for field in FIELDS if not any(len(path) == 1 for path in fields[field])}
-    lacking = lacking - {"uid"} | ({"key"} if key is None and "uid" in lacking else set())
-    meant = dict(_may_be_meant(schema, {*own, *notes}, lacking))
+    meant = dict(_may_be_meant(file, {*own, *notes}, _lacking(file, key, fields)))
     notes = {n: NO_FIELD for n in binary if n not in own and n not in meant} | notes
     return Columns(
         image=images[0],
@@ -179,22 +182,59 @@ def _others(schema: pa.Schema, images: tuple[str, ...]) -> Iterator[tuple[str, s
 
 
 def _may_be_meant(
-    schema: pa.Schema, own: set[str | None], lacking: set[str]
+    file: pq.ParquetFile, own: set[str | None], lacking: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Columns and fields of them, beside the `own`, that may be one of the `lacking` by their
-    names, and which."""
-    for column in schema:
+    """Columns and what is within them, beside the `own`, that may be one of the `lacking` fields by
+    their names, and which."""
+    for column in file.schema_arrow:
         for path, kind in _within(column.name, column.type) if column.name != "json" else ():
-            name = path.rpartition(".")[2]
             for field in lacking - ({"key"} if path != column.name else set()):
-                meant = may_be(field, name) or name.lower() in FIELDS.get(field, ())
-                if meant and path not in own and _suits(field, kind):
+                if path not in own and _may_mean(field, path) and _suits(field, kind):
                     yield path, field
+        for path, value in _first_document(file, column) if lacking else ():
+            for field in lacking - {"key"}:
+                if _may_mean(field, path) and may_take(field, value):
+                    yield path, field
+
+
+def _may_mean(field: str, path: str) -> bool:
+    name = path.rpartition(".")[2]
+    return may_be(field, name) or name.lower() in FIELDS.get(field, ())
+
+
+def _first_document(file: pq.ParquetFile, column: pa.Field) -> Iterator[tuple[str, Any]]:
+    """Paths and values of a column of JSON in its first row."""
+    if column.name.lower() in DOCUMENTS and _is_text(column.type):
+        rows = next(file.iter_batches(1, columns=[column.name], use_threads=False), None)
+        document, _ = _document(rows.column(0)[0].as_py() if rows else None)
+        yield from ((f"{column.name}.{path}", value) for path, _, value in inner(document))
+
+
+def _lacking(
+    file: pq.ParquetFile, key: str | None, fields: dict[str, tuple[Path, ...]]
+) -> set[str]:
+    """Those of key, caption and label for which there is no column, or an empty one. A uid is a key
+    enough."""
+    named = {field: {path[0] for path in paths} - {"json"} for field, paths in fields.items()}
+    lacking = {f for f, names in named.items() if all(_is_empty(file, name) for name in names)}
+    return (lacking - {"uid"}) | ({"key"} if key is None and "uid" in lacking else set())
+
+
+def _is_empty(file: pq.ParquetFile, name: str) -> bool:
+    """Whether all values of a column are null, by the file's statistics."""
+    if pa.types.is_null(file.schema_arrow.field(name).type):
+        return True
+    places = (i for i in range(len(file.schema)) if file.schema.column(i).path == name)
+    if (place := next(places, None)) is None:
+        return False
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    parts = [group.column(place) for group in groups]
+    return all(c.statistics and c.statistics.null_count == c.num_values for c in parts)
 
 
 def _suits(field: str, kind: pa.DataType) -> bool:
     """Whether the field may be made of values of this type."""
-    if field == "caption" and pa.types.is_struct(kind):
+    if field == "caption" and (pa.types.is_struct(kind) or pa.types.is_map(kind)):
         return True  # of a conversation, say
     if field == "label" and (pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         return True
@@ -205,7 +245,9 @@ def _suits(field: str, kind: pa.DataType) -> bool:
 
 def _within(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     """A column and the fields within it, by path, with their types; of lists what they hold."""
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    types = pa.types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+    while any(test(kind) for test in lists):
         kind = kind.value_type
     yield path, kind
     if pa.types.is_struct(kind):

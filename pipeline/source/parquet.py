@@ -75,7 +75,10 @@ def notes_on_classes(
             "different lists of classes, so that one number means several: convert them into "
             "several DST, or cast ClassLabels to one (cast_column of Hugging Face's datasets)"
         ]
-    return [f"{len(names):,} classes by ClassLabel: {few(names)}" for names in named]
+    return [
+        f"{len(names):,} class{'es' * (len(names) != 1)} by ClassLabel: {few(names)}"
+        for names in named
+    ]
 
 
 def read_parquet(ref: ShardRef, digest: fs.Digest) -> Iterator[RawSample]:

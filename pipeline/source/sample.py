@@ -234,7 +234,7 @@ MEANT_IN_JSON = {
 }
 
 TAKES = {
-    "key": (key_of, "a text, not empty, or a whole number"),
+    "key": (key_of, "a whole number or a non-empty text"),
     "uid": (uid_of, "a text or a number"),
     "caption": (caption_of, "a text or a list of texts"),
     "label": (label_of, "the number of a class"),
@@ -270,7 +270,7 @@ def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...
         own = spelled(NAMES[field], top)
         found |= {n: not_taken(field, top[n]) for n in own if not is_null(top[n])}
         for path, name, value in inner(values) if field in ALIKE else ():
-            if path not in own and may_be(field, name) and _may_take(field, value):
+            if path not in own and may_be(field, name) and may_take(field, value):
                 found.setdefault(path, MEANT_IN_JSON[field])
     return tuple(found.items())
 
@@ -300,7 +300,7 @@ def may_be(field: str, name: str) -> bool:
     return any(not ends.isdisjoint((word, f"{word}s", f"{word}es")) for word in ALIKE[field])
 
 
-def _may_take(field: str, value: Any) -> bool:
+def may_take(field: str, value: Any) -> bool:
     """Whether a value, or the first of several, may be meant by a field: texts, also within what
     they belong to, and classes, also by their names."""
     first = value[0] if isinstance(value, list) and value else value

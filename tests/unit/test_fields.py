@@ -194,7 +194,7 @@ def test_a_key_of_another_type_stays(tmp_path: Path) -> None:
     (one, two) = samples_of(tmp_path, key=pa.array([[1], [1]]))
     assert (one.key, two.key) == ("p-00000000", "p-00000001")
     assert json.loads(one.metadata) == {"key": [1]}
-    assert one.unused == (("key", "[1] is not a text, not empty, or a whole number"),)
+    assert one.unused == (("key", "[1] is not a whole number or a non-empty text"),)
     (one, two) = samples_of(tmp_path, key=pa.array([b"a", b"\xff"]))
     assert (one.key, two.key) == ("a", "p-00000001")
     assert (one.members, two.members) == ((), (("key", b"\xff"),))

@@ -101,6 +101,10 @@ SCHEMAS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "an uid within the JSON": (JPG | {"json": '{"uid": "ab"}', "id": "0"}, {}),
     "only a url": (JPG | {"caption": "a", "url": "http://a/b.jpg"}, {}),
+    "JSON in a column of metadata": (
+        JPG | {"metadata": '{"caption": "a", "x": {"label": 3}, "id": 7}', "info": "some text"},
+        {"metadata.caption": "caption", "metadata.x.label": "label"},
+    ),
     "bytes": (JPG | {"image_id": b"ab", "caption": "a"}, {"image_id": "key"}),
 }  # fmt: skip
 
@@ -142,6 +146,15 @@ def test_columns_within_others(tmp_path: Path) -> None:
         **dict.fromkeys(("edit_prompt", "data.caption"), "caption"),
     }
     assert meant(sample_of(tmp_path, JPG | columns | {"label": 1, "caption": "a"})) == {}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.string()), pa.list_(pa.string(), 1), pa.list_view(pa.string())]
+)
+def test_lists(tmp_path: Path, kind: pa.DataType) -> None:
+    table = pa.table({"jpg": [IMAGE], "prompts": pa.array([["a"]], kind)})
+    (sample,) = read_all(write_parquet(tmp_path / "p.parquet", table))
+    assert meant(sample) == {"prompts": "caption"}
 
 
 def test_a_key_that_repeats_leaves_others_to_be_meant(tmp_path: Path) -> None:
@@ -199,6 +212,16 @@ def test_names_of_other_things_are_no_keys(name: str) -> None:
     assert not may_be("key", name)
 
 
+def test_columns_in_which_all_is_null_are_none(tmp_path: Path) -> None:
+    columns = {"caption": pa.array([None], pa.string()), "label": pa.nulls(1), "alt": ["a"]}
+    table = pa.table({"jpg": [IMAGE], **columns, "class_id": [3]})
+    (sample,) = read_all(write_parquet(tmp_path / "p.parquet", table))
+    assert meant(sample) == {"alt": "caption", "class_id": "label"}
+    some = pa.table({"jpg": [IMAGE] * 2, "caption": [None, "a"], "alt": ["b", "c"]})
+    for sample in read_all(write_parquet(tmp_path / "p.parquet", some)):
+        assert meant(sample) == {}
+
+
 def test_an_empty_key_or_uid_is_none(tmp_path: Path) -> None:
     rows = [JPG | {"key": key, "uid": uid} for key, uid in (("a", "x"), ("", ""), ("b", None))]
     path = write_parquet(tmp_path / "p.parquet", pa.Table.from_pylist(rows))
@@ -206,7 +229,7 @@ def test_an_empty_key_or_uid_is_none(tmp_path: Path) -> None:
     assert [(s.key, s.uid) for s in samples] == [("a", "x"), ("p-00000001", None), ("b", None)]
     assert [dict(s.unused) for s in samples] == [
         {},
-        {"key": "'' is not a text, not empty, or a whole number"}
+        {"key": "'' is not a whole number or a non-empty text"}
         | {"uid": "'' is not a text or a number"},
         {},
     ]
