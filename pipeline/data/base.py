@@ -161,6 +161,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         # next iteration begins, whether workers have begun since that was set, and which was last.
         self._shared = torch.zeros(6, dtype=torch.int64).share_memory_()
         self._in_order = 0  # the worker beside which all loaders were found to be in order
+        self._looks = 0  # iterators that were left after a batch of their epoch
         self._out = 0  # batches that the newest iterator of this process gave out of its epoch
         self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
         self._progress: dict[str, Any] | None = None
@@ -327,9 +328,10 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     def _note_workers(self, reader: Reader) -> None:
         """Note for other processes that DataLoader workers read, and say it when they, or this
         process, do so again from where they began. The first of them speaks for all; one batch is
-        only a look."""
+        only a look, but not a third time."""
         if get_worker_info() is None:
-            if self._out > 1 and self.shuffle:
+            self._looks += self._out == 1
+            if (self._out > 1 or self._looks > 2) and self.shuffle:
                 log.warning(
                     "epoch %d is read again, since its last iterator was left after %d batches: "
                     "call set_epoch before each epoch", self.epoch, self._out,
@@ -360,7 +362,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def _begin(self, start: Start) -> None:
         self._shared[:5] = torch.tensor([*start, 0])
-        self._out = 0
+        self._out = self._looks = 0
         self._progress = None
 
     def _start(self) -> Start:

@@ -27,6 +27,7 @@ LAUNCHERS = {
     "HOROVOD_SIZE": "HOROVOD_RANK",
     "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
     "FLUX_JOB_SIZE": "FLUX_TASK_RANK",
+    "LOCAL_WORLD_SIZE": "LOCAL_RANK",
 }
 """Variables that tell how many processes were started together, and which of them this is."""
 

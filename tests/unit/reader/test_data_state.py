@@ -173,6 +173,18 @@ def test_an_epoch_that_begins_again_is_told(dst: str, caplog: pytest.LogCaptureF
     assert caplog.text == ""
 
 
+def test_a_step_that_takes_the_first_batch_each_time_is_told(
+    dst: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = SplatDataset(dst, batch_size=4)
+    for _ in range(2):  # looks
+        next(iter(dataset))
+    assert caplog.text == ""
+    for _ in range(2):
+        next(iter(dataset))
+    assert "epoch 0 is read again, since its last iterator was left after 1" in caplog.text
+
+
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_after_the_last_step_nothing_of_the_epoch_is_left(dst: str, drop_last: bool) -> None:
     """Not for fewer ranks either, which could fill a step with what was dropped."""
