@@ -113,6 +113,8 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     fields, given, unused = _said(beside, image or "")
     document = fields.pop("json", None)
     inside = json_fields(document)
+    if inside.get("caption") and not (fields.get("caption") or "").strip():
+        fields.pop("caption", None)  # an empty `.txt`
     labels: dict[str, Any] = {
         "a member": fields.get("label"),
         "the JSON": inside.get("label"),
@@ -176,7 +178,7 @@ def _parse(field: str, data: bytes) -> tuple[dict[str, Any], str]:
         caption = caption_of(data)
         why = "it has zero bytes, so it is no text in UTF-8"
         if caption and lists_boxes(caption):
-            caption, why = None, "it lists boxes of objects, as YOLO does, and is no caption"
+            caption, why = None, "it lists boxes of objects, and is no caption"
         return ({}, why) if caption is None else ({"caption": caption}, "")
     if field == "label":
         label = label_of(data[:LABEL_BYTES])
@@ -192,6 +194,8 @@ def _parse(field: str, data: bytes) -> tuple[dict[str, Any], str]:
 
 
 REPLACED = "the caption has U+FFFD there: write texts in UTF-8"
+
+OTHER_CAPTION = "another caption is taken, see docs/sources.md for the order"
 
 LABEL_BYTES = 256
 """What is longer is no label."""
@@ -262,10 +266,13 @@ def spelled(names: Iterable[str], given: Iterable[str]) -> list[str]:
 
 
 def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Values of a sample's JSON that have a field's name, while `fields` lacks that; and those that
-    may be it by another name, or further within."""
+    """Values of a sample's JSON that have a field's name, while `fields` lacks that; those that may
+    be it by another name, or further within; and captions other than that which is taken."""
     found: dict[str, str] = {}
     top = values if isinstance(values, dict) else {}
+    if caption := (fields.get("caption") or "").strip():
+        others = ((n, caption_of(top[n]) or caption) for n in spelled(NAMES["caption"], top))
+        found |= {name: OTHER_CAPTION for name, other in others if other.strip() != caption}
     for field in (field for field in NAMES if fields.get(field) is None):
         own = spelled(NAMES[field], top)
         found |= {n: not_taken(field, top[n]) for n in own if not is_null(top[n])}

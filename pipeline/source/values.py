@@ -17,6 +17,8 @@ from typing import Any
 from uuid import UUID
 
 BOX = re.compile(r"[0-9]+( -?[0-9]*\.?[0-9]+(e-[0-9]+)?){4,}")
+NUMBER = re.compile(r"\s*-?[0-9]*\.?[0-9]+\s*")
+THREE_NUMBERS = re.compile(r"(?:[0-9.]+[,\s]+-?){3}")
 
 LABELS = 1 << 63
 """A label is a signed 64-bit integer."""
@@ -58,12 +60,19 @@ def not_utf8(value: Any) -> bool:
 
 
 def lists_boxes(text: str) -> bool:
-    """Whether a text is YOLO's, which has a line of numbers per object: its class, and a box or an
-    outline in shares of the picture."""
-    lines = (
-        [line.split() for line in text.splitlines() if line.strip()] if text[:1].isdigit() else []
-    )
-    return bool(lines) and all(map(BOX.fullmatch, map(" ".join, lines)))
+    """Whether a text lists objects, a line for each: numbers alone as YOLO has them (a class, a box
+    or an outline in shares of the picture), or four or more with a name (KITTI, DOTA, ICDAR)."""
+    if not THREE_NUMBERS.search(text[:256]):
+        return False
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return all(BOX.fullmatch(" ".join(line.split())) or _names_box(line) for line in lines)
+
+
+def _names_box(line: str) -> bool:
+    values = line.split(",") if "," in line else line.split()
+    numbers = sum(bool(NUMBER.fullmatch(value)) for value in values)
+    plain = ("," in line and ", " not in line) or any("." in value for value in values)
+    return plain and numbers >= 4 and len(values) - numbers in (1, 2)
 
 
 def label_of(value: Any) -> int | None:

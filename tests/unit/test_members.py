@@ -61,6 +61,11 @@ YOLO = [
     b"0 0.5 0.5 0.1 0.2\n3 0.1 .2 1 1e-05\n",
     b"15 0.1 0.1 0.9 0.1 0.9 0.9\r\n",
     b"7 0.512500 0.498611 0.975000 0.997222 0.93",
+    b"Car 0.00 0 -1.57 599.41 156.40 629.75 189.25 2.85 2.63 12.34 0.47 1.49 69.44 -1.56\n",
+    b"10.0 20.0 30.0 20.0 30.0 40.0 10.0 40.0 plane 0\n1.0 2.0 3.0 2.0 3.0 4.0 1.0 4.0 ship 1\n",
+    b"377,117,463,117,465,130,378,130,Genaxis Theatre\r\n374,155,409,155,409,170,374,170,###\n",
+    b"0\t0.5\t0.5\t0.1\t0.2\n\n",
+    b"car 0.5 0.5 0.2 0.1\n",
 ]
 
 
@@ -68,14 +73,34 @@ YOLO = [
 def test_boxes_are_no_caption(tmp_path: Path, data: bytes) -> None:
     sample = one(tmp_path, ("a.txt", data))
     assert (sample.caption, sample.error, sample.members) == (None, None, (("txt", data),))
-    why = "it lists boxes of objects, as YOLO does, and is no caption"
+    why = "it lists boxes of objects, and is no caption"
     assert sample.unused == ((".txt", why),)
 
 
-@pytest.mark.parametrize("data", [b"", b"3", b"1 2 3 4", b"0 1 2 3 4 go", b"1 2 3 4 5\na boat"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"3", b"1 2 3 4", b"0 1 2 3 4 go", b"1 2 3 4 5\na boat", b"v1.5 1 2 3"),
+        *(b"1, 2, 3, 4, 5, once I caught a fish alive", b"in 1914, 1915, 1916 and 1917"),
+    ],
+)
 def test_captions_with_numbers(tmp_path: Path, data: bytes) -> None:
     sample = one(tmp_path, ("a.txt", data))
     assert (sample.caption, sample.unused) == (data.decode(), ())
+
+
+def test_captions_of_the_json_beside_others(tmp_path: Path) -> None:
+    """An empty text goes behind the JSON; where both say something, the JSON's is told."""
+    for text in (b"", b" \n"):
+        sample = one(tmp_path, ("a.txt", text), ("a.json", b'{"caption": "real"}'))
+        assert (sample.caption, sample.unused) == ("real", ())
+    why = "another caption is taken, see docs/sources.md for the order"
+    sample = one(tmp_path, ("a.txt", b"one\n"), ("a.json", b'{"caption": "two", "text": "one"}'))
+    assert (sample.caption, sample.unused) == ("one\n", (("caption", why),))
+    sample = one(tmp_path, ("a.json", b'{"caption": "a", "text": "b", "captions": ["a"]}'))
+    assert (sample.caption, sample.unused) == ("a", (("text", why),))
+    sample = one(tmp_path, ("a.txt", b"a"), ("a.json", b'{"caption": null, "text": ""}'))
+    assert (sample.caption, sample.unused) == ("a", ())
 
 
 def test_captions_that_are_not_utf8_are_told(tmp_path: Path) -> None:
@@ -131,7 +156,7 @@ def test_the_same_twice_is_not_told(tmp_path: Path) -> None:
 
 def test_known_companions_are_not_told(tmp_path: Path) -> None:
     """What img2dataset and webdataset write."""
-    fields = b'{"caption": "b", "url": "x", "__url__": "a.tar", "status": "success", "uid": "u"}'
+    fields = b'{"caption": "a", "url": "x", "__url__": "a.tar", "status": "success", "uid": "u"}'
     sample = one(tmp_path, ("a.txt", b"a"), ("a.json", fields))
     assert (sample.caption, sample.uid, sample.unused) == ("a", "u", ())
 
