@@ -139,11 +139,12 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
-    key = next(iter(spelled(("__key__", "key"), schema.names)), None)
+    key, *further = spelled(("__key__", "key"), schema.names) or [None]
     notes = dict(_others(schema, images))
     if key and key != "__key__" and _repeats(file, key):
         notes[key] = "its values repeat, so rows are numbered"
         key = None
+    notes |= {name: f"the key is taken from {key}" for name in further if key}
     fields = {field: tuple(_paths(field, schema, images[0])) for field in FIELDS}
     rest = [f for f in schema if f.name != images[0]]
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]

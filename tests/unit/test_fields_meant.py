@@ -167,6 +167,11 @@ def test_a_key_that_repeats_leaves_others_to_be_meant(tmp_path: Path) -> None:
         }
 
 
+def test_a_second_key_is_told(tmp_path: Path) -> None:
+    sample = sample_of(tmp_path, JPG | {"key": "b", "__key__": "a"})
+    assert (sample.key, meant(sample)) == ("a", {"key": "the key is taken from __key__"})
+
+
 def test_a_json_that_is_cut_is_told(tmp_path: Path) -> None:
     sample = sample_of(tmp_path, JPG | {"json": '{"caption": "a', "__key__": "0"})
     assert sample.caption is None

@@ -74,6 +74,15 @@ def test_what_is_not_used_is_told_once_and_counted(capsys: Capsys) -> None:
     assert "x is not used: y (1 sample, such as k)\n" in err
     assert "  not used: .npy of 20 samples, x of 2 samples\n" in err
     assert summary["unused"] == {".npy": 20, "x": 2}
+    with Progress(refs, [], time.monotonic()) as progress:
+        unused = (
+            Unused("alt", "why", "k", 3),
+            Unused("id", "z", "k"),
+            Unused("prompt", "why", "k", 3),
+        )
+        progress.finished(refs[0], replace(done(refs[0]), unused=unused))
+    line = "shard 00000000: alt, prompt are not used: why (3 samples, such as k)\n"
+    assert line in capsys.readouterr().err  # one line for a reason
     many = {f"{i}.txt": 12 - i for i in range(12)}
     tell_summary(summary | {"left_out": {}, "unused": many}, progress, "out")
     line = "9.txt of 3 samples, ... (_run.json names all 12)\n"
