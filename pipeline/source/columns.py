@@ -139,12 +139,13 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise SourceError(f"{url} has several columns named {', '.join(twice)}; rename them")
-    key, *further = spelled(("__key__", "key"), schema.names) or [None]
+    keys = spelled(("__key__", "key"), schema.names)
+    key = keys[0] if keys else None
     notes = dict(_others(schema, images))
     if key and key != "__key__" and _repeats(file, key):
         notes[key] = "its values repeat, so rows are numbered"
         key = None
-    notes |= {name: f"the key is taken from {key}" for name in further if key}
+    notes |= {name: f"the key is taken from {key}" for name in keys[1:] if key}
     fields = {field: tuple(_paths(field, schema, images[0])) for field in FIELDS}
     rest = [f for f in schema if f.name != images[0]]
     binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]

@@ -1,4 +1,4 @@
-"""JPEG, PNG, WebP, AVIF and BMP files without what their pixels do not need.
+"""JPEG, PNG, WebP, AVIF, BMP and PPM files without what their pixels do not need.
 
 Texts, profiles, EXIF and the like are taken out before a decoder meets them: whatever is wrong with
 them, or too large, costs no picture. Of all that only the orientation is wanted. What Pillow would
@@ -301,3 +301,25 @@ def bare_bmp(image: bytes) -> Bare:
     if bits in (4, 8) and colors in (1, 2):  # Pillow takes black and white for 1 bit per pixel
         return Bare(image[:46] + bytes(4) + image[50:])
     return Bare(image)
+
+
+# PPM
+
+GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
+RAW_PPM = re.compile(rb"P[456]" + 2 * (GAP + rb"([0-9]{1,9})"))
+LARGEST = re.compile(GAP + rb"([0-9]{1,9})")
+
+
+def bare_ppm(image: bytes) -> Bare:
+    """The file itself, and whether another picture follows, as in a stream of ffmpeg's."""
+    if not (size := RAW_PPM.match(image)):
+        return Bare(image)
+    width, height, end = int(size[1]), int(size[2]), size.end()
+    bytes_per_row = -(-width // 8)
+    if image[1:2] != b"4":
+        if not (largest := LARGEST.match(image, end)):
+            return Bare(image)
+        bytes_per_row = width * (1 + (int(largest[1]) > 255)) * (3 if image[1:2] == b"6" else 1)
+        end = largest.end()
+    behind = image[end + 1 + height * bytes_per_row :][:16]
+    return Bare(image, animated=bool(re.match(rb"\s*P[1-7]\s", behind)))

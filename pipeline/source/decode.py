@@ -76,6 +76,7 @@ BARE: dict[str, Callable[[bytes], Bare]] = {
     "AVIF": containers.bare_avif,
     "BMP": containers.bare_bmp,
     "TIFF": bare_tiff,
+    "PPM": containers.bare_ppm,
 }
 
 DRAFT_FACTOR = 3

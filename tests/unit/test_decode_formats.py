@@ -296,6 +296,23 @@ def test_pfm_goes_up(scale: str, order: str) -> None:
     assert np.array_equal(pixels_of(image), grey[..., None].repeat(3, 2))
 
 
+@pytest.mark.parametrize("kind", ["P4", "P5", "P5 wide", "P6"])
+def test_streams_of_ppm_have_frames(kind: str) -> None:
+    """As ffmpeg writes them into one file; zeros and line ends behind a picture are none."""
+    magic = kind[:2].encode()
+    values = samples(3 if magic == b"P6" else 1, 1 if magic == b"P4" else 8)
+    body = np.packbits(values[..., 0], axis=1).tobytes() if magic == b"P4" else values.tobytes()
+    if kind == "P5 wide":
+        body = (values.astype(">u2") * 257).tobytes()
+    largest = {"P4": b"", "P5 wide": b"65535\n"}.get(kind, b"255\n")
+    image = magic + f"\n# one of them\n{SIDE} {SIDE}\n".encode() + largest + body
+    alone = pixels_of(image)
+    for behind in (b"\n", bytes(100), b"P", b"P6"):
+        assert np.array_equal(pixels_of(image + behind), alone)
+    for behind in (image, b"\n" + image):
+        assert picture_or_reason(image + behind) == "a.tif has more than one frame"
+
+
 # WebP and AVIF
 
 
