@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, float32, int64, njit, types, uint64
+from numba import extending, float32, int64, types, uint64
 from numpy.typing import NDArray
 
 from splatshard.pipeline.codec.layout import (
@@ -30,7 +30,7 @@ from splatshard.pipeline.codec.layout import (
     slant_table,
     token_tables,
 )
-from splatshard.pipeline.kernels.compiled import compiled
+from splatshard.pipeline.kernels.compiled import compiled, inner
 from splatshard.schemas.errors import CorruptShardError
 
 intrinsic: Callable[..., Any] = extending.intrinsic  # callers give no typing context
@@ -96,7 +96,7 @@ def log2_floor(typingctx, value):
     return types.int64(types.int64), codegen
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _word(data, begin, bit):
     """57 or more bits of `data` from bit `bit` after byte `begin`; zeros beyond its end."""
     byte = begin + (bit >> 3)
@@ -108,17 +108,17 @@ def _word(data, begin, bit):
     return word >> uint64(bit & 7)
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _take(word, shift, width):
     return int64((word >> uint64(shift)) & ((uint64(1) << uint64(width)) - uint64(1)))
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _clamp(width):
     return min(max(width, 0), MAX_WIDTH)
 
 
-@compiled(error_model="numpy")
+@compiled()
 def decode_planes(
     data, offsets, rows, counts, heights, widths, header, opponent, lookup, start, out, status
 ):
@@ -159,7 +159,7 @@ def decode_planes(
         )
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _decode_row(
     gap, c0, c1, c2, sizes, ratios, shears, bits, begin, end, header, square, opponent, lookup,
     curve, out
@@ -271,7 +271,7 @@ def _half(typingctx, low, high):
     return types.float32(types.uint8, types.uint8), codegen
 
 
-@compiled(error_model="numpy")
+@compiled()
 def decode_fp16(data, offsets, rows, counts, heights, widths, start, out):
     """As `decode_planes`, of payloads of 16 byte planes in `data`; 64 Gaussians at a time, so that
     what is written stays in the first cache."""

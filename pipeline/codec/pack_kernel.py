@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit, uint64
+from numba import uint64
 from numpy.typing import NDArray
 
 from splatshard.pipeline.codec.kernel import log2_floor
@@ -33,7 +33,7 @@ from splatshard.pipeline.codec.layout import (
     level_of,
     slant_table,
 )
-from splatshard.pipeline.kernels.compiled import compiled
+from splatshard.pipeline.kernels.compiled import compiled, inner
 from splatshard.pipeline.splats import Splats
 
 FIELDS = 9  # of a Gaussian in `bits`: of gap and colours the extra bits, then shape and place
@@ -75,7 +75,7 @@ def on_grid(splats: Splats, solved: Splats, step: torch.Tensor, height: int, wid
     return Codes(step, level, cell_log, torch.from_numpy(colors), **found, mask=splats.mask)
 
 
-@compiled(error_model="numpy")
+@compiled()
 def put_on_grid(
     means, cholesky, solved, tint, mask, step, level, cell_log, picture, opponent, slant,
     colors, cells,
@@ -110,7 +110,7 @@ def put_on_grid(
             cells[5, b, i], cells[6, b, i], cells[7, b, i] = wide, wide_x, wide_y
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _color_codes(cholesky, tint, mask, step, opponent, colors):
     """Fill in the codes of one image; its step, as `quantise.color_codes`."""
     n = len(mask)
@@ -137,12 +137,12 @@ def _color_codes(cholesky, tint, mask, step, opponent, colors):
     return step
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _clamp(width):
     return min(max(width, 0), MAX_WIDTH)
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _place(value, width, cells):
     """As `quantise.place`; something in range for a NaN as well."""
     lowest, highest = cells[0] << width, (cells[1] + 1 << width) - 1
@@ -173,7 +173,7 @@ def encode(codes: Codes) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[
     return symbols, bits, sizes
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _token(code):
     """Token, extra bits and their width, as `layout.tokens`."""
     if -DIRECT <= code < DIRECT:
@@ -185,21 +185,21 @@ def _token(code):
     return token, magnitude & ((1 << width) - 1), width
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _class(k1, k2, k3):
     """As `layout.class_of`, of codes: their extra bits do not count."""
     base1, base2, base3 = k1 - _extra(k1), k2 - _extra(k2), k3 - _extra(k3)
     return log2_floor(base1 * base1 + base2 * base2 + base3 * base3 | 1) >> 1
 
 
-@njit(inline="always")
+@inner(forceinline=True)
 def _extra(code):
     """What the extra bits add to a code: signed."""
     _, extra, _ = _token(code)
     return extra if code > 0 else -extra
 
 
-@compiled(error_model="numpy")
+@compiled()
 def encode_planes(level, colors, cells, widths, mask, curve, symbols, bits, sizes):
     """See `encode`; `cells` and `widths` [B, N] in the order of `Codes`, `curve` is `places()`."""
     size, ratio, shear, x, y = cells
@@ -249,7 +249,7 @@ def encode_planes(level, colors, cells, widths, mask, curve, symbols, bits, size
         sizes[b] = at
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _sort(order, place):
     """Put the indices `order` in the order of place[index]; equal places keep theirs."""
     other = np.empty_like(order)
@@ -263,4 +263,5 @@ def _sort(order, place):
             digit = place[i] >> shift & ((1 << DIGIT) - 1)
             other[start[digit]] = i
             start[digit] += 1
-        order[:] = other
+        for j in range(len(order)):
+            order[j] = other[j]

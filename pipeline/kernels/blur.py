@@ -56,7 +56,8 @@ def _blur(image, half, blurred):
         for y in range(height):
             source, row = image[p, y], rows[y]
             line[:margin] = source[0]
-            line[margin : margin + width] = source
+            for x in range(width):
+                line[margin + x] = source[x]
             line[margin + width :] = source[width - 1]
             for x in range(width):
                 row[x] = half[0] * source[x]

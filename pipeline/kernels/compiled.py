@@ -14,18 +14,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
-
 NO_PLACE = "no locator available"
 """What numba says then, in all of its versions."""
 
 
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: `numba.njit` that lets go of Python's lock and keeps what it compiled."""
+KERNELS: list[Any] = []
+"""All of those that are imported."""
+
+
+def inner(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator, of what only kernels call: it is kept within them, and has no entry for Python,
+    which takes as long to compile."""
+    import numba
+
+    without = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(error_model="numpy", **without, **options)
+
+
+def compiled() -> Callable[[Callable[..., Any]], Any]:
+    """A decorator, of what Python calls: `numba.njit` that lets go of Python's lock and keeps what
+    it compiled.
+
+    A kernel is always called with the same types: processes that compile it at the same time may
+    each give the number 1 to the first they meet, and load one in place of the other afterwards.
+    """
+    options = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
     def compile_later(function: Callable[..., Any]) -> Any:
+        kernel = with_cache(function)
+        KERNELS.append(kernel)
+        return kernel
+
+    def with_cache(function: Callable[..., Any]) -> Any:
+        import numba
+
         try:
-            return numba.njit(cache=True, nogil=True, **options)(function)
+            return numba.njit(cache=True, **options)(function)
         except RuntimeError as error:
             if NO_PLACE not in str(error):
                 raise
@@ -33,7 +57,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         if folder:
             os.environ["NUMBA_CACHE_DIR"] = str(folder)  # processes that this one starts take it
             numba.config.CACHE_DIR = str(folder)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
-        return numba.njit(cache=folder is not None, nogil=True, **options)(function)
+        return numba.njit(cache=folder is not None, **options)(function)
 
     return compile_later
 

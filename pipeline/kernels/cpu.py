@@ -33,11 +33,10 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from splatshard.pipeline.kernels.backend import LossAndGrad
-from splatshard.pipeline.kernels.compiled import compiled
+from splatshard.pipeline.kernels.compiled import compiled, inner
 from splatshard.pipeline.kernels.simd import (
     LANES,
     ceiling,
@@ -65,6 +64,8 @@ RIM = f32(1e-3)
 """Pixels by which a row's window is widened: `limit` decides on the rim, not the rounded window."""
 POWER = LOG2_E * f32(-0.5)
 """Over q, the weight's power of two."""
+ALL, TOP = f32(1), f32(0)
+"""Squeeze and phase of a picture with all of its rows."""
 FIRST, LAST, START, LIMIT, BASE = range(5)
 """Rows of the scratch array: first and last pixel, t at the first pixel, largest t^2, power of two
 of the row's weight."""
@@ -95,8 +96,7 @@ class _Render(torch.autograd.Function):
     def forward(ctx, means, cholesky, colors, mask, height, width, cutoff):
         arrays = arrays_of(Splats(means, cholesky, colors, mask))
         picture = padded_picture(len(means), height, width)
-        for inputs, image in zip(zip(*arrays, strict=True), picture, strict=True):
-            add_gaussians(*inputs, 1, 0, width, cutoff, image)
+        _draw(*arrays, width, cutoff, picture)
         ctx.save_for_backward(means, cholesky, colors, mask)
         ctx.cutoff = cutoff
         return torch.from_numpy(np.ascontiguousarray(picture[..., :width]))
@@ -111,7 +111,7 @@ class _Render(torch.autograd.Function):
         for inputs, image, outputs in zip(
             zip(*arrays, strict=True), picture, zip(*gradients, strict=True), strict=True
         ):
-            _gradients(*inputs, width, ctx.cutoff, image, f32(1), *outputs)
+            _gradients(*inputs, width, f32(ctx.cutoff), image, f32(1), *outputs)
         return (*map(torch.from_numpy, gradients), None, None, None, None)
 
 
@@ -133,16 +133,27 @@ def padded_picture(batch: int, height: int, width: int) -> np.ndarray:
     return np.zeros((batch, 3, height, width + LANES), f32)
 
 
-@compiled(error_model="numpy")
+@compiled()
+def _draw(means, cholesky, colors, mask, width, cutoff, picture):
+    """Each image of a batch into its own padded picture."""
+    cutoff = f32(cutoff)
+    for b in range(len(means)):
+        add_gaussians(
+            means[b], cholesky[b], colors[b], mask[b], ALL, TOP, width, cutoff, picture[b]
+        )
+
+
+@compiled()
 def _loss_and_grad(
     means, cholesky, colors, mask, target, cutoff, picture, g_means, g_cholesky, g_colors, loss
 ):
     """All images of a batch through one picture buffer, which stays in the L2 cache."""
     height, width = target.shape[2:]
+    cutoff = f32(cutoff)
     size = f32(3 * height * width)
     for b in range(len(means)):
-        picture[:, :, :width] = -target[b]
-        add_gaussians(means[b], cholesky[b], colors[b], mask[b], 1, 0, width, cutoff, picture)
+        subtract_rows(target[b], 1, 0, width, picture)
+        add_gaussians(means[b], cholesky[b], colors[b], mask[b], ALL, TOP, width, cutoff, picture)
         picture[:, :, width:] = f32(0)
         loss[b] = sum_of_squares(picture.reshape(-1)) / size
         _gradients(
@@ -151,7 +162,18 @@ def _loss_and_grad(
         )  # fmt: skip
 
 
-@njit(forceinline=True)
+@inner(forceinline=True)
+def subtract_rows(target, stride, phase, width, picture):
+    """Minus the rows `phase`, `phase` + `stride`, ... of `target` [3, H, W] into `picture`; element
+    by element, since numba compiles for seconds what says that slices do not fit."""
+    for channel in range(3):
+        for row in range(picture.shape[1]):
+            source, line = target[channel, phase + stride * row], picture[channel, row]
+            for x in range(width):
+                line[x] = -source[x]
+
+
+@inner(forceinline=True)
 def exp2(x):
     """2^x for x from -126 to 127, to two roundings; anything elsewhere: what lies inside a cutoff
     ellipse is above 2^-27.
@@ -169,7 +191,7 @@ def exp2(x):
     return times_power_of_two(p, shifted)
 
 
-@njit(forceinline=True)
+@inner(forceinline=True)
 def row_window(mean_y, sy, cutoff, height):
     """First row and one past the last that the cutoff ellipse can reach; (0, 0) where there is
     none."""
@@ -182,7 +204,7 @@ def row_window(mean_y, sy, cutoff, height):
     return first, last + 1
 
 
-@njit(forceinline=True)
+@inner(forceinline=True)
 def row_table(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
     """Fill `scratch` for `count` rows starting dy0 below the mean. inv_syy = 1/sy^2, var = sx^2."""
     for r in range(0, count, LANES):
@@ -203,21 +225,19 @@ def row_table(dy0, count, mean_x, inv_syy, var, slope, cutoff, width, scratch):
         store(scratch[BASE], r, q * splat(POWER))
 
 
-@compiled(error_model="numpy")
-def add_gaussians(means, cholesky, colors, mask, stride, phase, width, cutoff, picture):
+@inner()
+def add_gaussians(means, cholesky, colors, mask, squeeze, phase, width, cutoff, picture):
     """Add every Gaussian to `picture` [3, rows, width + LANES], which is the rows `phase`,
-    `phase` + `stride`, ... of an image; the last LANES columns are overrun."""
+    `phase` + 1 / `squeeze`, ... of an image; the last LANES columns are overrun."""
     height, pitch = picture.shape[1:]
     plane = height * pitch
     pixels = picture.reshape(-1)
-    cutoff = f32(cutoff)
-    squeeze = f32(1) / f32(stride)
     scratch = np.empty((5, height + LANES), f32)
     for i in range(len(means)):
         l11, l21, l22 = cholesky[i, 0], cholesky[i, 1] * squeeze, cholesky[i, 2] * squeeze
         if not (mask[i] and l11 > 0 and l22 > 0):
             continue
-        mean_y = (means[i, 1] - HALF - f32(phase)) * squeeze + HALF
+        mean_y = (means[i, 1] - HALF - phase) * squeeze + HALF
         syy = l21 * l21 + l22 * l22
         var = l11 * l11 * (l22 * l22 / syy)
         y0, y1 = row_window(mean_y, math.sqrt(syy), cutoff, height)
@@ -242,7 +262,7 @@ def add_gaussians(means, cholesky, colors, mask, stride, phase, width, cutoff, p
                 t = t + splat(f32(LANES))
 
 
-@compiled(error_model="numpy")
+@inner()
 def gradient_sums(
     mean_x, mean_y, l11, l21, l22, red, green, blue, width, cutoff, height, pitch, pixels, scratch
 ):
@@ -299,7 +319,7 @@ def gradient_sums(
     )
 
 
-@njit(forceinline=True)
+@inner(forceinline=True)
 def unwhitened(l11, l21, l22, z1, z2, z11, z21, z22):
     """`gradient_sums` as gradients of mean and factor: L^-T z and lower(L^-T zz^T)."""
     return (
@@ -311,7 +331,7 @@ def unwhitened(l11, l21, l22, z1, z2, z11, z21, z22):
     )
 
 
-@compiled(error_model="numpy")
+@compiled()
 def _gradients(
     means, cholesky, colors, mask, width, cutoff, picture, scale, g_means, g_cholesky, g_colors
 ):
@@ -319,7 +339,6 @@ def _gradients(
     zero)."""
     height, pitch = picture.shape[1:]
     pixels = picture.reshape(-1)
-    cutoff = f32(cutoff)
     scratch = np.empty((5, height + LANES), f32)
     for i in range(len(means)):
         l11, l21, l22 = cholesky[i, 0], cholesky[i, 1], cholesky[i, 2]
@@ -335,7 +354,7 @@ def _gradients(
         g_colors[i, 0], g_colors[i, 1], g_colors[i, 2] = scale * r, scale * g, scale * b
 
 
-@compiled(error_model="numpy")
+@inner()
 def sum_of_squares(values):
     """Sum of squares of a float32 array whose length is any; vector lanes, then the tail."""
     whole = len(values) // LANES * LANES

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splatshard.pipeline.kernels.compiled import compiled
+from splatshard.pipeline.kernels.compiled import compiled, inner
 from splatshard.pipeline.kernels.cpu import (
+    ALL,
     BASE,
     FIRST,
     HALF,
@@ -18,6 +19,7 @@ from splatshard.pipeline.kernels.cpu import (
     LIMIT,
     POWER,
     START,
+    TOP,
     add_gaussians,
     arrays_of,
     exp2,
@@ -25,6 +27,7 @@ from splatshard.pipeline.kernels.cpu import (
     padded_picture,
     row_table,
     row_window,
+    subtract_rows,
     sum_of_squares,
 )
 from splatshard.pipeline.kernels.simd import (
@@ -66,17 +69,20 @@ def color_sums(splats: Splats, target: Tensor, cutoff: float = 3.0) -> tuple[Ten
     return torch.from_numpy(error), torch.from_numpy(sums)
 
 
-@compiled(error_model="numpy")
+@compiled()
 def _squared_errors(means, cholesky, colors, mask, target, behind, cutoff, picture, errors):
     """Errors float64 [2, B]: of the sum clamped to 0..1 as `target` is, and of the sum itself."""
     height, width = target.shape[2:]
-    whole = width // LANES * LANES
+    whole, cutoff = width // LANES * LANES, f32(cutoff)
     zero, one = splat(f32(0)), splat(f32(1))
     for b in range(len(means)):
         picture[:] = f32(0)
         if len(behind):
-            picture[:, :, :width] = behind[b]
-        add_gaussians(means[b], cholesky[b], colors[b], mask[b], 1, 0, width, cutoff, picture)
+            for c in range(3):
+                for y in range(height):
+                    for x in range(width):
+                        picture[c, y, x] = behind[b, c, y, x]
+        add_gaussians(means[b], cholesky[b], colors[b], mask[b], ALL, TOP, width, cutoff, picture)
         shown, summed = 0.0, 0.0
         for c in range(3):
             for y in range(height):
@@ -99,24 +105,23 @@ def _squared_errors(means, cholesky, colors, mask, target, behind, cutoff, pictu
         errors[1, b] = summed
 
 
-@compiled(error_model="numpy")
+@compiled()
 def _color_sums(means, cholesky, colors, mask, target, cutoff, picture, sums, error):
-    width = target.shape[3]
+    width, cutoff = target.shape[3], f32(cutoff)
     for b in range(len(means)):
-        picture[:, :, :width] = -target[b]
-        add_gaussians(means[b], cholesky[b], colors[b], mask[b], 1, 0, width, cutoff, picture)
+        subtract_rows(target[b], 1, 0, width, picture)
+        add_gaussians(means[b], cholesky[b], colors[b], mask[b], ALL, TOP, width, cutoff, picture)
         picture[:, :, width:] = f32(0)
         error[b] = sum_of_squares(picture.reshape(-1))
         _weighted_sums(means[b], cholesky[b], mask[b], width, cutoff, picture, sums[b])
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _weighted_sums(means, cholesky, mask, width, cutoff, picture, sums):
     """As `cpu.gradient_sums`, of the colours alone, and the squared weights inside the picture."""
     height, pitch = picture.shape[1:]
     plane = height * pitch
     pixels = picture.reshape(-1)
-    cutoff = f32(cutoff)
     scratch = np.empty((5, height + LANES), f32)
     zero, edge = splat(f32(0)), splat(f32(width - 1))
     for i in range(len(means)):

@@ -10,10 +10,9 @@ took a third of a fit's time.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
-from splatshard.pipeline.kernels.compiled import compiled
+from splatshard.pipeline.kernels.compiled import compiled, inner
 from splatshard.pipeline.kernels.cpu import (
     HALF,
     LOG2_E,
@@ -21,6 +20,7 @@ from splatshard.pipeline.kernels.cpu import (
     exp2,
     f32,
     gradient_sums,
+    subtract_rows,
     unwhitened,
 )
 from splatshard.pipeline.kernels.simd import LANES, divide, fma, load, splat, square_root, store
@@ -62,7 +62,7 @@ class FusedStep:
         return splats
 
 
-@compiled(error_model="numpy")
+@compiled()
 def _step(
     means, cholesky, colors, mask, moment1, moment2, target, stride, phase, cutoff, rows,
     rates, l1_colors, beta1, beta2, correction2, box, whitened,
@@ -70,32 +70,30 @@ def _step(
     """All images of a batch through one buffer `rows`, which is a picture of a stride's rows."""
     height, width = target.shape[2:]
     count = (height - phase + stride - 1) // stride
+    cutoff, squeeze, first = f32(cutoff), f32(1) / f32(stride), f32(phase)
     pitch = width + LANES
     picture = rows[: 3 * count * pitch].reshape((3, count, pitch))
     for b in range(len(means)):
-        for channel in range(3):
-            for row in range(count):
-                picture[channel, row, :width] = -target[b, channel, phase + stride * row]
+        subtract_rows(target[b], stride, phase, width, picture)
         add_gaussians(
-            means[b], cholesky[b], colors[b], mask[b], stride, phase, width, cutoff, picture
+            means[b], cholesky[b], colors[b], mask[b], squeeze, first, width, cutoff, picture
         )
         picture[:, :, width:] = f32(0)
         _update(
-            means[b], cholesky[b], colors[b], mask[b], moment1[b], moment2[b], stride, phase,
+            means[b], cholesky[b], colors[b], mask[b], moment1[b], moment2[b], squeeze, first,
             width, cutoff, picture, f32(2) / f32(3 * count * width), rates, l1_colors,
             f32(1) - beta1, f32(1) - beta2, correction2, box, whitened,
         )  # fmt: skip
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _update(
-    means, cholesky, colors, mask, moment1, moment2, stride, phase, width, cutoff, picture, scale,
+    means, cholesky, colors, mask, moment1, moment2, squeeze, phase, width, cutoff, picture, scale,
     rates, l1_colors, gain1, gain2, correction2, box, whitened,
 ):  # fmt: skip
     """Adam for one image, whose residual `picture` is (its padding zero); `gain` is 1 - beta."""
     height, pitch = picture.shape[1:]
     pixels = picture.reshape(-1)
-    squeeze = f32(1) / f32(stride)
     scratch = np.empty((5, height + LANES), f32)
     eight = np.empty(LANES, f32)
     for i in range(len(means)):
@@ -106,7 +104,7 @@ def _update(
         r, g, b = colors[i, 0], colors[i, 1], colors[i, 2]
         near21, near22 = l21 * squeeze, l22 * squeeze
         dx, dy, t11, t21, t22, dr, dg, db = gradient_sums(
-            x, (y - HALF - f32(phase)) * squeeze + HALF, l11, near21, near22, r, g, b,
+            x, (y - HALF - phase) * squeeze + HALF, l11, near21, near22, r, g, b,
             width, cutoff, height, pitch, pixels, scratch,
         )  # fmt: skip
         if not whitened:
@@ -133,7 +131,7 @@ def _update(
         cholesky[i, 2] = _within(l22, -box[4], box[4])
 
 
-@njit(forceinline=True)
+@inner(inline="always")
 def _adam(eight, moment1, moment2, rates, gain1, gain2, correction2):
     """`eight` gradients of a Gaussian to what Adam subtracts, in place."""
     gradient = load(eight, 0)
@@ -147,7 +145,7 @@ def _adam(eight, moment1, moment2, rates, gain1, gain2, correction2):
     store(eight, 0, divide(first * load(rates, 0), root))
 
 
-@njit(forceinline=True)
+@inner(inline="always")
 def _within(x, low, high):
     """NaN stays NaN."""
     if x < low:
@@ -155,6 +153,6 @@ def _within(x, low, high):
     return high if x > high else x
 
 
-@njit(forceinline=True)
+@inner(inline="always")
 def _sign(x):
     return f32(1) if x > 0 else (f32(-1) if x < 0 else f32(0))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splatshard.pipeline.kernels.compiled import compiled
+from splatshard.pipeline.kernels.compiled import compiled, inner
 from splatshard.pipeline.kernels.cpu import exp2, f32
 from splatshard.pipeline.kernels.cpu_errors import color_sums
 from splatshard.pipeline.kernels.simd import (
@@ -78,12 +78,13 @@ def color_change(
     return torch.from_numpy(change), error.double() - torch.from_numpy(gain), sums[..., 3]
 
 
-@compiled(error_model="numpy")
+@compiled()
 def _color_change(means, cholesky, order, counts, sums, change, gain):
     """In units of each Gaussian's norm, so that the diagonal is 1."""
     for b in range(len(means)):
         kept = order[b, : counts[b]]
-        shape = np.zeros((9, len(kept) + LANES), f32)
+        shape = np.empty((9, len(kept) + LANES), f32)
+        shape[:, len(kept) :] = f32(0)
         _describe(means[b], cholesky[b], kept, sums[b], shape)
         ends, other, cosines = _pairs(shape, len(kept))
         residual = np.empty((len(kept), 3))
@@ -98,7 +99,7 @@ def _color_change(means, cholesky, order, counts, sums, change, gain):
                 gain[b] -= step * sums[b, kept[i], k]
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _describe(means, cholesky, kept, sums, shape):
     for i in range(len(kept)):
         y = means[kept[i], 1]
@@ -111,17 +112,16 @@ def _describe(means, cholesky, kept, sums, shape):
         shape[TOP, i], shape[BOTTOM, i] = y - reach, y + reach
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _pairs(shape, n):
     """Of each Gaussian those after it that it overlaps: where they end, their numbers, cosines."""
-    ends = np.zeros(n, np.int64)
+    ends = np.empty(n, np.int64)
     other, cosines = np.empty(16 * n, np.int32), np.empty(16 * n, f32)
     near, found = np.empty(n + LANES, np.int32), np.empty((ROOT + 1, n + LANES), f32)
     size = np.empty(n + LANES, f32)
     total = 0
     for i in range(n):
-        last = np.searchsorted(shape[TOP, :n], shape[BOTTOM, i], side="right")
-        count = _near(shape, i, last, near, found)
+        count = _near(shape, i, _reached(shape, i, n), near, found)
         count = min(_overlapping(shape, i, count, near, found, size), MOST_PAIRS * n - total)
         if total + count > len(other):
             other = np.concatenate((other, np.empty(len(other) + count, np.int32)))
@@ -134,7 +134,20 @@ def _pairs(shape, n):
     return ends, other, cosines
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
+def _reached(shape, i, n):
+    """How many of the Gaussians begin above where i ends, by bisection: they are sorted by that."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high) // 2
+        if shape[TOP, middle] <= shape[BOTTOM, i]:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@inner(inline="always")
 def _near(shape, i, last, near, found):
     """Those of the Gaussians after i, before `last`, that may reach it: their numbers, and their
     columns of `shape` side by side; how many."""
@@ -158,7 +171,7 @@ def _near(shape, i, last, near, found):
     return count
 
 
-@compiled(error_model="numpy")
+@inner(inline="always")
 def _overlapping(shape, i, count, near, found, size):
     """Keep those of `near` that i overlaps, and give the cosines; how many."""
     x, y = splat(shape[X, i]), splat(shape[Y, i])
@@ -181,10 +194,11 @@ def _overlapping(shape, i, count, near, found, size):
     return kept
 
 
-@compiled(error_model="numpy", fastmath={"reassoc", "contract"})
+@inner(fastmath={"reassoc", "contract"})
 def _solve(ends, other, cosines, residual):
     """Conjugate gradients from zero; `residual` [N, 3] is used up."""
-    found, direction, applied = np.zeros_like(residual), residual.copy(), np.empty_like(residual)
+    found, direction, applied = residual.copy(), residual.copy(), residual.copy()
+    found[:] = 0.0
     left, way, to = residual.reshape(-1), direction.reshape(-1), applied.reshape(-1)
     place, energy = found.reshape(-1), 0.0
     for i in range(len(left)):
@@ -209,7 +223,7 @@ def _solve(ends, other, cosines, residual):
     return found
 
 
-@compiled(error_model="numpy")
+@inner()
 def _add_overlaps(ends, other, cosines, direction, applied):
     begin = 0
     for i in range(len(ends)):

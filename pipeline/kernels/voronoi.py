@@ -28,7 +28,7 @@ def centroids(means: Tensor, rho: Tensor) -> Tensor:
     return torch.from_numpy(moved)
 
 
-@compiled(error_model="numpy")
+@compiled()
 def _centroids(means, rho, moved):
     height, width = rho.shape
     half = np.float32(0.5)
