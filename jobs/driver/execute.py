@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from splatshard.jobs.cli.command import EXIT_FAILED_SHARDS, EXIT_OK, Interrupted
@@ -82,10 +83,12 @@ def drive(
 ) -> int:
     """Start Ray, convert what is left to do; returns the number of workers."""
     from splatshard.jobs.driver.driver import Driver
-    from splatshard.jobs.driver.session import ray_session, submission_id
+    from splatshard.jobs.driver.session import is_own, ray_session, submission_id
+    from splatshard.pipeline.compile_ahead import compiled_ahead
     from splatshard.pipeline.shards.commit import clean_attempts
 
-    with ray_session(options.workers), StopSignals() as signals:
+    ahead = compiled_ahead(config) if is_own() else nullcontext()
+    with ahead, ray_session(options.workers), StopSignals() as signals:
         driver = Driver(
             plan,
             config,

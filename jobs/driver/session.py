@@ -17,9 +17,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray import _raylet
+from ray._private.node import Node
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
@@ -41,16 +43,20 @@ def ray_session(workers: Workers) -> Iterator[None]:
     cannot be joined or started."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = os.environ.get("RAY_ADDRESS", "")
-    if ray.is_initialized():
-        session = nullcontext()
-    elif address not in ("", "local"):
-        session = joined(address)
-    else:
+    if is_own():
         session = started(workers)
+    elif ray.is_initialized():
+        session = nullcontext()
+    else:
+        session = joined(os.environ["RAY_ADDRESS"])
     # standard output is where Ray's threads would print that a worker died
     with session, redirect_stdout(sys.stderr):
         yield
+
+
+def is_own() -> bool:
+    """Whether `ray_session` starts a Ray of its own, on this machine."""
+    return not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
 def submission_id() -> str:
@@ -74,14 +80,15 @@ def started(workers: Workers) -> Iterator[None]:
     token = os.environ.get(TOKEN) or secrets.token_hex(32)
     with authentication({TOKEN: token}), short_folder() as folder:
         try:
-            context: Any = ray.init(
-                address="local",
-                num_cpus=workers if isinstance(workers, int) else len(os.sched_getaffinity(0)),
-                include_dashboard=False,
-                object_store_memory=100 * 2**20,  # only small records pass through it
-                _temp_dir=folder,
-                **_logging(),
-            )
+            with only_what_converts():
+                context: Any = ray.init(
+                    address="local",
+                    num_cpus=workers if isinstance(workers, int) else len(os.sched_getaffinity(0)),
+                    include_dashboard=False,
+                    object_store_memory=100 * 2**20,  # only small records pass through it
+                    _temp_dir=folder,
+                    **_logging(),
+                )
         except Exception as e:  # Ray raises just that
             raise BackendError(f"Ray cannot start: {why(e)}") from e
         try:
@@ -89,6 +96,26 @@ def started(workers: Workers) -> Iterator[None]:
                 yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def only_what_converts() -> Iterator[None]:
+    """Ray starts neither an autoscaler nor, without --debug, a reader of logs, nor the dashboard's
+    process, which `include_dashboard=False` only empties: they take a second to start and one to
+    stop, and do nothing on one machine."""
+
+    def start_no_dashboard(node: Any, **_: Any) -> None:
+        node._webui_url = ""
+
+    instead: dict[str, Any] = {
+        "start_monitor": lambda _: None,
+        "start_log_monitor": lambda _: None,
+        "start_api_server": start_no_dashboard,
+    }
+    if debugging():
+        del instead["start_log_monitor"]
+    with patch.multiple(Node, **instead):
+        yield
 
 
 @contextmanager

@@ -175,6 +175,7 @@ class FitActor:
         import ray
         import torch
 
+        from splatshard.pipeline.compile_ahead import await_compiled
         from splatshard.pipeline.kernels.select import select_backend
         from splatshard.pipeline.storage.fs import use_options
 
@@ -187,6 +188,7 @@ class FitActor:
             return Started(error=str(e), node=node, pid=os.getpid())
         if self._backend.device.type != "cpu":
             self._slots = threading.Semaphore(IN_FLIGHT)
+        await_compiled()
         self._timer = StageTimer()  # shares of time count from here
         self._loading = False
         return Started(backend=self._backend.name, node=node, pid=os.getpid())

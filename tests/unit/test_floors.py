@@ -29,7 +29,7 @@ FLOORS = [  # rooms of one floor do not know each other; a room is a folder, or 
     ("pipeline/models",),
     ("pipeline/train",),
     ("pipeline/fitting",),
-    ("pipeline/convert",),
+    ("pipeline/convert", "pipeline/compile_ahead"),
     ("pipeline/embed", "pipeline/evaluation"),
     ("jobs/cli",),
     ("jobs/destination",),

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import socket
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray._private.worker
+from ray._private.node import Node
 
 from splatshard.jobs.driver import cluster, session
 from splatshard.jobs.driver.cluster import HEAD_S, check_alive
@@ -18,6 +20,7 @@ from splatshard.jobs.driver.session import (
     TOKEN,
     authentication,
     mode_of,
+    only_what_converts,
     ray_session,
     short_folder,
     submission_id,
@@ -33,6 +36,21 @@ def bare(monkeypatch: MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", MODE, TOKEN):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+
+
+def test_what_does_nothing_on_one_machine_is_not_started(monkeypatch: MonkeyPatch) -> None:
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    before = [getattr(Node, name) for name in names]
+    node: Any = SimpleNamespace()
+    with only_what_converts():
+        Node.start_monitor(node)
+        Node.start_log_monitor(node)
+        Node.start_api_server(node, include_dashboard=False, raise_on_failure=False)
+    assert vars(node) == {"_webui_url": ""}
+    monkeypatch.setenv("SPLATSHARD_DEBUG", "1")
+    with only_what_converts():
+        assert Node.start_log_monitor is before[1]
+    assert [getattr(Node, name) for name in names] == before
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
