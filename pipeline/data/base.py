@@ -39,7 +39,7 @@ from splatshard.pipeline.data.epoch_order import (
     shares,
 )
 from splatshard.pipeline.data.filters import Filter, checked_filter
-from splatshard.pipeline.data.loaders import in_any_order
+from splatshard.pipeline.data.loaders import check_divided_once, in_any_order
 from splatshard.pipeline.data.place import Place, doubts, place_of
 from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
 from splatshard.pipeline.data.windows import Choice, Loader
@@ -346,6 +346,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def _note_place(self, start: Start, reader: Reader) -> None:
         """Say once a run, where it begins, that other processes may read the same."""
+        check_divided_once(self, self.place.world_size)
         said = doubts(self.place) if self._given == (None, None) else ""
         if said and reader.worker == start.epoch == start.samples == 0:
             log.warning("%s", said)

@@ -1,4 +1,4 @@
-"""Which DataLoaders hand out a dataset's batches, as seen from the dataset.
+"""Who hands out a dataset's batches, as seen from the dataset: DataLoaders, and accelerate.
 
 A DataLoader tells its dataset nothing of how it was made. So it is looked for among the objects
 that refer to the dataset: the garbage collector knows them.
@@ -7,10 +7,13 @@ that refer to the dataset: the garbage collector knows them.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+
+from splatshard.schemas.errors import UsageError
 
 
 def in_any_order(dataset: Dataset[Any]) -> bool:
@@ -25,6 +28,33 @@ def in_any_order(dataset: Dataset[Any]) -> bool:
         if isinstance(wrapper, Dataset) and wrapper is not dataset and in_any_order(wrapper):
             return True
     return False
+
+
+def check_divided_once(dataset: Dataset[Any], world_size: int) -> None:
+    """Raises UsageError where accelerate divides once more what `dataset` divides among ranks: by
+    its default rank 0 alone would read its part, and all others get some of that."""
+    if world_size == 1 or "accelerate" not in sys.modules:
+        return
+    found = _owned_by(dataset, ("DataLoaderDispatcher", "IterableDatasetShard"), depth=3)
+    if found:
+        raise UsageError(
+            f"accelerate ({found}) divides among the ranks what this dataset divides already, so "
+            "the rest would never be read: do not prepare() its DataLoader, or give the dataset "
+            "rank=0 and world_size=1"
+        )
+
+
+def _owned_by(value: object, names: tuple[str, ...], depth: int) -> str:
+    """Which of these classes of accelerate's holds `value`, itself or through others."""
+    for holder in _holders(value):
+        owner = holder[_OWNER]
+        for kind in type(owner).__mro__:
+            if kind.__module__ == "accelerate.data_loader" and kind.__name__ in names:
+                return kind.__name__
+        further = depth and isinstance(owner, Dataset | DataLoader) and owner is not value
+        if further and (found := _owned_by(owner, names, depth - 1)):
+            return found
+    return ""
 
 
 _OWNER = object()

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
 
 from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.data.place import LAUNCHERS
@@ -171,3 +173,48 @@ def test_one_alone_is_not_warned(
     with caplog.at_level(logging.WARNING):
         keys_of(SplatDataset(dst, batch_size=4, lanes=4))
     assert caplog.messages == []
+
+
+class Wrapper(IterableDataset):
+    """Somebody's own, around the dataset."""
+
+    def __init__(self, dataset: SplatDataset) -> None:
+        self.inner = dataset
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.inner)
+
+
+class Prepared(DataLoader):
+    """As accelerate's, which holds the DataLoader that it was given."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        super().__init__(loader.dataset, batch_size=None)
+        self.base_dataloader = loader
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.base_dataloader)
+
+
+@pytest.mark.parametrize("name", ["DataLoaderDispatcher", "IterableDatasetShard"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_accelerate_divides_again_is_refused(
+    dst: str, monkeypatch: pytest.MonkeyPatch, name: str, wrapped: bool
+) -> None:
+    """Of two ranks' samples half were never read."""
+    monkeypatch.setitem(sys.modules, "accelerate", object())
+    outer = Prepared if name == "DataLoaderDispatcher" else Wrapper
+    kind = type(name, (outer,), {"__module__": "accelerate.data_loader"})
+
+    def prepared(world_size: int) -> DataLoader:
+        dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=world_size)
+        within = Wrapper(dataset) if wrapped else dataset
+        if outer is Wrapper:
+            return DataLoader(kind(within), batch_size=None)
+        return kind(DataLoader(within, batch_size=None))
+
+    with pytest.raises(UsageError, match=rf"accelerate \({name}\) divides among the ranks"):
+        list(prepared(2))
+    assert list(prepared(1))
+    alone = SplatDataset(dst, batch_size=4, rank=0, world_size=2)
+    assert list(DataLoader(Wrapper(alone), batch_size=None))
