@@ -209,7 +209,8 @@ NAMES = {"uid": ("uid",), "caption": ("caption", "text", "captions"), "label": (
 ALIKE = {
     "caption": (
         *("caption", "recaption", "text", "alt", "prompt", "title", "description", "sentence"),
-        *("query", "question", "instruction", "conversation", "messages", "tag"),
+        *("query", "question", "answer", "instruction", "conversation", "messages"),
+        *("transcription", "tag", "keyword"),
     ),
     "label": ("label", "class", "target", "category", "categories", "digit", "species", "genre"),
 }

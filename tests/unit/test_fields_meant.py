@@ -77,7 +77,9 @@ SCHEMAS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         IN_STRUCT | {"id": "7", "conversations": [{"from": "human", "value": "what is it?"}]},
         {"id": "key", "conversations": "caption"},
     ),
-    "VQA": (IN_STRUCT | {"question_id": 7, "question": "a?"}, {"question": "caption"}),
+    "VQA": (IN_STRUCT | {"question_id": 7, "question": "a?", "answers": ["b"]}, {
+        "question": "caption", "answers": "caption",
+    }),
     "text to image": (
         JPG | {"prompt": "a", "image_name": "b", "seed": 7, "width": 512, "timestamp": "x"},
         {"prompt": "caption", "image_name": "key"},
