@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatshard.pipeline.codec import q11
-from splatshard.pipeline.codec.layout import HEADER
 from splatshard.pipeline.codec.planes import split
 from splatshard.schemas.errors import CorruptShardError
 from splatshard.schemas.splats import PLANAR, PLANES
@@ -62,50 +61,41 @@ def decode_rows(
     Releases the interpreter's lock. Raises CorruptShardError for an unknown codec, and for payloads
     that are damaged or do not hold as many Gaussians as `counts` says.
     """
-    if codec in PLANAR:
-        columns = tuple(planes[name] for name in PLANES)
-        sizes = [_lengths(one, rows) for one in columns]
-        expected = [counts] * 7 + [np.where(counts > 0, np.maximum(sizes[7], HEADER.size), 0)]
-    elif codec in ("fp16", "q11"):
-        columns = (planes[""],)
-        sizes = [_lengths(columns[0], rows)]
-        expected = [counts * 16 if codec == "fp16" else counts * 11 + (counts > 0) * 4]
-    else:
+    if codec not in (*PLANAR, "fp16", "q11"):
         raise CorruptShardError(f"unknown codec {codec!r}: upgrade splatshard")
-    _expect(sizes, expected, rows, codec)
     if len(rows) and (counts.min() < 0 or start + counts.max() > out.shape[1]):
         raise CorruptShardError(f"{counts.max()} Gaussians do not fit into {out.shape[1]}")
+    if codec in PLANAR:
+        from splatshard.pipeline.codec import kernel  # numba takes a second to import
+
+        columns = tuple(planes[name] for name in PLANES)
+        kernel.decode_batch(columns, rows, counts, heights, widths, out, start)
+        return
+    column = planes[""]
+    size, header = (16, 0) if codec == "fp16" else (11, 4)
+    _expect(column, rows, counts.astype(np.int64) * size + (counts > 0) * header, codec)
     if codec == "q11":
         for i, row in enumerate(rows):
-            payload = columns[0].data[columns[0].offsets[row] : columns[0].offsets[row + 1]]
+            payload = column.data[column.offsets[row] : column.offsets[row + 1]]
             if counts[i]:
                 values = q11.decode(payload.tobytes(), heights[i], widths[i])
                 out[i, start : start + counts[i]] = values
         return
-    from splatshard.pipeline.codec import kernel  # numba takes a second to import
+    from splatshard.pipeline.codec import kernel
 
-    if codec == "fp16":
-        data, offsets = columns[0]
-        kernel.decode_fp16(data, offsets, rows, counts, heights, widths, start, out)
-        return
-    kernel.decode_batch(columns, rows, counts, heights, widths, out, start)
+    kernel.decode_halves(column, rows, counts, heights, widths, out, start)
 
 
-def _lengths(plane: Plane, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Bytes of `rows`; raises CorruptShardError where the offsets leave the data."""
-    begin, end = plane.offsets[rows], plane.offsets[rows + 1]
-    if len(rows) and (begin.min() < 0 or (end < begin).any() or end.max() > len(plane.data)):
+def _expect(column: Plane, rows: NDArray[np.int64], wanted: NDArray[np.int64], codec: str) -> None:
+    """Raises CorruptShardError where offsets leave the data, or `rows` have not the bytes that are
+    wanted."""
+    begin, end = column.offsets[rows], column.offsets[rows + 1]
+    if len(rows) and (begin.min() < 0 or (end < begin).any() or end.max() > len(column.data)):
         raise CorruptShardError("a column's offsets lie outside of its bytes")
-    return end - begin
-
-
-def _expect(
-    sizes: list[NDArray], expected: list[NDArray], rows: NDArray[np.int64], codec: str
-) -> None:
-    for size, wanted in zip(sizes, expected, strict=True):
-        wrong = np.flatnonzero(size != wanted)
-        if len(wrong):
-            i = wrong[0]
-            raise CorruptShardError(
-                f"the {codec} payload of row {rows[i]} has {size[i]} bytes where {wanted[i]} belong"
-            )
+    wrong = np.flatnonzero(end - begin != wanted)
+    if len(wrong):
+        i = wrong[0]
+        raise CorruptShardError(
+            f"the {codec} payload of row {rows[i]} has {end[i] - begin[i]} bytes where {wanted[i]} "
+            "belong"
+        )

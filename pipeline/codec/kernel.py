@@ -1,44 +1,73 @@
 """Payloads to float32 Gaussians on a CPU: one compiled pass over a batch, straight from columns.
 
-The twin of `planes.decode` and `layout.dequantise`. Powers and exponentials are products of two
-table entries (the coarse cell's and the place's within it), so a Gaussian takes some fifteen
-nanoseconds; results agree with the twin to a few float32 roundings. Nothing read from a payload is
-used as an index before it was checked; a row that is not valid gets a status, never a fault.
+The twin of `planes.decode` and `layout.dequantise`, to a few float32 roundings. A chunk of
+Gaussians at a time goes through three loops: their tokens to codes and widths, in vectors; what
+only goes one by one, the places of their bits; and these to parameters, in vectors. No table is
+looked up but one: codes, curve and powers are computed, so that a Gaussian takes some five
+nanoseconds. Nothing read from a payload is used as an index before it was checked; a row that is
+not valid gets a status, never a fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import extending, float32, int64, types, uint64
+from numba import float32, float64, int64, uint64
 from numpy.typing import NDArray
 
+from splatshard.pipeline.codec.bits import bits_of, eight_or_more, single, sixteen, word_at
 from splatshard.pipeline.codec.layout import (
     CELLS_PER_OCTAVE,
     DIRECT,
     HEADER,
     MAX_LEVEL,
     MAX_WIDTH,
-    OPPONENT,
     SHEAR_CELLS,
     SHEAR_UNIT,
-    hilbert_tables,
     slant_table,
-    token_tables,
 )
 from splatshard.pipeline.kernels.compiled import compiled, inner
+from splatshard.pipeline.kernels.simd import (
+    WIDE,
+    any_bit,
+    divide,
+    exp2,
+    exponent,
+    f32,
+    fma,
+    half_to_float,
+    larger,
+    load_wide,
+    low_bits,
+    power_of_two,
+    smaller,
+    store,
+    store_rows,
+    to_float,
+    where,
+)
 from splatshard.schemas.errors import CorruptShardError
 
-intrinsic: Callable[..., Any] = extending.intrinsic  # callers give no typing context
 HEADER_BYTES = HEADER.size
-STEPS = 2 << MAX_WIDTH  # places within a coarse cell, in halves
-ROW_OK, ROW_LENGTH, ROW_HEADER, ROW_SYMBOL, ROW_PLACE = range(5)
+CHUNK = 64
+"""Gaussians at a time, whose integers stay in the first cache."""
+FIELDS = 13
+(GAP, C0, C1, C2, FAR, SIZE, RATIO, SHEAR, SLANT, WIDTH, WIDTH_X, WIDTH_Y, BITS) = range(
+    0, FIELDS * CHUNK, CHUNK
+)
+"""Where a chunk's fields begin: codes, widths of extra bits in a byte each, cells, widths, the sum
+of these."""
+POWER = f32(1 / SHEAR_CELLS / math.log(2))
+POWER_LOST = f32(1 / SHEAR_CELLS / math.log(2) - float(POWER))
+"""What rounding took from it."""
+EVEN_BITS = 0x55555555
+LN_2, ROOT_2, ROOT_3, ROOT_6 = f32(math.log(2)), f32(2**-0.5), f32(3**-0.5), f32(6**-0.5)
+ROW_OK, ROW_OFFSETS, ROW_LENGTH, ROW_HEADER, ROW_SYMBOL, ROW_PLACE = range(6)
 MESSAGES = (
     "",
+    "a column's offsets lie outside of its bytes",
     "its planes do not fit together",
     "its step or level is out of range",
     "a shape is out of range",
@@ -47,244 +76,316 @@ MESSAGES = (
 
 
 @lru_cache(maxsize=1)
-def tables() -> tuple[NDArray, ...]:
-    """Lookups of `decode_planes`: of tokens [256] base, extra width, sign; of shears slant [128];
-    then pairs x, 1 / x of powers of two and of e, for coarse cells [192, 2] and for places within
-    them [STEPS, 2]; widths of fine cells in coarse ones; cells along the curves of all levels."""
-    base, width, sign = (table.numpy().astype(np.int64) for table in token_tables())
-    coarse, fine = np.arange(-DIRECT, 2 * DIRECT), np.arange(STEPS) / STEPS
-
-    def pairs(exponent: NDArray) -> NDArray:
-        return np.stack((np.exp2(exponent), np.exp2(-exponent)), 1).astype(np.float32)
-
-    curves = [hilbert_tables(level)[1].numpy().astype(np.uint32) for level in range(MAX_LEVEL + 1)]
-    return (
-        base,
-        width,
-        sign,
-        slant_table().numpy(),
-        pairs(coarse / CELLS_PER_OCTAVE),
-        pairs(fine / CELLS_PER_OCTAVE),
-        pairs(coarse / SHEAR_CELLS / np.log(2)),
-        pairs(fine / SHEAR_CELLS / np.log(2)),
-        np.exp2(-np.arange(MAX_WIDTH + 1)).astype(np.float32),
-        np.concatenate(curves),
-    )
-
-
-@intrinsic
-def _load64(typingctx, data, offset):
-    """The eight bytes of the uint8 array `data` from `offset` on, low byte first."""
-
-    def codegen(context, builder, signature, args):
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        address = builder.gep(array.data, [args[1]])
-        address = builder.bitcast(address, ir.IntType(64).as_pointer())
-        return builder.load(address, align=1)
-
-    return types.uint64(data, types.int64), codegen
-
-
-@intrinsic
-def log2_floor(typingctx, value):
-    """floor(log2(value)) of an int64 above 0."""
-
-    def codegen(context, builder, signature, args):
-        zeros = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 1))
-        return builder.sub(ir.Constant(ir.IntType(64), 63), zeros)
-
-    return types.int64(types.int64), codegen
-
-
-@inner(forceinline=True)
-def _word(data, begin, bit):
-    """57 or more bits of `data` from bit `bit` after byte `begin`; zeros beyond its end."""
-    byte = begin + (bit >> 3)
-    if byte + 8 <= len(data):
-        return _load64(data, byte) >> uint64(bit & 7)
-    word = uint64(0)
-    for i in range(len(data) - byte):
-        word |= uint64(data[byte + i]) << uint64(8 * i)
-    return word >> uint64(bit & 7)
-
-
-@inner(forceinline=True)
-def _take(word, shift, width):
-    return int64((word >> uint64(shift)) & ((uint64(1) << uint64(width)) - uint64(1)))
-
-
-@inner(forceinline=True)
-def _clamp(width):
-    return min(max(width, 0), MAX_WIDTH)
+def slants() -> NDArray[np.int32]:
+    """`slant_table` [256], zero for bytes that are no token of shears."""
+    return np.pad(slant_table().numpy(), (0, 256 - 2 * DIRECT)).astype(np.int32)
 
 
 @compiled()
 def decode_planes(
-    data, offsets, rows, counts, heights, widths, header, opponent, lookup, start, out, status
+    data, lengths, offsets, rows, counts, heights, widths, slant_of, start, out, status
 ):
-    """Row rows[i] of the eight planes into out[i, start : start + counts[i]].
+    """Row rows[i] of the eight planes into out[i, 8 * start : 8 * (start + counts[i])].
 
-    data, offsets: the planes' bytes and where their rows begin; header: step, level, cell_log of
-    each row [B]; lookup: `tables()`; status uint8 [B].
+    data, lengths: the planes' bytes, 8 or more, and how many of them count; offsets: where their
+    rows begin; slant_of: `slants()`; status uint8 [B], zeros.
     """
-    steps, levels, cell_logs = header
-    curves = lookup[9]
+    codes = np.empty(FIELDS * CHUNK, np.int32)
+    bits, rest = np.empty(CHUNK, np.uint64), np.empty(8 * WIDE, np.float32)
     for i in range(len(rows)):
-        row, n, level = rows[i], counts[i], levels[i]
-        if n == 0:
+        n = int64(counts[i])
+        status[i] = _checked(lengths, offsets, rows[i], n)
+        if status[i] != ROW_OK or n == 0:
             continue
-        if not (steps[i] > 0 and steps[i] < np.inf) or level > MAX_LEVEL:
+        row = rows[i]
+        at = (
+            offsets[0][row], offsets[1][row], offsets[2][row], offsets[3][row],
+            offsets[4][row], offsets[5][row], offsets[6][row], offsets[7][row],
+        )  # fmt: skip
+        header = word_at(data[7], at[7], 0)
+        step, level = float64(single(header)), int64(header >> uint64(32)) & 255
+        cell_log = int64(header << uint64(16)) >> 56
+        if not (step > 0 and step < np.inf) or level > MAX_LEVEL:
             status[i] = ROW_HEADER
             continue
-        side = np.float64(max(heights[i], widths[i]))
-        square = (2 * side, widths[i] / 2 - side, heights[i] / 2 - side)
-        curve = curves[((1 << 2 * level) - 1) // 3 :][: 1 << 2 * level]
-        status[i] = _decode_row(
-            data[0][offsets[0][row] :][:n],
-            data[1][offsets[1][row] :][:n],
-            data[2][offsets[2][row] :][:n],
-            data[3][offsets[3][row] :][:n],
-            data[4][offsets[4][row] :][:n],
-            data[5][offsets[5][row] :][:n],
-            data[6][offsets[6][row] :][:n],
-            data[7],
-            offsets[7][row] + HEADER_BYTES,
-            offsets[7][row + 1],
-            (float32(steps[i] / np.sqrt(np.pi)), level, cell_logs[i]),
-            square,
-            opponent,
-            lookup,
-            curve,
-            out[i, start:],
+        side = int64(max(heights[i], widths[i]))
+        grid = (
+            float32(step / np.sqrt(np.pi)),
+            level,
+            float32(2 * side / (1 << level)),
+            float32(widths[i] / 2 - side),
+            float32(heights[i] / 2 - side),
         )
+        bit, place = int64(8 * HEADER_BYTES), int64(0)
+        for first in range(0, n, CHUNK):
+            count = min(CHUNK, n - first)
+            if _tokens(data, at, first, count, cell_log, slant_of, codes) >= 2 * DIRECT:
+                status[i] = ROW_SYMBOL
+                break
+            bit, place = _bits(data[7], at[7], count, level, codes, bits, bit, place)
+            if place < 0:
+                status[i] = ROW_PLACE
+                break
+            _gaussians(count, grid, codes, bits, rest, out[i, 8 * (start + first) :])
+        if status[i] == ROW_OK and offsets[7][row + 1] - at[7] != (bit + 7) >> 3:
+            status[i] = ROW_LENGTH
+
+
+@inner(forceinline=True)
+def _checked(lengths, offsets, row, n):
+    """Whether a row lies within the planes' bytes, and has a token for each of its Gaussians."""
+    result = ROW_OK
+    for plane in range(8):
+        begin, end = offsets[plane][row], offsets[plane][row + 1]
+        if begin < 0 or end < begin or end > lengths[plane]:
+            return ROW_OFFSETS
+        least = (HEADER_BYTES if n else 0) if plane == 7 else n
+        if end - begin < least or (end - begin > least and (plane < 7 or n == 0)):
+            result = ROW_LENGTH
+    return result
+
+
+@inner(forceinline=True)
+def _tokens(data, at, first, count, cell_log, slant_of, codes):
+    """The fields of `codes` from `count` tokens of each plane, but extra bits; the bits of all
+    tokens of shapes, by or: one of 2 * DIRECT or more is no code."""
+    for j in range(count):
+        codes[SLANT + j] = slant_of[data[6][at[6] + first + j]]
+    shapes = sixteen(data[4], at[4] + first, count) & 0
+    for j in range(0, count, WIDE):
+        here, left = first + j, count - j
+        gap, far_gap = _code(sixteen(data[0], at[0] + here, left))
+        c0, far0 = _code(sixteen(data[1], at[1] + here, left))
+        c1, far1 = _code(sixteen(data[2], at[2] + here, left))
+        c2, far2 = _code(sixteen(data[3], at[3] + here, left))
+        size = sixteen(data[4], at[4] + here, left)
+        ratio = sixteen(data[5], at[5] + here, left)
+        shear = sixteen(data[6], at[6] + here, left)
+        shapes = shapes | size | ratio | shear
+        octave = octave_of(c0, c1, c2)
+        width = _clamp(octave - 1)
+        size, ratio = size + octave - DIRECT, ratio - DIRECT
+        wanted = octave + octave + (cell_log + 1)
+        width_x = _clamp((wanted - size - ratio - 1 + load_wide(codes, SLANT + j)) >> 1)
+        width_y = _clamp((wanted - size + ratio) >> 1)
+        store(codes, GAP + j, gap)
+        store(codes, C0 + j, c0)
+        store(codes, C1 + j, c1)
+        store(codes, C2 + j, c2)
+        store(codes, FAR + j, far_gap | far0 << 8 | far1 << 16 | far2 << 24)
+        store(codes, SIZE + j, size)
+        store(codes, RATIO + j, ratio)
+        store(codes, SHEAR + j, shear - DIRECT)
+        store(codes, WIDTH + j, width)
+        store(codes, WIDTH_X + j, width_x)
+        store(codes, WIDTH_Y + j, width_y)
+        store(codes, BITS + j, width * 3 + width_x + width_y)
+    return any_bit(shapes)
+
+
+@inner(forceinline=True)
+def _code(token):
+    """The codes of tokens without their extra bits, and the widths of these: `token_tables`."""
+    width = (token >> 2 & 15) + 4
+    far = (token & 3 | 4) << width
+    far = where(token & DIRECT, 0, 0 - far, far)
+    return where(2 * DIRECT, token, token - DIRECT, far), where(2 * DIRECT, token, 0, width)
+
+
+@inner(forceinline=True)
+def octave_of(c0, c1, c2):
+    """`layout.class_of`, of codes without their extra bits: these have so few digits that float32
+    never rounds a sum of their squares up to a power of two."""
+    c0, c1, c2 = to_float(c0), to_float(c1), to_float(c2)
+    return exponent(larger(fma(c0, c0, fma(c1, c1, c2 * c2)), f32(1))) >> 1
+
+
+@inner(forceinline=True)
+def _clamp(width):
+    return smaller(larger(width, 0), MAX_WIDTH)
+
+
+@inner(forceinline=True)
+def _bits(data, begin, count, level, codes, bits, bit, place):
+    """What only goes one by one: extra bits are added to `codes`, GAP becomes the place along the
+    curve, and `bits` gets each Gaussian's others. The next bit and the last place, -1 where that
+    is outside of the square."""
+    for j in range(count):
+        if codes[FAR + j]:
+            far = codes[FAR + j]
+            w0, w1, w2, w3 = far & 255, far >> 8 & 255, far >> 16 & 255, far >> 24
+            word = word_at(data, begin, bit)
+            codes[GAP + j] += _extra(word, 0, w0, codes[GAP + j])
+            codes[C0 + j] += _extra(word, w0, w1, codes[C0 + j])
+            bit += w0 + w1
+            word = word_at(data, begin, bit)
+            codes[C1 + j] += _extra(word, 0, w2, codes[C1 + j])
+            codes[C2 + j] += _extra(word, w2, w3, codes[C2 + j])
+            bit += w2 + w3
+        step = codes[GAP + j] + DIRECT
+        place += step
+        if step < 0 or place >> 2 * level:
+            return bit, int64(-1)
+        codes[GAP + j] = place
+        word = word_at(data, begin, bit)
+        if codes[BITS + j] > 56:
+            shape = 3 * codes[WIDTH + j]
+            rest = word_at(data, begin, bit + shape) << uint64(shape)
+            word = rest | uint64(bits_of(word, 0, shape))
+        bits[j] = word
+        bit += codes[BITS + j]
+    return bit, place
 
 
 @inner(inline="always")
-def _decode_row(
-    gap, c0, c1, c2, sizes, ratios, shears, bits, begin, end, header, square, opponent, lookup,
-    curve, out
-):  # fmt: skip
-    """One payload; its status. `square`: side, left and upper end in px."""
-    base, extra, sign, slant, size2, place2, shear_e, place_e, cells_of, _ = lookup
-    scale, level, cell_log = header
-    extent, left, top = square
-    cell, half_unit = extent / (1 << level), float32(SHEAR_UNIT / 2)
-    bit, place = int64(0), int64(0)
-    for j in range(len(gap)):
-        t0, t1, t2, t3 = gap[j], c0[j], c1[j], c2[j]
-        ratio, shear = ratios[j], shears[j]
-        if (sizes[j] | ratio | shear) >= 2 * DIRECT:
-            return ROW_SYMBOL
-        step, k1, k2, k3 = base[t0] + DIRECT, base[t1], base[t2], base[t3]
-        octave = log2_floor(k1 * k1 + k2 * k2 + k3 * k3 | 1) >> 1
-        size = uint64(int64(sizes[j]) + octave)
-        if (t0 | t1 | t2 | t3) >= 2 * DIRECT:
-            w0, w1, w2, w3 = extra[t0], extra[t1], extra[t2], extra[t3]
-            word = _word(bits, begin, bit)
-            step += sign[t0] * _take(word, 0, w0)
-            k1 += sign[t1] * _take(word, w0, w1)
-            bit += w0 + w1
-            word = _word(bits, begin, bit)
-            k2 += sign[t2] * _take(word, 0, w2)
-            k3 += sign[t3] * _take(word, w2, w3)
-            bit += w2 + w3
-        place += step
-        if step < 0 or place >= len(curve):
-            return ROW_PLACE
-        width, half = _clamp(octave - 1), MAX_WIDTH - _clamp(octave - 1)
-        wanted, a, b = 2 * octave + cell_log + 1, int64(size) - DIRECT, int64(ratio) - DIRECT
-        width_x = _clamp((wanted - (a + b + 1) + slant[shear]) >> 1)
-        width_y = _clamp((wanted - (a - b)) >> 1)
-        word = _word(bits, begin, bit)
-        in_size = uint64(2 * _take(word, 0, width) + 1 << half)
-        in_ratio = uint64(2 * _take(word, width, width) + 1 << half)
-        in_shear = uint64(2 * _take(word, 2 * width, width) + 1 << half)
-        bit += 3 * width
-        word = _word(bits, begin, bit)
-        at = int64(curve[uint64(place)])
-        x = ((at & (1 << level) - 1) << width_x) + _take(word, 0, width_x)
-        y = (at >> level << width_y) + _take(word, width_x, width_y)
-        bit += width_x + width_y
+def _extra(word, shift, width, code):
+    extra = bits_of(word, shift, width)
+    return extra if code >= 0 else -extra
 
-        big = size2[size, 0] * place2[in_size, 0]
-        down = big * size2[ratio, 1] * place2[in_ratio, 1]
-        grown = shear_e[shear, 0] * place_e[in_shear, 0]
-        shrunk = shear_e[shear, 1] * place_e[in_shear, 1]
-        tint = scale * size2[size, 1] * place2[in_size, 1]
-        out[j, 0] = (x + 0.5) * (cell * cells_of[uint64(width_x)]) + left
-        out[j, 1] = (y + 0.5) * (cell * cells_of[uint64(width_y)]) + top
-        out[j, 2] = big * size2[ratio, 0] * place2[in_ratio, 0]
-        out[j, 3] = half_unit * (grown - shrunk) * down
-        out[j, 4] = down
-        q1, q2, q3 = float32(k1) * tint, float32(k2) * tint, float32(k3) * tint
-        out[j, 5] = opponent[0, 0] * q1 + opponent[1, 0] * q2 + opponent[2, 0] * q3
-        out[j, 6] = opponent[0, 1] * q1 + opponent[1, 1] * q2 + opponent[2, 1] * q3
-        out[j, 7] = opponent[0, 2] * q1 + opponent[1, 2] * q2 + opponent[2, 2] * q3
-    return ROW_OK if end - begin == (bit + 7) >> 3 else ROW_LENGTH
+
+@inner(forceinline=True)
+def _gaussians(count, grid, codes, bits, rest, out):
+    """`layout.dequantise` of `count` Gaussians into `out` [8 * count]."""
+    scale, level, cell, left, top = grid
+    for j in range(0, count, WIDE):
+        width = load_wide(codes, WIDTH + j)
+        width_x, width_y = load_wide(codes, WIDTH_X + j), load_wide(codes, WIDTH_Y + j)
+        word = load_wide(bits, j)
+        low, middle = low_bits(word, 0), low_bits(word, width + width)
+        high = low_bits(word, width * 3 + width_x)
+        mask, unit = _ones(width), power_of_two(0 - width)
+        size = to_float(load_wide(codes, SIZE + j)) + _inside(low & mask, unit)
+        ratio = to_float(load_wide(codes, RATIO + j)) + _inside(low >> width & mask, unit)
+        shear = to_float(load_wide(codes, SHEAR + j)) + _inside(middle & mask, unit)
+        # 2^(size / 2), 2^(ratio / 2), e^(shear / 8), and their inverses by one division.
+        big, long = exp2(size * f32(1 / CELLS_PER_OCTAVE)), exp2(ratio * f32(1 / CELLS_PER_OCTAVE))
+        power = shear * POWER
+        lost = fma(shear, POWER, 0 - power) + shear * POWER_LOST
+        grown = exp2(power)
+        grown = fma(grown, lost * LN_2, grown)
+        l11 = big * long
+        inverse = divide(f32(1), l11 * grown)
+        l22 = big * (inverse * (big * grown))
+        l21 = (grown - inverse * l11) * l22 * f32(SHEAR_UNIT / 2)
+        tint = inverse * (long * grown) * scale
+
+        column, row = _hilbert(load_wide(codes, GAP + j), level)
+        x = column << width_x | middle >> width & _ones(width_x)
+        y = row << width_y | high & _ones(width_y)
+        x = fma(to_float(x) + f32(0.5), power_of_two(0 - width_x) * cell, left)
+        y = fma(to_float(y) + f32(0.5), power_of_two(0 - width_y) * cell, top)
+        grey = to_float(load_wide(codes, C0 + j)) * tint * ROOT_3
+        warm = to_float(load_wide(codes, C1 + j)) * tint * ROOT_2
+        tilt = to_float(load_wide(codes, C2 + j)) * tint * ROOT_6
+        values = (x, y, l11, l21, l22, grey + tilt + warm, grey - tilt - tilt, grey + tilt - warm)
+        if j + WIDE <= count:
+            store_rows(out, 8 * j, values)
+        else:
+            store_rows(rest, 0, values)
+            for i in range(8 * (count - j)):
+                out[8 * j + i] = rest[i]
+
+
+@inner(forceinline=True)
+def _ones(width):
+    """Numbers of `width` bits, all of them 1."""
+    return (_one(width) << width) - 1
+
+
+@inner(forceinline=True)
+def _one(like):
+    return like & 0 | 1
+
+
+@inner(forceinline=True)
+def _inside(place, unit):
+    """The middle of a fine cell, in coarse ones."""
+    return (to_float(place) + f32(0.5)) * unit
+
+
+@inner(forceinline=True)
+def _hilbert(place, level):
+    """Column and row of places along the curve of `layout.hilbert_curve`: its quarters are mirrored
+    on a diagonal (the first and the last one) and turned by 180 degrees on top of that (the last),
+    which commute, so that a prefix of xor tells how often either was done above each level."""
+    low, high = place & EVEN_BITS, place >> 1 & EVEN_BITS
+    mirrored = (low ^ high ^ EVEN_BITS) & ((1 << 2 * level) - 1)
+    turns = (mirrored | (low & high) << 1) >> 2
+    turns = turns ^ turns >> 2
+    turns = turns ^ turns >> 4
+    turns = turns ^ turns >> 8
+    turns = turns ^ turns >> 16
+    x, y = high, low ^ high
+    change = turns >> 1 & EVEN_BITS ^ (x ^ y) & turns
+    return _packed(x ^ change), _packed(y ^ change)
+
+
+@inner(forceinline=True)
+def _packed(bits):
+    """The even bits, side by side."""
+    bits = (bits | bits >> 1) & 0x33333333
+    bits = (bits | bits >> 2) & 0x0F0F0F0F
+    bits = (bits | bits >> 4) & 0x00FF00FF
+    return (bits | bits >> 8) & 0x0000FFFF
 
 
 def decode_batch(columns, rows, counts, heights, widths, out, start) -> None:
-    """`decode_planes` of eight columns (`codec.Plane`) whose rows have the right lengths; raises
-    CorruptShardError for a row that is not valid."""
-    bits = columns[7]
-    filled = counts > 0
-    first = bits.offsets[rows[filled]]
-    headers = np.ascontiguousarray(bits.data[first[:, None] + np.arange(HEADER.size)])
-    header = np.zeros(len(rows), np.dtype([("step", "<f4"), ("level", "u1"), ("cell_log", "i1")]))
-    header[filled] = headers.reshape(-1).view(header.dtype)
+    """`decode_planes` of eight columns (`codec.Plane`); raises CorruptShardError for a row that is
+    not valid."""
     status = np.zeros(len(rows), np.uint8)
-    with np.errstate(invalid="ignore"):  # a signalling NaN, say: decode_planes refuses it
-        step = header["step"].astype(np.float64)
     decode_planes(
-        tuple(plane.data for plane in columns),
+        tuple(eight_or_more(plane.data) for plane in columns),
+        np.array([len(plane.data) for plane in columns]),
         tuple(plane.offsets for plane in columns),
         rows,
         counts,
         heights,
         widths,
-        (
-            step,
-            header["level"].astype(np.int64),
-            header["cell_log"].astype(np.int64),
-        ),
-        np.array(OPPONENT, np.float32),
-        tables(),
+        slants(),
         start,
-        out,
+        out.reshape(len(out), 8 * out.shape[1]),
         status,
     )
-    wrong = np.flatnonzero(status)
-    if len(wrong):
-        i = wrong[0]
+    if status.any():
+        i = np.flatnonzero(status)[0]
         raise CorruptShardError(f"the payload of row {rows[i]} is damaged: {MESSAGES[status[i]]}")
-
-
-@intrinsic
-def _half(typingctx, low, high):
-    """The float32 of the IEEE half with these two bytes; vectors where the CPU has them."""
-
-    def codegen(context, builder, signature, args):
-        wide = [builder.zext(byte, ir.IntType(16)) for byte in args]
-        bits = builder.or_(wide[0], builder.shl(wide[1], ir.Constant(ir.IntType(16), 8)))
-        return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint8, types.uint8), codegen
 
 
 @compiled()
 def decode_fp16(data, offsets, rows, counts, heights, widths, start, out):
-    """As `decode_planes`, of payloads of 16 byte planes in `data`; 64 Gaussians at a time, so that
-    what is written stays in the first cache."""
+    """As `decode_planes`, of payloads of 16 byte planes in `data` whose lengths are right."""
+    rest = np.empty(8 * WIDE, np.float32)
     for i in range(len(rows)):
-        n = counts[i]
-        payload = data[offsets[rows[i]] :][: 16 * n]
-        own = out[i, start:][:n]
-        for begin in range(0, n, 64):
-            end = min(begin + 64, n)
-            for k in range(8):
-                shift = float32(0)
-                if k < 2:
-                    shift = float32((widths[i] if k == 0 else heights[i]) / 2)
-                low, high = payload[2 * k * n :][:n], payload[(2 * k + 1) * n :][:n]
-                for j in range(begin, end):
-                    own[j, k] = _half(low[j], high[j]) + shift
+        n, at = int64(counts[i]), offsets[rows[i]]
+        left, top = float32(widths[i] / 2), float32(heights[i] / 2)
+        own = out[i, 8 * start :]
+        for j in range(0, n, WIDE):
+            values = (
+                _halves(data, at + j, n, n - j) + left,
+                _halves(data, at + j + 2 * n, n, n - j) + top,
+                _halves(data, at + j + 4 * n, n, n - j),
+                _halves(data, at + j + 6 * n, n, n - j),
+                _halves(data, at + j + 8 * n, n, n - j),
+                _halves(data, at + j + 10 * n, n, n - j),
+                _halves(data, at + j + 12 * n, n, n - j),
+                _halves(data, at + j + 14 * n, n, n - j),
+            )
+            if j + WIDE <= n:
+                store_rows(own, 8 * j, values)
+            else:
+                store_rows(rest, 0, values)
+                for k in range(8 * (n - j)):
+                    own[8 * j + k] = rest[k]
+
+
+@inner(forceinline=True)
+def _halves(data, at, n, left):
+    """WIDE halves whose lower bytes are at `at` and whose upper ones `n` bytes on."""
+    return half_to_float(sixteen(data, at, left) | sixteen(data, at + n, left) << 8)
+
+
+def decode_halves(column, rows, counts, heights, widths, out, start) -> None:
+    """`decode_fp16` of a column (`codec.Plane`) whose rows have the right lengths."""
+    data, offsets = eight_or_more(column.data), column.offsets
+    flat = out.reshape(len(out), 8 * out.shape[1])
+    decode_fp16(data, offsets, rows, counts, heights, widths, start, flat)

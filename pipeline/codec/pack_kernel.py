@@ -14,7 +14,7 @@ import torch
 from numba import uint64
 from numpy.typing import NDArray
 
-from splatshard.pipeline.codec.kernel import log2_floor
+from splatshard.pipeline.codec.bits import log2_floor
 from splatshard.pipeline.codec.layout import (
     CELLS_PER_OCTAVE,
     DIRECT,

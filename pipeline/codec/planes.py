@@ -10,8 +10,8 @@ codes end within 2 % of the entropy. The size is stored less the class, which it
 saves 0.4 bits of 3. In a tar, where every sample stands alone, Brotli does better
 (4 % over the shared columns, zstd 14 %: most of that is tables).
 
-`decode` is the readable twin of `kernel.decode_rows`: whole batches, on any device; `encode_image`
-that of `pack_kernel.encode`.
+`decode` is the readable twin of `kernel.decode_planes`: whole batches, on any device;
+`encode_image` that of `pack_kernel.encode`.
 """
 
 from __future__ import annotations

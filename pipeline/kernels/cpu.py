@@ -40,6 +40,8 @@ from splatshard.pipeline.kernels.compiled import compiled, inner
 from splatshard.pipeline.kernels.simd import (
     LANES,
     ceiling,
+    exp2,
+    f32,
     floor,
     fma,
     iota,
@@ -49,17 +51,14 @@ from splatshard.pipeline.kernels.simd import (
     splat,
     square_root,
     store,
-    times_power_of_two,
     total,
     zero_above,
 )
 from splatshard.pipeline.splats import Splats
 
-f32 = np.float32
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 HALF = f32(0.5)
 LOG2_E = f32(1 / math.log(2))
-SHIFT = 1.5 * 2**23
 RIM = f32(1e-3)
 """Pixels by which a row's window is widened: `limit` decides on the rim, not the rounded window."""
 POWER = LOG2_E * f32(-0.5)
@@ -171,24 +170,6 @@ def subtract_rows(target, stride, phase, width, picture):
             source, line = target[channel, phase + stride * row], picture[channel, row]
             for x in range(width):
                 line[x] = -source[x]
-
-
-@inner(forceinline=True)
-def exp2(x):
-    """2^x for x from -126 to 127, to two roundings; anything elsewhere: what lies inside a cutoff
-    ellipse is above 2^-27.
-
-    The polynomial has the least relative error on -0.5 to 0.5 of those that are 1 at 0: 7e-8.
-    """
-    shifted = x + splat(f32(SHIFT))  # whose last bits are the nearest whole number
-    x = x - (shifted - splat(f32(SHIFT)))
-    p = splat(f32(0.0013352725))
-    p = fma(p, x, splat(f32(0.0096718863)))
-    p = fma(p, x, splat(f32(0.055504490)))
-    p = fma(p, x, splat(f32(0.24022230)))
-    p = fma(p, x, splat(f32(0.69314722)))
-    p = fma(p, x, splat(f32(1)))
-    return times_power_of_two(p, shifted)
 
 
 @inner(forceinline=True)

@@ -22,8 +22,6 @@ from splatshard.pipeline.kernels.cpu import (
     TOP,
     add_gaussians,
     arrays_of,
-    exp2,
-    f32,
     padded_picture,
     row_table,
     row_window,
@@ -32,6 +30,8 @@ from splatshard.pipeline.kernels.cpu import (
 )
 from splatshard.pipeline.kernels.simd import (
     LANES,
+    exp2,
+    f32,
     fma,
     iota,
     larger,

@@ -17,13 +17,21 @@ from splatshard.pipeline.kernels.cpu import (
     HALF,
     LOG2_E,
     add_gaussians,
-    exp2,
-    f32,
     gradient_sums,
     subtract_rows,
     unwhitened,
 )
-from splatshard.pipeline.kernels.simd import LANES, divide, fma, load, splat, square_root, store
+from splatshard.pipeline.kernels.simd import (
+    LANES,
+    divide,
+    exp2,
+    f32,
+    fma,
+    load,
+    splat,
+    square_root,
+    store,
+)
 from splatshard.pipeline.splats import MIN_SIGMA_PX, Splats, bounds
 from splatshard.schemas.config import FitConfig
 

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from splatshard.pipeline.kernels.compiled import compiled, inner
-from splatshard.pipeline.kernels.cpu import exp2, f32
 from splatshard.pipeline.kernels.cpu_errors import color_sums
 from splatshard.pipeline.kernels.simd import (
     LANES,
     below,
     divide,
+    exp2,
+    f32,
     load,
     splat,
     square_root,

@@ -9,10 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
-from splatshard.pipeline.codec import column, decode_rows, planes
-from splatshard.pipeline.codec.layout import MAX_CODE, MAX_LEVEL, class_of, tokens
+from splatshard.pipeline.codec import column, decode_rows, kernel, planes
+from splatshard.pipeline.codec.layout import (
+    MAX_CODE,
+    MAX_LEVEL,
+    MAX_WIDTH,
+    class_of,
+    position_widths,
+    shape_width,
+    token_tables,
+    tokens,
+)
 from splatshard.pipeline.codec.pack import unpack
+from splatshard.pipeline.kernels.simd import load_wide, store
 from splatshard.schemas.errors import CorruptShardError
 from splatshard.schemas.splats import PLANES
 from tests.rows import packed, random_splats, values_of
@@ -68,24 +79,69 @@ def test_the_encoder_is_its_twin(
     assert planes.encode(codes) == [planes.encode_image(codes, i) for i in range(batch)]
 
 
-def test_the_encoder_is_its_twin_at_the_ends_of_all_codes() -> None:
+def test_the_twins_agree_at_the_ends_of_all_codes() -> None:
     """Codes at every border between tokens, with Gaussians of every level's cells."""
     codes = grid(plausible(3, 900, 31, 50), 0.01, 31, 50)
     edges = [2**k + d for k in range(21) for d in (-1, 0, 1)] + [MAX_CODE - 1]
     edges = torch.tensor([0, *edges, *(-e for e in edges)])
     draw = torch.Generator().manual_seed(0)
     colors = edges[torch.randint(len(edges), codes.colors.shape, generator=draw)]
-    codes = replace(codes, colors=colors)
+    classes = class_of(tokens(colors)[0])
+    width = shape_width(classes)
+    size, ratio, shear = (
+        (getattr(codes, name) >> codes.width).clamp(-20, 20) for name in ("size", "ratio", "shear")
+    )
+
+    def inside(cell: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+        """A place in each cell, often its last one."""
+        place = torch.randint(1 << MAX_WIDTH, cell.shape, generator=draw)
+        return (cell << width) + torch.minimum(place, (1 << width) - 1)
+
     for level in (0, 1, MAX_LEVEL):
         levels = torch.full_like(codes.level, level)
-        last = (1 << levels[:, None]) - 1
-        coarse = (codes.x >> codes.width_x).clamp(max=last), (codes.y >> codes.width_y) & last
+        width_x, width_y = position_widths(classes, size, ratio, shear, codes.cell_log)
+        columns, rows = torch.randint(1 << level, (2, *width.shape), generator=draw)
         own = replace(
-            codes, level=levels, x=coarse[0] << codes.width_x, y=coarse[1] << codes.width_y
-        )
-        classes = class_of(tokens(colors)[0])
-        own = replace(own, size=own.size.clamp(-20, 20) + (classes << own.width))
-        assert planes.encode(own) == [planes.encode_image(own, i) for i in range(3)]
+            codes, colors=colors, level=levels, width=width, width_x=width_x, width_y=width_y,
+            size=inside(size, width), ratio=inside(ratio, width), shear=inside(shear, width),
+            x=inside(columns, width_x), y=inside(rows, width_y),
+        )  # fmt: skip
+        payloads = planes.encode(own)
+        assert payloads == [planes.encode_image(own, i) for i in range(3)]
+        wanted = planes.decode(payloads)
+        found = values_of(unpack([{"splats": payload} for payload in payloads], 31, 50, "compact"))
+        assert_values_close(found[wanted.mask], twin(wanted, 31, 50)[wanted.mask], 50)
+
+
+@njit
+def octaves(codes, c0, out):
+    """`octave_of` c0 and two of `codes` [N, 16], into out [N, N, 16]."""
+    for i in range(len(codes)):
+        for j in range(len(codes)):
+            pair = load_wide(codes[i], 0), load_wide(codes[j], 0)
+            store(out[i, j], 0, kernel.octave_of(load_wide(c0, 0), pair[0], pair[1]))
+
+
+def test_the_octave_of_a_colour_is_exact_for_all_tokens() -> None:
+    """float32 sums of squares, against whole numbers: all magnitudes, in the order of the sum."""
+    sizes = token_tables()[0].abs().unique().numpy()
+    lanes = np.repeat(sizes[:, None], 16, 1).astype(np.int32)
+    found = np.empty((len(sizes), len(sizes), 16), np.int32)
+    for size in sizes:
+        octaves(lanes, np.full(16, size, np.int32), found)
+        squares = size**2 + sizes[:, None] ** 2 + sizes**2
+        exact = np.array([max(int(s), 1).bit_length() - 1 >> 1 for s in squares.flat])
+        assert np.array_equal(found[..., 0].ravel(), exact)
+        assert (found == found[..., :1]).all()
+
+
+def test_all_halves_are_read_exactly() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).reshape(8, -1)
+    payload = halves.view(np.uint8).reshape(8, -1, 2).transpose(0, 2, 1).tobytes()
+    out = np.empty((1, halves.shape[1], 8), np.float32)
+    none, count = np.zeros(1, np.int32), np.full(1, halves.shape[1], np.int32)
+    decode_rows("fp16", {"": column([payload])}, np.zeros(1, np.int64), count, none, none, out)
+    assert np.array_equal(out[0], halves.view(np.float16).T.astype(np.float32), equal_nan=True)
 
 
 @pytest.mark.parametrize("codec", ["fp16", "q11"])

@@ -45,7 +45,10 @@ ONLY_IN = {
     "fsspec": ("pipeline/storage/fs.py", "pipeline/shards/commit.py"),
     "s3fs": ("pipeline/storage/fs.py", "pipeline/shards/commit.py"),
     "triton": ("pipeline/kernels/triton",),
-    "numba": ("pipeline/kernels/", "pipeline/codec/kernel.py", "pipeline/codec/pack_kernel.py"),
+    "numba": (
+        "pipeline/kernels/",
+        *(f"pipeline/codec/{name}.py" for name in ("bits", "kernel", "pack_kernel")),
+    ),
     "transformers": ("pipeline/models/", "jobs/recipes/"),
     "gsplat": ("pipeline/kernels/gsplat_alpha.py", "pipeline/ply.py"),
 }
