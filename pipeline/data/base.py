@@ -314,7 +314,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
         Raises UsageError for a state of other data or settings, naming the field.
         """
-        start, taken = start_of(state, self._settings, self._reader())
+        start, taken = start_of(state, self._settings, self._reader(), self.batch_size)
         if start.samples > self._total():
             raise UsageError(
                 f"the state says samples {start.samples}, the epoch has {self._total()}"
@@ -377,7 +377,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     def _state(self, start: Start, reader: Reader, taken: int) -> dict[str, Any]:
         if get_worker_info() is None:
             return state_of(start, self._settings)
-        return worker_state_of(start, self._settings, reader, taken)
+        return worker_state_of(start, self._settings, reader, self.batch_size, taken)
 
     def _total(self) -> int:
         return self.epoch_samples or sum(int(source.counts.sum()) for source in self.sources)

@@ -8,7 +8,8 @@ A state is what the order depends on and how much of it was taken:
     seed, shuffle, shuffle_shards    must be those of the dataset
     filter, data, weights            what is read; `data` has a digest per source
     reader                           only within a DataLoader worker: who it is, where the epoch's
-                                     samples began, and how many batches it has delivered
+                                     samples began, and how many batches of which size it has
+                                     delivered
 """
 
 from __future__ import annotations
@@ -36,18 +37,20 @@ def state_of(start: Start, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def worker_state_of(
-    start: Start, settings: Mapping[str, Any], reader: Reader, taken: int
+    start: Start, settings: Mapping[str, Any], reader: Reader, batch_size: int, taken: int
 ) -> dict[str, Any]:
     """The state of one DataLoader worker, which has delivered `taken` batches since `start`."""
-    return state_of(start, settings) | {"reader": {**reader._asdict(), "taken": taken}}
+    counted = {"batch_size": batch_size, "taken": taken}
+    return state_of(start, settings) | {"reader": reader._asdict() | counted}
 
 
 def start_of(
-    state: Mapping[str, Any], settings: Mapping[str, Any], reader: Reader
+    state: Mapping[str, Any], settings: Mapping[str, Any], reader: Reader, batch_size: int
 ) -> tuple[Start, int]:
     """Where `state` says to begin, and how many batches this reader has had since.
 
-    Raises UsageError for a state of other data, settings or, if it is a worker's, another reader.
+    Raises UsageError for a state of other data, settings or, if it is a worker's, another reader
+    or batch size: what it counts are batches.
     """
     expected = {"version", *Start._fields, *settings}
     if not isinstance(state, Mapping) or not expected <= state.keys() <= expected | {"reader"}:
@@ -67,9 +70,10 @@ def start_of(
         return start, 0
     saved = dict(state["reader"])
     taken = saved.pop("taken", None)
-    if saved != reader._asdict() or type(taken) is not int or taken < 0:
+    here = reader._asdict() | {"batch_size": batch_size}
+    if {"batch_size": batch_size} | saved != here or type(taken) is not int or taken < 0:
         raise UsageError(
-            f"the state is one of DataLoader worker {saved}, this is {reader._asdict()}: to go on "
-            "with other ranks or workers save dataset.state_after(batch) and load that"
+            f"the state is one of DataLoader worker {saved}, this is {here}: to go on with other "
+            "ranks, workers or batches save dataset.state_after(batch) and load that"
         )
     return start, taken

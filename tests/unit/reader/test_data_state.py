@@ -255,3 +255,17 @@ def test_what_is_no_state_is_refused(dst: str, change: dict[str, Any]) -> None:
         dataset.load_state_dict(dataset.state_dict() | change)
     with pytest.raises(UsageError, match="no state"):
         dataset.load_state_dict({})
+
+
+def test_a_workers_state_fits_its_batch_size(dst: str) -> None:
+    """It counts batches: those of twice the size passed over samples that nobody had read."""
+    dataset = SplatDataset(dst, batch_size=4)
+    place = {"rank": 0, "world_size": 1, "worker": 0, "workers": 1}
+    state = dataset.state_dict() | {"reader": place | {"batch_size": 4, "taken": 3}}
+    dataset.load_state_dict(state)
+    with pytest.raises(
+        UsageError, match=r"'batch_size': 8\}: to go on with other ranks, workers or"
+    ):
+        SplatDataset(dst, batch_size=8).load_state_dict(state)
+    state["reader"].pop("batch_size")  # of before
+    dataset.load_state_dict(state)
