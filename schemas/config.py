@@ -19,7 +19,7 @@ from splatshard.schemas.plain import chosen, from_dict
 from splatshard.schemas.shard import ShardRef
 from splatshard.schemas.splats import FORMAT_VERSION, CodecName, FormatName, canonical_json
 
-STAGES_VERSION = 7
+STAGES_VERSION = 8
 """Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same
 input."""
 
