@@ -11,7 +11,7 @@ from numba import extending, int64, types, uint64
 from numpy.typing import NDArray
 
 from splatshard.pipeline.kernels.compiled import inner
-from splatshard.pipeline.kernels.simd import bytes_of
+from splatshard.pipeline.kernels.simd import bytes_of, load_bytes
 
 intrinsic: Callable[..., Any] = extending.intrinsic  # callers give no typing context
 
@@ -80,6 +80,8 @@ def bits_of(word, shift, width):
 @inner(forceinline=True)
 def sixteen(data, at, left):
     """WIDE bytes of `data` from `at` on; zeros for those after the first `left`."""
+    if left >= 16 and at + 16 <= len(data):
+        return load_bytes(data, at)
     low = word_at(data, at, 0) & ~uint64(0) >> uint64(8 * max(0, 8 - left))
     if left <= 8:
         return bytes_of(low, uint64(0))

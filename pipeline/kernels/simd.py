@@ -191,6 +191,19 @@ def store_rows(typingctx, array, index, columns):
 
 
 @intrinsic
+def load_bytes(typingctx, array, index):
+    """WIDE bytes of the uint8 `array` from `index` on, as int32 lanes."""
+    result = VectorType(types.int32, WIDE)
+
+    def codegen(context, builder, signature, args):
+        kind = ir.VectorType(ir.IntType(8), WIDE)
+        pointer = _pointer(context, builder, signature, args, kind)
+        return builder.zext(builder.load(pointer, align=1), result.kind)
+
+    return result(array, types.intp), codegen
+
+
+@intrinsic
 def bytes_of(typingctx, low, high):
     """The bytes of two uint64, the lowest first, as WIDE int32 lanes."""
     result = VectorType(types.int32, WIDE)

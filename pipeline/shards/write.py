@@ -59,8 +59,8 @@ Row = dict[str, Any]
 ROW_GROUP_BYTES = 32 << 20
 ZSTD_LEVEL = 3
 PLANES_ZSTD_LEVEL = 13
-PAGE_BYTES = 160 << 10
-PAGE_ROWS = 16
+PAGE_BYTES = 232 << 10
+PAGE_ROWS = 4
 """A page ends with the PAGE_ROWS rows that fill PAGE_BYTES: below 256 KiB up to 6,000 Gaussians."""
 ROWS_TOGETHER = 256
 """Rows as Python's objects: those of a row group of small rows would take ten times its bytes."""
