@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splatshard.pipeline.kernels.compiled import KERNELS, private_folder
+from splatshard.pipeline.kernels.compiled import KERNELS, load_compiler, private_folder
 from splatshard.pipeline.storage.lock import lock
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.plain import from_dict, to_dict
@@ -124,6 +124,8 @@ def compile_parts(config: str, markers: dict[str, str]) -> None:
     wanted = from_dict(ConvertConfig, json.loads(config))
     backend = select_backend(wanted.backend)
     own = backend.device.type == "cpu"
+    if own:
+        load_compiler()
     for part, marker in markers.items():
         if os.fork() == 0:
             try:

@@ -62,6 +62,13 @@ def compiled() -> Callable[[Callable[..., Any]], Any]:
     return compile_later
 
 
+def load_compiler() -> None:
+    """Let numba import what it imports when it first compiles, which takes it half a second."""
+    import numba
+
+    numba.njit(lambda: None)()
+
+
 def private_folder() -> Path | None:
     """A folder below TMPDIR (on Windows the user's own) of this user alone; None where that cannot
     be written, or somebody else was first."""
