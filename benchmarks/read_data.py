@@ -1,10 +1,10 @@
 """What `benchmarks.read` reads: photographs as splat shards, as JPEG tars, as plain samples.
 
 All of it is made of photographs of datacomp-sample at 224 px. They are fitted once for each N (for
-some minutes); `fits-{N}.npz` keeps that between runs. A run that
-lasts long enough needs more rows, and rows must not repeat within a file, where compression would
-find them: so each photograph stands there eight times, mirrored and turned, which is exact on
-splats. Whole files are then copied under new names until there are enough rows.
+some minutes); `fits-{N}.npz` keeps that between runs. A run that lasts long enough needs more rows,
+and rows must not repeat within a file, where compression would find them: so each photograph stands
+there eight times, mirrored and turned, which is exact on splats. Whole files are then copied under
+new names until there are enough rows.
 
 PSNR and bytes per image are those of the upright ones, in a shard of their own.
 """

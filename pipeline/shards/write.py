@@ -7,11 +7,11 @@ Rows are dicts with the keys of `schemas.splats.columns`; absent keys are null. 
 most one row group, and the same rows always give the same bytes: no clock, no user, no host.
 
 Parquet: zstd, but fp16 payloads as they are: level 3 would save 10 % of them and take half of a
-reader's time. The planes of balanced and compact under level 13: they are symbols without
+reader's time. The planes of balanced and compact under level 15: they are symbols without
 repetitions, where quick levels lose by looking for some (level 3 leaves 5 % more, level 1 2 to 4 %,
-or 1 % in large pages). Pages are small, since zstd means other searches by a level above 256 KiB,
-which take two to four times as long there for 1 to 3 % more bytes: 0.3 ms per image of 400
-Gaussians and 2 ms of 3136 as it is. Lengths of planes lie apart from the bytes, in
+or 1 % in large pages). Pages are small, since zstd means another search by a level above 256 KiB,
+which finds 1 to 3 % less and takes 3 times as long at 3136 Gaussians: 0.3 ms per image of 400
+Gaussians, 1.3 of 1600 and 2.2 of 3136 as it is. Lengths of planes lie apart from the bytes, in
 DELTA_LENGTH_BYTE_ARRAY, which saves 1.5 %. Payloads have neither dictionary nor statistics, which
 would store large values twice. Pages carry checksums.
 
@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 ROW_GROUP_BYTES = 32 << 20
 ZSTD_LEVEL = 3
-PLANES_ZSTD_LEVEL = 13
+PLANES_ZSTD_LEVEL = 15
 PAGE_BYTES = 232 << 10
 PAGE_ROWS = 4
 """A page ends with the PAGE_ROWS rows that fill PAGE_BYTES: below 256 KiB up to 6,000 Gaussians."""
