@@ -19,7 +19,8 @@ import numpy as np
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
-from numba.extending import models, overload, register_model
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import lower_builtin, models, register_model
 
 from splatshard.pipeline.kernels.compiled import inner
 
@@ -356,35 +357,39 @@ def total(typingctx, value):
     return types.float32(vector), codegen
 
 
-def _operator(of_floats: str, of_ints: str = "") -> Any:
-    def build(builder, kind, a, b):
+divide = _lanewise(lambda builder, kind, a, b: builder.fdiv(a, b), 2)
+
+
+def _define(symbol: Callable[..., Any], of_floats: str, of_ints: str, *lanes: types.Type) -> None:
+    """`symbol` for vectors of these lanes, and for such a vector and a number; not as an overload,
+    of which numba compiles a function for every pair of types."""
+
+    @infer_global(symbol)
+    class _Operator(AbstractTemplate):
+        def generic(self, args, kws):
+            kinds = [x for x in args if isinstance(x, VectorType)]
+            numbers = [x for x in args if isinstance(x, types.Number)]
+            fits = kinds and len(kinds) + len(numbers) == 2 and kinds[0] == kinds[-1]
+            return kinds[0](*args) if fits and kinds[0].lane in lanes else None
+
+    def lower(context, builder, signature, args):
+        kind = signature.return_type
+        own = zip(args, signature.args, strict=True)
+        a, b = (_filled(context, builder, value, typed, kind) for value, typed in own)
         return getattr(builder, of_ints if kind.lane == types.int32 else of_floats)(a, b)
 
-    return _lanewise(build, 2)
+    for a, b in ((VectorType, VectorType), (VectorType, types.Number), (types.Number, VectorType)):
+        lower_builtin(symbol, a, b)(lower)
 
 
-divide = _operator("fdiv")
-
-
-def _define(symbol: Callable[..., Any], op: Any, *lanes: types.Type) -> None:
-    """`symbol` for vectors of these lanes, and for such a vector and a number."""
-
-    @overload(symbol, jit_options={"forceinline": True})
-    def _overload(a, b):
-        kinds = [x for x in (a, b) if isinstance(x, VectorType)]
-        numbers = [x for x in (a, b) if isinstance(x, types.Number | types.IntegerLiteral)]
-        fits = kinds and len(kinds) + len(numbers) == 2 and kinds[0] == kinds[-1]
-        return (lambda a, b: op(a, b)) if fits and kinds[0].lane in lanes else None
-
-
-_define(operator.add, _operator("fadd", "add"), types.float32, types.int32)
-_define(operator.sub, _operator("fsub", "sub"), types.float32, types.int32)
-_define(operator.mul, _operator("fmul", "mul"), types.float32, types.int32)
-_define(operator.and_, _operator("", "and_"), types.int32)
-_define(operator.or_, _operator("", "or_"), types.int32)
-_define(operator.xor, _operator("", "xor"), types.int32)
-_define(operator.lshift, _operator("", "shl"), types.int32)
-_define(operator.rshift, _operator("", "ashr"), types.int32)
+_define(operator.add, "fadd", "add", types.float32, types.int32)
+_define(operator.sub, "fsub", "sub", types.float32, types.int32)
+_define(operator.mul, "fmul", "mul", types.float32, types.int32)
+_define(operator.and_, "", "and_", types.int32)
+_define(operator.or_, "", "or_", types.int32)
+_define(operator.xor, "", "xor", types.int32)
+_define(operator.lshift, "", "shl", types.int32)
+_define(operator.rshift, "", "ashr", types.int32)
 
 
 @inner(forceinline=True)
