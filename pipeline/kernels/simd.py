@@ -19,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
-from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.core.typing import templates
 from numba.extending import lower_builtin, models, register_model
 
 from splatshard.pipeline.kernels.compiled import inner
@@ -29,6 +29,7 @@ LANES, WIDE = 8, 16
 SHIFT = 1.5 * 2**23
 f32 = np.float32
 intrinsic: Callable[..., Any] = extending.intrinsic  # callers give no typing context
+infer_global: Callable[..., Any] = templates.infer_global  # a decorator, too
 _KINDS = {types.float32: ir.FloatType(), types.int32: ir.IntType(32), types.uint64: ir.IntType(64)}
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
@@ -365,7 +366,7 @@ def _define(symbol: Callable[..., Any], of_floats: str, of_ints: str, *lanes: ty
     of which numba compiles a function for every pair of types."""
 
     @infer_global(symbol)
-    class _Operator(AbstractTemplate):
+    class _Operator(templates.AbstractTemplate):
         def generic(self, args, kws):
             kinds = [x for x in args if isinstance(x, VectorType)]
             numbers = [x for x in args if isinstance(x, types.Number)]
