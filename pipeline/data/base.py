@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from splatshard.pipeline.data.batch import Position
-from splatshard.pipeline.data.catalog import S, Source, numbered_otherwise, pools
+from splatshard.pipeline.data.catalog import S, Source, check_sizes, numbered_otherwise, pools
 from splatshard.pipeline.data.epoch_order import (
     EpochOrder,
     Piece,
@@ -39,7 +39,11 @@ from splatshard.pipeline.data.epoch_order import (
     shares,
 )
 from splatshard.pipeline.data.filters import Filter, checked_filter
-from splatshard.pipeline.data.loaders import check_divided_once, in_any_order
+from splatshard.pipeline.data.loaders import (
+    check_divided_once,
+    check_not_ahead,
+    in_any_order,
+)
 from splatshard.pipeline.data.place import Place, doubts, place_of
 from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
 from splatshard.pipeline.data.windows import Choice, Loader
@@ -147,7 +151,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         if len(lists := self.class_lists) > 1:
             log.warning("%s", numbered_otherwise(lists))
         self.epoch_samples = epoch_samples
-        self._check_sizes()
+        check_sizes(self.sources, self.weights, lanes, epoch_samples)
+        self._check_steps()
         self._settings = {
             "seed": seed,
             "shuffle": shuffle,
@@ -228,9 +233,16 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             self._begin(Start(epoch, 0, self.lanes, self.batch_size))
 
     def __len__(self) -> int:
+        """Batches of this rank in an epoch, some of which may be read: Lightning counts on."""
+        return self._steps_from(0)
+
+    @property
+    def steps_left(self) -> int:
         """Batches of this rank in the next iteration: what is left of the epoch."""
-        start = self._start()
-        left = self._total() - start.samples
+        return self._steps_from(self._start().samples)
+
+    def _steps_from(self, samples: int) -> int:
+        left = self._total() - samples
         return epoch_steps(left, self.batch_size, self.world_size, self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -238,6 +250,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
         self._note_place(start, reader)
+        self._note_end(start, reader)
         self._note_workers(reader)
         self._note_lanes(start, reader)
         self._own = None
@@ -254,9 +267,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
         in_worker = get_worker_info() is not None
         following = Start(start.epoch + 1, 0, self.lanes, self.batch_size)
-        steps = epoch_steps(
-            total - start.samples, self.batch_size, reader.world_size, self.drop_last
-        )
+        steps = epoch_steps(total - start.samples, self.batch_size, reader.world_size, drop_last)
         if not in_worker and not steps:
             self._begin(following)
         batches = loader.batches(order, mine, self.batch_size, start.epoch, self.prefetch_windows)
@@ -301,6 +312,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """
         in_workers = get_worker_info() is None and self._shared[4]
         if self._progress is not None and not in_workers:
+            check_not_ahead(self)
             return self._progress
         if in_workers:
             raise UsageError(
@@ -350,6 +362,14 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         said = doubts(self.place) if self._given == (None, None) else ""
         if said and reader.worker == start.epoch == start.samples == 0:
             log.warning("%s", said)
+
+    def _note_end(self, start: Start, reader: Reader) -> None:
+        """Say that nothing is read, since the state was one of an epoch's end."""
+        if reader.worker == 0 and not self._steps_from(start.samples):
+            log.warning(
+                "nothing is left of epoch %d after the state that was loaded, so nothing is read: "
+                "call set_epoch(%d) to go on", start.epoch, start.epoch + 1,
+            )  # fmt: skip
 
     def _note_lanes(self, start: Start, reader: Reader) -> None:
         """Say once a run, where it begins, that readers get in one another's way."""
@@ -411,26 +431,6 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         }
         found = (url for url, shard in shards.items() if key in self.keys_of(shard))
         return next(found, " or ".join(shards))
-
-    def _check_sizes(self) -> None:
-        for source in self.sources:
-            samples = int(source.counts.sum())
-            if not samples:
-                raise UsageError(
-                    f"no sample of {'::'.join(source.urls)} passes: loosen filter, or look at "
-                    "splatshard status"
-                )
-            if self.weights is not None and samples < self.lanes:
-                raise UsageError(
-                    f"lanes is {self.lanes}, but {'::'.join(source.urls)} has {samples} samples: a "
-                    "mixture needs one per lane"
-                )
-        if self.epoch_samples is not None and (self.weights is None or self.epoch_samples < 1):
-            raise UsageError(
-                f"epoch_samples is {self.epoch_samples}: it is the positive length of a mixture's "
-                "epoch; another dataset's is its number of samples"
-            )
-        self._check_steps()
 
     def _check_steps(self) -> None:
         total = self._total()

@@ -145,6 +145,33 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]
     return Source(tuple(urls), shards, "+".join(contents), class_lists)
 
 
+def check_sizes(
+    sources: Sequence[Source[S]],
+    weights: Sequence[float] | None,
+    lanes: int,
+    epoch_samples: int | None,
+) -> None:
+    """Raises UsageError for a source without samples, or too few for a mixture, and for a length of
+    what is none."""
+    for source in sources:
+        samples = int(source.counts.sum())
+        if not samples:
+            raise UsageError(
+                f"no sample of {'::'.join(source.urls)} passes: loosen filter, or look at "
+                "splatshard status"
+            )
+        if weights is not None and samples < lanes:
+            raise UsageError(
+                f"lanes is {lanes}, but {'::'.join(source.urls)} has {samples} samples: a mixture "
+                "needs one per lane"
+            )
+    if epoch_samples is not None and (weights is None or epoch_samples < 1):
+        raise UsageError(
+            f"epoch_samples is {epoch_samples}: it is the positive length of a mixture's epoch; "
+            "another dataset's is its number of samples"
+        )
+
+
 def check_once(shards: Sequence[Shard]) -> None:
     """Raises UsageError for a file that is named twice, and logs which are copies of others: each
     of their samples is there several times in an epoch."""

@@ -33,28 +33,42 @@ def in_any_order(dataset: Dataset[Any]) -> bool:
 def check_divided_once(dataset: Dataset[Any], world_size: int) -> None:
     """Raises UsageError where accelerate divides once more what `dataset` divides among ranks: by
     its default rank 0 alone would read its part, and all others get some of that."""
-    if world_size == 1 or "accelerate" not in sys.modules:
+    if world_size == 1:
         return
-    found = _owned_by(dataset, ("DataLoaderDispatcher", "IterableDatasetShard"), depth=3)
-    if found:
+    if found := _accelerate(dataset, ("DataLoaderDispatcher", "IterableDatasetShard")):
         raise UsageError(
-            f"accelerate ({found}) divides among the ranks what this dataset divides already, so "
-            "the rest would never be read: do not prepare() its DataLoader, or give the dataset "
+            f"accelerate ({found[0]}) divides among the ranks what this dataset divides already, "
+            "so the rest would never be read: do not prepare() its DataLoader, or give the dataset "
             "rank=0 and world_size=1"
         )
 
 
-def _owned_by(value: object, names: tuple[str, ...], depth: int) -> str:
-    """Which of these classes of accelerate's holds `value`, itself or through others."""
+def check_not_ahead(dataset: Dataset[Any]) -> None:
+    """Raises UsageError where accelerate has taken a batch more of `dataset` than it has handed
+    out: a state of the dataset would lose it. Its stateful loaders keep the state before that."""
+    found = _accelerate(dataset, ("DataLoaderDispatcher", "DataLoaderShard"))
+    if found and not getattr(found[1], "use_stateful_dataloader", False):
+        raise UsageError(
+            f"accelerate ({found[0]}) reads a batch ahead, which state_dict() would take for read: "
+            "save dataset.state_after(batch), or do not prepare() the DataLoader of this dataset"
+        )
+
+
+def _accelerate(dataset: Dataset[Any], names: tuple[str, ...]) -> tuple[str, object] | None:
+    """Which of these classes of accelerate's holds `dataset`, itself or through others."""
+    return _owned_by(dataset, names, depth=3) if "accelerate" in sys.modules else None
+
+
+def _owned_by(value: object, names: tuple[str, ...], depth: int) -> tuple[str, object] | None:
     for holder in _holders(value):
         owner = holder[_OWNER]
         for kind in type(owner).__mro__:
             if kind.__module__ == "accelerate.data_loader" and kind.__name__ in names:
-                return kind.__name__
+                return kind.__name__, owner
         further = depth and isinstance(owner, Dataset | DataLoader) and owner is not value
         if further and (found := _owned_by(owner, names, depth - 1)):
             return found
-    return ""
+    return None
 
 
 _OWNER = object()

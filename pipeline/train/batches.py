@@ -186,7 +186,7 @@ class Feed:
         """Steps; with each, `state` is the one to save once it is done. Never ends."""
         while True:
             self.dataset.load_state_dict(self.state)
-            steps = iter(self._loader) if len(self.dataset) else iter(())
+            steps = iter(self._loader) if self.dataset.steps_left else iter(())
             while (step := self._next(steps)) is not None:
                 if step.problem:
                     self._complain(step)

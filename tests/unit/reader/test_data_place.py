@@ -218,3 +218,24 @@ def test_what_accelerate_divides_again_is_refused(
     assert list(prepared(1))
     alone = SplatDataset(dst, batch_size=4, rank=0, world_size=2)
     assert list(DataLoader(Wrapper(alone), batch_size=None))
+
+
+@pytest.mark.parametrize("name", ["DataLoaderDispatcher", "DataLoaderShard"])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_state_is_refused_where_accelerate_reads_ahead(
+    dst: str, monkeypatch: pytest.MonkeyPatch, name: str, stateful: bool
+) -> None:
+    """It has taken one batch more than it hands out, and that one was never read again."""
+    monkeypatch.setitem(sys.modules, "accelerate", object())
+    kind = type(name, (Prepared,), {"__module__": "accelerate.data_loader"})
+    dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=1)
+    loader = kind(DataLoader(Wrapper(dataset), batch_size=None))
+    loader.use_stateful_dataloader = stateful
+    batch = next(iter(loader))
+    if stateful:  # such a loader asks before it reads on
+        assert dataset.state_dict() == dataset.state_after(batch)
+    else:
+        with pytest.raises(UsageError, match=rf"accelerate \({name}\) reads a batch ahead"):
+            dataset.state_dict()
+        dataset.load_state_dict(dataset.state_after(batch))
+        assert dataset.state_dict()["samples"] == 4

@@ -134,14 +134,20 @@ def test_who_counts_to_len_goes_on_with_the_next_epoch(
     assert keys_of(dataset) == expected[1]
 
 
-def test_who_counts_to_what_is_left_goes_on_with_the_next_epoch(dst: str) -> None:
+@pytest.mark.parametrize("taken", [1, 3])
+def test_who_counts_on_from_a_state_reads_whole_epochs(dst: str, taken: int) -> None:
+    """Lightning keeps len() and the number of the batch: what was left ended each epoch early."""
+    whole = SplatDataset(dst, batch_size=4)
+    expected = [keys_of(whole) for _ in range(2)]
+    whole.set_epoch(0)
+    (*_, last) = islice(whole, taken)
     dataset = SplatDataset(dst, batch_size=4)
-    expected = keys_of(dataset), keys_of(dataset)
-    dataset.set_epoch(0)
-    state = dataset.state_after(next(iter(dataset)))
-    dataset.load_state_dict(state)
-    assert keys_of(islice(dataset, len(dataset))) == expected[0][4:]
-    assert keys_of(islice(dataset, len(dataset))) == expected[1]
+    dataset.load_state_dict(whole.state_after(last))
+    steps = len(dataset)
+    assert steps == len(whole)
+    assert dataset.steps_left == steps - taken
+    assert keys_of(islice(dataset, steps - taken)) == expected[0][4 * taken :]
+    assert keys_of(islice(dataset, steps)) == expected[1]
 
 
 def test_an_iterator_given_up_does_not_move_the_dataset(dst: str) -> None:
@@ -186,7 +192,9 @@ def test_a_step_that_takes_the_first_batch_each_time_is_told(
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_after_the_last_step_nothing_of_the_epoch_is_left(dst: str, drop_last: bool) -> None:
+def test_after_the_last_step_nothing_of_the_epoch_is_left(
+    dst: str, drop_last: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not for fewer ranks either, which could fill a step with what was dropped."""
     dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=4, drop_last=drop_last)
     batches = iter(dataset)
@@ -194,10 +202,13 @@ def test_after_the_last_step_nothing_of_the_epoch_is_left(dst: str, drop_last: b
     resumed = SplatDataset(dst, batch_size=1, drop_last=drop_last)
     resumed.load_state_dict(dataset.state_after(last))
     resumed.set_epoch(0)
-    assert len(resumed) == 0
+    assert resumed.steps_left == 0
     assert keys_of(resumed) == []
+    assert "nothing is left of epoch 0 after the state that was loaded" in caplog.text
     assert resumed.epoch == 1
+    caplog.clear()
     assert keys_of(resumed)
+    assert "nothing is left" not in caplog.text
 
 
 def test_set_epoch_keeps_what_a_state_says_of_that_epoch(dst: str) -> None:
@@ -208,7 +219,7 @@ def test_set_epoch_keeps_what_a_state_says_of_that_epoch(dst: str) -> None:
     resumed = SplatDataset(dst, batch_size=4, lanes=2)
     resumed.load_state_dict(dataset.state_after(batch))
     resumed.set_epoch(0)
-    assert len(resumed) == len(whole) // 4 - 1
+    assert resumed.steps_left == len(whole) // 4 - 1
     assert keys_of(resumed) == whole[4:]
     assert resumed.state_dict()["lanes"] == 2  # the next epoch is its own
 
