@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from textwrap import shorten
 from typing import Any
 
@@ -27,8 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.sample import (
+    FEW,
     MEANT,
     NAMES,
+    NEITHER,
     NO_FIELD,
     REPLACED,
     SPLATS,
@@ -147,11 +150,15 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
         key = None
     notes |= {name: f"the key is taken from {key}" for name in keys[1:] if key}
     fields = {field: tuple(_paths(field, schema, images[0])) for field in FIELDS}
-    rest = [f for f in schema if f.name != images[0]]
-    binary = [f.name for f in rest if is_binary(f.type) or is_image_struct(f.type)]
-    other = [f.name for f in rest if f.name not in binary]
+    fields_left = [f for f in schema if f.name != images[0]]
+    binary = [f.name for f in fields_left if is_binary(f.type) or is_image_struct(f.type)]
+    other = [f.name for f in fields_left if f.name not in binary]
     own = {key, *images, *(path[0] for paths in fields.values() for path in paths)}
-    meant = dict(_may_be_meant(file, {*own, *notes}, _lacking(file, key, fields)))
+    lacking = _lacking(file, key, fields)
+    meant = dict(_may_be_meant(file, {*own, *notes}, lacking))
+    if lacking - set(meant.values()) >= {"caption", "label"} and "json" not in other:
+        rest = (n for n in other if n not in (*own, *notes, *meant) and n[:2] != "__")
+        notes |= dict.fromkeys(islice(rest, FEW), NEITHER)
     notes = {n: NO_FIELD for n in binary if n not in own and n not in meant} | notes
     return Columns(
         image=images[0],
@@ -223,7 +230,7 @@ def _lacking(
 
 
 def _is_empty(file: pq.ParquetFile, name: str) -> bool:
-    """Whether all values of a column are null, by the file's statistics."""
+    """Whether all values of a column are null or empty texts, by the file's statistics."""
     if pa.types.is_null(file.schema_arrow.field(name).type):
         return True
     places = (i for i in range(len(file.schema)) if file.schema.column(i).path == name)
@@ -231,7 +238,14 @@ def _is_empty(file: pq.ParquetFile, name: str) -> bool:
         return False
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     parts = [group.column(place) for group in groups]
-    return all(c.statistics and c.statistics.null_count == c.num_values for c in parts)
+    return all(_says_nothing(part) for part in parts)
+
+
+def _says_nothing(part: pq.ColumnChunkMetaData) -> bool:
+    said = part.statistics
+    if said is None:
+        return False
+    return said.null_count == part.num_values or (said.has_min_max and said.max_raw == b"")
 
 
 def _suits(field: str, kind: pa.DataType) -> bool:
@@ -364,7 +378,7 @@ def _meant(document: Any, columns: Columns, taken: dict[str, Any]) -> Iterator[t
     for name, why in unused_in(document, taken):
         yield f"json.{name}", why
     for name, field in columns.meant:
-        if taken[field] is None and (field != "key" or taken["uid"] is None):
+        if taken[field] in (None, "") and (field != "key" or taken["uid"] is None):
             yield name, MEANT[field]
 
 

@@ -19,6 +19,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from splatshard.pipeline.source.formats import EXTENSIONS, NAMED_EXTENSIONS
@@ -238,6 +239,12 @@ MEANT_IN_JSON = {
     "label": "a label is a whole number called label at the JSON's top",
 }
 
+NEITHER = "no caption and no label is here by its name, see docs/sources.md for those"
+"""Said of all else where a sample has neither, and nothing that may be one by its name."""
+
+FEW = 10
+"""So many names are told then."""
+
 TAKES = {
     "key": (key_of, "a whole number or a non-empty text"),
     "uid": (uid_of, "a text or a number"),
@@ -268,18 +275,24 @@ def spelled(names: Iterable[str], given: Iterable[str]) -> list[str]:
 
 def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """Values of a sample's JSON that have a field's name, while `fields` lacks that; those that may
-    be it by another name, or further within; and captions other than that which is taken."""
+    be it by another name, or further within; captions other than that which is taken; and where
+    there is neither caption nor label, nor what may be one, the first of all."""
     found: dict[str, str] = {}
     top = values if isinstance(values, dict) else {}
     if caption := (fields.get("caption") or "").strip():
         others = ((n, caption_of(top[n]) or caption) for n in spelled(NAMES["caption"], top))
         found |= {name: OTHER_CAPTION for name, other in others if other.strip() != caption}
-    for field in (field for field in NAMES if fields.get(field) is None):
+    for field in (field for field in NAMES if fields.get(field) in (None, "")):
         own = spelled(NAMES[field], top)
-        found |= {n: not_taken(field, top[n]) for n in own if not is_null(top[n])}
+        if fields.get(field) is None:
+            found |= {n: not_taken(field, top[n]) for n in own if not is_null(top[n])}
         for path, name, value in inner(values) if field in ALIKE else ():
             if path not in own and may_be(field, name) and may_take(field, value):
                 found.setdefault(path, MEANT_IN_JSON[field])
+    if not found and fields.get("caption") is fields.get("label") is None:
+        own = spelled((*NAMES["caption"], *NAMES["label"]), top)
+        others = (name for name in top if not own and name.lower() not in NAMES["uid"])
+        found |= dict.fromkeys(islice(others, FEW), NEITHER)
     return tuple(found.items())
 
 

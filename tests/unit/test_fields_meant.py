@@ -12,7 +12,14 @@ import pyarrow as pa
 import pytest
 
 from splatshard.pipeline.source.read import RawSample
-from splatshard.pipeline.source.sample import MEANT, MEANT_IN_JSON, may_be, unused_lines
+from splatshard.pipeline.source.sample import (
+    MEANT,
+    MEANT_IN_JSON,
+    NEITHER,
+    NO_FIELD,
+    may_be,
+    unused_lines,
+)
 from tests.make import write_parquet
 from tests.unit.reading import IMAGE, read_all, read_members
 
@@ -40,8 +47,23 @@ SCHEMAS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "img2dataset without captions": (
         JPG | {"key": "0", "url": "http://a/b.jpg", "error_message": "", "sha256": "ab"},
-        {},
+        dict.fromkeys(("url", "error_message", "sha256"), NEITHER),
     ),
+    "FER2013": (JPG | {"emotion": 3, "usage": "Training"}, {
+        "emotion": NEITHER, "usage": NEITHER,
+    }),
+    "CelebA": (IN_STRUCT | {"celeb_id": 7, "Male": True, "__index_level_0__": 0}, {
+        "celeb_id": NEITHER, "Male": NEITHER,
+    }),
+    "skin lesions": (IN_STRUCT | {"image_id": "i", "dx": "nv", "scan": b"a"}, {
+        "image_id": "key", "dx": NEITHER, "scan": NO_FIELD,
+    }),
+    "formulas": (IN_STRUCT | {"latex_formula": "x^2"}, {"latex_formula": NEITHER}),
+    "many": (JPG | {f"attribute {i:02d}": 1 for i in range(40)}, {
+        f"attribute {i:02d}": NEITHER for i in range(10)
+    }),
+    "empty captions": (JPG | {"caption": "", "alt": "a", "label": 1}, {"alt": "caption"}),
+    "nothing but empty captions": (JPG | {"caption": "", "emotion": 3}, {"emotion": NEITHER}),
     "DataComp": (
         JPG | {"uid": "ab", "url": "u", "text": "a", "re_caption": "b", "sha256": "ab"},
         {},
@@ -199,7 +221,12 @@ def test_values_of_the_json(tmp_path: Path) -> None:
     expected = {"class": "label", "prompt_en": "caption", "labels": "label", "target": "label"}
     assert told(document) == expected
     assert told(document, ("a.txt", b"a"), ("a.cls", b"1")) == {}
-    assert told({"a": {"b": {"c": {"d": {"caption": "deep"}}}}}) == {}
+    assert told({"a": {"b": {"c": {"d": {"caption": "deep"}}}}}) == {"a": NEITHER}
+    assert told({"dx": "nv", "age": 50, "uid": "ab"}) == {"dx": NEITHER, "age": NEITHER}
+    assert told({"dx": "nv", "caption": None}) == {}
+    assert told({"dx": "nv"}, ("a.cls", b"1")) == told({"dx": "nv"}, ("a.txt", b"a")) == {}
+    for beside in ({}, {"caption": ""}, {"caption": None}):
+        assert told({"prompt": "a"} | beside, ("a.txt", b"")) == {"prompt": "caption"}
     said = [{"from": "human", "value": "what is it?"}]
     assert told({"conversations": said, "category": "dog"}) == {
         "conversations": "caption",

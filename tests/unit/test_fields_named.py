@@ -59,5 +59,5 @@ def test_several_images_are_named(tmp_path: Path) -> None:
 def test_columns_that_become_members_are_told(tmp_path: Path) -> None:
     (sample,) = samples_of(tmp_path, npy=[b"1"], png=[IMAGE], txt=[b"a"])
     assert dict(sample.unused) == {"npy": NO_FIELD, "png": "the image is taken from jpg"}
-    (sample,) = samples_of(tmp_path, png=pa.array([None], pa.binary()), width=[3])
+    (sample,) = samples_of(tmp_path, png=pa.array([None], pa.binary()), label=[3])
     assert sample.unused == ()
