@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from splatshard.pipeline.data import loaders
 from splatshard.pipeline.data.batch import Position
 from splatshard.pipeline.data.catalog import S, Source, check_sizes, numbered_otherwise, pools
 from splatshard.pipeline.data.epoch_order import (
@@ -39,11 +40,6 @@ from splatshard.pipeline.data.epoch_order import (
     shares,
 )
 from splatshard.pipeline.data.filters import Filter, checked_filter
-from splatshard.pipeline.data.loaders import (
-    check_divided_once,
-    check_not_ahead,
-    in_any_order,
-)
 from splatshard.pipeline.data.place import Place, doubts, place_of
 from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
 from splatshard.pipeline.data.windows import Choice, Loader
@@ -170,11 +166,12 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self._out = 0  # batches that the newest iterator of this process gave out of its epoch
         self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
         self._progress: dict[str, Any] | None = None
+        self._taker: loaders.Taker | None = None  # of the newest iterator's batches
         self._begin(Start(0, 0, lanes, batch_size))
 
     def __getstate__(self) -> dict[str, Any]:
         """A DataLoader worker that is not forked knows nothing of its parent's process group."""
-        return self.__dict__ | {"_parent": self.place}
+        return self.__dict__ | {"_parent": self.place, "_taker": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy shares its place with DataLoader workers, too; neither copy.deepcopy nor pickle
@@ -266,6 +263,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             return shares(start.samples, total, self.batch_size, drop_last, reader, taken)
 
         in_worker = get_worker_info() is not None
+        self._taker = loaders.taker_of(self)
         following = Start(start.epoch + 1, 0, self.lanes, self.batch_size)
         steps = epoch_steps(total - start.samples, self.batch_size, reader.world_size, drop_last)
         if not in_worker and not steps:
@@ -296,7 +294,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             raise UsageError("the batch has no position: give one as the dataset made it")
         worker = int(self._shared[5])
         if worker != self._in_order and get_worker_info() is None:
-            if in_any_order(self):
+            if loaders.in_any_order(self):
                 raise UsageError(
                     "a DataLoader of this dataset has in_order=False, so batches before this one "
                     "may not have been given out, and a state would lose them: make the DataLoader "
@@ -312,7 +310,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """
         in_workers = get_worker_info() is None and self._shared[4]
         if self._progress is not None and not in_workers:
-            check_not_ahead(self)
+            loaders.check_not_ahead(self._taker)
             return self._progress
         if in_workers:
             raise UsageError(
@@ -358,7 +356,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def _note_place(self, start: Start, reader: Reader) -> None:
         """Say once a run, where it begins, that other processes may read the same."""
-        check_divided_once(self, self.place.world_size)
+        loaders.check_divided_once(self, self.place.world_size)
         said = doubts(self.place) if self._given == (None, None) else ""
         if said and reader.worker == start.epoch == start.samples == 0:
             log.warning("%s", said)

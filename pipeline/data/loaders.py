@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,15 +44,32 @@ def check_divided_once(dataset: Dataset[Any], world_size: int) -> None:
         )
 
 
-def check_not_ahead(dataset: Dataset[Any]) -> None:
-    """Raises UsageError where accelerate has taken a batch more of `dataset` than it has handed
-    out: a state of the dataset would lose it. Its stateful loaders keep the state before that."""
+class Taker(NamedTuple):
+    """Who takes batches of a dataset: the class of accelerate's that does so before it hands out
+    the last one, if that is it, and the thread."""
+
+    ahead: str
+    thread: int
+
+
+def taker_of(dataset: Dataset[Any]) -> Taker:
+    """As seen from an iterator of `dataset`. accelerate's stateful loaders are not ahead: they ask
+    for the state before they go on."""
     found = _accelerate(dataset, ("DataLoaderDispatcher", "DataLoaderShard"))
-    if found and not getattr(found[1], "use_stateful_dataloader", False):
-        raise UsageError(
-            f"accelerate ({found[0]}) reads a batch ahead, which state_dict() would take for read: "
-            "save dataset.state_after(batch), or do not prepare() the DataLoader of this dataset"
-        )
+    ahead = found and not getattr(found[1], "use_stateful_dataloader", False)
+    return Taker(found[0] if found and ahead else "", get_ident())
+
+
+def check_not_ahead(taker: Taker | None) -> None:
+    """Raises UsageError where batches may have been taken and not yet handed out, so that a state
+    of the dataset would lose them."""
+    if taker is None or taker == ("", get_ident()):
+        return
+    who = f"accelerate ({taker.ahead})" if taker.ahead else "another thread"
+    raise UsageError(
+        f"{who} reads ahead, and state_dict() would take for read what was not yet handed out: "
+        "save dataset.state_after(batch)"
+    )
 
 
 def _accelerate(dataset: Dataset[Any], names: tuple[str, ...]) -> tuple[str, object] | None:

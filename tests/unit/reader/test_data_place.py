@@ -235,7 +235,7 @@ def test_a_state_is_refused_where_accelerate_reads_ahead(
     if stateful:  # such a loader asks before it reads on
         assert dataset.state_dict() == dataset.state_after(batch)
     else:
-        with pytest.raises(UsageError, match=rf"accelerate \({name}\) reads a batch ahead"):
+        with pytest.raises(UsageError, match=rf"accelerate \({name}\) reads ahead"):
             dataset.state_dict()
         dataset.load_state_dict(dataset.state_after(batch))
         assert dataset.state_dict()["samples"] == 4

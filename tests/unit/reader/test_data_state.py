@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,19 @@ def test_an_iterator_given_up_does_not_move_the_dataset(dst: str) -> None:
     next(iter(dataset))
     assert dataset.state_dict()["samples"] == 4
     assert keys_of(dataset) == whole
+
+
+def test_a_state_is_refused_where_another_thread_reads_ahead(dst: str) -> None:
+    """What it had taken, and nobody had seen, was not read again."""
+    dataset = SplatDataset(dst, batch_size=4)
+    batches = iter(dataset)
+    with ThreadPoolExecutor(1) as thread:
+        first, _ = (thread.submit(next, batches).result() for _ in range(2))
+    with pytest.raises(UsageError, match="another thread reads ahead"):
+        dataset.state_dict()
+    dataset.load_state_dict(dataset.state_after(first))
+    assert keys_of(dataset) == keys_of(SplatDataset(dst, batch_size=4))[4:]
+    assert dataset.state_dict()["epoch"] == 1
 
 
 def test_an_epoch_that_begins_again_is_told(dst: str, caplog: pytest.LogCaptureFixture) -> None:
