@@ -36,6 +36,7 @@ from splatshard.pipeline.data.epoch_order import (
     Piece,
     Reader,
     Share,
+    check_counts,
     epoch_steps,
     shares,
 )
@@ -121,7 +122,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         on_rank_zero: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:
         super().__init__()
-        _check_counts(
+        check_counts(
             batch_size=(batch_size, 1),
             world_size=(1 if world_size is None else world_size, 1),
             rank=(rank or 0, 0),
@@ -161,6 +162,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         # Shared with DataLoader workers, so that persistent ones see `set_epoch`, too: where the
         # next iteration begins, whether workers have begun since that was set, and which was last.
         self._shared = torch.zeros(6, dtype=torch.int64).share_memory_()
+        self._owner = os.getpid()  # whose iterations move it
         self._in_order = 0  # the worker beside which all loaders were found to be in order
         self._looks = 0  # iterators that were left after a batch of their epoch
         self._out = 0  # batches that the newest iterator of this process gave out of its epoch
@@ -224,7 +226,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         Call it before each epoch, as one does with torch's samplers: DataLoader workers do not
         know what the last ones read. Raises UsageError for what is no epoch.
         """
-        _check_counts(epoch=(epoch, 0))
+        check_counts(epoch=(epoch, 0))
         self._shared[4] = self._out = 0
         if epoch != self.epoch:
             self._begin(Start(epoch, 0, self.lanes, self.batch_size))
@@ -244,6 +246,10 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_steps()
+        if (
+            self._owner != os.getpid() and get_worker_info() is None
+        ):  # a rank begun with the dataset
+            self._shared, self._owner = self._shared.clone().share_memory_(), os.getpid()
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
         self._note_place(start, reader)
@@ -439,10 +445,3 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
                 f"has only {total} samples an epoch, which fill no step: choose at most {total} on "
                 "all ranks together, or drop_last=False"
             )
-
-
-def _check_counts(**values: tuple[object, int]) -> None:
-    """Raises UsageError unless each value is a whole number that is at least as large as said."""
-    for name, (value, least) in values.items():
-        if type(value) is not int or value < least:
-            raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatshard.pipeline.data.random_numbers import GOLDEN, permutation
+from splatshard.schemas.errors import UsageError
 
 PERIOD = 4096
 """Grains of a lane after which the choice of sources repeats; weights are rounded to 1 / PERIOD."""
@@ -289,3 +290,10 @@ def shares(
         else:
             cuts = [begin + left * r // reader.world_size for r in (reader.rank, reader.rank + 1)]
             yield Share(cuts[0], cuts[1], after)
+
+
+def check_counts(**values: tuple[object, int]) -> None:
+    """Raises UsageError unless each value is a whole number that is at least as large as said."""
+    for name, (value, least) in values.items():
+        if type(value) is not int or value < least:
+            raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")

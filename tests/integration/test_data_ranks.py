@@ -72,3 +72,43 @@ def test_ranks_share_the_samples(tmp_path: Path, launched: str) -> None:
     for name in first:
         assert sorted(first[name] + second[name]) == sorted(rows), name
         assert abs(len(first[name]) - len(second[name])) <= 1, name
+
+
+GIVEN = """
+import json, os, sys
+import torch.multiprocessing as mp
+from splatshard.pipeline.data import SplatDataset
+from tests.splat_shards import keys_of
+
+def read(dataset, rank, given):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    given.put([keys_of(dataset) for epoch in range(2)])
+
+if __name__ == "__main__":
+    found = {}
+    for method in ("fork", "spawn"):
+        context, found[method] = mp.get_context(method), []
+        dataset = SplatDataset(sys.argv[1], batch_size=2, drop_last=False)
+        given = context.SimpleQueue()
+        for rank in range(2):  # the second begins when the first is through
+            process = context.Process(target=read, args=(dataset, rank, given))
+            process.start()
+            found[method].append(given.get())
+            process.join()
+        assert dataset.epoch == 0
+    print(json.dumps(found))
+"""
+
+
+def test_ranks_that_are_given_a_dataset_do_not_move_each_other(tmp_path: Path) -> None:
+    """A late one began with the epoch that the other was at, and others' samples were lost."""
+    src, script = str(tmp_path / "shards"), tmp_path / "read.py"
+    rows = make_dataset(src, [10, 7, 9])
+    script.write_text(GIVEN)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), src]
+    found = json.loads(subprocess.check_output(command, cwd=ROOT, env=env, timeout=120))
+    assert set(found) == {"fork", "spawn"}
+    for method, (first, second) in found.items():
+        for one, other in zip(first, second, strict=True):
+            assert sorted(one + other) == sorted(rows), method
