@@ -17,7 +17,8 @@ intrinsic: Callable[..., Any] = extending.intrinsic  # callers give no typing co
 
 
 def eight_or_more(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`data`, with zeros behind it if it is shorter; read-only, so that all columns are alike."""
+    """`data`, uint8 [...], with zeros behind it if it is shorter; read-only, so that all columns
+    are alike."""
     if len(data) < 8 or data.flags.writeable:
         data = np.pad(data, (0, 8)) if len(data) < 8 else data.view()
         data.flags.writeable = False
