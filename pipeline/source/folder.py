@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from unicodedata import normalize
 
-from splatshard.pipeline.source.sample import BESIDE_EXTENSIONS, IMAGE_EXTENSIONS
+from splatshard.pipeline.source.sample import BESIDE_EXTENSIONS, IMAGE_EXTENSIONS, MEMBER_FIELDS
 from splatshard.pipeline.source.values import storable
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardRef
@@ -36,6 +36,9 @@ CONTAINERS = frozenset(
 )
 """Folders of images of any class, and of what belongs to them, as COCO, YOLO, Pascal VOC and Tiny
 ImageNet have them."""
+
+IMAGEFOLDER_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""What Hugging Face's imagefolder keeps beside images."""
 
 
 def split_stem(path: str) -> tuple[str, str]:
@@ -167,6 +170,47 @@ def folders_within(root: str, images: Collection[str]) -> list[str]:
             f"directly below {root}: give {root}/{storable(outer)} if they are the classes"
         ]
     return []
+
+
+def side_by_side(refs: Iterable[ShardRef], wanted: Sequence[str] = ()) -> list[str]:
+    """What to say of folders of SRC that lie side by side, with all images directly in them and no
+    labels beside these: they may be classes, which are the folders below one of SRC."""
+    urls: dict[str, list[str]] = {}
+    for ref in refs:
+        if ref.kind == "folder" and not ref.labels:
+            urls.setdefault(ref.root, []).extend(ref.urls)
+    beside: dict[str, list[str]] = {}
+    for root in sorted(urls):
+        beside.setdefault(root.rpartition("/")[0], []).append(root)
+    notes = []
+    for parent, roots in beside.items():
+        flat = [root for root in roots if len(roots) > 1 and _is_flat(root, urls[root])]
+        names = [root.rpartition("/")[2] for root in flat]
+        if len(names) > 1 and (wanted or not what_else(names, set(names))):
+            notes.append(
+                f"no labels by folder: {few(names)} of {storable(parent)} are given one by one, "
+                "and classes are the folders directly below SRC; if they are classes, give "
+                f"{storable(parent)}, or a folder with links to these alone"
+            )
+    return notes
+
+
+def _is_flat(root: str, urls: Iterable[str]) -> bool:
+    """Whether all files of a folder lie directly in it, and none is a label."""
+    return all(
+        url.rpartition("/")[0] == root and MEMBER_FIELDS.get(split_stem(url)[1].lower()) != "label"
+        for url in urls
+    )
+
+
+def of_imagefolder(root: str, paths: Iterable[str]) -> list[str]:
+    """What to say of metadata of Hugging Face's imagefolder among `paths`, which no image takes."""
+    found = sorted(path for path in paths if path.rpartition("/")[2] in IMAGEFOLDER_METADATA)
+    return [
+        f"{path} of {root} is not read, so its captions and labels are missing: write the "
+        "dataset as Parquet (to_parquet of Hugging Face's datasets), or a .txt per image"
+        for path in found[:1]
+    ]
 
 
 def what_else(folders: Collection[str], held: Collection[str]) -> str:

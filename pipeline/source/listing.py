@@ -38,6 +38,8 @@ from splatshard.pipeline.source.folder import (
     few,
     is_image,
     is_sidecar,
+    of_imagefolder,
+    side_by_side,
     split_stem,
     with_images,
 )
@@ -59,9 +61,6 @@ from splatshard.pipeline.storage.fs import Stat
 from splatshard.pipeline.storage.options import redact, scheme_of
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.shard import ShardManifest, ShardRef
-
-IMAGEFOLDER_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""What Hugging Face's imagefolder keeps beside images."""
 
 PARTITION = re.compile(r"(?<=/)(\w+)=[^/]*(?=/.*\.parquet$)", re.IGNORECASE)
 """A folder as Spark, pandas and Polars name it, of rows with one value in a column."""
@@ -326,11 +325,7 @@ def _add_images(
     found.notes += notes
     rest = set(paths) - used
     found.leave_out("no_image_column", {p for p in rest if kind_of(p)})
-    if texts := sorted(p for p in rest if basename(p) in IMAGEFOLDER_METADATA):
-        found.notes.append(
-            f"{texts[0]} of {root} is not read, so its captions and labels are missing: write the "
-            "dataset as Parquet (to_parquet of Hugging Face's datasets), or a .txt per image"
-        )
+    found.notes += of_imagefolder(root, rest)
     alone = {p for p in rest if is_sidecar(p)}
     found.leave_out("no_image", alone)
     _leave_out_others(found, rest - alone)
@@ -346,16 +341,17 @@ def _leave_out_others(found: Listing, urls: set[str]) -> None:
 def _number_classes(found: Listing, classes: tuple[str, ...]) -> None:
     """One number for a class in all folders of SRC. Raises UsageError for `classes` of nothing."""
     labelled = [ref for ref in found.refs if ref.labels]
+    one_by_one = side_by_side(found.refs, classes)
     if classes and not labelled:
-        raise UsageError(
-            "--classes is for folders of images whose folders are classes; SRC has none"
-        )
+        what = "--classes is for folders of images whose folders are classes; SRC has none"
+        raise UsageError("; ".join([what, *one_by_one]))
     names = classes or tuple(sorted({name for ref in labelled for name in ref.labels}))
     if names:
         found.refs = [replace(r, labels=names) if r.labels else r for r in found.refs]
         some = "1 class" if len(names) == 1 else f"{len(names):,} classes"
         found.notes.insert(0, f"{some} by folder: {few(names)}")
         found.notes += [] if classes else doubts(names)
+    found.notes += one_by_one
 
 
 def _without_images(found: Listing, urls: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from splatshard.pipeline.source.listing import list_shards
+from splatshard.pipeline.data import ImageDataset
+from splatshard.pipeline.source.listing import list_shards, list_source
 from splatshard.pipeline.source.read import read
 from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
 from tests.make import (
@@ -208,3 +209,38 @@ def test_a_destination_beside_the_sources(tmp_path, monkeypatch, src, dst):
     monkeypatch.chdir(tmp_path)
     imagenet_tar(tmp_path / "in" / "a" / "0.tar", count=1)
     assert list_shards(src, dst=dst) == list_shards(src)
+
+
+def test_class_folders_given_one_by_one_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = image_folder(tmp_path / "train", ("n01", "n02", "n03"), per_class=1)
+    other = image_folder(tmp_path / "val", ("n04", "n05"), per_class=1)
+    (tmp_path / "list.txt").write_text("train/n01\ntrain/n03\n")
+    two = f"{root}/n01::{root}/n03"
+    for src in (two, f"{root}/{{n01,n03}}", f"{tmp_path}/list.txt"):
+        (note,) = list_source(src).notes
+        assert note.startswith(f"no labels by folder: n01, n03 of {root} are given one by one")
+        assert f"if they are classes, give {root}, or" in note
+    with pytest.raises(UsageError, match=f"SRC has none; .* give {root}, or"):
+        list_source(two, classes=("n01", "n03"))
+    assert len(list_source(f"{two}::{other}/n04::{other}/n05").notes) == 2
+    beside = list_source(f"{two}::{other}")
+    assert beside.notes[0] == "2 classes by folder: n04, n05"
+    assert beside.notes[1:] == list_source(two).notes
+    ImageDataset(two.split("::"), image_size=16, batch_size=1)
+    assert note in caplog.text
+
+
+def test_folders_given_one_by_one_that_are_no_classes(tmp_path: Path) -> None:
+    """Splits, folders of two places, with classes below or labels beside the images."""
+    image_folder(tmp_path, ("train", "val", "n01", "n02"), per_class=1)
+    for split in "ab":
+        image_folder(tmp_path / "deep" / split, ("cat", "dog"), per_class=1)
+    image_folder(tmp_path / "more", ("n03",), per_class=1)
+    for pair in ("train::{}/val", "n01::{}/more/n03", "deep/a::{}/deep/b", "n01"):
+        notes = list_source(f"{tmp_path}/{pair}".format(tmp_path)).notes
+        assert not [note for note in notes if "one by one" in note]
+    for name in ("n01", "n02"):
+        (tmp_path / name / "0000.cls").write_text("3")
+    assert list_source(f"{tmp_path}/{{n01,n02}}").notes == []
