@@ -40,10 +40,17 @@ from splatshard.pipeline.source.sample import (
     may_be,
     may_take,
     not_taken,
+    of_class,
     spelled,
     unused_in,
 )
-from splatshard.pipeline.source.values import gives_back, is_null, not_utf8
+from splatshard.pipeline.source.values import (
+    caption_of,
+    gives_back,
+    is_null,
+    not_utf8,
+    says_nothing,
+)
 from splatshard.schemas.errors import SourceError
 from splatshard.schemas.splats import METADATA_KEY
 
@@ -230,22 +237,28 @@ def _lacking(
 
 
 def _is_empty(file: pq.ParquetFile, name: str) -> bool:
-    """Whether all values of a column are null or empty texts, by the file's statistics."""
+    """Whether all values of a column are null or texts of nothing or blanks, which are read where
+    the file's statistics do not tell."""
     if pa.types.is_null(file.schema_arrow.field(name).type):
         return True
     places = (i for i in range(len(file.schema)) if file.schema.column(i).path == name)
     if (place := next(places, None)) is None:
         return False
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    parts = [group.column(place) for group in groups]
-    return all(_says_nothing(part) for part in parts)
+    last = {_last(group.column(place)) for group in groups}
+    if last <= {""} or not all(text is not None and says_nothing(text) for text in last):
+        return last <= {""}
+    texts = file.read([name], use_threads=False).column(0).unique().to_pylist()
+    return all(says_nothing(caption_of(text)) for text in texts)
 
 
-def _says_nothing(part: pq.ColumnChunkMetaData) -> bool:
+def _last(part: pq.ColumnChunkMetaData) -> str | None:
+    """The last by order of its texts, empty where all are null; None for what is not known."""
     said = part.statistics
-    if said is None:
-        return False
-    return said.null_count == part.num_values or (said.has_min_max and said.max_raw == b"")
+    if said is None or said.null_count == part.num_values:
+        return None if said is None else ""
+    known = said.has_min_max and isinstance(said.max_raw, bytes)
+    return said.max_raw.decode(errors="replace") if known else None
 
 
 def _suits(field: str, kind: pa.DataType) -> bool:
@@ -254,6 +267,9 @@ def _suits(field: str, kind: pa.DataType) -> bool:
         return True  # of a conversation, say
     if field == "label" and (pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         return True
+    if field == "label" and pa.types.is_struct(kind):  # a class as an object
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return any(of_class(f.name) and _suits(field, f.type) for f in fields)
     if field == "key" and is_binary(kind):
         return True
     return _is_usual("caption", kind) or (field != "caption" and _is_usual("label", kind))
@@ -341,8 +357,9 @@ def fields_of(row: dict[str, Any], columns: Columns, default_key: str) -> Fields
     paths_of: dict[str, tuple[Path, ...]] = {"key": ((columns.key,),) if columns.key else ()}
     for field, paths in (paths_of | columns.fields).items():
         values = [(path, _at(row, path)) for path in paths]
-        found = ((path, value, TAKES[field][0](value)) for path, value in values)
-        path, value, taken[field] = next((f for f in found if f[2] is not None), ((), None, None))
+        found = [(path, value, TAKES[field][0](value)) for path, value in values]
+        known = [f for f in found if f[2] is not None] or [((), None, None)]
+        path, value, taken[field] = next((f for f in known if not says_nothing(f[2])), known[0])
         if taken[field] is None:
             refused = [(".".join(p), v) for p, v in values if not is_null(v)]
             unused += [(name, not_taken(field, value)) for name, value in refused]
@@ -378,7 +395,7 @@ def _meant(document: Any, columns: Columns, taken: dict[str, Any]) -> Iterator[t
     for name, why in unused_in(document, taken):
         yield f"json.{name}", why
     for name, field in columns.meant:
-        if taken[field] in (None, "") and (field != "key" or taken["uid"] is None):
+        if says_nothing(taken[field]) and (field != "key" or taken["uid"] is None):
             yield name, MEANT[field]
 
 

@@ -32,6 +32,7 @@ from splatshard.pipeline.source.values import (
     label_of,
     lists_boxes,
     not_utf8,
+    says_nothing,
     text_of,
     uid_of,
 )
@@ -114,8 +115,8 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
     fields, given, unused = _said(beside, image or "")
     document = fields.pop("json", None)
     inside = json_fields(document)
-    if inside.get("caption") and not (fields.get("caption") or "").strip():
-        fields.pop("caption", None)  # an empty `.txt`
+    if says_nothing(fields.get("caption")) and not says_nothing(inside.get("caption")):
+        fields.pop("caption", None)  # a `.txt` of nothing, or of blanks
     labels: dict[str, Any] = {
         "a member": fields.get("label"),
         "the JSON": inside.get("label"),
@@ -263,7 +264,7 @@ def json_fields(values: Any) -> dict[str, Any]:
     for field, names in NAMES.items():
         taken = [TAKES[field][0](given.get(name)) for name in names]
         known = [value for value in taken if value is not None]
-        found[field] = next((value for value in known if value != ""), known[0] if known else None)
+        found[field] = next((v for v in known if not says_nothing(v)), known[0] if known else None)
     return found
 
 
@@ -279,10 +280,11 @@ def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...
     there is neither caption nor label, nor what may be one, the first of all."""
     found: dict[str, str] = {}
     top = values if isinstance(values, dict) else {}
-    if caption := (fields.get("caption") or "").strip():
-        others = ((n, caption_of(top[n]) or caption) for n in spelled(NAMES["caption"], top))
-        found |= {name: OTHER_CAPTION for name, other in others if other.strip() != caption}
-    for field in (field for field in NAMES if fields.get(field) in (None, "")):
+    if (caption := fields.get("caption")) is not None:
+        others = ((n, caption_of(top[n]) or "") for n in spelled(NAMES["caption"], top))
+        alike = ("", caption.strip())
+        found |= {name: OTHER_CAPTION for name, other in others if other.strip() not in alike}
+    for field in (field for field in NAMES if says_nothing(fields.get(field))):
         own = spelled(NAMES[field], top)
         if fields.get(field) is None:
             found |= {n: not_taken(field, top[n]) for n in own if not is_null(top[n])}
@@ -310,7 +312,7 @@ def inner(values: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
 @lru_cache(maxsize=1 << 12)
 def may_be(field: str, name: str) -> bool:
     """Whether a name may mean the field `caption`, `label` or `key`."""
-    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
+    words = words_of(name)
     if field == "key":
         return bool(KEY_LIKE.fullmatch("".join(words)))
     while words and words[-1] in NO_WORDS:
@@ -321,13 +323,26 @@ def may_be(field: str, name: str) -> bool:
     return any(not ends.isdisjoint((word, f"{word}s", f"{word}es")) for word in ALIKE[field])
 
 
+def of_class(name: str) -> bool:
+    """Whether a class that is an object has its number or name under this one: `id`, `name`."""
+    words = words_of(name)
+    return bool(words) and all(word in NO_WORDS for word in words)
+
+
+def words_of(name: str) -> list[str]:
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
+
+
 def may_take(field: str, value: Any) -> bool:
     """Whether a value, or the first of several, may be meant by a field: texts, also within what
-    they belong to, and classes, also by their names."""
+    they belong to, and classes, also by their names or as objects of these."""
     first = value[0] if isinstance(value, list) and value else value
+    if field == "label" and isinstance(first, dict):
+        return any(of_class(name) and may_take(field, within) for name, within in first.items())
     if field == "label":
-        return isinstance(first, str | int | float) and first != "" and not is_null(first)
-    return isinstance(first, dict) or caption_of(first) not in (None, "")
+        known = not says_nothing(first) and not is_null(first)
+        return known and isinstance(first, str | int | float)
+    return isinstance(first, dict) or not says_nothing(caption_of(first))
 
 
 def not_taken(field: str, value: Any) -> str:

@@ -31,6 +31,7 @@ FULL = (0, 255, 128, 255, 128, 255)
 SUBFILE, OLD_SUBFILE, XMP, DNG_VERSION, JPEG_TABLES = 254, 255, 700, 50706, 347
 WIDTH, HEIGHT, DESCRIPTION, DEPTH = 256, 257, 270, 32997
 
+ROWS_PER_STRIP, TILE_WIDTH, TILE_HEIGHT = 278, 322, 323
 STRIPS, TILES = (273, 279), (324, 325)
 """Tags of where they begin, and of how many bytes they have."""
 
@@ -239,11 +240,28 @@ def check_layout(page: Directory) -> None:
 
 
 def check_whole(page: Directory) -> None:
-    """Raises ValueError where pixels lie beyond the end: another directory will be there."""
-    places = zip(*map(page.values, pieces_of(page)), strict=False)
-    end = max(map(sum, places), default=0)
+    """Raises NotSupported for strips or tiles without bytes of their own, and ValueError where some
+    are not listed or pixels lie beyond the end: another directory will be there."""
+    starts, sizes = map(page.values, pieces_of(page))
+    if min(starts, default=16) < (16 if page.big else 8) or 0 in sizes:
+        raise NotSupported(
+            "a TIFF with blocks that are not stored (sparse)", "save it again without SPARSE_OK"
+        )
+    end = max(map(sum, zip(starts, sizes, strict=False)), default=0)
     if end > len(page.image):
         raise ValueError(f"it ends before its pixels, which reach to byte {end:,}")
+    if len(starts) < (blocks := blocks_of(page)):
+        raise ValueError(f"it lists {len(starts)} of its {blocks} strips or tiles")
+
+
+def blocks_of(page: Directory) -> int:
+    """How many tiles or strips its pixels have."""
+    width, height = page.value(WIDTH), page.value(HEIGHT)
+    tiled = pieces_of(page) == TILES
+    wide = page.value(TILE_WIDTH) if tiled else width
+    tall = page.value(TILE_HEIGHT if tiled else ROWS_PER_STRIP)
+    planes = page.value(SAMPLES, 1) if page.value(PLANAR, 1) == 2 else 1
+    return planes * -(-width // (wide or width or 1)) * -(-height // (tall or height or 1))
 
 
 def pieces_of(page: Directory) -> tuple[int, int]:

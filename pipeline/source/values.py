@@ -116,6 +116,11 @@ def is_null(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
+def says_nothing(found: Any) -> bool:
+    """Whether a field has no value, or a text of blanks alone."""
+    return found is None or (isinstance(found, str) and not found.strip())
+
+
 def gives_back(found: str | int, value: Any) -> bool:
     """Whether `found` alone says what `value` was, up to its type."""
     if isinstance(value, bytes):

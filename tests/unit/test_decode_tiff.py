@@ -304,6 +304,35 @@ def test_cut_and_lying_files_are_corrupt(planar: bool, compression: int) -> None
         assert caught.value.status == "corrupt_image"
 
 
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("block", [{"rows": 9}, {"tile": 16}])
+def test_blocks_that_are_not_stored(block: dict[str, int], planar: bool, big: bool) -> None:
+    """Their bytes would be those of the header."""
+    values = samples(3, 8)
+    options = {"big": big, "planar": planar, **block}
+    whole = tiff(values, 8, 2, **options)
+    assert np.array_equal(pixels_of(whole), values)
+    place, size = (324, 325) if "tile" in block else (273, 279)
+    with tifffile.TiffFile(io.BytesIO(whole)) as file:
+        starts, sizes = file.pages[0].dataoffsets, file.pages[0].databytecounts
+    first = 12 if big else 4  # within the header
+    for tags in (
+        {place: (4, [*starts[:-1], 0]), size: (4, [*sizes[:-1], 0])},
+        {place: (4, [0, *starts[1:]])},
+        {size: (4, [*sizes[:-1], 0])},
+        {place: (4, [first, *starts[1:]])},
+        {place: (4, [0] * len(starts)), size: (4, [0] * len(sizes))},
+    ):
+        for compression in (1, 8):
+            words = "blocks that are not stored (sparse): save it again without SPARSE_OK"
+            file = tiff(values, 8, 2, compression=compression, tags=tags, **options)
+            assert f"not supported: a TIFF with {words}" in reason(file)
+    fewer = {place: (4, starts[:-1]), size: (4, sizes[:-1])}
+    with pytest.raises(SampleError, match=f"{len(starts) - 1} of its {len(starts)} strips or tile"):
+        pixels_of(tiff(values, 8, 2, tags=fewer, **options))
+
+
 @pytest.mark.parametrize("compression", [None, "jpeg"])
 def test_pixels_that_are_cut_behind_their_directory(compression: str | None) -> None:
     """The directory that is put behind them must not become some."""
@@ -330,6 +359,6 @@ def test_strips_that_share_their_bytes_take_no_memory() -> None:
 
 
 def test_huge_header_is_refused() -> None:
-    image = tiff(samples(1, 8), 8, 1, tags={256: (4, [1 << 20]), 257: (4, [1 << 20])})
+    image = tiff(samples(1, 8), 8, 1, tags={number: (4, [1 << 20]) for number in (256, 257, 278)})
     with pytest.raises(SampleError, match="1048576x1048576 px"):
         pixels_of(image)

@@ -17,6 +17,7 @@ from splatshard.pipeline.source.sample import (
     MEANT_IN_JSON,
     NEITHER,
     NO_FIELD,
+    OTHER_CAPTION,
     may_be,
     unused_lines,
 )
@@ -63,6 +64,11 @@ SCHEMAS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         f"attribute {i:02d}": NEITHER for i in range(10)
     }),
     "empty captions": (JPG | {"caption": "", "alt": "a", "label": 1}, {"alt": "caption"}),
+    "captions of blanks": (JPG | {"caption": " \n", "alt": "a", "label": 1}, {"alt": "caption"}),
+    "captions of blanks beside a JSON": (
+        JPG | {"caption": " ", "json": '{"caption": "a", "text": " "}', "__key__": "0", "label": 1},
+        {"json.caption": OTHER_CAPTION},
+    ),
     "nothing but empty captions": (JPG | {"caption": "", "emotion": 3}, {"emotion": NEITHER}),
     "DataComp": (
         JPG | {"uid": "ab", "url": "u", "text": "a", "re_caption": "b", "sha256": "ab"},
@@ -89,6 +95,14 @@ SCHEMAS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         "category": "label", "filename": "key",
     }),
     "scores": (JPG | {"caption": "a", "label_0": 0.5, "score": 0.5}, {"label_0": "label"}),
+    "a class as an object": (
+        JPG | {"caption": "a", "category": {"id": 3, "name": "cat"}, "target": {"width": 8}},
+        {"category": "label"},
+    ),
+    "classes as objects, within a JSON": (
+        JPG | {"caption": "a", "meta": '{"categories": [{"name": "cat"}]}', "y": [{"_id": 3}]},
+        {"meta.categories": "label", "y": "label"},
+    ),
     "x and y": (JPG | {"y": 3, "pos_y": 3, "__index_level_0__": 0}, {"y": "label"}),
     "COCO": (
         IN_STRUCT
@@ -227,11 +241,48 @@ def test_values_of_the_json(tmp_path: Path) -> None:
     assert told({"dx": "nv"}, ("a.cls", b"1")) == told({"dx": "nv"}, ("a.txt", b"a")) == {}
     for beside in ({}, {"caption": ""}, {"caption": None}):
         assert told({"prompt": "a"} | beside, ("a.txt", b"")) == {"prompt": "caption"}
+    assert told({"alt": " \n", "category": " "}) == dict.fromkeys(("alt", "category"), NEITHER)
+    a_class = {"id": 3, "name": "cat"}
+    for document in ({"category": a_class}, {"category": [a_class]}, {"class": {"id": 3}}):
+        assert told(document, ("a.txt", b"a")) == dict.fromkeys(document, "label")
+        assert told(document, ("a.txt", b"a"), ("a.cls", b"1")) == {}
+    for empty in ({"category": {"id": None}}, {"class": {"name": " "}}, {"target": {"width": 8}}):
+        assert told(empty, ("a.txt", b"a")) == {}
     said = [{"from": "human", "value": "what is it?"}]
     assert told({"conversations": said, "category": "dog"}) == {
         "conversations": "caption",
         "category": "label",
     }
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "\t \u3000"])
+def test_captions_of_blanks_are_as_empty_ones(tmp_path: Path, blank: str) -> None:
+    def read_json(document: object, *members: tuple[str, bytes]) -> RawSample:
+        text = json.dumps(document).encode()
+        (sample,) = read_members(tmp_path, ("a.jpg", IMAGE), ("a.json", text), *members)
+        assert sample.metadata == text.decode()
+        return sample
+
+    for members in ((), (("a.txt", blank.encode()),)):
+        sample = read_json({"caption": blank, "text": "a dog"}, *members)
+        assert (sample.caption, meant(sample)) == ("a dog", {})
+        sample = read_json({"caption": blank, "title": "a dog"}, *members)
+        assert (sample.caption, meant(sample)) == (blank, {"title": "caption"})
+        sample = read_json({"captions": [blank], "text": blank}, *members)
+        assert ((sample.caption or "").strip(), meant(sample)) == ("", {})
+    document = {"caption": blank, "text": "a dog"}
+    for value in (document, json.dumps(document)):
+        sample = sample_of(tmp_path, JPG | {"json": value, "__key__": "0"})
+        assert (sample.caption, meant(sample)) == ("a dog", {})
+
+
+def test_columns_that_begin_with_blanks_are_captions(tmp_path: Path) -> None:
+    """The statistics of both columns say that the last of their texts is of blanks."""
+    for first, told in (("\ta dog", {}), ("\n", {"alt": "caption"})):
+        table = pa.table({"jpg": [IMAGE] * 3, "caption": [first, " ", None], "alt": ["a"] * 3})
+        samples = read_all(write_parquet(tmp_path / "p.parquet", table))
+        assert [sample.caption for sample in samples] == [first, " ", None]
+        assert [meant(sample) for sample in samples] == [told] * 3
 
 
 @pytest.mark.parametrize("name", ["", "_", "0", "name", "idx", "width", "error_message", "split"])
