@@ -23,7 +23,6 @@ Left out: compressed tars; list files inside list files; fsspec's chained URLs (
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,13 +42,16 @@ from splatshard.pipeline.source.folder import (
     split_stem,
     with_images,
 )
-from splatshard.pipeline.source.left_out import hidden_with_images
+from splatshard.pipeline.source.left_out import hidden_with_images, matched
 from splatshard.pipeline.source.parquet import Declared, declared, notes_on_classes
 from splatshard.pipeline.source.patterns import (
     COMPRESSED,
+    above,
+    folders_of,
     is_glob,
     is_hidden,
     kind_of,
+    of_partitions,
     path_of,
     patterns_of,
     refuse_compressed,
@@ -61,9 +63,6 @@ from splatshard.pipeline.storage.fs import Stat
 from splatshard.pipeline.storage.options import redact, scheme_of
 from splatshard.schemas.errors import SourceError, UsageError
 from splatshard.schemas.shard import ShardManifest, ShardRef
-
-PARTITION = re.compile(r"(?<=/)(\w+)=[^/]*(?=/.*\.parquet$)", re.IGNORECASE)
-"""A folder as Spark, pandas and Polars name it, of rows with one value in a column."""
 
 
 @dataclass
@@ -203,7 +202,7 @@ def _resolve(
             raise UsageError(no_images[pattern])
         if pattern in globs:
             _check_outside(dst, pattern, as_glob=True)
-            _add_glob(found, pattern)
+            _add_glob(found, pattern, dst)
         elif pattern in files:
             found.refs.append(_shard(pattern, files[pattern]))
         elif kind_of(pattern) and len(patterns) > 1:
@@ -226,7 +225,7 @@ def _resolve(
     return found
 
 
-def _add_glob(found: Listing, pattern: str) -> None:
+def _add_glob(found: Listing, pattern: str, dst: str) -> None:
     listed = fs.glob(pattern)
     hidden = [u for u in listed if is_hidden(basename(u)) and not is_hidden(basename(pattern))]
     matches = {url: stat for url, stat in listed.items() if url not in hidden}
@@ -234,8 +233,14 @@ def _add_glob(found: Listing, pattern: str) -> None:
     if not _add_shards(found, matches):
         for url in matches:
             refuse_compressed(url)
-        what = f"{len(matches)} files, but no .tar or image .parquet" if matches else "nothing"
-        raise UsageError(f"SRC {pattern} matches {what}; correct the pattern")
+        raise UsageError(f"SRC {pattern} matches {matched(pattern, matches)}")
+    if folders := [f for f in folders_of(pattern) if not dst or fs.place(f) != fs.place(dst)]:
+        found.left_out["folder"]["folder"] += len(folders)
+        names = few([basename(folder) for folder in folders])
+        found.notes.append(
+            f"{pattern} matches folders, too, and a pattern reads files alone: {names}; give each "
+            f"as a SRC of its own, or {above(pattern)}"
+        )
 
 
 def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple[str, ...]) -> None:
@@ -290,11 +295,7 @@ def _add_shards(found: Listing, files: dict[str, Stat]) -> bool:
     images = sorted(filter(is_image, rest))
     found.leave_out("beside_shards", images)
     _leave_out_others(found, rest - set(images))
-    if named := next(filter(None, map(PARTITION.search, shards)), None):
-        found.notes.append(
-            f"{named[1]} stands in the names of folders alone ({named[0]}), which are not read: "
-            "write it into the Parquet files as a column, too"
-        )
+    found.notes += of_partitions(shards)
     if images:
         found.notes.append(
             f"{len(images):,} images are left out, since tars or Parquet files lie beside them, "

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any, cast
 
 from splatshard.pipeline.source.values import text_of
 from splatshard.pipeline.storage import fs
+from splatshard.pipeline.storage.errors import source_errors
 from splatshard.schemas.errors import UsageError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
@@ -79,6 +82,38 @@ def refuse_compressed(url: str) -> None:
 
 def is_glob(pattern: str) -> bool:
     return bool(re.search(r"[*?\[]", path_of(pattern))) and not fs.exists(pattern)
+
+
+def above(pattern: str) -> str:
+    """The folder that a glob begins in: it holds all that the glob can match."""
+    folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    return folder or ("/" if pattern.startswith("/") else ".")
+
+
+def folders_of(pattern: str) -> list[str]:
+    """Folders that a glob matches, sorted; without hidden ones, none for `**`, which looks into
+    them, and none for `*.tar`, which is spared the second listing."""
+    if "**" in pattern or kind_of(pattern):
+        return []
+    driver, path = fs.driver(pattern.rstrip("/"))
+    with source_errors(pattern):
+        found = cast(dict[str, Any], driver.glob(path, detail=True))
+    names = sorted(name.rstrip("/") for name, info in found.items() if info["type"] != "file")
+    names = [name for name in names if not is_hidden(name.rpartition("/")[2])]
+    urls = [driver.unstrip_protocol(name) if "://" in pattern else name for name in names]
+    return [url for url in urls if fs.is_dir(url)]
+
+
+PARTITION = re.compile(r"(?<=/)(\w+)=[^/]*(?=/.*\.parquet$)", re.IGNORECASE)
+"""A folder as Spark, pandas and Polars name it, of rows with one value in a column."""
+
+
+def of_partitions(urls: Iterable[str]) -> list[str]:
+    """What to say of values that the names of folders hold."""
+    named = next(filter(None, map(PARTITION.search, urls)), None)
+    said = "stands in the names of folders alone"
+    remedy = "which are not read: write it into the Parquet files as a column, too"
+    return [f"{named[1]} {said} ({named[0]}), {remedy}"] if named else []
 
 
 def is_hidden(path: str) -> bool:

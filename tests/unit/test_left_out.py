@@ -252,3 +252,41 @@ def test_status_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out, err = capsys.readouterr()
     assert json.loads(out)["left_out"] == {"other": {"md": 1}}
     assert "left out of SRC: 1 file: 1 of no known kind (1 md)" in err
+
+
+def test_folders_that_a_glob_matches_are_counted(tmp_path: Path) -> None:
+    put(tmp_path, "val/x.jpg", "more/x.jpg", ".x/x.jpg", "elsewhere/x.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    tar = imagenet_tar(tmp_path / "train-0.tar", count=1)
+    found = list_source(f"{tmp_path}/*", dst=f"{tmp_path}/elsewhere")
+    assert found.left_out == {"folder": {"folder": 2}}
+    found = list_source(f"{tmp_path}/*")
+    assert found.left_out == {"folder": {"folder": 4}}
+    assert f"{tmp_path}/* matches folders, too" in found.notes[0]
+    assert ": elsewhere, link, more, val; give each as a SRC" in found.notes[0]
+    assert found.notes[0].endswith(f", or {tmp_path}")
+    assert left_out_line(found.left_out).startswith(
+        "left out of SRC: 4 files and folders: 4 folders that a pattern matches (give each"
+    )
+    for other in ("*.tar", "**"):
+        assert not list_source(f"{tmp_path}/{other}").left_out.get("folder")
+    for name in ("a.tar", "b/b.tar"):
+        fsspec.filesystem("memory").pipe(f"/globbed/{name}", tar.read_bytes())
+    found = list_source("memory://globbed/*")
+    assert found.left_out == {"folder": {"folder": 1}}
+    assert found.notes[0].endswith(": b; give each as a SRC of its own, or memory://globbed")
+
+
+@pytest.mark.parametrize("src", ["n0*", "*/", "n*"])
+def test_a_glob_over_folders_alone_names_them(tmp_path: Path, src: str) -> None:
+    put(tmp_path, "n01/x.jpg", "n02/x.jpg")
+    what = rf"matches nothing but folders \(n01, n02\), .*; give {tmp_path}, or each"
+    with pytest.raises(UsageError, match=what):
+        list_source(f"{tmp_path}/{src}")
+
+
+def test_a_glob_over_images_names_their_folder(tmp_path: Path) -> None:
+    put(tmp_path, "n01/x.jpg", "n02/x.jpg")
+    what = rf"matches 2 files, images and no .tar .*: give the folder of the images, {tmp_path}$"
+    with pytest.raises(UsageError, match=what):
+        list_source(f"{tmp_path}/*/*.jpg")
