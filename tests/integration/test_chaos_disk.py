@@ -47,9 +47,13 @@ def test_a_destination_that_fills_up(moto_arena: Arena, disk: Path) -> None:
 
 
 def test_a_worker_without_room_for_its_files(moto_arena: Arena, disk: Path) -> None:
-    """Shards for S3 are written below TMPDIR first; nothing of one that did not fit is uploaded."""
+    """Shards for S3 are written below TMPDIR first; nothing of one that did not fit is uploaded.
+
+    There is room for the three markers of what is compiled ahead, of a page each: Python takes /tmp
+    for a TMPDIR in which there is none at all.
+    """
     arena, dst, log = moto_arena, f"{moto_arena.out}/tmpdir", moto_arena.folder / "tmpdir.log"
-    (disk / "filler").write_bytes(bytes(40 << 10))
+    (disk / "filler").write_bytes(bytes(28 << 10))
     environment = {"TMPDIR": str(disk), "RAY_TMPDIR": "/tmp"}
     with tallied(arena, "tmpdir") as moment:
         arena.begin()

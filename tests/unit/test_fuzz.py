@@ -145,8 +145,10 @@ def crafted(members: Members) -> Iterator[tuple[str, bytes, str]]:
     for name, field in sizes.items():
         yield name, patched(members, 124, field), bad
     yield "no_number", patched(members, 124, b"zzz" + bytes(9)), whatever  # ends there: counts tell
+    lenient = b"" if hasattr(tarfile, "data_filter") else b"Xg"  # Python 3.11.2 passes over these
     for kind in b"123456SLKVMNDXgZ":
-        yield f"type_{kind:c}", patched(members, 156, bytes([kind])), bad
+        verdict = whatever if kind in lenient else bad
+        yield f"type_{kind:c}", patched(members, 156, bytes([kind])), verdict
     for i, (size, offset) in enumerate([("99999999999", "0"), ("9" * 30, "9" * 30)]):
         holes = {
             "map": sparse(size=size, map=f"0,1,{offset},1"),
