@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from threading import get_ident
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
@@ -19,16 +21,24 @@ from splatshard.schemas.errors import UsageError
 
 def in_any_order(dataset: Dataset[Any]) -> bool:
     """Whether several workers of a DataLoader with in_order=False read `dataset`, itself or within
-    a dataset that wraps it."""
+    a dataset that wraps it, be it by a partial or a function that holds the dataset."""
+    return _in_any_order(dataset, set())
+
+
+def _in_any_order(dataset: object, seen: set[int]) -> bool:
+    """`seen` are the ids of those that were asked: they may hold each other."""
+    if id(dataset) in seen:
+        return False
+    seen.add(id(dataset))
     for holder in _holders(dataset):
         for hidden in ("", "_"):  # a DataLoader, and its iterator, which may outlive it
             own = [holder.get(f"{hidden}{name}") for name in ("dataset", "in_order", "num_workers")]
             if own[0] is dataset and own[1] is False and (own[2] or 0) > 1:
                 return True
         wrapper = holder.get(_OWNER)
-        if isinstance(wrapper, Dataset) and wrapper is not dataset and in_any_order(wrapper):
+        if isinstance(wrapper, Dataset) and _in_any_order(wrapper, seen):
             return True
-    return False
+    return any(_in_any_order(found, seen) for found in _callables(dataset))
 
 
 def check_divided_once(dataset: Dataset[Any], world_size: int) -> None:
@@ -87,6 +97,32 @@ def _owned_by(value: object, names: tuple[str, ...], depth: int) -> tuple[str, o
         if further and (found := _owned_by(owner, names, depth - 1)):
             return found
     return None
+
+
+def _callables(value: object) -> list[object]:
+    """Partials that have `value` among their arguments, and functions that hold it in a closure."""
+    found = gc.get_referrers(value)
+    cells = [cell for cell in found if isinstance(cell, CellType)]
+    closures = gc.get_referrers(*cells) if cells else []
+    further = [each for each in (*found, *closures) if type(each) in (tuple, dict)]
+    owners = [*found, *(gc.get_referrers(*further) if further else [])]
+    return [
+        owner
+        for owner in owners
+        if (isinstance(owner, partial) and _has(value, (*owner.args, *owner.keywords.values())))
+        or (isinstance(owner, FunctionType) and _has(value, map(_content, owner.__closure__ or ())))
+    ]
+
+
+def _has(value: object, among: Iterable[object]) -> bool:
+    return any(each is value for each in among)
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 _OWNER = object()

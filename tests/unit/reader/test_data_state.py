@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import ChainDataset, DataLoader
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset
 
 from splatshard.pipeline.data import SplatDataset, TrainBatch
 from splatshard.pipeline.data.loaders import in_any_order
@@ -34,8 +35,28 @@ def test_epochs_differ_and_repeat(dst: str) -> None:
     assert keys_of(SplatDataset(dst, batch_size=4, seed=1)) != first
 
 
+class Steps(IterableDataset[Any]):
+    """A pipeline of functions, the first of which holds the dataset."""
+
+    def __init__(self, *steps: Callable[[], Any]) -> None:
+        self.steps = steps
+
+        self.last = partial(iter, self)  # which holds it in turn
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.steps[0]()
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda d: d, lambda d: ChainDataset([d])], ids=["itself", "chain"]
+    "wrap",
+    [
+        lambda d: d,
+        lambda d: ChainDataset([d]),
+        lambda d: Steps(partial(iter, d)),
+        lambda d: Steps(partial(dict, a=d)),
+        lambda d: Steps(lambda: d),
+    ],
+    ids=["itself", "chain", "partial", "keyword", "closure"],
 )
 def test_loaders_that_keep_no_order_are_found(dst: str, wrap: Callable[[Any], Any]) -> None:
     """Within the datasets that a dataset lists, too; tests/integration/test_data_loaders.py loses
