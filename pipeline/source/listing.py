@@ -47,7 +47,6 @@ from splatshard.pipeline.source.parquet import Declared, declared, notes_on_clas
 from splatshard.pipeline.source.patterns import (
     COMPRESSED,
     above,
-    folders_of,
     is_glob,
     is_hidden,
     kind_of,
@@ -226,7 +225,8 @@ def _resolve(
 
 
 def _add_glob(found: Listing, pattern: str, dst: str) -> None:
-    listed = fs.glob(pattern)
+    folders = set[str]()
+    listed = fs.glob(pattern, folders)
     hidden = [u for u in listed if is_hidden(basename(u)) and not is_hidden(basename(pattern))]
     matches = {url: stat for url, stat in listed.items() if url not in hidden}
     found.leave_out("hidden", {u for u in hidden if is_image(u) or kind_of(u)})
@@ -234,9 +234,10 @@ def _add_glob(found: Listing, pattern: str, dst: str) -> None:
         for url in matches:
             refuse_compressed(url)
         raise UsageError(f"SRC {pattern} matches {matched(pattern, matches)}")
-    if folders := [f for f in folders_of(pattern) if not dst or fs.place(f) != fs.place(dst)]:
+    folders = {f for f in folders if not is_hidden(basename(f))}
+    if folders := {f for f in folders if not dst or fs.place(f) != fs.place(dst)}:
         found.left_out["folder"]["folder"] += len(folders)
-        names = few([basename(folder) for folder in folders])
+        names = few(sorted(map(basename, folders)))
         found.notes.append(
             f"{pattern} matches folders, too, and a pattern reads files alone: {names}; give each "
             f"as a SRC of its own, or {above(pattern)}"

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, cast
 
 from splatshard.pipeline.source.values import text_of
 from splatshard.pipeline.storage import fs
-from splatshard.pipeline.storage.errors import source_errors
 from splatshard.schemas.errors import UsageError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
@@ -91,17 +89,10 @@ def above(pattern: str) -> str:
 
 
 def folders_of(pattern: str) -> list[str]:
-    """Folders that a glob matches, sorted; without hidden ones, none for `**`, which looks into
-    them, and none for `*.tar`, which is spared the second listing."""
-    if "**" in pattern or kind_of(pattern):
-        return []
-    driver, path = fs.driver(pattern.rstrip("/"))
-    with source_errors(pattern):
-        found = cast(dict[str, Any], driver.glob(path, detail=True))
-    names = sorted(name.rstrip("/") for name, info in found.items() if info["type"] != "file")
-    names = [name for name in names if not is_hidden(name.rpartition("/")[2])]
-    urls = [driver.unstrip_protocol(name) if "://" in pattern else name for name in names]
-    return [url for url in urls if fs.is_dir(url)]
+    """Folders that a glob matches, sorted, without hidden ones."""
+    found = set[str]()
+    fs.glob(pattern.rstrip("/"), found)
+    return sorted(folder for folder in found if not is_hidden(folder.rpartition("/")[2]))
 
 
 PARTITION = re.compile(r"(?<=/)(\w+)=[^/]*(?=/.*\.parquet$)", re.IGNORECASE)

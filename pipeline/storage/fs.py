@@ -299,8 +299,9 @@ def read_bytes(url: str) -> bytes:
     return cast("bytes", with_retries(lambda: fs.cat_file(path)))
 
 
-def glob(pattern: str) -> dict[str, Stat]:
-    """Files that match, in sorted order, each with the scheme of `pattern`.
+def glob(pattern: str, folders: set[str] | None = None) -> dict[str, Stat]:
+    """Files that match, in sorted order, each with the scheme of `pattern`; folders that do are
+    added to `folders`, unless the pattern has `**`.
 
     Only folders that the pattern leads through are looked into. Raises as `find`, and UsageError
     for a bad pattern.
@@ -313,11 +314,16 @@ def glob(pattern: str) -> dict[str, Stat]:
 
     def wanted(name: str) -> bool:
         n = name.count("/")
+        if folders is not None and depth and n == len(parts) - 1 and heads[n].match(name):
+            folders.add(_with_scheme(fs, pattern, name))
         return "**" in parts[: n + 1] or (n < len(parts) and bool(heads[n].match(name)))
 
     depth = None if "**" in parts else len(parts) - folder.count("/")
-    found = _walk(fs, folder, wanted, depth, fixed[len(folder) :])
-    return _by_url(fs, pattern, (file for file in found if heads[-1].match(file[0])))
+    walked = _walk(fs, folder, wanted, depth, fixed[len(folder) :])
+    found = _by_url(fs, pattern, (file for file in walked if heads[-1].match(file[0])))
+    if folders is not None:
+        folders.difference_update(found)
+    return found
 
 
 def matches(pattern: str, url: str) -> bool:
@@ -376,7 +382,7 @@ def _walk(
                 continue
             if info["type"] == "file":
                 yield name, _stat(info)
-            elif info["type"] != "directory" or depth == 1 or not wanted(name):
+            elif info["type"] != "directory" or not wanted(name) or depth == 1:
                 continue
             elif depth or not is_s3(fs):
                 yield from _walk(fs, info["name"], wanted, depth and depth - 1)
