@@ -278,7 +278,7 @@ def _gaussians(count, grid, codes, bits, rest, out):
         warm = to_float(load_wide(codes, C1 + j)) * tint * ROOT_2
         tilt = to_float(load_wide(codes, C2 + j)) * tint * ROOT_6
         values = (x, y, l11, l21, l22, grey + tilt + warm, grey - tilt - tilt, grey + tilt - warm)
-        if j + WIDE <= count:
+        if j + WIDE <= count:  # not in a function: eight vectors would go to it through memory
             store_rows(out, 8 * j, values)
         else:
             store_rows(rest, 0, values)

@@ -246,9 +246,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_steps()
-        if (
-            self._owner != os.getpid() and get_worker_info() is None
-        ):  # a rank begun with the dataset
+        begun_with_it = self._owner != os.getpid() and get_worker_info() is None
+        if begun_with_it:  # a rank, whose dataset is another's too
             self._shared, self._owner = self._shared.clone().share_memory_(), os.getpid()
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
