@@ -86,17 +86,24 @@ def parse_options(argv: list[str] | None) -> ConvertOptions:
     default = ConvertOptions(
         src=tyro.MISSING, dst=tyro.MISSING, preset=preset, config=PRESETS[preset]
     )
-    if {"--nested", "--num-gaussians"} <= {a.partition("=")[0].replace("_", "-") for a in args}:
+    given = {a.partition("=")[0].replace("_", "-") for a in args}
+    if {"--nested", "--num-gaussians"} <= given:
         raise UsageError(
             "--num-gaussians does not go with --nested, whose last budget is the number: leave "
             "one of them out"
         )
     try:
-        return parse(ConvertOptions, "convert", args, default)
+        options = parse(ConvertOptions, "convert", args, default)
     except UsageError as e:
         if sum(arg.endswith((".tar", ".parquet")) for arg in args) > 1:
             raise UsageError(f"{e}; if the shell expanded a pattern, quote it") from None
         raise
+    if "--image-size" in given and options.config.decode.resize == "none":
+        raise UsageError(
+            "--image-size does not go with --resize none, which leaves images as they are: leave "
+            "one of them out"
+        )
+    return options
 
 
 def preset_in(args: list[str]) -> Any:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -49,6 +49,8 @@ MAX_SHARDS = 16
 MAX_SKIPS = 500
 JPEG_SAMPLES = 64
 JPEG_QUALITY = 75
+SHOWN_PX = 1024
+"""Longer side at which larger pictures are put into the page; figures are of all their pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,21 @@ class Entry:
     index: int
     psnr: float
     payload_bytes: int
+
+
+class AsJpeg(NamedTuple):
+    """A fitted crop as JPEG: bytes, PSNR in dB, and bytes of the crop itself."""
+
+    bytes: int
+    psnr: float
+    raw_bytes: int
+
+
+class Original(NamedTuple):
+    """A fitted crop as it is shown, uint8 [H, W, 3], and as JPEG."""
+
+    shown: Any
+    jpeg: AsJpeg
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,7 +160,7 @@ def gather(dst: str, options: ReportOptions) -> ReportData:
         skipped=skipped,
         pictures=pictures(dst, chosen, originals, options.backend),
         changed=changed,
-        jpeg=jpeg_figures([originals[k] for k in map(place, compared) if k in originals]),
+        jpeg=jpeg_figures([originals[k].jpeg for k in map(place, compared) if k in originals]),
         recipe=state.done[0].inputs["recipe"],
         recipes=len({json.dumps(m.inputs["recipe"], sort_keys=True) for m in state.done}),
         run=read_record(dst, RUN_FILE),
@@ -238,14 +255,14 @@ def readable(
 
 def reread(
     shards: dict[str, PlannedShard], entries: Sequence[Entry]
-) -> tuple[dict[tuple[str, int], Any], list[str]]:
-    """The fitted crops (uint8 [S, S, 3]) of `entries`, as far as the source is still there and the
-    one that was converted; and the shards whose source is another one."""
+) -> tuple[dict[tuple[str, int], Original], list[str]]:
+    """The fitted crops of `entries`, as far as the source is still there and the one that was
+    converted; and the shards whose source is another one."""
     from splatshard.pipeline.source.decode import decode
     from splatshard.pipeline.source.listing import is_source_of
     from splatshard.pipeline.source.read import read
 
-    found: dict[tuple[str, int], Any] = {}
+    found: dict[tuple[str, int], Original] = {}
     changed: list[str] = []
     for name, wanted in by_shard(entries).items():
         if name not in shards:
@@ -263,7 +280,7 @@ def reread(
             for index, sample in enumerate(read(shards[name].ref, hashlib.sha256())):
                 if index in wanted and not sample.error:
                     image = decode(sample.image, sample.image_name, config)
-                    found[name, index] = image.pixels
+                    found[name, index] = Original(shown(image.pixels), as_jpeg(image.pixels))
                 if index >= max(wanted):
                     break
         except (SplatshardError, OSError) as e:
@@ -272,7 +289,10 @@ def reread(
 
 
 def pictures(
-    dst: str, entries: Sequence[Entry], originals: dict[tuple[str, int], Any], backend_name: str
+    dst: str,
+    entries: Sequence[Entry],
+    originals: dict[tuple[str, int], Original],
+    backend_name: str,
 ) -> list[Picture]:
     """Reconstruction and ellipses of `entries`, in their order."""
     from splatshard.pipeline.kernels.select import select_backend
@@ -292,9 +312,10 @@ def pictures(
     return [done[place(entry)] for entry in entries]
 
 
-def picture(entry: Entry, row: dict[str, Any], original: Any, backend: Any) -> Picture:
+def picture(entry: Entry, row: dict[str, Any], original: Original | None, backend: Any) -> Picture:
     """One gallery entry: pixels as PNG, ellipses as numbers."""
     import numpy as np
+    import torch
 
     from splatshard.pipeline.codec.pack import unpack_row
     from splatshard.pipeline.splats import scales_and_angles
@@ -303,10 +324,10 @@ def picture(entry: Entry, row: dict[str, Any], original: Any, backend: Any) -> P
     width, height = row["width"], row["height"]
     splats = unpack_row(row, metadata_of(recipe)).to(backend.device)
     image = backend.render(splats, height, width, recipe["fit"]["cutoff"])[0]
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    pixels = shown((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
     scales, angles = scales_and_angles(splats.cholesky[0])
     columns = (splats.means[0], scales, angles.rad2deg()[:, None], splats.colors[0])
-    backdrop = original if original is not None else pixels
+    backdrop = original.shown if original else pixels
     label = row.get("label")
     return Picture(
         shard=entry.shard.name,
@@ -317,13 +338,10 @@ def picture(entry: Entry, row: dict[str, Any], original: Any, backend: Any) -> P
         payload_bytes=entry.payload_bytes,
         width=width,
         height=height,
-        original=encode(original, "PNG") if original is not None else None,
+        original=encode(original.shown, "PNG") if original else None,
         reconstruction=encode(pixels, "PNG"),
         backdrop=encode((backdrop * 0.22).astype(np.uint8), "JPEG", quality=60),
-        ellipses=[
-            tuple(float(x) for column in columns for x in column[i])
-            for i in range(row["num_gaussians"])
-        ],
+        ellipses=[tuple(values) for values in torch.cat(columns, 1).tolist()],
     )
 
 
@@ -336,26 +354,41 @@ def encode(pixels: Any, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg_figures(originals: Sequence[Any]) -> JpegFigures | None:
-    """Mean bytes and PSNR of the crops as JPEG; None without originals."""
+def shown(pixels: Any) -> Any:
+    """A uint8 [H, W, 3] array, its longer side at most SHOWN_PX."""
     import numpy as np
     from PIL import Image
 
-    if not originals:
+    height, width = pixels.shape[:2]
+    scale = SHOWN_PX / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def as_jpeg(pixels: Any) -> AsJpeg:
+    """What a JPEG file of a fitted crop, uint8 [H, W, 3], takes and loses."""
+    import numpy as np
+    from PIL import Image
+
+    data = encode(pixels, "JPEG", quality=JPEG_QUALITY)
+    again = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float64)
+    error = np.mean((again - pixels) ** 2)
+    return AsJpeg(len(data), float(10 * np.log10(255**2 / max(error, 1e-5))), pixels.size)
+
+
+def jpeg_figures(files: Sequence[AsJpeg]) -> JpegFigures | None:
+    """Mean bytes and PSNR of crops as JPEG; None without any."""
+    if not files:
         return None
-    sizes, psnrs = [], []
-    for pixels in originals:
-        data = encode(pixels, "JPEG", quality=JPEG_QUALITY)
-        again = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float64)
-        error = np.mean((again - pixels) ** 2)
-        sizes.append(len(data))
-        psnrs.append(10 * np.log10(255**2 / max(error, 1e-5)))
+    size, quality, raw = (sum(values) / len(files) for values in zip(*files, strict=True))
     return JpegFigures(
-        images=len(originals),
+        images=len(files),
         quality=JPEG_QUALITY,
-        bytes_mean=float(np.mean(sizes)),
-        psnr_mean=float(np.mean(psnrs)),
-        raw_bytes=float(np.mean([pixels.size for pixels in originals])),
+        bytes_mean=size,
+        psnr_mean=quality,
+        raw_bytes=raw,
     )
 
 

@@ -43,7 +43,8 @@ from splatshard.pipeline.psnr import psnr_of
 from splatshard.pipeline.runtime.batching import (
     TEACHER_TOGETHER,
     BatchLimit,
-    auto_batch_size,
+    batch_limit,
+    bytes_per_image,
     own_stream,
 )
 from splatshard.pipeline.runtime.prefetch import map_ahead, prefetch
@@ -184,9 +185,9 @@ def convert_samples(
     samples: Iterable[RawSample], config: ConvertConfig, backend: Backend, timer: StageTimer
 ) -> Generator[list[Row]]:
     """Samples to complete rows, in order, batch by batch."""
-    limit = BatchLimit(config.batch_size or auto_batch_size(config, backend.device))
+    limit = batch_limit(config, backend.device)
     ahead = partial(run_ahead, timer=timer) if overlaps(backend.device) else in_step
-    decoded = ahead(decode_batches(samples, limit.images, config, backend.device, timer), "fit")
+    decoded = ahead(decode_batches(samples, limit, config, backend.device, timer), "fit")
     fitted = ahead(fit_batches(decoded, config, backend, limit, timer), "pack")
     with closing(decoded), closing(fitted):  # their threads end with the block
         for batch in fitted:
@@ -253,12 +254,14 @@ class FittedBatch:
 
 def decode_batches(
     samples: Iterable[RawSample],
-    size: int,
+    limit: BatchLimit,
     config: ConvertConfig,
     device: torch.device,
     timer: StageTimer,
 ) -> Generator[DecodedBatch]:
-    """Batches of `size` samples, the last one smaller, with their images on `device`."""
+    """Batches as large as `limit` says at first, the last one smaller, with their images on
+    `device`."""
+    size, room = limit.images, limit.room
 
     def decode_timed(sample: RawSample) -> tuple[Row, DecodedImage | None]:
         with timer.stage("decode"):
@@ -266,7 +269,7 @@ def decode_batches(
 
     threads = min(MAX_DECODERS, len(os.sched_getaffinity(0))) if overlaps(device) else 0
     with closing(map_ahead(decode_timed, samples, threads, weight)) as decoded:
-        while batch := take(decoded, size):
+        while batch := take(decoded, size, room, config):
             images = by_size([(row, image) for row, image in batch if image is not None], device)
             rows = [row for row, _ in batch]
             batch.clear()  # the pixels are on the device: do not keep them here as well
@@ -274,16 +277,20 @@ def decode_batches(
 
 
 def take(
-    decoded: Iterable[tuple[Row, DecodedImage | None]], size: int
+    decoded: Iterable[tuple[Row, DecodedImage | None]],
+    size: int,
+    room: int | None,
+    config: ConvertConfig,
 ) -> list[tuple[Row, DecodedImage | None]]:
-    """The next `size` rows and images; fewer where their further members fill BATCH_BYTES, or at
-    the end."""
+    """The next `size` rows and images; fewer where their further members fill BATCH_BYTES or the
+    fits of their images fill `room`, or at the end."""
     batch: list[tuple[Row, DecodedImage | None]] = []
-    held = 0
+    held = fitting = 0
     for row, image in islice(decoded, size):
         batch.append((row, image))
         held += sum(len(member["data"]) for member in row["members"])
-        if held >= BATCH_BYTES:
+        fitting += bytes_per_image(config, image.pixels.size // 3) if image else 0
+        if held >= BATCH_BYTES or (room is not None and fitting >= room):
             break
     return batch
 
@@ -349,7 +356,11 @@ def fit_batches(
         fits = [
             fitted
             for images in batch.images
-            for fitted in limit.in_parts(len(images.rows), partial(fit_part, images))
+            for fitted in limit.in_parts(
+                len(images.rows),
+                partial(fit_part, images),
+                bytes_per_image(config, math.prod(images.pixels.shape[1:3])),
+            )
         ]
         yield FittedBatch(rows=batch.rows, fits=fits)
 

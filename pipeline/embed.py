@@ -101,11 +101,12 @@ def embedded(
     with closing(map_ahead(decoded, samples, threads)) as images:
         while batch := list(islice(images, limit.images)):
             taught = [(row, image) for row, image in batch if image is not None]
-            if taught:
-                pixels = torch.stack([image for _, image in taught])
+            for size in dict.fromkeys(image.shape for _, image in taught):
+                same = [(row, image) for row, image in taught if image.shape == size]
+                pixels = torch.stack([image for _, image in same])
                 parts = limit.in_parts(len(pixels), lambda part, p=pixels: teacher(p[part]))
                 found = (embedding for part in parts for embedding in part)
-                for (row, _), embedding in zip(taught, found, strict=True):
+                for (row, _), embedding in zip(same, found, strict=True):
                     row[TEACHER] = embedding
             yield [row for row, _ in batch]
 

@@ -26,6 +26,11 @@ input."""
 MAX_FITTED_GAUSSIANS = 65536
 """With which one image may be fitted; a reader takes MAX_PAYLOAD_GAUSSIANS (schemas/splats.py)."""
 
+MAX_FITTED_PIXELS = 4096**2
+"""Of one fitted image, whatever --resize makes of it; a CPU's worker has 1.7 GB then."""
+
+ResizeName = Literal["square", "shortest", "longest", "none"]
+
 BackendName = Literal["auto", "cpu", "triton", "reference"]
 BACKENDS = get_args(BackendName)
 
@@ -49,11 +54,14 @@ def _check_choices(config: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """Image bytes to a square RGB crop."""
+    """Image bytes to RGB pixels."""
 
     image_size: int = 224
-    """Side of the square crop in px; the short side is resized to it (antialiased bicubic), then
-    centre-cropped."""
+    """Side in px to which images are resized (antialiased bicubic), smaller ones enlarged;
+    --resize says which side."""
+    resize: ResizeName = "square"
+    """square: the shorter side, then the centred square is cut out. shortest, longest: that side,
+    the aspect is kept. none: images stay as they are."""
     max_image_pixels: int = 128_000_000
     """Images whose header promises more pixels are skipped as too_large before any pixel is
     decoded."""
@@ -66,6 +74,7 @@ class DecodeConfig:
             self.max_image_pixels,
             "must be positive",
         )
+        _check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +239,7 @@ class TeacherConfig:
     dim: int
     """Length of the embedding."""
     image_size: int
-    """Side in px to which the crop is resized for it."""
+    """Side in px to which the crop, of one that is no square its centre, is resized for it."""
     mean: tuple[float, float, float]
     """Subtracted from the colours, 0 to 1."""
     std: tuple[float, float, float]
@@ -293,18 +302,27 @@ PRESETS: dict[PresetName, ConvertConfig] = {
 learning rates are not published and were tuned here, on raw parameters in px, for its best."""
 
 
+STAGES = ("decode", "fit", "prune", "pack")
+
+LATER: dict[str, dict[str, Any]] = {"decode": {"resize": "square"}}
+"""Options that recipes of this STAGES_VERSION did not have at first. At these values, which are
+what was done before, they are left out of a recipe, so that finished shards stay what they are."""
+
+
 def output_config(config: ConvertConfig) -> dict[str, Any]:
     """What changes the output bytes: the stages' configurations, and the versions of format and
     stages."""
-    stages = {
-        name: dataclasses.asdict(getattr(config, name))
-        for name in ("decode", "fit", "prune", "pack")
-    }
+    stages = {name: _stage(name, getattr(config, name)) for name in STAGES}
     if config.teacher:  # no entry without one, as in recipes that know no teachers
         values = dataclasses.asdict(config.teacher)
         lists = {name: list(values[name]) for name in ("mean", "std")}  # as JSON has them
         stages["teacher"] = values | lists
     return {**stages, "format_version": FORMAT_VERSION, "stages_version": STAGES_VERSION}
+
+
+def _stage(name: str, config: Any) -> dict[str, Any]:
+    before = LATER.get(name, {}).items()
+    return {k: v for k, v in dataclasses.asdict(config).items() if (k, v) not in before}
 
 
 def config_from_output(recipe_of_shards: dict[str, Any]) -> ConvertConfig:

@@ -49,8 +49,7 @@ def card(dst: str, head: Mapping[str, Any], manifests: Sequence[ShardManifest]) 
 
 def facts(totals: Mapping[str, Any], recipes: Any) -> list[tuple[str, str]]:
     """What the first table says."""
-    raw = sorted({f"{3 * r['decode']['image_size'] ** 2:,} B" for r in recipes})
-    sizes = sorted({f"{r['decode']['image_size']} px" for r in recipes})
+    sizes = sorted({image_sizes(r["decode"]) for r in recipes})
     forms = sorted({f"{r['pack']['codec']} in {r['pack']['format']}" for r in recipes})
     skipped = ", ".join(f"{n:,} {reason}" for reason, n in totals["skipped"].items())
     found = [
@@ -59,13 +58,23 @@ def facts(totals: Mapping[str, Any], recipes: Any) -> list[tuple[str, str]]:
         ("with splats", f"{totals['ok']:,}"),
         ("skipped, as rows with a reason", skipped or "0"),
         ("size on disk", size(totals["shard_bytes"])),
-        ("images", f"squares of {', '.join(sizes)}, raw {', '.join(raw)}"),
+        ("images", "; ".join(sizes)),
         ("payload", ", ".join(forms)),
     ]
     if totals["ok"]:
         found.append(("Gaussians per image, mean", f"{totals['num_gaussians_mean']:,.1f}"))
         found.append(("bytes per image, mean", f"{totals['bytes_per_image']:,.0f}"))
     return found
+
+
+def image_sizes(decode: Mapping[str, Any]) -> str:
+    """What a recipe makes of images, in words."""
+    side, resize = decode["image_size"], decode.get("resize", "square")
+    if resize == "none":
+        return "as large as in the source"
+    if resize == "square":
+        return f"squares of {side} px, raw {3 * side**2:,} B"
+    return f"{resize} side {side} px"
 
 
 def quality(totals: Mapping[str, Any], recipes: Any) -> list[str]:

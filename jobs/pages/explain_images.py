@@ -75,8 +75,13 @@ def fitting(trained: Trained, side: int | None, number: int | None) -> tuple[int
     """Side of the crops and configuration of the fit: those of the run's shards, but for what is
     given. Raises UsageError where the shards are gone and it is not."""
     src = data_of(trained).split("::")[0].rstrip("/")
-    size, config = recipe_of(src)
-    size = side or size
+    decode, config = recipe_of(src)
+    if decode is not None and decode.resize != "square" and side is None:
+        raise UsageError(
+            f"{src}, on whose shards {trained.url} was trained, was converted with --resize "
+            f"{decode.resize}, and explain makes squares: give --image-size, their side in px"
+        )
+    size = side or (decode and decode.image_size)
     number = number or trained.num_gaussians or (config and config.num_gaussians)
     if size is None or number is None:
         raise UsageError(
@@ -87,8 +92,8 @@ def fitting(trained: Trained, side: int | None, number: int | None) -> tuple[int
     return size, replace(config, num_gaussians=number, cutoff=trained.cutoff or config.cutoff)
 
 
-def recipe_of(src: str) -> tuple[int | None, FitConfig | None]:
-    """Image size and fit of the shards in `src`; None where they cannot be read."""
+def recipe_of(src: str) -> tuple[DecodeConfig | None, FitConfig | None]:
+    """Decoding and fit of the shards in `src`; None where they cannot be read."""
     from splatshard.pipeline.data.catalog import folder_and_files
     from splatshard.pipeline.shards.markers import read_markers
     from splatshard.schemas.shard import ShardManifest
@@ -96,7 +101,7 @@ def recipe_of(src: str) -> tuple[int | None, FitConfig | None]:
     try:
         markers = read_markers(folder_and_files(src)[0]).values()
         recipe = next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
-        return recipe["decode"]["image_size"], from_dict(FitConfig, recipe["fit"])
+        return from_dict(DecodeConfig, recipe["decode"]), from_dict(FitConfig, recipe["fit"])
     except (SplatshardError, StopIteration, KeyError, TypeError):
         return None, None
 

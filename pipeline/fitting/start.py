@@ -42,6 +42,7 @@ FLOOR = 0.08  # share of Gaussians that are spread evenly
 SCALE = 0.42  # standard deviation in units of the local spacing 1 / sqrt(rho)
 STRETCH, MAX_STRETCH = 4.0, 4.0  # axis ratio 1 + STRETCH * coherence, at most MAX_STRETCH
 COLOR_STEPS = 3  # conjugate-gradient steps
+KEPT_PIXELS = 1 << 21  # of a picture whose order is kept, 16 MB; that of 8 sizes is
 
 
 def initial_splats(target: Tensor, config: FitConfig, backend: Backend) -> Splats:
@@ -155,13 +156,25 @@ def sample_density(rho: Tensor, n: int) -> Tensor:
     return torch.stack((x, y), -1).to(rho.dtype) + 0.5
 
 
-@lru_cache(maxsize=16)
 def hilbert_order(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Raster indices of an H x W picture's pixels in the order of a Hilbert curve over it, int64
-    [H * W]."""
-    level = max(1, (max(height, width) - 1).bit_length())
-    places = hilbert_curve(level)[:height, :width]
+    """Raster indices of an H x W picture's pixels in the order of Hilbert curves over it, int64
+    [H * W]; kept, unless it is large."""
+    keep = height * width <= KEPT_PIXELS
+    return (_kept_order if keep else _hilbert_order)(height, width, device)
+
+
+def _hilbert_order(height: int, width: int, device: torch.device | None) -> Tensor:
+    """One curve over a square that holds the shorter side, beside it the next along the longer one:
+    each begins where the one before ends. So memory follows the picture's area, however thin."""
+    level = max(1, (min(height, width) - 1).bit_length())
+    curve = hilbert_curve(level)
+    across = -(-max(height, width) // len(curve))
+    curves = torch.cat([curve + i * curve.numel() for i in range(across)], 1)
+    places = (curves if width >= height else curves.T)[:height, :width]
     return torch.argsort(places.flatten(), stable=True).to(device)
+
+
+_kept_order = lru_cache(maxsize=8)(_hilbert_order)
 
 
 def cholesky_along_edges(tensor: Tensor, sigma: Tensor) -> Tensor:

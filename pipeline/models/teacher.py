@@ -1,6 +1,7 @@
 """The teacher: an RGB CLIP whose view of each image is stored beside its Gaussians.
 
-    crop (uint8) -> the teacher's size (antialiased bicubic) -> vision tower -> CLS -> unit length
+    crop (uint8) -> its centred square -> the teacher's size (antialiased bicubic) -> vision tower
+    -> CLS -> unit length
 
 So stage 1 of arXiv 2509.22615 reads shards only, neither pixels nor a teacher. It is the CLS token
 after the final norm, before any projection, that the student's is compared with there. Stored as
@@ -53,7 +54,7 @@ class Teacher:
         """Embeddings float16 [B, dim] of unit length, in main memory, of images uint8
         [B, H, W, 3]. Raises BackendError when they are not finite."""
         side = self.config.image_size
-        images = pixels.to(self.device).permute(0, 3, 1, 2).float().div_(255)
+        images = centred(pixels).to(self.device).permute(0, 3, 1, 2).float().div_(255)
         if images.shape[2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (
@@ -73,6 +74,15 @@ class Teacher:
     def _half(self) -> AbstractContextManager[Any]:
         cuda = self.device.type == "cuda"
         return torch.autocast("cuda", torch.float16) if cuda else nullcontext()
+
+
+def centred(pixels: Tensor) -> Tensor:
+    """The centred square over the shorter side of images [B, H, W, 3], as CLIP's own preprocessing
+    has it."""
+    height, width = pixels.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[:, top : top + side, left : left + side]
 
 
 def resolve_teacher(model: str) -> TeacherConfig:

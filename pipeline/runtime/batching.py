@@ -6,6 +6,10 @@ batch is halved and the work goes on.
 
 On the CPU images go through the kernel one by one, and a larger batch would only leave the caches.
 
+Images of several sizes (--resize) are counted in estimated bytes too, at both places: a batch is
+full when the fits of its images would fill the room there is, and those of one size go to the
+device in parts that fit. A larger image goes alone.
+
 Left out: growing a batch again after it was halved (a shard takes seconds, the next one starts
 anew), and measuring bytes per image instead of estimating them.
 """
@@ -28,6 +32,8 @@ _idle_streams: dict[tuple[torch.device, str], list[torch.cuda.Stream]] = {}
 _idle_lock = threading.Lock()
 
 CPU_BATCH = 16
+CPU_ROOM = 1 << 29
+"""Bytes of a CPU's batch of images of several sizes: 16 of 350 x 350 px."""
 MAX_BATCH = 512
 """Stages overlap between batches, so a shard should hold several: at 512 pictures of 224 px a
 kernel already has 400,000 tiles, or 50,000 programs of Gaussians, for an H200's 8,448 warps."""
@@ -59,18 +65,33 @@ def auto_batch_size(config: ConvertConfig, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return CPU_BATCH
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    if config.teacher is not None:
-        free_bytes -= teacher_bytes(config.teacher)
-    fitting = int(free_bytes * FREE_SHARE) // bytes_per_image(config)
+    fitting = room(config, device) // bytes_per_image(config)
     if fitting < MULTIPLE:
         return max(1, fitting)
     return min(MAX_BATCH, fitting // MULTIPLE * MULTIPLE)
 
 
-def bytes_per_image(config: ConvertConfig) -> int:
-    """Estimated device memory of one image in a batch; see BYTES_PER_PX."""
-    pixels = config.decode.image_size**2
+def batch_limit(config: ConvertConfig, device: torch.device) -> BatchLimit:
+    """What is fitted together: images of one size are counted, those of several weighed too."""
+    if config.decode.resize == "square":
+        return BatchLimit(config.batch_size or auto_batch_size(config, device))
+    most = CPU_BATCH if device.type != "cuda" else MAX_BATCH
+    return BatchLimit(config.batch_size or most, max(1, room(config, device)))
+
+
+def room(config: ConvertConfig, device: torch.device) -> int:
+    """Bytes that a batch may take on `device`."""
+    if device.type != "cuda":
+        return CPU_ROOM
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if config.teacher is not None:
+        free_bytes -= teacher_bytes(config.teacher)
+    return int(free_bytes * FREE_SHARE)
+
+
+def bytes_per_image(config: ConvertConfig, pixels: int | None = None) -> int:
+    """Estimated memory of one image of `pixels` (None: the square) in a batch; see BYTES_PER_PX."""
+    pixels = config.decode.image_size**2 if pixels is None else pixels
     return BYTES_PER_PX * pixels + BYTES_PER_GAUSSIAN * config.fit.num_gaussians
 
 
@@ -88,19 +109,24 @@ def teacher_bytes(teacher: TeacherConfig) -> int:
 
 
 class BatchLimit:
-    """The most images that go to the device at once; halved for good when memory runs out."""
+    """The most images that go to the device at once, and the most bytes of them if `room` says so;
+    halved for good when memory runs out."""
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, room: int | None = None) -> None:
         self.images = images
+        self.room = room
 
-    def in_parts(self, count: int, work: Callable[[slice], Result]) -> Iterator[Result]:
-        """work(part) for consecutive slices of `count` images, each of at most `images`.
+    def in_parts(
+        self, count: int, work: Callable[[slice], Result], each: int = 0
+    ) -> Iterator[Result]:
+        """work(part) for consecutive slices of `count` images of `each` bytes, as many as the limit
+        lets, at least one.
 
         Raises BackendError when one image alone is too large for the device.
         """
         start = 0
         while start < count:
-            part = slice(start, min(start + self.images, count))
+            part = slice(start, min(start + self._together(each), count))
             try:
                 result = work(part)
             except torch.cuda.OutOfMemoryError as e:
@@ -110,10 +136,18 @@ class BatchLimit:
                         "one image alone does not fit into the device's memory: choose a smaller "
                         f"--num-gaussians or --image-size, or free the device ({e})"
                     ) from e
-                self.images = size // 2
+                if self.room is None or not each:
+                    self.images = size // 2
+                else:  # so that smaller images still go together
+                    self.room = size // 2 * each
             else:
                 yield result
                 start = part.stop
+
+    def _together(self, each: int) -> int:
+        if self.room is None or not each:
+            return self.images
+        return max(1, min(self.images, self.room // each))
 
 
 @contextmanager

@@ -1,14 +1,15 @@
-"""Image bytes to a square RGB crop, by Pillow.
+"""Image bytes to RGB pixels of the size that is wanted, by Pillow.
 
-    bytes -> format -> bare file -> header (size, frames) -> pixels -> 8-bit RGB -> square crop
+    bytes -> format -> bare file -> header (size, frames) -> pixels -> 8-bit RGB -> crop, resize
     -> orientation
 
 Files met in the wild lie, so nothing is decoded before the header has been checked. The formats are
 opened through Pillow's registry, not `Image.open`, whose size check is a process-wide warning.
 
-The crop is the centred square over the short side, resized in one antialiased bicubic step. It is
-"resize the short side, then centre-crop" up to the rounding of the long side, but a 1x5000 px image
-does not become 224x1,120,000 px on the way, and the orientation can wait for the small result.
+The crop, the centred square over the short side or the whole, is resized in one antialiased bicubic
+step. For the square it is "resize the short side, then centre-crop" up to the rounding of the long
+side, but a 1x5000 px image does not become 224x1,120,000 px on the way. No --resize tells width
+from height, so the orientation can wait for the small result.
 
 Left out: ICC profiles and gamma-correct resizing (the pipelines we compare with ignore both); the
 rest of Pillow's formats (not in these datasets, and each is attack surface).
@@ -47,7 +48,7 @@ from splatshard.pipeline.source.formats import (
 )
 from splatshard.pipeline.source.rgb import to_rgb
 from splatshard.pipeline.source.tiff import bare_tiff
-from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.config import MAX_FITTED_PIXELS, DecodeConfig
 from splatshard.schemas.errors import SampleError
 
 try:
@@ -104,7 +105,7 @@ TRANSPOSE = {
 
 @dataclass
 class DecodedImage:
-    """`pixels`: uint8 [S, S, 3] RGB, contiguous, writable. Sizes in px, after EXIF orientation."""
+    """`pixels`: uint8 [H, W, 3] RGB, contiguous, writable. Sizes in px, after EXIF orientation."""
 
     pixels: np.ndarray
     original_width: int
@@ -112,7 +113,7 @@ class DecodedImage:
 
 
 def decode(image: bytes, name: str, config: DecodeConfig) -> DecodedImage:
-    """The upright centred square of an image file, `config.image_size` px wide.
+    """The upright picture of an image file, cropped and resized as `config.resize` says.
 
     Smaller images are enlarged, transparency is laid over white. `name` goes into messages. Raises
     SampleError with status empty_image, not_an_image, too_large, animated_image or corrupt_image,
@@ -132,7 +133,9 @@ def decode(image: bytes, name: str, config: DecodeConfig) -> DecodedImage:
             check_size(width, height, name, config.max_image_pixels)
             check_opened(source, bare, name)
             orientation = orientation_of(bare)
-            crop = square(source, config.image_size, bare)
+            size = size_of(width, height, config)
+            check_fitted(*size, name, config)
+            crop = resized(source, size, config, bare)
     except (SampleError, MemoryError):
         raise
     except NotSupported as e:
@@ -251,15 +254,43 @@ def has_frames(source: ImageFile.ImageFile) -> bool:
         return False
 
 
-def square(image: ImageFile.ImageFile, size: int, bare: Bare) -> Image.Image:
-    """The centred square over the short side as RGB, size x size px. Decodes the pixels."""
+def size_of(width: int, height: int, config: DecodeConfig) -> tuple[int, int]:
+    """Width and height in px that an image of `width` x `height` px is fitted at."""
+    side = config.image_size
+    if config.resize == "square":
+        return side, side
+    if config.resize == "none":
+        return width, height
+    scale = side / (min if config.resize == "shortest" else max)(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def check_fitted(width: int, height: int, name: str, config: DecodeConfig) -> None:
+    """Raises SampleError too_large for a picture of more pixels than are fitted."""
+    if width * height > MAX_FITTED_PIXELS:
+        raise SampleError(
+            "too_large",
+            f"{name}: --resize {config.resize} makes it {width}x{height} px, more than the "
+            f"{MAX_FITTED_PIXELS} that are fitted: choose --resize longest or square",
+        )
+
+
+def resized(
+    image: ImageFile.ImageFile, size: tuple[int, int], config: DecodeConfig, bare: Bare
+) -> Image.Image:
+    """The image as RGB, `size` (width and height) in px: of squares the centre, else the whole.
+    Decodes the pixels."""
     width, height = image.size
-    if isinstance(image, JpegImagePlugin.JpegImageFile):
-        drafted = image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
+    same = config.resize != "square" and image.size == size
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and not same:
+        drafted = image.draft(None, (DRAFT_FACTOR * size[0], DRAFT_FACTOR * size[1]))
         if drafted:
             _, (_, _, width, height) = drafted  # reduced size, fractional where it was rounded up
     rgb = to_rgb(image, bare)
+    if same:
+        return rgb
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return rgb.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=None)
+    across, down = (side, side) if config.resize == "square" else (width, height)
+    left, top = (width - across) / 2, (height - down) / 2
+    box = (left, top, left + across, top + down)
+    return rgb.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=None)

@@ -89,6 +89,8 @@ def test_job_flags() -> None:
         (["--target-psnr", "good"], "error: --target-psnr good: must be a number (see"),
         (["--nested", "4,9", "--num-gaussians", "4"], "does not go with --nested"),
         (["--num_gaussians=9", "--nested=4,9"], "does not go with --nested"),
+        (["--resize=none", "--image-size=64"], "--image-size does not go with --resize none"),
+        (["--resize", "short"], "--resize"),
         (["--limit", "-1"], "--limit -1: must be at least 1"),
         (["--samples-per-shard", "0"], "--samples-per-shard 0: must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0"),

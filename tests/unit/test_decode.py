@@ -206,6 +206,50 @@ def test_extreme_shapes(shape):
     assert peak < 4e6
 
 
+SHAPES = [(96, 64), (64, 96), (24, 24), (1, 3000), (1000, 3)]
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("resize", "side_of"), [("shortest", min), ("longest", max), ("none", lambda _: 32)]
+)
+def test_the_whole_picture_keeps_its_aspect(format, shape, resize, side_of):
+    """Smaller images are enlarged; what is resized is what Pillow makes of the whole."""
+    image = encode(photo(*shape), format)
+    result = decode(image, "a", DecodeConfig(image_size=32, resize=resize)).pixels
+    scale = 32 / side_of(shape)
+    size = tuple(max(1, round(s * scale)) for s in shape)
+    assert (result.shape[1], result.shape[0]) == size
+    whole = Image.open(io.BytesIO(image)).convert("RGB")
+    expected = np.asarray(whole.resize(size, Image.Resampling.BICUBIC))
+    # a JPEG is decoded at a fraction of its size
+    assert difference(result, expected) <= (0 if format == "PNG" else 40)
+    assert np.abs(result.astype(int) - expected).mean() < 2
+    assert result.flags.c_contiguous
+    assert result.flags.writeable
+
+
+@pytest.mark.parametrize("resize", ["shortest", "longest", "none"])
+def test_the_whole_picture_is_upright(resize):
+    pixels = photo(48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = encode(pixels, "PNG", exif=exif)
+    result = decode(image, "a", DecodeConfig(image_size=32, resize=resize)).pixels
+    plain = decode(encode(pixels, "PNG"), "a", DecodeConfig(image_size=32, resize=resize)).pixels
+    assert (result == np.rot90(plain, -1)).all()
+
+
+@pytest.mark.parametrize(("shape", "resize"), [((1, 2000), "shortest"), ((5000, 5000), "none")])
+def test_more_pixels_than_are_fitted(shape, resize):
+    """Refused before any pixel is decoded."""
+    header = png_header(*shape)
+    with pytest.raises(SampleError, match=rf"--resize {resize} makes it .* --resize longest") as e:
+        decode(header, "a.png", DecodeConfig(image_size=512, resize=resize))
+    assert e.value.status == "too_large"
+
+
 def test_empty_image():
     assert status_of(b"") == "empty_image"
 

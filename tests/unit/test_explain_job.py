@@ -16,12 +16,14 @@ from torch import nn
 
 from splatshard.jobs.__main__ import main
 from splatshard.jobs.explain import explained
+from splatshard.jobs.pages import explain_images
 from splatshard.jobs.pages.explain_images import gaussians_of
 from splatshard.jobs.recipes.toys import shapes
 from splatshard.pipeline.models.gvit import GViT
 from splatshard.pipeline.source.decode import DecodedImage
 from splatshard.pipeline.train.loop import train
 from splatshard.pipeline.train.trained import Trained
+from splatshard.schemas.config import DecodeConfig, FitConfig
 from splatshard.schemas.model import (
     EncoderConfig,
     GViTConfig,
@@ -85,6 +87,21 @@ def test_json_lines_of_boxes_and_another_folder(toys: Path, tmp_path: Path, caps
     assert found["boxes"] == [[4, 4, 12.5, 9]]
     assert found["label"] == found["predicted"]
     assert len(found["gaussians"]["means"]) == 5
+
+
+def test_shards_of_whole_pictures(
+    toys: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their crops are no squares: those are explained where their side is given."""
+    whole = DecodeConfig(resize="shortest"), FitConfig(num_gaussians=8, steps=1)
+    monkeypatch.setattr(explain_images, "recipe_of", lambda src: whole)
+    command = ["explain", f"{toys}/run", f"{toys}/c.png", "--output", f"{toys}/whole"]
+    assert main(command) == 1
+    assert "--resize shortest, and explain makes squares: give --image-size" in (
+        capsys.readouterr().err
+    )
+    assert main([*command, "--image-size", "16"]) == 0
+    assert json.loads((toys / "whole/c.json").read_text())["size"] == 16
 
 
 def _broken(toys: Path) -> list[str]:

@@ -14,7 +14,16 @@ import pytest
 from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan import StaleShard, Status
 from splatshard.jobs.pages.report_page import MAX_ELLIPSES, Picture, ReportData, Skip, page
-from splatshard.jobs.report import ReportOptions, encode, jpeg_figures, main, spread, survey
+from splatshard.jobs.report import (
+    ReportOptions,
+    as_jpeg,
+    encode,
+    jpeg_figures,
+    main,
+    shown,
+    spread,
+    survey,
+)
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.schemas.config import ConvertConfig, output_config
 from splatshard.schemas.shard import FailedShard, ShardManifest
@@ -73,7 +82,7 @@ def make_data(**changes: Any) -> ReportData:
         skips=[Skip(shard="00000000", key=EVIL, reason="corrupt_image", message=EVIL)],
         skipped={"corrupt_image": 1},
         pictures=[make_picture(EVIL)],
-        jpeg=jpeg_figures([photo(32, 32)]),
+        jpeg=jpeg_figures([as_jpeg(photo(32, 32))]),
         recipe=output_config(ConvertConfig()),
         recipes=1,
         run={
@@ -223,13 +232,25 @@ def test_a_page_on_s3_is_not_opened(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_jpeg_figures_are_those_of_the_crops() -> None:
     crops = [photo(64, 64, seed) for seed in range(3)]
-    figures = jpeg_figures(crops)
+    figures = jpeg_figures([as_jpeg(crop) for crop in crops])
     assert figures is not None
     sizes = [len(encode(crop, "JPEG", quality=75)) for crop in crops]
     assert figures.bytes_mean == pytest.approx(np.mean(sizes))
     assert figures.raw_bytes == 64 * 64 * 3
     assert 25 < figures.psnr_mean < 60
     assert jpeg_figures([]) is None
+
+
+@pytest.mark.parametrize(("size", "expected"), [((64, 48), (64, 48)), ((3000, 2000), (1024, 683))])
+def test_large_pictures_are_shown_smaller(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    small = shown(photo(*size))
+    assert (small.shape[1], small.shape[0]) == expected
+
+
+def test_pictures_that_are_no_squares_keep_their_aspect() -> None:
+    """The gallery's boxes are squares, within which pictures are fitted whole."""
+    style = page(make_data()).split("</style>")[0]
+    assert re.search(r"\.triple img[^}]*object-fit: ?contain", style)
 
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"

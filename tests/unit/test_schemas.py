@@ -16,17 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splatshard.schemas.config import (
+    LATER,
     PRESETS,
+    STAGES_VERSION,
     ConvertConfig,
     DecodeConfig,
     FitConfig,
     PackConfig,
+    PresetName,
     PruneConfig,
     config_from_output,
     describe_difference,
     fingerprint,
     inputs,
     output_config,
+    recipe_digest,
 )
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError, SampleError, UsageError
 from splatshard.schemas.shard import (
@@ -85,6 +89,17 @@ def test_markers_go_round() -> None:
     assert manifest_from_json(to_json(MANIFEST), "x.json") == MANIFEST
     assert failed_from_json(to_json(FAILED), "x.json") == FAILED
     assert to_json(manifest_from_json(to_json(MANIFEST), "x")) == to_json(MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("preset", "digest"), [("default", "f602574836bc134d"), ("paper", "3d278d956f5f68bb")]
+)
+def test_a_new_option_leaves_finished_shards_what_they_are(preset: PresetName, digest: str) -> None:
+    """Digests change with STAGES_VERSION and FORMAT_VERSION alone."""
+    assert (STAGES_VERSION, FORMAT_VERSION) == (8, 2)
+    assert recipe_digest(output_config(PRESETS[preset])) == digest
+    for stage, names in LATER.items():
+        assert not names.keys() & output_config(CONFIG)[stage].keys()
 
 
 def test_rows_must_add_up_to_the_samples() -> None:

@@ -16,6 +16,7 @@ from transformers import CLIPModel
 
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.embed import embed_shard
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.teacher import load_teacher, resolve_teacher
 from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
@@ -37,7 +38,7 @@ from splatshard.schemas.errors import BackendError, CorruptShardError, UsageErro
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
 from splatshard.schemas.splats import columns, shard_metadata
 from tests.clips import SIDE, WIDTH, clip_folder, say_normalisation
-from tests.make import datacomp_sample, photo, write_tar
+from tests.make import datacomp_sample, encode, photo, write_tar
 from tests.rows import FORMATS
 
 CPU = torch.device("cpu")
@@ -105,6 +106,29 @@ def test_a_shard_holds_what_the_teacher_says_of_the_crop(
     if manifest.format == "parquet":
         assert pq.read_schema(f"{dst}/{manifest.data_file}").field("teacher").type == pa.binary()
     assert (metadata["teacher"]["model"], metadata["teacher"]["dim"]) == (clip, WIDTH)
+
+
+def test_of_pictures_that_are_no_squares_it_sees_the_centre(clip: str, tmp_path: Path) -> None:
+    """In shards of several sizes, whether converted with the teacher or embedded later."""
+    sizes = [(40, 24), (24, 40), (24, 24), (40, 24)]
+    members = [(f"{i}.png", encode(photo(*size, i), "PNG")) for i, size in enumerate(sizes)]
+    (ref,) = list_shards(str(write_tar(tmp_path / "a.tar", members)))
+    plain = replace(CONFIG, decode=DecodeConfig(resize="none"))
+    config = replace(plain, teacher=resolve_teacher(clip))
+    backend, rows = select_backend("cpu"), []
+    for name in ("converted", "embedded"):
+        dst = str(tmp_path / name)
+        Path(dst).mkdir()
+        made = convert_shard(ref, config if name == "converted" else plain, dst, backend)
+        if name == "embedded":
+            made = embed_shard(dst, made, ref, config, CPU)
+        rows.append(list(read_rows(f"{dst}/{made.data_file}")))
+    assert rows[0] == rows[1]
+    for i, row in enumerate(rows[0]):
+        pixels = torch.from_numpy(photo(*sizes[i], i))
+        top, left = (pixels.shape[0] - 24) // 2, (pixels.shape[1] - 24) // 2
+        wanted = expected(clip, pixels[None, top : top + 24, left : left + 24])
+        assert np.abs(np.frombuffer(row["teacher"], "<f2") - wanted[0].numpy()).max() < 1e-3
 
 
 def test_training_reads_them(shard: tuple[str, ShardManifest]) -> None:
