@@ -19,17 +19,18 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Generic, Protocol, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from splatshard.pipeline.data import loaders
-from splatshard.pipeline.data.batch import Position
+from splatshard.pipeline.data.batch import AnyBatch, Position, position_of
 from splatshard.pipeline.data.catalog import S, Source, check_sizes, numbered_otherwise, pools
 from splatshard.pipeline.data.epoch_order import (
     EpochOrder,
@@ -47,13 +48,6 @@ from splatshard.pipeline.data.windows import Choice, Loader
 from splatshard.schemas.errors import UsageError
 
 log = logging.getLogger(__name__)
-
-
-class AnyBatch(Protocol):
-    """A batch that knows its place in the order."""
-
-    @property
-    def position(self) -> Position | None: ...
 
 
 Batch = TypeVar("Batch", bound=AnyBatch)
@@ -246,6 +240,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_steps()
+        loaders.check_not_collated(sys._getframe(1).f_locals.get("self"))
         begun_with_it = self._owner != os.getpid() and get_worker_info() is None
         if begun_with_it:  # a rank, whose dataset is another's too
             self._shared, self._owner = self._shared.clone().share_memory_(), os.getpid()
@@ -288,14 +283,15 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         if not in_worker:
             self._progress = None
 
-    def state_after(self, batch: AnyBatch) -> dict[str, Any]:
+    def state_after(self, batch: AnyBatch | Mapping[str, Any]) -> dict[str, Any]:
         """The state once all ranks have taken their batches of the same step as `batch`.
 
         After the last step nothing of the epoch is left, and `set_epoch` begins the next one.
         Raises UsageError where a DataLoader hands out batches in another order: no step says then
         which of them were read.
         """
-        if batch.position is None:
+        position = position_of(batch)
+        if position is None:
             raise UsageError("the batch has no position: give one as the dataset made it")
         worker = int(self._shared[5])
         if worker != self._in_order and get_worker_info() is None:
@@ -306,7 +302,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
                     "with in_order=True"
                 )
             self._in_order = worker
-        return state_of(Start(*batch.position), self._settings)
+        return state_of(Start(*position), self._settings)
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch that the newest iterator gave out.
@@ -421,7 +417,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     def shard_of(self, batch: AnyBatch, key: str, together: int) -> str:
         """URL of the shard that has the sample `key` of `batch`, which is one of a step of
         `together` samples; looks into the few shards that the step is read from."""
-        position = batch.position
+        position = position_of(batch)
         assert position is not None, "the dataset makes batches with positions"
         order = self._order(Start(*position))
         end = min(position.samples, order.total // together * together)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ class Position(NamedTuple):
     grain: int
 
 
+class AnyBatch(Protocol):
+    """A batch that knows its place in the order."""
+
+    @property
+    def position(self) -> Position | None: ...
+
+
 @dataclass(frozen=True)
 class TrainBatch:
     """B samples, ready to train on.
@@ -36,6 +43,8 @@ class TrainBatch:
     teacher   float32 [B, D], the teacher's embeddings; None where the shards have none
     valid     bool [B]; False for samples that fill up a last batch and are there a second time
     position  where the order is after this batch
+    columns   those asked for by name: a tensor [B] of numbers (NaN or -1 where there is none), a
+              list of texts or None, or for members a list of lists of {"name": str, "data": bytes}
     """
 
     splats: Splats
@@ -47,13 +56,15 @@ class TrainBatch:
     teacher: Tensor | None
     valid: Tensor
     position: Position | None = None
+    columns: Mapping[str, Tensor | list[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.splats)
 
     def __getitem__(self, part: slice) -> TrainBatch:
         """Some of the samples."""
-        return replace(self, splats=self.splats[part], **_parts(self, part))
+        columns = {name: values[part] for name, values in self.columns.items()}
+        return replace(self, splats=self.splats[part], columns=columns, **_parts(self, part))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TrainBatch:
         """The same batch with its tensors on `device`."""
@@ -70,7 +81,25 @@ class TrainBatch:
             splats = Splats(move(s.means), move(s.cholesky), move(s.colors), move(s.mask))
         else:
             splats = splats_from_values(move(values), move(self.splats.mask))
-        return replace(self, splats=splats, **_moved(self, move))
+        columns = {k: move(v) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
+        return replace(self, splats=splats, columns=columns, **_moved(self, move))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The batch as a flat dictionary: means, cholesky, colors, mask; heights, widths, labels,
+        valid, teacher where there is one, position int64 [B, 4]; and `columns` by their names.
+
+        All but texts and members are tensors that begin with B, so that whoever moves, slices or
+        joins batches can. Texts come only if named in `columns`; one that is not there is empty.
+        """
+        means, cholesky, colors, mask = self.splats.fields
+        found = {"means": means, "cholesky": cholesky, "colors": colors, "mask": mask}
+        found |= {"heights": self.heights, "widths": self.widths}
+        found |= {"labels": self.labels, "valid": self.valid}
+        if self.teacher is not None:
+            found["teacher"] = self.teacher
+        if self.position is not None:
+            found["position"] = torch.tensor(self.position).repeat(len(self), 1)
+        return found | {name: _without_none(values) for name, values in self.columns.items()}
 
 
 @dataclass(frozen=True)
@@ -118,6 +147,20 @@ class ImageBatch:
 
 
 Batch = TrainBatch | ImageBatch
+
+
+def position_of(batch: AnyBatch | Mapping[str, Any]) -> Position | None:
+    """The position of a batch, or of one as a dictionary."""
+    if not isinstance(batch, Mapping):
+        return batch.position
+    rows = batch.get("position")
+    return None if rows is None else Position(*rows[-1].tolist())
+
+
+def _without_none(values: Tensor | list[Any]) -> Tensor | list[Any]:
+    if isinstance(values, Tensor):
+        return values
+    return ["" if value is None else value for value in values]
 
 
 def _parts(batch: Batch, part: slice) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from splatshard.pipeline.data.epoch_order import PERIOD
@@ -21,7 +22,14 @@ from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 from splatshard.schemas.manifest import dataset_content
 from splatshard.schemas.shard import OK, FailedShard, ShardManifest
-from splatshard.schemas.splats import MAX_PAYLOAD_GAUSSIANS, canonical_json, splat_columns
+from splatshard.schemas.splats import (
+    MAX_PAYLOAD_GAUSSIANS,
+    MEMBER_COLUMNS,
+    canonical_json,
+    columns,
+    scalars,
+    splat_columns,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +37,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Layout:
     """How payloads are stored. `columns` are the names of the columns to read with the Gaussians
-    they hold, `begin` to `end` of each sample; `largest` is the most that a sample has of all."""
+    they hold, `begin` to `end` of each sample; `largest` is the most that a sample has of all;
+    `further` are the columns that are read since somebody asked for them."""
 
     codec: str
     columns: tuple[tuple[str, int, int], ...]
     largest: int
+    further: tuple[pa.Field, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +114,15 @@ def pools(
     return [urls], None
 
 
-def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]:
+def open_source(
+    urls: Sequence[str], num_gaussians: int | None, further: Sequence[str] = ()
+) -> Source[Shard]:
     """All done shards of the destinations `urls`, or those of them that files and globs name.
 
-    Raises UsageError where there are none or they do not have `num_gaussians`, CorruptShardError
-    for a damaged marker or a shard that cannot be opened, FormatVersionError, SourceError,
-    StorageError and UnavailableError. Shards that only failed are left out, which the log says.
+    Raises UsageError where there are none or they do not have `num_gaussians` or the columns
+    `further`, CorruptShardError for a damaged marker or a shard that cannot be opened,
+    FormatVersionError, SourceError, StorageError and UnavailableError. Shards that only failed are
+    left out, which the log says.
     """
     manifests: list[tuple[str, ShardManifest]] = []
     contents = []
@@ -129,7 +142,7 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]
         kind = (manifest.format, text)
         if kind not in layouts:
             metadata = _metadata_of(folder, manifest)
-            layouts[kind] = layout_of(metadata, num_gaussians, data)
+            layouts[kind] = layout_of(metadata, num_gaussians, data, further)
         shards.append(
             Shard(
                 url=data,
@@ -143,6 +156,13 @@ def open_source(urls: Sequence[str], num_gaussians: int | None) -> Source[Shard]
         )
     check_once(shards)
     return Source(tuple(urls), shards, "+".join(contents), class_lists)
+
+
+def checked_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """`names` as names of columns. Raises UsageError for what is no list of them."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f'columns is {names!r}: give names in a list, as in ["uid", "psnr"]')
+    return tuple(names)
 
 
 def check_sizes(
@@ -275,10 +295,13 @@ def _metadata_of(folder: str, manifest: ShardManifest) -> dict[str, Any]:
         raise CorruptShardError(f"{e}: run splatshard repair {folder}") from e
 
 
-def layout_of(metadata: dict[str, Any], num_gaussians: int | None, url: str) -> Layout:
-    """The columns to read for samples of `num_gaussians`, all if None.
+def layout_of(
+    metadata: dict[str, Any], num_gaussians: int | None, url: str, further: Sequence[str] = ()
+) -> Layout:
+    """The columns to read for samples of `num_gaussians`, all if None, and those named `further`.
 
-    `metadata` is the shard's; raises UsageError when it has no such budget, naming those it has.
+    `metadata` is the shard's; raises UsageError when it has no such budget or column, naming those
+    it has.
     """
     codec = metadata["codec"]
     budgets = _budgets(metadata, url)
@@ -295,15 +318,28 @@ def layout_of(metadata: dict[str, Any], num_gaussians: int | None, url: str) -> 
             )
         raise UsageError(f"num_gaussians is {wanted}, which {url} does not have: {remedy}")
     taken = budgets[: budgets.index(wanted) + 1]
-    columns = tuple(zip(splat_columns(taken), (0, *taken[:-1]), taken, strict=True))
-    return Layout(codec, columns, budgets[-1])
+    payloads = tuple(zip(splat_columns(taken), (0, *taken[:-1]), taken, strict=True))
+    return Layout(codec, payloads, budgets[-1], _fields(metadata, further, url))
+
+
+def _fields(metadata: dict[str, Any], names: Sequence[str], url: str) -> tuple[pa.Field, ...]:
+    there = [name for name in scalars(metadata) if name not in ("status", "error")]
+    there += [field.name for field in MEMBER_COLUMNS]
+    for name in names:
+        if name not in there:
+            raise UsageError(
+                f"columns names {name!r}, which {url} does not have: choose among "
+                f"{', '.join(there)}"
+            )
+    return tuple(columns(metadata).field(name) for name in dict.fromkeys(names))
 
 
 def check_layout(metadata: dict[str, Any], shard: Shard) -> None:
     """Raises CorruptShardError unless a file with these metadata is laid out as `shard` is."""
     budget = shard.layout.columns[-1][2]
+    further = [field.name for field in shard.layout.further]
     try:
-        same = layout_of(metadata, budget, shard.url) == shard.layout
+        same = layout_of(metadata, budget, shard.url, further) == shard.layout
     except UsageError:
         same = False
     if not same:

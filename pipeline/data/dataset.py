@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, cast
 
 import numpy as np
 from torch import Tensor
@@ -28,7 +28,7 @@ from splatshard.pipeline.data.base import OrderedDataset, Ordering
 from splatshard.pipeline.data.batch import Position, TrainBatch
 from splatshard.pipeline.data.block import Block, assemble
 from splatshard.pipeline.data.cache import ShardCache
-from splatshard.pipeline.data.catalog import Shard, Source, open_source
+from splatshard.pipeline.data.catalog import Shard, Source, checked_columns, open_source
 from splatshard.pipeline.data.epoch_order import Piece
 from splatshard.pipeline.data.files import ShardFiles, default_cache_dir, shard_errors
 from splatshard.pipeline.data.filters import Filter, apply_filter
@@ -44,6 +44,9 @@ class SplatDataset(OrderedDataset[Shard, TrainBatch]):
 
     num_gaussians   how many per sample. Nested shards have several budgets and only the bytes of
                     this one are read; None takes all there are, padded to the batch's largest
+    columns         further columns by the names that the shards have for them, such as uid, psnr,
+                    metadata, members: they are read, too, and are in `TrainBatch.columns`
+    as_dict         batches are dictionaries, those of `TrainBatch.as_dict`
     checksum        compare SHA-256 of each file when this process first opens it (that of remote
                     ones is always compared as they are fetched)
     cache_dir, cache_bytes  where and how many bytes of remote shards are kept
@@ -58,18 +61,21 @@ class SplatDataset(OrderedDataset[Shard, TrainBatch]):
         src: str | Sequence[str] | Mapping[str, float],
         *,
         num_gaussians: int | None = None,
+        columns: Sequence[str] = (),
+        as_dict: bool = False,
         checksum: bool = True,
         cache_dir: str | Path | None = None,
         cache_bytes: int = 100 << 30,
         **ordering: Unpack[Ordering],
     ) -> None:
-        self.num_gaussians = num_gaussians
+        self.num_gaussians, self.as_dict = num_gaussians, as_dict
+        self.columns = checked_columns(columns)
         cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), cache_bytes)
         self.files = ShardFiles(cache, checksum)
         super().__init__(src, **ordering)
 
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[Shard]:
-        source = open_source(urls, self.num_gaussians)
+        source = open_source(urls, self.num_gaussians, self.columns)
         if conditions:
             apply_filter(source, conditions, self.files)
         return source
@@ -89,7 +95,8 @@ class SplatDataset(OrderedDataset[Shard, TrainBatch]):
         self, chosen: Sequence[Choice[Block]], valid: Tensor, position: Position
     ) -> TrainBatch:
         """See `block.assemble`; `valid` bool [B]."""
-        return assemble(chosen, self.num_gaussians, valid, position)
+        batch = assemble(chosen, self.num_gaussians, valid, position)
+        return cast(TrainBatch, batch.as_dict()) if self.as_dict else batch
 
     def keys_of(self, shard: Shard) -> Iterator[str]:
         return (row["key"] for row in read_rows(shard.url, shard.format))

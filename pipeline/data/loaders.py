@@ -41,6 +41,23 @@ def _in_any_order(dataset: object, seen: set[int]) -> bool:
     return any(_in_any_order(found, seen) for found in _callables(dataset))
 
 
+def check_not_collated(caller: object) -> None:
+    """Raises UsageError where `caller`, who asks for an iterator, is what fetches for a DataLoader
+    that joins whole batches, by a function that knows nothing of them, or adds a dimension to
+    them."""
+    if not getattr(caller, "auto_collation", False):
+        return
+    collate = getattr(caller, "collate_fn", None)
+    collate = getattr(collate, "data_collator", collate)  # of transformers, which removes columns
+    if getattr(collate, "__module__", "").partition(".")[0] not in ("torch", "transformers"):
+        return
+    raise UsageError(
+        "a DataLoader would collate what are whole batches already: make it with batch_size=None, "
+        "as in DataLoader(dataset, batch_size=None, num_workers=2); transformers' Trainer makes "
+        "its own unless its get_train_dataloader returns such a one. SplatTable has single samples"
+    )
+
+
 def check_divided_once(dataset: Dataset[Any], world_size: int) -> None:
     """Raises UsageError where accelerate divides once more what `dataset` divides among ranks: by
     its default rank 0 alone would read its part, and all others get some of that."""

@@ -50,6 +50,7 @@ def parquet_blocks(
         kept = ok_rows(file, shard)
     rows = kept[begin:end]
     columns = [*SCALARS, *(name for name, _, _ in layout.columns)]
+    columns += [field.name for field in layout.further if field.name not in SCALARS]
     if TEACHER in file.schema_arrow.names:
         columns.append(TEACHER)
     blocks = []
@@ -108,6 +109,7 @@ def _block(batch: pa.RecordBatch, shard: Shard, rows: NDArray[np.int64]) -> Bloc
         keys=column("key"),
         captions=column("caption"),
         teacher=teacher_of(column(TEACHER)) if TEACHER in batch.schema.names else None,
+        further={field.name: column(field.name) for field in shard.layout.further},
     )
     return checked(block, shard)
 
@@ -122,7 +124,7 @@ def checked(block: Block, shard: Shard) -> Block:
     ):
         if len(values) and (values.min() < 1 or (limit and values.max() > limit)):
             raise ValueError(f"{name} of an ok row is {values.min()} or {values.max()}")
-    for column in (block.keys, block.captions):
+    for column in (block.keys, block.captions, *block.further.values()):
         column.validate(full=True)
     budget = np.int32(shard.layout.columns[-1][2])
     return replace(block, counts=np.minimum(block.counts, budget))

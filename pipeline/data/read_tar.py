@@ -32,9 +32,10 @@ Member = tuple[str, int, int]
 """Name, and where its bytes begin and end."""
 
 Row = dict[str, Any]
-"""The columns of a sample, and where its payloads are: `{"splat": (begin, end)}` under MEMBERS."""
+"""The columns of a sample, and where its payloads are: `{"splat": (begin, end)}` under MEMBERS; and
+where its metadata or members are read, all of them in order under ALL."""
 
-MEMBERS = "__members__"
+MEMBERS, ALL = "__members__", "__all__"
 
 
 def tar_blocks(
@@ -61,13 +62,17 @@ def tar_rows(data: NDArray[np.uint8], shard: Shard) -> list[Row]:
     layout = shard.layout
     payloads = {splat_suffix(name) for name, _, _ in layout.columns}
     payloads |= {TEACHER} & metadata.keys()
+    whole = any(field.name in ("metadata", "members") for field in layout.further)
     rows: list[Row] = []
     for name, start, stop in members:
         suffix = name.rpartition("/")[2].partition(".")[2]
         if suffix == "splat.json":
             rows.append(_parsed(bytes(view[start:stop]), name))
-        elif suffix in payloads and rows:
-            rows[-1][MEMBERS].setdefault(suffix, (start, stop))
+        elif rows:
+            if suffix in payloads:
+                rows[-1][MEMBERS].setdefault(suffix, (start, stop))
+            if whole:
+                rows[-1].setdefault(ALL, []).append((suffix, start, stop))
     if len(rows) != shard.samples:
         raise CorruptShardError(
             f"{shard.url} has {len(rows)} rows, its marker says {shard.samples}: {shard.remedy}"
@@ -146,8 +151,30 @@ def _block(data: NDArray[np.uint8], shard: Shard, rows: list[Row]) -> Block:
         keys=strings("key"),
         captions=strings("caption"),
         teacher=_embeddings(data, rows) if taught else None,
+        further={
+            field.name: pa.array([_value(data, row, field.name) for row in rows], field.type)
+            for field in shard.layout.further
+        },
     )
     return checked(block, shard)
+
+
+def _value(data: NDArray[np.uint8], row: Row, name: str) -> Any:
+    """A further column of a row; `data` uint8 [S] is the archive. Raises ValueError."""
+    if name not in ("metadata", "members"):
+        return row.get(name)
+    every: list[Member] = row.get(ALL, [])
+    names: list[str] = row["members"]
+    own, further = every[: len(every) - len(names)], every[len(every) - len(names) :]
+    if len(names) > len(every):
+        raise ValueError(f"sample {row.get('key')!r} has fewer members than it names")
+    if name == "metadata":
+        found = (data[begin:end].tobytes() for suffix, begin, end in own if suffix == "json")
+        return next((text.decode() for text in found), None)
+    return [
+        {"name": each, "data": data[begin:end].tobytes()}
+        for each, (_, begin, end) in zip(names, further, strict=True)
+    ]
 
 
 def _embeddings(data: NDArray[np.uint8], rows: list[Row]) -> NDArray[np.float16]:

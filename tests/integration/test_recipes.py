@@ -99,9 +99,11 @@ def test_page_has_the_sections_that_are_run() -> None:
 
 
 def test_dataset(run: Any) -> None:
-    batch = run("SplatDataset")["batch"]
-    assert batch.splats.means.shape[:2] == (256, 400)
-    assert batch.valid.all()
+    names = run("SplatDataset")
+    assert names["batch"].splats.means.shape[:2] == (256, 400)
+    assert names["batch"].valid.all()
+    assert names["fields"]["means"].shape == (256, 6, 2)
+    assert all(len(values) == 256 for values in names["fields"].values())
 
 
 def test_going_on(run: Any) -> None:
