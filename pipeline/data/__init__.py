@@ -3,5 +3,6 @@
 from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
 from splatshard.pipeline.data.dataset import SplatDataset
 from splatshard.pipeline.data.images import ImageDataset
+from splatshard.pipeline.data.table import SplatTable
 
-__all__ = ["ImageBatch", "ImageDataset", "SplatDataset", "TrainBatch"]
+__all__ = ["ImageBatch", "ImageDataset", "SplatDataset", "SplatTable", "TrainBatch"]

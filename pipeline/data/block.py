@@ -58,7 +58,10 @@ class Block:
 
 
 def assemble(
-    chosen: Sequence[Choice[Block]], num_gaussians: int | None, valid: Tensor, position: Position
+    chosen: Sequence[Choice[Block]],
+    num_gaussians: int | None,
+    valid: Tensor,
+    position: Position | None,
 ) -> TrainBatch:
     """The B chosen samples as one batch, padded to `num_gaussians` or, if None, to the largest
     sample; `valid` (bool [B]) and `position` go into it as they are. Raises CorruptShardError for a

@@ -111,12 +111,17 @@ def keep(source: Source[S], rows: Callable[[S], NDArray[np.bool_]]) -> None:
 
 def rows_left(shard: Shard, conditions: Filter, files: ShardFiles) -> NDArray[np.bool_]:
     """bool [samples]: which rows are samples and fulfil `conditions`. Raises as `apply_filter`."""
+    table = scalars_of(shard, _stored(conditions), files)
+    return is_ok(table) & fulfilled(table, conditions)
+
+
+def scalars_of(shard: Shard, names: list[str], files: ShardFiles) -> pa.Table:
+    """The columns `names`, for all rows of a shard. Raises as `apply_filter`."""
     if shard.format == "webdataset":
         with shard_errors(shard), files.open(shard) as stream:
             rows = tar_rows(np.frombuffer(stream.read(), np.uint8), shard)
-        names = _stored(conditions)
         _check_there(names, {name for row in rows for name in row} | {"caption"}, shard)
-        return _left(_table_of(rows, names), conditions)
+        return _table_of(rows, names)
     look_for(shard)
     with shard_errors(shard), fs.open_read(shard.url) as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
@@ -125,9 +130,8 @@ def rows_left(shard: Shard, conditions: Filter, files: ShardFiles) -> NDArray[np
                 f"{shard.url} has {file.metadata.num_rows} rows, its marker says {shard.samples}: "
                 f"{shard.remedy}"
             )
-        names = _stored(conditions)
         _check_there(names, set(file.schema_arrow.names), shard)
-        return _left(file.read(names, use_threads=False), conditions)
+        return file.read(names, use_threads=False)
 
 
 def _stored(conditions: Filter) -> list[str]:
@@ -143,7 +147,8 @@ def _check_there(names: list[str], found: set[str], shard: Shard) -> None:
 
 
 def _table_of(rows: list[dict[str, Any]], names: list[str]) -> pa.Table:
-    types = {"caption": pa.string(), "status": pa.string(), **dict.fromkeys(INTEGERS, pa.int64())}
+    texts = dict.fromkeys(("caption", "status", "key"), pa.string())
+    types = {**texts, **dict.fromkeys(INTEGERS, pa.int64())}
     columns = {
         name: pa.array([row.get(name) for row in rows], types.get(name, pa.float64()))
         for name in names
@@ -151,10 +156,9 @@ def _table_of(rows: list[dict[str, Any]], names: list[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def _left(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:
-    return pc.call_function("equal", [table.column("status"), OK]).to_numpy() & fulfilled(
-        table, conditions
-    )
+def is_ok(table: pa.Table) -> NDArray[np.bool_]:
+    """bool [rows]: which rows of `table`, by its column status, are samples."""
+    return pc.call_function("equal", [table.column("status"), OK]).to_numpy()
 
 
 def fulfilled(table: pa.Table, conditions: Filter) -> NDArray[np.bool_]:

@@ -92,6 +92,7 @@ def test_page_has_the_sections_that_are_run() -> None:
     assert [title for title, codes in SECTIONS.items() if codes] == [
         "SplatDataset",
         "Workers, ranks, and going on after a kill",
+        "SplatTable",
         "Mixtures, filters, budgets, S3",
         "webdataset, without this package",
         "Hugging Face datasets, without this package",
@@ -113,6 +114,16 @@ def test_going_on(run: Any) -> None:
     assert names["rest"] == [key for keys in batches[2:] for key in keys]
     assert names["rest"]
     json.dumps(names["state"])
+
+
+def test_table(run: Any, folder: Path) -> None:
+    names = run("SplatTable")
+    assert names["table"].keys() == sorted(truth(folder / "splats"))
+    assert names["same"]["key"] == names["sample"]["key"] == names["batch"].keys[0]
+    assert names["best"]["psnr"] == max(names["table"][:].columns["psnr"])
+    loaded = next(iter(names["loader"]))
+    assert loaded["means"].shape == (32, 400, 2)
+    assert len(loaded["caption"]) == 32
 
 
 def test_mixture_and_filter(run: Any, folder: Path) -> None:
