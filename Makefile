@@ -66,8 +66,9 @@ bench: install  ## the three main benchmarks; results under benchmarks/results (
 demo: install  ## convert real photographs end to end and write a report
 	$(BIN)/python -m jobs.demo demo
 
-docs: install  ## write docs/options.md anew, from the options and configurations
+docs: install  ## write docs/options.md anew, from the options and configurations; run the notebook
 	$(BIN)/python docs/make_options.py
+	$(BIN)/python docs/run_notebook.py docs/notebooks/first_look.ipynb
 
 clean:  ## remove what demo and tests leave (not .venv)
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis build *.egg-info

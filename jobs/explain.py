@@ -33,7 +33,7 @@ from splatshard.jobs.cli.options import (
 from splatshard.jobs.cli.text import count, print_json, say
 from splatshard.jobs.destination.class_texts import lines_of
 from splatshard.jobs.destination.plan_file import write_text
-from splatshard.jobs.pages.explain_images import boxes_in_crops, data_of, gaussians_of, read_image
+from splatshard.jobs.pages.explain_images import boxes_in_crops, gaussians_of, read_image
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import DecodeConfig, FitConfig
 from splatshard.schemas.errors import SplatshardError, UsageError
@@ -172,6 +172,7 @@ def classnames_of(trained: Trained, options: ExplainOptions, classes: int) -> li
     """A name for each class: its number where no file says another. Raises UsageError for names
     of another number of classes."""
     from splatshard.pipeline.evaluation.class_texts import CLASSNAMES
+    from splatshard.pipeline.train.trained import data_of
 
     src = data_of(trained).split("::")[0].rstrip("/")
     try:

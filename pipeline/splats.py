@@ -11,6 +11,7 @@ to fix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -118,6 +119,16 @@ def cholesky_from_scales_and_angles(scales: Tensor, angles: Tensor) -> Tensor:
     l21 = (s1 - s2) * cos * sin / l11
     l22 = scales[..., 0] * scales[..., 1] / l11
     return torch.stack((l11, l21, l22), -1)
+
+
+def ellipses(splats: Splats, points: int = 33) -> Tensor:
+    """[B, N, points, 2] x, y in px: around each Gaussian at one standard deviation, mean + L (cos
+    t, sin t); the last point is the first."""
+    angle = torch.linspace(0, 2 * math.pi, points, device=splats.means.device)
+    l11, l21, l22 = splats.cholesky[..., None].unbind(-2)
+    x = l11 * angle.cos()
+    y = l21 * angle.cos() + l22 * angle.sin()
+    return splats.means[:, :, None] + torch.stack((x, y), -1)
 
 
 def bounds(height: int, width: int) -> tuple[float, float, float, float, float]:

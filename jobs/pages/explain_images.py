@@ -7,15 +7,13 @@ steps, start, cutoff), but neither nested, pruned nor packed; GViT predicts its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.pages.explain_boxes import boxes_of, read_boxes
 from splatshard.pipeline.storage.fs import absolute
 from splatshard.schemas.config import DecodeConfig, FitConfig
-from splatshard.schemas.errors import SampleError, SourceError, SplatshardError, UsageError
-from splatshard.schemas.plain import from_dict
+from splatshard.schemas.errors import SampleError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,23 +29,23 @@ if TYPE_CHECKING:
     S, S]."""
 
 
-def data_of(trained: Trained) -> str:
-    """What the run was trained on."""
-    from splatshard.pipeline.train.checkpoint import read_checkpoint
-
-    return read_checkpoint(trained.url).train_config().data.src
-
-
 def gaussians_of(trained: Trained, side: int | None, number: int | None) -> tuple[int, Take]:
     """Side of the crops in px, and what takes them; `side` and `number` of Gaussians: other ones
     than those of training. Raises UsageError where these cannot be known."""
     from splatshard.pipeline.kernels.select import select_backend
+    from splatshard.pipeline.train.trained import data_of, fit_of_training
 
     if trained.config.gvit is not None:
         return predicting(trained, side, number)
     backend = select_backend("triton" if trained.device.type == "cuda" else "cpu")
-    size, config = fitting(trained, side, number)
-    return size, lambda pixels: fitted(pixels, config, backend)
+    decode, config = fit_of_training(trained, side, number)
+    if decode.resize != "square":
+        raise UsageError(
+            f"{data_of(trained)}, on whose shards {trained.url} was trained, was converted with "
+            f"--resize {decode.resize}, and explain makes squares: give --image-size, their side "
+            "in px"
+        )
+    return decode.image_size, lambda pixels: fitted(pixels, config, backend)
 
 
 def predicting(trained: Trained, side: int | None, number: int | None) -> tuple[int, Take]:
@@ -69,41 +67,6 @@ def predicting(trained: Trained, side: int | None, number: int | None) -> tuple[
         return splats_from_parameters(g, size, size, space), render(g, size, size, space)
 
     return size, predicted
-
-
-def fitting(trained: Trained, side: int | None, number: int | None) -> tuple[int, FitConfig]:
-    """Side of the crops and configuration of the fit: those of the run's shards, but for what is
-    given. Raises UsageError where the shards are gone and it is not."""
-    src = data_of(trained).split("::")[0].rstrip("/")
-    decode, config = recipe_of(src)
-    if decode is not None and decode.resize != "square" and side is None:
-        raise UsageError(
-            f"{src}, on whose shards {trained.url} was trained, was converted with --resize "
-            f"{decode.resize}, and explain makes squares: give --image-size, their side in px"
-        )
-    size = side or (decode and decode.image_size)
-    number = number or trained.num_gaussians or (config and config.num_gaussians)
-    if size is None or number is None:
-        raise UsageError(
-            f"{src}, on whose shards {trained.url} was trained, is not there any more: give "
-            "--image-size and --num-gaussians as they were converted"
-        )
-    config = replace(config or FitConfig(), nested="")
-    return size, replace(config, num_gaussians=number, cutoff=trained.cutoff or config.cutoff)
-
-
-def recipe_of(src: str) -> tuple[DecodeConfig | None, FitConfig | None]:
-    """Decoding and fit of the shards in `src`; None where they cannot be read."""
-    from splatshard.pipeline.data.catalog import folder_and_files
-    from splatshard.pipeline.shards.markers import read_markers
-    from splatshard.schemas.shard import ShardManifest
-
-    try:
-        markers = read_markers(folder_and_files(src)[0]).values()
-        recipe = next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
-        return from_dict(DecodeConfig, recipe["decode"]), from_dict(FitConfig, recipe["fit"])
-    except (SplatshardError, StopIteration, KeyError, TypeError):
-        return None, None
 
 
 def fitted(pixels: Tensor, config: FitConfig, backend: Backend) -> tuple[Splats, Tensor]:

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from splatshard.pipeline.splats import Splats
 
 Floats = NDArray[np.float32]
@@ -103,24 +101,14 @@ def heated(pixels: Floats, map_HW: Floats, zoom: int) -> Image.Image:
 
 def outlines(pixels: Floats, splats: Splats, scores: Floats, zoom: int) -> Image.Image:
     """Ellipses of one standard deviation over the dimmed image, coloured by score."""
+    from splatshard.pipeline.splats import ellipses
+
     base = picture(DIM * pixels, 2 * zoom)  # drawn at twice the size: Pillow's lines are jagged
     draw = ImageDraw.Draw(base)
     share = shares(scores)
-    ellipses = ellipses_of(splats).numpy() * 2 * zoom
+    curves = ellipses(splats)[0].cpu().numpy() * 2 * zoom
     for i in np.argsort(share, kind="stable"):
         faint = share[i] ** 2 < LEAST
         color = tuple(int(c * (0.5 if faint else 1)) for c in heat(share[i]))
-        draw.line([(x, y) for x, y in ellipses[i].tolist()], fill=color, width=1 if faint else 3)
+        draw.line([(x, y) for x, y in curves[i].tolist()], fill=color, width=1 if faint else 3)
     return base.resize((base.width // 2, base.height // 2), Image.Resampling.LANCZOS)
-
-
-def ellipses_of(splats: Splats) -> Tensor:
-    """[N, 33, 2] points, px, one standard deviation around each Gaussian (B = 1): mean + L (cos t,
-    sin t)."""
-    import torch
-
-    angle = torch.linspace(0, 2 * math.pi, 33)
-    l11, l21, l22 = splats.cholesky[0].cpu().unbind(-1)
-    x = l11[:, None] * angle.cos()
-    y = l21[:, None] * angle.cos() + l22[:, None] * angle.sin()
-    return splats.means[0].cpu()[:, None] + torch.stack((x, y), -1)

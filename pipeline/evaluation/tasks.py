@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from splatshard.pipeline.evaluation.metrics import classification, linear_probe, retrieval
 from splatshard.pipeline.evaluation.zeroshot import class_vectors, text_vectors
@@ -74,15 +74,8 @@ def classify(trained: Trained, shards: Data) -> Found:
 def probe(trained: Trained, train: Data, shards: Data) -> Found:
     """A linear classifier on the encoder's CLS token; of a GViT the one of its Gaussians."""
 
-    def tokens(batch: Any) -> Tensor:
-        model = trained.model
-        if not isinstance(model, GViT):
-            return encode(vision_of(model), batch)
-        pixels = batch.floating().pixels
-        return model.read(model.predictor(pixels), *pixels.shape[2:])
-
     check_classes(shards, train.class_lists, train.src)
-    known, samples = (samples_of(trained, each, tokens) for each in (train, shards))
+    known, samples = (samples_of(trained, each, tokens(trained.model)) for each in (train, shards))
     check_labels(known, None, "")
     classes = int(known.labels.max()) + 1
     check_labels(samples, classes, f"the {classes} classes of the training shards")
@@ -101,6 +94,19 @@ def logits_and_psnr(model: GViT) -> Any:
         height, width = pixels.shape[2:]
         quality = psnr(render(g, height, width, model.space), pixels).clamp(max=100)
         return torch.cat((logits.float(), quality.float()[:, None]), 1)
+
+    return found
+
+
+def tokens(model: nn.Module) -> Any:
+    """A function from a batch to the encoder's CLS tokens [B, D]; of a GViT those of the Gaussians
+    that it predicts."""
+
+    def found(batch: Any) -> Tensor:
+        if not isinstance(model, GViT):
+            return encode(vision_of(model), batch)
+        pixels = batch.floating().pixels
+        return model.read(model.predictor(pixels), *pixels.shape[2:])
 
     return found
 

@@ -287,10 +287,16 @@ def resized(
         if drafted:
             _, (_, _, width, height) = drafted  # reduced size, fractional where it was rounded up
     rgb = to_rgb(image, bare)
-    if same:
-        return rgb
+    return rgb if same else cut(rgb, size, width, height, config)
+
+
+def cut(
+    image: Image.Image, size: tuple[int, int], width: float, height: float, config: DecodeConfig
+) -> Image.Image:
+    """An image of `width` x `height` px, its centre where a square is wanted, else the whole,
+    resized to `size` (width and height) in px."""
     side = min(width, height)
     across, down = (side, side) if config.resize == "square" else (width, height)
     left, top = (width - across) / 2, (height - down) / 2
     box = (left, top, left + across, top + down)
-    return rgb.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=None)
+    return image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=None)

@@ -11,20 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
+from splatshard.pipeline.data.catalog import folder_and_files
 from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.models.classifier import image_config, reads_images
+from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, latest, read_checkpoint
-from splatshard.schemas.errors import CorruptShardError, UsageError
+from splatshard.schemas.config import DecodeConfig, FitConfig
+from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
 from splatshard.schemas.model import ModelConfig
+from splatshard.schemas.plain import from_dict
+from splatshard.schemas.shard import ShardManifest
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,6 +123,42 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
         classes=tuple(found.shards.get("classes", ())),
         class_list=found.shards.get("class_list", ""),
     )
+
+
+def data_of(trained: Trained) -> str:
+    """What the run was trained on."""
+    return read_checkpoint(trained.url).train_config().data.src
+
+
+def fit_of_training(
+    trained: Trained, side: int | None = None, number: int | None = None
+) -> tuple[DecodeConfig, FitConfig]:
+    """How a picture becomes what a model of splats was trained on, neither nested nor pruned nor
+    packed; `side`, px of a square, and `number` of Gaussians where they are given. Raises
+    UsageError where the shards are gone and these are not."""
+    src = data_of(trained).split("::")[0].rstrip("/")
+    decode, config = recipe_of(src)
+    if side is not None:
+        decode = DecodeConfig(image_size=side)
+    number = number or trained.num_gaussians or (config and config.num_gaussians)
+    if decode is None or number is None:
+        raise UsageError(
+            f"{src}, on whose shards {trained.url} was trained, is not there any more: give "
+            "--image-size and --num-gaussians as they were converted"
+        )
+    config = replace(config or FitConfig(), nested="")
+    cutoff = trained.cutoff or config.cutoff
+    return decode, replace(config, num_gaussians=number, cutoff=cutoff)
+
+
+def recipe_of(src: str) -> tuple[DecodeConfig | None, FitConfig | None]:
+    """Decoding and fit of the shards in `src`; None where they cannot be read."""
+    try:
+        markers = read_markers(folder_and_files(src)[0]).values()
+        recipe = next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
+        return from_dict(DecodeConfig, recipe["decode"]), from_dict(FitConfig, recipe["fit"])
+    except (SplatshardError, StopIteration, KeyError, TypeError):
+        return None, None
 
 
 def open_data(trained: Trained, src: str, batch: int) -> Data:

@@ -99,7 +99,7 @@ def found_in(dotted: str) -> bool:
         importlib.import_module(dotted)
     except ModuleNotFoundError:
         module, _, name = dotted.rpartition(".")
-        return "." in module and hasattr(importlib.import_module(module), name)
+        return bool(module) and hasattr(importlib.import_module(module), name)
     return True
 
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from splatshard.jobs.__main__ import main
 from splatshard.jobs.explain import explained
-from splatshard.jobs.pages import explain_images
 from splatshard.jobs.pages.explain_images import gaussians_of
 from splatshard.jobs.recipes.toys import shapes
 from splatshard.pipeline.models.gvit import GViT
 from splatshard.pipeline.source.decode import DecodedImage
+from splatshard.pipeline.train import trained as trained_module
 from splatshard.pipeline.train.loop import train
 from splatshard.pipeline.train.trained import Trained
 from splatshard.schemas.config import DecodeConfig, FitConfig
@@ -94,7 +94,7 @@ def test_shards_of_whole_pictures(
 ) -> None:
     """Their crops are no squares: those are explained where their side is given."""
     whole = DecodeConfig(resize="shortest"), FitConfig(num_gaussians=8, steps=1)
-    monkeypatch.setattr(explain_images, "recipe_of", lambda src: whole)
+    monkeypatch.setattr(trained_module, "recipe_of", lambda src: whole)
     command = ["explain", f"{toys}/run", f"{toys}/c.png", "--output", f"{toys}/whole"]
     assert main(command) == 1
     assert "--resize shortest, and explain makes squares: give --image-size" in (

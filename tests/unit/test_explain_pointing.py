@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splatshard.jobs.pages.explain_picture import ellipses_of, outlines, shares
+from splatshard.jobs.pages.explain_picture import outlines, shares
 from splatshard.pipeline.evaluation.explain import (
     SCORES,
     Box,
@@ -24,7 +24,7 @@ from splatshard.pipeline.evaluation.explain import (
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.classifier import SplatClassifier
 from splatshard.pipeline.source.decode import decode
-from splatshard.pipeline.splats import Splats, scales_and_angles
+from splatshard.pipeline.splats import Splats, ellipses, scales_and_angles
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.model import (
     ModelConfig,
@@ -140,7 +140,7 @@ def test_a_box_goes_with_the_crop(width: int, height: int) -> None:
 
 def test_outlines_are_one_standard_deviation() -> None:
     splats = padded_splats(3)
-    offsets = ellipses_of(splats) - splats.means[0][:, None]
+    offsets = ellipses(splats)[0] - splats.means[0][:, None]
     scales, angles = scales_and_angles(splats.cholesky[0])
     along = offsets @ torch.stack((angles.cos(), angles.sin()), -1)[..., None]
     torch.testing.assert_close(along.amax((1, 2)), scales[:, 0], rtol=0.02, atol=0)

@@ -1,0 +1,156 @@
+"""Pictures as people hold them in Python, to pixels: a file, Pillow, NumPy, torch.
+
+What an array means is not guessed: integers are uint8 from 0 to 255, floats are 0 to 1, NumPy has
+the channels last and torch has them first, as their own readers give them. All else is refused,
+with what to call.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from splatshard.pipeline.source.containers import Bare
+from splatshard.pipeline.source.decode import check_fitted, cut, decode, size_of
+from splatshard.pipeline.source.formats import NotSupported
+from splatshard.pipeline.source.rgb import to_rgb
+from splatshard.pipeline.storage import fs
+from splatshard.schemas.config import DecodeConfig
+from splatshard.schemas.errors import SampleError, UsageError
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""One picture: the path or URL of a file, Pillow's, NumPy's [H, W] or [H, W, C], torch's [H, W] or
+[C, H, W]; C is 1 (grey), 3 (RGB) or 4 (RGBA). uint8, or floats from 0 to 1."""
+
+CHANNELS = (1, 3, 4)
+
+
+def pixels_of(picture: Picture, config: DecodeConfig) -> Tensor:
+    """RGB float32 [3, H, W], 0 to 1, in main memory: upright, over white, cut and resized as
+    `config` says. Raises UsageError for what is no picture or may mean more than one, and what
+    reading a file raises."""
+    if isinstance(picture, str | os.PathLike):
+        pixels = file_pixels(os.fspath(picture), config)
+    elif isinstance(picture, Image.Image):
+        pixels = np.asarray(sized(pillow_rgb(picture), config))
+    elif isinstance(picture, np.ndarray):
+        pixels = of_size(rgb_values(channels_last(picture)), config)
+    elif isinstance(picture, Tensor):
+        pixels = of_size(rgb_values(channels_first(picture)), config)
+    else:
+        kind = type(picture).__name__
+        raise UsageError(
+            f"{kind} is no picture: give a path, a PIL image (Image.open(io.BytesIO(data)) of the "
+            "bytes of a file), a NumPy array [H, W, 3] or a torch tensor [3, H, W]"
+        )
+    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return planes.float().div_(255) if planes.dtype == torch.uint8 else planes
+
+
+def file_pixels(url: str, config: DecodeConfig) -> np.ndarray:
+    """uint8 [H, W, 3], as convert decodes it."""
+    with fs.open_read(fs.absolute(url)) as stream:
+        data = stream.read()
+    try:
+        return decode(data, url, config).pixels
+    except SampleError as e:
+        raise UsageError(str(e)) from e
+
+
+def pillow_rgb(image: Image.Image) -> Image.Image:
+    """The frame that is shown now, upright, over white, 8 bits."""
+    try:
+        return to_rgb(ImageOps.exif_transpose(image), Bare(b""))
+    except NotSupported as e:
+        raise UsageError(f"{image!r}: {e}") from e
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+    """[H, W] or [H, W, C] as [H, W, C]."""
+    return _checked(array, array.shape[-1:], array.shape[:1], "[H, W, 3]", "transpose(1, 2, 0)")
+
+
+def channels_first(tensor: Tensor) -> np.ndarray:
+    """[H, W] or [C, H, W], on any device, as [H, W, C]."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    shape = tuple(tensor.shape)
+    array = _checked(tensor.numpy(), shape[:1], shape[-1:], "[3, H, W]", "permute(2, 0, 1)")
+    return array.transpose(1, 2, 0) if len(shape) == 3 else array
+
+
+def _checked(
+    array: np.ndarray, channels: tuple[int, ...], other: tuple[int, ...], form: str, call: str
+) -> np.ndarray:
+    """`array`, [H, W] with a channel more. Raises UsageError unless its `channels` are some, and
+    its `other` end cannot be them as well."""
+    shape = list(array.shape)
+    if array.ndim == 2 and array.size:
+        return array[:, :, None]
+    if array.ndim == 4:
+        raise UsageError(f"{shape} is a batch: give a list of pictures, such as list(images)")
+    if array.ndim != 3 or not array.size:
+        raise UsageError(f"{shape} is no picture: give one of {form}")
+    if channels[0] not in CHANNELS:
+        call = f": call .{call}" if other[0] in CHANNELS else ", with 1, 3 or 4 channels"
+        raise UsageError(f"{shape} is not {form}{call}")
+    if other[0] in CHANNELS:
+        raise UsageError(f"{shape} may be {form} or the other way round: give it as a PIL image")
+    return array
+
+
+def rgb_values(array: np.ndarray) -> np.ndarray:
+    """[H, W, C] to RGB [H, W, 3], uint8 or float32. Raises UsageError for other values."""
+    if array.dtype == np.uint8:
+        if array.shape[2] == 4:
+            return np.asarray(to_rgb(Image.fromarray(np.ascontiguousarray(array)), Bare(b"")))
+        return np.broadcast_to(array, (*array.shape[:2], 3))
+    if array.dtype.kind != "f":
+        most = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
+        raise UsageError(
+            f"{array.dtype} is neither uint8 nor floats from 0 to 1: divide by what is white "
+            f"({most:,}?), as image / np.float32({most})"
+        )
+    array = array.astype(np.float32)
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise UsageError(
+            f"values of {low:g} to {high:g}, where floats are to be 0 to 1: {_remedy(low, high)}"
+        )
+    if array.shape[2] == 4:
+        alpha = array[:, :, 3:]
+        array = array[:, :, :3] * alpha + (1 - alpha)
+    return np.broadcast_to(array, (*array.shape[:2], 3))
+
+
+def _remedy(low: float, high: float) -> str:
+    if not np.isfinite([low, high]).all():
+        return "replace what is not finite"
+    if low >= 0 and 2 < high <= 255:
+        return "divide by 255, or give uint8"
+    if low > -0.5 and high < 1.5:
+        return "call .clip(0, 1), if that is overshoot"
+    return "undo the normalisation (x * std + mean)"
+
+
+def of_size(values: np.ndarray, config: DecodeConfig) -> np.ndarray:
+    """RGB [H, W, 3] cut and resized; floats stay floats."""
+    if values.dtype == np.uint8:
+        return np.asarray(sized(Image.fromarray(np.ascontiguousarray(values)), config))
+    planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in values.transpose(2, 0, 1))
+    return np.stack([np.asarray(sized(plane, config)) for plane in planes], -1).clip(0, 1)
+
+
+def sized(image: Image.Image, config: DecodeConfig) -> Image.Image:
+    """Cut and resized."""
+    size = size_of(*image.size, config)
+    try:
+        check_fitted(*size, "the picture", config)
+    except SampleError as e:
+        raise UsageError(str(e)) from e
+    return image if size == image.size else cut(image, size, *image.size, config)
