@@ -3,6 +3,7 @@
     splats = splatshard.fit("photo.jpg", num_gaussians=400)     a SplatImage, to render, plot, save
     splats = splatshard.load("photo.safetensors")               the same, saved before
     for batch in splatshard.open("s3://out/splats"): ...        a SplatDataset, to train on
+    sample = splatshard.SplatTable("s3://out/splats")[3]        one sample, by number or key
     embed = splatshard.encoder("runs/1")                        pictures to embeddings
 
 All else is in splatshard.pipeline (start at convert.py), splatshard.jobs and splatshard.schemas.
@@ -14,16 +15,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splatshard.pipeline.data import ImageDataset, SplatDataset
+    from splatshard.pipeline.data import ImageDataset, SplatDataset, SplatTable
     from splatshard.pipeline.data import SplatDataset as open
     from splatshard.pipeline.evaluation.embedder import encoder
     from splatshard.pipeline.picture import SplatImage, fit, load
 
-__all__ = ["ImageDataset", "SplatDataset", "SplatImage", "encoder", "fit", "load", "open"]
+__all__ = [
+    "ImageDataset",
+    "SplatDataset",
+    "SplatImage",
+    "SplatTable",
+    "encoder",
+    "fit",
+    "load",
+    "open",
+]
 
 _PLACES = {
     "ImageDataset": "data",
     "SplatDataset": "data",
+    "SplatTable": "data",
     "SplatImage": "picture",
     "encoder": "evaluation.embedder",
     "fit": "picture",
