@@ -44,8 +44,10 @@ def png(
     before: Sequence[bytes] = (),
     interlaced: bool = False,
     after: Sequence[bytes] = (),
+    missing: int = 0,
 ) -> bytes:
-    """The file of samples [H, W, C]; chunks before and after those of the pixels."""
+    """The file of samples [H, W, C]; chunks before and after those of the pixels, which lack their
+    last `missing` bytes."""
     passes = [samples[y::dy, x::dx] for y, x, dy, dx in ADAM7] if interlaced else [samples]
     rows = b""
     for part in passes:
@@ -56,7 +58,7 @@ def png(
     head = struct.pack(
         ">IIBBBBB", samples.shape[1], samples.shape[0], depth, color, 0, 0, interlaced
     )
-    pixels = zlib.compress(rows)
+    pixels = zlib.compress(rows[: len(rows) - missing])
     middle = len(pixels) // 2
     chunks = [chunk(b"IHDR", head), *before, chunk(b"IDAT", pixels[:middle])]
     chunks += [chunk(b"IDAT", pixels[middle:]), *after, chunk(b"IEND", b"")]

@@ -190,6 +190,47 @@ def check_pixels(chunk: memoryview) -> None:
         raise ValueError("the checksum of its pixels is wrong; download it again")
 
 
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+ADAM7 += ((0, 1, 1, 2),)
+"""Of the passes of an interlaced PNG the first column and row, and the steps to the next."""
+
+ONCE = ((0, 0, 1, 1),)
+
+
+def check_rows(picture: Image.Image, bare: Bare) -> None:
+    """Loads the picture of a PNG. Raises ValueError where its pixels end early, though in a whole
+    stream with right checksums: Pillow leaves what is missing at zero. Inflates them a second time
+    where the last row is zero, or rows are not in their order."""
+    picture.load()
+    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", bare.data, 16)
+    last = picture.resize((width, 1), Image.Resampling.NEAREST, (0, height - 1, width, height))
+    if not interlaced and last.tobytes().strip(b"\0"):
+        return
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(color, 1)
+    expected = 0
+    for left, top, across, down in ADAM7 if interlaced else ONCE:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+    if (found := inflated_bytes(bare.data, expected)) < expected:
+        raise ValueError(
+            f"its pixels end early, after {found:,} of {expected:,} bytes: whatever wrote it was "
+            "interrupted; download it again, or write it anew"
+        )
+
+
+def inflated_bytes(png: bytes, at_most: int) -> int:
+    """How many bytes the pixels of a PNG inflate to, counted until there are `at_most`."""
+    inflater, count = zlib.decompressobj(), 0
+    for start, end in ((s, e) for kind, s, e in png_chunks(png) if kind == b"IDAT"):
+        body = png[start + 8 : end - 4]
+        while body:
+            count += len(inflater.decompress(body, TEXT_BYTES))
+            if count >= at_most:
+                return count
+            body = inflater.unconsumed_tail
+    return count + len(inflater.flush())
+
+
 def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 

@@ -86,7 +86,7 @@ then agrees with that of a full decode to 51 dB PSNR or better on 12 Kodak image
 to 8 bits; keeping only 2x gives 42 dB, which would show in a fit at 40 dB."""
 
 UNFILLED = 512
-"""So many zeros at a file's end are looked at: a flat WebP has one per 10,000 px, others none."""
+"""So many zeros may end a WebP or AVIF: a flat WebP has one per 10,000 px, others none."""
 
 QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The warning filter that `silence_pillow` wants in front."""
@@ -135,6 +135,8 @@ def decode(image: bytes, name: str, config: DecodeConfig) -> DecodedImage:
             orientation = orientation_of(bare)
             size = size_of(width, height, config)
             check_fitted(*size, name, config)
+            if kind == "PNG":
+                containers.check_rows(source, bare)
             crop = resized(source, size, config, bare)
     except (SampleError, MemoryError):
         raise
@@ -230,13 +232,16 @@ def check_opened(source: ImageFile.ImageFile, bare: Bare, name: str) -> None:
 def check_filled(source: ImageFile.ImageFile, bare: Bare, name: str) -> None:
     """Raises SampleError where the file's end was never written, which decoders show as grey: zeros
     in place of a JPEG's end, or more of them than a flat picture has."""
-    if bare.data[-UNFILLED:].strip(b"\0"):
+    if not bare.data.endswith(b"\0\0"):
         return
     zeros = len(bare.data) - len(bare.data.rstrip(b"\0"))
     width, height = source.size
-    scan = bytes(bare.parts[-1]) if bare.parts else bare.data
-    is_jpeg = source.format in ("JPEG", "MPO")
-    if b"\xff\xd9" not in scan if is_jpeg else zeros > UNFILLED + width * height // 2048:
+    if source.format in ("JPEG", "MPO"):
+        scan = len(bare.data) - len(bare.parts[-1]) if bare.parts else 0
+        unfilled = bare.data.find(b"\xff\xd9", scan) < 0
+    else:
+        unfilled = zeros > UNFILLED + width * height // 2048
+    if unfilled:
         raise SampleError(
             "corrupt_image",
             f"{name} ends in {zeros:,} zero bytes, as a download does whose room was made before: "

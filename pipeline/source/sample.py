@@ -91,8 +91,9 @@ class RawSample:
 
 def assemble(group: Group, default_label: int | None = None) -> RawSample:
     """The sample of one key; `default_label` where neither a member nor the JSON gives one."""
+    passed = tuple(group.passed)
     if group.error and (group.error.status == "unsafe_path" or not group.members):
-        return RawSample(group.key, error=group.error)
+        return RawSample(group.key, error=group.error, unused=passed)
     images = [e for e in group.members if e.lower() in IMAGE_EXTENSIONS]
     image = min(images, key=lambda e: IMAGE_EXTENSIONS.index(e.lower()), default=None)
     error = group.error
@@ -134,7 +135,7 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         members=tuple((e, data) for e, data in beside.items() if e not in given),
         error=error,
         extensions=frozenset(group.members),
-        unused=(*unused, *unused_in(document, fields)) if image else (),
+        unused=(*passed, *unused, *unused_in(document, fields)) if image else passed,
         **fields,
     )
 

@@ -27,7 +27,12 @@ from tarfile import BLOCKSIZE
 from typing import IO, BinaryIO, cast
 from zlib import adler32
 
-from splatshard.pipeline.source.formats import EXTENSIONS, HEAD_BYTES, disguised
+from splatshard.pipeline.source.formats import (
+    EXTENSIONS,
+    HEAD_BYTES,
+    NAMED_EXTENSIONS,
+    disguised,
+)
 from splatshard.pipeline.source.links import Again, Links, forget_headers, open_tar
 from splatshard.pipeline.source.patterns import SYSTEM_FOLDERS
 from splatshard.pipeline.storage.fs import Digest
@@ -40,9 +45,13 @@ MAX_PADDING = 1 << 21
 """Zeros at the end of an archive: tar fills its last record with them, of 10 KiB, on tapes 1 MiB.
 aria2 and others give a file its size before they have its bytes."""
 
-IMAGE = "|".join(EXTENSIONS)
-HIDDEN_IMAGE = re.compile(rf"(?is)(?!(?:.*/)?__MACOSX/)(?:.*/)?\.(?!_)[^/]*\.(?:{IMAGE})").fullmatch
+IMAGE = "|".join((*EXTENSIONS, *NAMED_EXTENSIONS))
+names_image = re.compile(rf"(?is)(?:.*/)?(?!\._)[^/]*\.(?:{IMAGE})").fullmatch
 """A path of one; those of macOS (`._a.jpg`) are none."""
+
+OF_SYSTEMS = "systems keep thumbnails there, or what was deleted: move what is wanted out of it"
+PASSED = {folder: (f"an image in {folder}", OF_SYSTEMS) for folder in SYSTEM_FOLDERS}
+"""What is said of images in the folders that systems make."""
 
 MULTIVOLUME = b"M"
 """The type of a member that began in another volume."""
@@ -139,11 +148,13 @@ class TarStream:
 @dataclass
 class Group:
     """The members of one key by extension; None for bytes that were not read. `missing` are links
-    that lead nowhere, by extension, and why."""
+    that lead nowhere, by extension, and why; `passed` images of no sample before or behind them, by
+    place, and why."""
 
     key: str
     members: dict[str, bytes | None] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    passed: list[tuple[str, str]] = field(default_factory=list)
     size_bytes: int = 0
     error: SampleError | None = None
 
@@ -261,14 +272,19 @@ def _groups(
 ) -> Iterator[Group]:
     """Consecutive members of one key; folders, devices and hidden files are passed over, but hidden
     images are told. Bytes are read of those with one of `extensions`, by default of all."""
-    group = None
+    group, passed, alone = None, list[tuple[str, str]](), ""
     for info in members:
         path = _safe(info.name)
         file = _file_of(info, links)
         if file is None:
             continue
-        if _hidden(path):
-            if HIDDEN_IMAGE(path):
+        if folder := _of_system(path):
+            if names_image(path):
+                passed.append(PASSED[folder])
+                alone = alone or split_name(path)[0]
+            continue
+        if path.rpartition("/")[2].startswith("."):
+            if names_image(path):
                 text = f"{info.name} is hidden, since its name begins with a dot: rename it"
                 yield Group(path.rpartition(".")[0], error=SampleError("no_image", text))
             continue
@@ -276,7 +292,8 @@ def _groups(
         if group is None or key != group.key or extension in group.members:
             if group:
                 yield group
-            group = Group(key)
+            group = Group(key, passed=passed)
+            passed = []
         group.members[extension] = None
         if path != info.name:
             text = (
@@ -292,7 +309,11 @@ def _groups(
         elif extensions is None or extension.lower() in extensions:
             group.size_bytes += file.size
             group.members[extension] = data(info) if file is info else links.read(file)
+    if passed and not group:
+        places = ", ".join(dict.fromkeys(place for place, _ in passed))
+        group = Group(alone, error=SampleError("no_image", f"there is only {places}: {OF_SYSTEMS}"))
     if group:
+        group.passed += passed
         yield group
 
 
@@ -358,9 +379,9 @@ def split_name(path: str) -> tuple[str, str]:
     return path[: len(path) - len(base)] + stem, extension
 
 
-def _hidden(path: str) -> bool:
-    parts = path.split("/")
-    return parts[-1].startswith(".") or not SYSTEM_FOLDERS.isdisjoint(parts)
+def _of_system(path: str) -> str:
+    """The folder of a system's own that a path lies in, empty where in none."""
+    return next((part for part in path.split("/") if part in SYSTEM_FOLDERS), "")
 
 
 def _safe(path: str) -> str:

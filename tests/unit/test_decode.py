@@ -284,6 +284,14 @@ def test_an_end_that_was_never_written_is_corrupt(format):
     assert caught.value.status == "corrupt_image"
 
 
+@pytest.mark.parametrize("zeros", [2, 50, 511])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_last_bytes_is_corrupt(zeros, progressive):
+    image = encode(noise(), "JPEG", progressive=progressive)
+    assert status_of(image[:-zeros] + bytes(zeros)) == "corrupt_image"
+    assert np.array_equal(decode_at(image + bytes(zeros)).pixels, decode_at(image).pixels)
+
+
 @pytest.mark.parametrize(
     ("format", "options"),
     [("JPEG", {"optimize": True}), ("WEBP", {"quality": 80}), ("WEBP", {"lossless": True})],

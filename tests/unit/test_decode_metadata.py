@@ -93,6 +93,29 @@ def test_png_of_wrong_pixels_stays_corrupt() -> None:
         assert "a.tif" in picture_or_reason(broken)
 
 
+KINDS = [(0, 1), (0, 8), (0, 16), (2, 8), (2, 16), (3, 4), (4, 8), (6, 8)]
+
+
+@pytest.mark.parametrize(("color", "depth"), KINDS)
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_png_whose_pixels_end_early(color: int, depth: int, interlaced: bool) -> None:
+    """In a whole stream with right checksums: Pillow shows the rest as zeros."""
+    palette = [chunk(b"PLTE", bytes(48))] * (color == 3)
+    for height, width in ((9, 5), (1, 1), (1, 4), (3, 40)):
+        for value in (0, 1):  # a last row of zeros is none that is missing
+            shape = (height, width, {2: 3, 4: 2, 6: 4}.get(color, 1))
+            values = np.full(shape, value, np.uint16 if depth == 16 else np.uint8)
+            for missing in (0, 1, 2, 5):
+                image = png(values, depth, color, palette, interlaced, missing=missing)
+                found = picture_or_reason(image)
+                assert isinstance(found, str) == bool(missing), found
+
+
+def test_png_of_half_its_rows() -> None:
+    image = png(np.full((64, 64, 3), 200, np.uint8), 8, 2, missing=32 * 193)
+    assert "its pixels end early, after 6,176 of 12,352 bytes" in picture_or_reason(image)
+
+
 def test_memory_is_bounded_whatever_texts_promise() -> None:
     values = samples(3, 8)
     bomb = zlib.compress(bytes(50_000_000))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -112,10 +113,36 @@ def test_captions_that_are_not_utf8_are_told(tmp_path: Path) -> None:
     assert one(tmp_path, ("a.txt", "caf\ufffd".encode())).unused == ()  # it says so
 
 
-def test_thumbnails_of_a_nas_in_a_tar(tmp_path: Path) -> None:
-    thumb = ("b/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", IMAGE)
-    (sample,) = read_members(tmp_path, ("b/a.jpg", IMAGE), thumb)
-    assert sample.key == "b/a"
+THUMB = ("b/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", IMAGE)
+
+
+def test_images_of_a_system_in_a_tar_are_told(tmp_path: Path) -> None:
+    """Before, between and behind samples: each is counted once."""
+    odd = [
+        THUMB,
+        ("lost+found/x.heic", IMAGE),
+        ("#recycle/old.png", IMAGE),
+        ("__MACOSX/c.jpg", b""),
+    ]
+    quiet = [("__MACOSX/._a.jpg", b""), ("@eaDir/a.txt", b""), ("b/._a.dng", b"")]
+    members = [odd[0], *quiet, ("b/a.jpg", IMAGE), ("b/a.txt", b""), odd[1], ("c.txt", b"")]
+    one, two = read_members(tmp_path, *members, *odd[2:], odd[0])
+    assert (one.key, two.key, statuses([one, two])) == ("b/a", "c", [None, "no_image"])
+    said = Counter(name for sample in (one, two) for name, _ in sample.unused)
+    assert said == {
+        "an image in @eaDir": 2,
+        "an image in lost+found": 1,
+        "an image in #recycle": 1,
+        "an image in __MACOSX": 1,
+    }
+    assert "move what is wanted out of it" in one.unused[0][1]
+
+
+def test_a_tar_of_a_systems_images_alone_is_a_row(tmp_path: Path) -> None:
+    (sample,) = read_members(tmp_path, THUMB, ("#recycle/a.jpg", IMAGE))
+    assert (sample.key, statuses([sample])) == ("b/@eaDir/a.jpg/SYNOPHOTO_THUMB_M", ["no_image"])
+    assert "only an image in @eaDir, an image in #recycle: systems keep" in str(sample.error)
+    assert [name for name, _ in sample.unused] == ["an image in @eaDir", "an image in #recycle"]
 
 
 def test_what_is_long_is_no_label(tmp_path: Path) -> None:

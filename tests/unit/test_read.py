@@ -291,6 +291,9 @@ def test_hidden_images_are_rows(tmp_path):
         ("a.jpg", IMAGE), ("d/.b.JPG", IMAGE), ("a.txt", b"a boat"), ("._a.jpg", b"mac"),
         (".c.txt", b"x"), ("__MACOSX/.d.jpg", b"mac"), ("e.jpg", IMAGE),
     ]  # fmt: skip
+    for name in ("c.heic", "c.dng", "c.jp2"):  # nor do those of formats that are not read
+        (sample,) = read_members(tmp_path, (f"d/.{name}", IMAGE))
+        assert (sample.key, statuses([sample])) == ("d/.c", ["no_image"])
     hidden, one, two = read_members(tmp_path, *members)
     assert statuses([hidden, one, two]) == ["no_image", None, None]
     assert (hidden.key, str(hidden.error)) == (
