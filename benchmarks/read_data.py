@@ -124,7 +124,7 @@ def fits(n: int, folder: Path, images: int) -> Fits:
 def make_fits(n: int, images: int) -> Fits:
     config = config_of(n, "fp16", "parquet")
     backend, clock, limit = select_backend("cpu"), StageTimer(), BatchLimit(BATCH)
-    decoded = decode_batches(photographs(images), BATCH, config, backend.device, clock)
+    decoded = decode_batches(photographs(images), limit, config, backend.device, clock)
     done = [f for batch in fit_batches(decoded, config, backend, limit, clock) for f in batch.fits]
     fitted = [splats for _, splats, _ in done]
     values = [

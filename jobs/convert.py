@@ -92,6 +92,11 @@ def parse_options(argv: list[str] | None) -> ConvertOptions:
             "--num-gaussians does not go with --nested, whose last budget is the number: leave "
             "one of them out"
         )
+    if {"--gaussians-per-megapixel", "--num-gaussians"} <= given:
+        raise UsageError(
+            "--num-gaussians does not go with --gaussians-per-megapixel, which stands for it: "
+            "leave one of them out"
+        )
     try:
         options = parse(ConvertOptions, "convert", args, default)
     except UsageError as e:

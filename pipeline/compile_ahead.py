@@ -146,16 +146,9 @@ def leave(marker: Path) -> None:
 
 
 def fit_one(config: ConvertConfig, backend: Backend) -> None:
-    from splatshard.pipeline.fitting.fit import fit
-    from splatshard.pipeline.fitting.nested import fit_nested
-    from splatshard.pipeline.fitting.prune import prune
+    from splatshard.pipeline.fitting.recipe import fit_and_prune
 
-    target, _ = picture(config.fit.num_gaussians)
-    if config.fit.nested:
-        splats, _ = fit_nested(target, config.fit.budgets, config.fit, backend)
-    else:
-        splats, _ = fit(target, config.fit, backend)
-    prune(splats, target, config, backend)
+    fit_and_prune(picture(config.fit.num_gaussians)[0], config, backend)
 
 
 def weigh_one(config: ConvertConfig, backend: Backend) -> None:

@@ -34,9 +34,7 @@ from torch import Tensor
 
 from splatshard.pipeline.codec.pack import finite_images, pack, unpack
 from splatshard.pipeline.codec.quantise import squared_errors
-from splatshard.pipeline.fitting.fit import fit
-from splatshard.pipeline.fitting.nested import fit_nested
-from splatshard.pipeline.fitting.prune import prune
+from splatshard.pipeline.fitting.recipe import fit_and_prune
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.models.teacher import load_teacher
 from splatshard.pipeline.psnr import psnr_of
@@ -344,12 +342,7 @@ def fit_batches(
         images = Images(rows=images.rows[part], pixels=images.pixels[part])
         together = overlaps(backend.device)  # a GPU fits all of them in the time of a few
         with timer.stage("fit", 1 if together else len(images.rows)):
-            target = planes(images.pixels)
-            if config.fit.nested:
-                splats, steps = fit_nested(target, config.fit.budgets, config.fit, backend)
-            else:
-                splats, steps = fit(target, config.fit, backend)
-            splats = prune(splats, target, config, backend)
+            splats, steps = fit_and_prune(planes(images.pixels), config, backend)
             return images, splats.to(torch.device("cpu")), steps.cpu()
 
     for batch in batches:

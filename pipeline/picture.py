@@ -24,8 +24,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from splatshard.pipeline.data import augment as augment_module
-from splatshard.pipeline.fitting import fit as fit_module
-from splatshard.pipeline.fitting.nested import fit_nested
+from splatshard.pipeline.fitting.recipe import fit_images
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.ply import ply_bytes
@@ -282,10 +281,7 @@ def fit_with(
 ) -> SplatImage:
     """As `fit`, with all that can be chosen of a conversion."""
     target = pixels_of(picture, decode)[None].to(backend.device)
-    if config.nested:
-        splats, _ = fit_nested(target, config.budgets, config, backend)
-    else:
-        splats, _ = fit_module.fit(target, config, backend)
+    splats, _ = fit_images(target, config, backend)
     height, width = target.shape[2:]
     return SplatImage(splats.to(torch.device("cpu")), height, width, config.cutoff, decode)
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 from splatshard.schemas.errors import UsageError
@@ -47,6 +47,12 @@ def _check(ok: bool, name: str, value: object, remedy: str) -> None:
         raise UsageError(f"--{name.replace('_', '-')} {value}: {remedy}")
 
 
+def _check_range(config: object, name: str, low: int, high: int, unit: str = "") -> None:
+    value, default = getattr(config, name), getattr(type(config), name)  # which may be None
+    ok = value is default or low <= value <= high
+    _check(ok, name, value, f"choose {low} to {high}{unit}")
+
+
 def _check_choices(config: object) -> None:
     for name, value, choices in chosen(config):
         _check(value in choices, name, value, f"choose one of {', '.join(choices)}")
@@ -67,13 +73,9 @@ class DecodeConfig:
     decoded."""
 
     def __post_init__(self) -> None:
-        _check(8 <= self.image_size <= 4096, "image_size", self.image_size, "choose 8 to 4096 px")
-        _check(
-            self.max_image_pixels >= 1,
-            "max_image_pixels",
-            self.max_image_pixels,
-            "must be positive",
-        )
+        _check_range(self, "image_size", 8, 4096, " px")
+        pixels = self.max_image_pixels
+        _check(pixels >= 1, "max_image_pixels", pixels, "must be positive")
         _check_choices(self)
 
 
@@ -84,6 +86,8 @@ class FitConfig:
 
     num_gaussians: int = 400
     """Gaussians per image."""
+    gaussians_per_megapixel: float | None = None
+    """Gaussians per 10^6 px of the fitted image, at most 65536. Instead of --num-gaussians."""
     nested: str = ""
     """Budgets, as in 400,900,1600,3136: the first 400 Gaussians of each sample are a good image by
     themselves, and so on; a reader takes any of them. Instead of --num-gaussians."""
@@ -97,6 +101,8 @@ class FitConfig:
     random, or encoder:CHECKPOINT (what a trained GViT predicts; ahead at 0 to 3 steps only)."""
     target_psnr: float | None = None
     """Stop an image early once it reaches this PSNR in dB (checked every 10 steps); None: never."""
+    max_gaussians: int | None = None
+    """Images that miss --target-psnr get more Gaussians, where their error is, up to so many."""
     cutoff: float = 3.0
     """Standard deviations beyond which a Gaussian is exactly zero; part of the shard format."""
     lr_means: float = 0.18
@@ -130,20 +136,10 @@ class FitConfig:
         if self.nested:
             self._check_nested()
             object.__setattr__(self, "num_gaussians", self.budgets[-1])
-        _check(
-            1 <= self.num_gaussians <= MAX_FITTED_GAUSSIANS,
-            "num_gaussians",
-            self.num_gaussians,
-            f"choose 1 to {MAX_FITTED_GAUSSIANS}",
-        )
+        self._check_numbers()
         _check_choices(self)
-        _check(0 <= self.steps <= 1_000_000, "steps", self.steps, "choose 0 to 1000000")
-        _check(
-            self.row_stride is None or 1 <= self.row_stride <= 4,
-            "row_stride",
-            self.row_stride,
-            "choose 1 to 4 rows",
-        )
+        _check_range(self, "steps", 0, 1_000_000)
+        _check_range(self, "row_stride", 1, 4, " rows")
         encoder = self.init.startswith(ENCODER) and self.init != ENCODER
         _check(
             encoder or self.init in ("adaptive", "grid", "random"),
@@ -157,18 +153,57 @@ class FitConfig:
             self.target_psnr,
             "choose a value between 0 and 100 dB",
         )
-        _check(1 <= self.cutoff <= 6, "cutoff", self.cutoff, "choose 1 to 6 standard deviations")
+        _check_range(self, "cutoff", 1, 6, " standard deviations")
         for name in ("lr_means", "lr_shape", "lr_colors"):
-            _check(
-                0 < getattr(self, name) <= 10,
-                name,
-                getattr(self, name),
-                "choose a value above 0, up to 10",
-            )
+            value = getattr(self, name)
+            _check(0 < value <= 10, name, value, "choose a value above 0, up to 10")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < 1, name, value, "choose 0 <= beta < 1")
         _check(self.l1_colors >= 0, "l1_colors", self.l1_colors, "must not be negative")
+
+    def sized(self, height: int, width: int) -> FitConfig:
+        """This for an image of `height` x `width` px: with its `num_gaussians`."""
+        if self.gaussians_per_megapixel is None:
+            return self
+        count = self.count(height * width)
+        return replace(self, num_gaussians=count, gaussians_per_megapixel=None)
+
+    def count(self, pixels: int) -> int:
+        """Gaussians that the fit of an image of so many pixels begins with."""
+        if self.gaussians_per_megapixel is None:
+            return self.num_gaussians
+        wanted = round(self.gaussians_per_megapixel * pixels / 1e6)
+        return max(1, min(wanted, self.max_gaussians or MAX_FITTED_GAUSSIANS))
+
+    def _check_numbers(self) -> None:
+        most, dense = self.max_gaussians, self.gaussians_per_megapixel
+        _check_range(self, "num_gaussians", 1, MAX_FITTED_GAUSSIANS)
+        _check_range(self, "max_gaussians", 1, MAX_FITTED_GAUSSIANS)
+        _check(
+            dense is None or 0 < dense <= 1e6,
+            "gaussians_per_megapixel",
+            dense,
+            "choose a number above 0, up to one per pixel, 1000000",
+        )
+        _check(
+            dense is None or not (self.nested or self.init.startswith(ENCODER)),
+            "gaussians_per_megapixel",
+            dense,
+            "does not go with --nested or an encoder's start, whose numbers are fixed",
+        )
+        _check(
+            most is None or self.target_psnr is not None,
+            "max_gaussians",
+            most,
+            "is for images that miss --target-psnr: give that too, or --num-gaussians instead",
+        )
+        _check(
+            most is None or dense is not None or most >= self.num_gaussians,
+            "max_gaussians",
+            most,
+            f"choose at least the {self.num_gaussians} of --num-gaussians, with which fits begin",
+        )
 
     def _check_nested(self) -> None:
         numbers = re.fullmatch("[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})+", self.nested)
@@ -202,14 +237,10 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check(
-            self.prune_threshold >= 0,
-            "prune_threshold",
-            self.prune_threshold,
-            "must not be negative",
-        )
+        for name in ("prune_threshold", "refit_steps"):
+            value = getattr(self, name)
+            _check(value >= 0, name, value, "must not be negative")
         _check(0 <= self.prune_share < 1, "prune_share", self.prune_share, "choose 0 <= share < 1")
-        _check(self.refit_steps >= 0, "refit_steps", self.refit_steps, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,19 +293,13 @@ class ConvertConfig:
     as many as its free memory holds, up to 512; 16 on a CPU."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.prune.prune == "none" or not self.fit.nested,
-            "prune",
-            self.prune.prune,
-            "does not go with --nested, whose budgets are exact",
-        )
+        if (rule := self.prune.prune) != "none":
+            exact = "does not go with --nested, whose budgets are exact"
+            _check(not self.fit.nested, "prune", rule, exact)
+            exact = "does not go with --max-gaussians, which bring an image to its PSNR"
+            _check(self.fit.max_gaussians is None, "prune", rule, exact)
         _check_choices(self)
-        _check(
-            self.batch_size is None or 1 <= self.batch_size <= 65536,
-            "batch_size",
-            self.batch_size,
-            "choose 1 to 65536",
-        )
+        _check_range(self, "batch_size", 1, 65536)
 
 
 PresetName = Literal["default", "paper"]
@@ -304,7 +329,10 @@ learning rates are not published and were tuned here, on raw parameters in px, f
 
 STAGES = ("decode", "fit", "prune", "pack")
 
-LATER: dict[str, dict[str, Any]] = {"decode": {"resize": "square"}}
+LATER: dict[str, dict[str, Any]] = {
+    "decode": {"resize": "square"},
+    "fit": {"gaussians_per_megapixel": None, "max_gaussians": None},
+}
 """Options that recipes of this STAGES_VERSION did not have at first. At these values, which are
 what was done before, they are left out of a recipe, so that finished shards stay what they are."""
 

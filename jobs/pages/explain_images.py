@@ -73,10 +73,10 @@ def fitted(pixels: Tensor, config: FitConfig, backend: Backend) -> tuple[Splats,
     """Splats and rendering of pixels [1, 3, S, S], 0 to 1."""
     import torch
 
-    from splatshard.pipeline.fitting.fit import fit
+    from splatshard.pipeline.fitting.recipe import fit_images
 
     height, width = pixels.shape[2:]
-    splats, _ = fit(pixels, config, backend)
+    splats, _ = fit_images(pixels, config, backend)
     with torch.no_grad():
         return splats, backend.render(splats, height, width, config.cutoff)
 

@@ -92,7 +92,8 @@ def room(config: ConvertConfig, device: torch.device) -> int:
 def bytes_per_image(config: ConvertConfig, pixels: int | None = None) -> int:
     """Estimated memory of one image of `pixels` (None: the square) in a batch; see BYTES_PER_PX."""
     pixels = config.decode.image_size**2 if pixels is None else pixels
-    return BYTES_PER_PX * pixels + BYTES_PER_GAUSSIAN * config.fit.num_gaussians
+    gaussians = config.fit.max_gaussians or config.fit.count(pixels)
+    return BYTES_PER_PX * pixels + BYTES_PER_GAUSSIAN * gaussians
 
 
 def teacher_bytes(teacher: TeacherConfig) -> int:

@@ -140,15 +140,19 @@ def fit_of_training(
     decode, config = recipe_of(src)
     if side is not None:
         decode = DecodeConfig(image_size=side)
-    number = number or trained.num_gaussians or (config and config.num_gaussians)
-    if decode is None or number is None:
+    number = number or trained.num_gaussians
+    if decode is None or (number is None and config is None):
         raise UsageError(
             f"{src}, on whose shards {trained.url} was trained, is not there any more: give "
             "--image-size and --num-gaussians as they were converted"
         )
     config = replace(config or FitConfig(), nested="")
-    cutoff = trained.cutoff or config.cutoff
-    return decode, replace(config, num_gaussians=number, cutoff=cutoff)
+    config = replace(config, cutoff=trained.cutoff or config.cutoff)
+    if number is not None:
+        config = replace(
+            config, num_gaussians=number, gaussians_per_megapixel=None, max_gaussians=None
+        )
+    return decode, config
 
 
 def recipe_of(src: str) -> tuple[DecodeConfig | None, FitConfig | None]:

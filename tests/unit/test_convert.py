@@ -16,6 +16,8 @@ import torch
 from splatshard.pipeline import convert
 from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.convert import Row, convert_samples, convert_shard
+from splatshard.pipeline.fitting import recipe
+from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
@@ -214,7 +216,7 @@ def test_rows_tell_the_quality_of_what_they_hold() -> None:
     for codec in CODECS:
         config = replace(CONFIG, pack=PackConfig(codec=codec))
         metadata = shard_metadata(codec, 3.0, output_config(config))
-        fits, _ = convert.fit(target, config.fit, backend)
+        fits, _ = fit(target, config.fit, backend)
         wanted = psnr(backend.render(fits, 24, 24, 3.0), target)
         for i, row in enumerate(convert_batch(samples, config, backend)):
             stored = unpack_row(row, metadata)
@@ -257,7 +259,7 @@ def test_a_fit_that_diverged_is_a_row(codec: str, value: float) -> None:
     backend = select_backend("cpu")
     config = replace(CONFIG, pack=PackConfig(codec=codec))  # type: ignore[arg-type]
     pixels = torch.from_numpy(np.stack([photo(24, 24, i) for i in range(3)]))
-    fits, steps = convert.fit(convert.planes(pixels), config.fit, backend)
+    fits, steps = fit(convert.planes(pixels), config.fit, backend)
 
     def rows_of(splats: Splats) -> list[dict[str, Any]]:
         images = convert.Images(
@@ -292,7 +294,6 @@ def test_pruning_does_not_drop_what_shows_that_a_fit_diverged(
     backend = select_backend("cpu")
     wanted = convert_batch(samples, config, backend)
     assert [row["status"] for row in wanted] == ["ok", "ok"]
-    fit = convert.fit
 
     def poisoned(*args: Any) -> tuple[Splats, torch.Tensor]:
         splats, steps = fit(*args)
@@ -300,7 +301,7 @@ def test_pruning_does_not_drop_what_shows_that_a_fit_diverged(
         getattr(splats, field)[0, 2] = math.nan
         return splats, steps
 
-    monkeypatch.setattr(convert, "fit", poisoned)
+    monkeypatch.setattr(recipe, "fit", poisoned)
     found = convert_batch(samples, config, backend)
     assert found[0]["status"] == "fit_diverged"
     assert found[1] == wanted[1]
