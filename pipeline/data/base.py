@@ -38,12 +38,24 @@ from splatshard.pipeline.data.epoch_order import (
     Reader,
     Share,
     check_counts,
+    check_steps,
     epoch_steps,
     shares,
 )
 from splatshard.pipeline.data.filters import Filter, checked_filter
-from splatshard.pipeline.data.place import Place, doubts, place_of
-from splatshard.pipeline.data.state import Start, start_of, state_of, worker_state_of
+from splatshard.pipeline.data.place import Place, crowded, doubts, place_of
+from splatshard.pipeline.data.state import (
+    LAST_WORKER,
+    LOADED,
+    UNREAD,
+    WORKERS,
+    Start,
+    left_state,
+    nothing_left,
+    start_of,
+    state_of,
+    worker_state_of,
+)
 from splatshard.pipeline.data.windows import Choice, Loader
 from splatshard.schemas.errors import UsageError
 
@@ -153,9 +165,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             "weights": "" if self.weights is None else " ".join(map(repr, self.weights)),
             "epoch_samples": epoch_samples or 0,
         }
-        # Shared with DataLoader workers, so that persistent ones see `set_epoch`, too: where the
-        # next iteration begins, whether workers have begun since that was set, and which was last.
-        self._shared = torch.zeros(6, dtype=torch.int64).share_memory_()
+        # Shared with DataLoader workers, so that persistent ones see `set_epoch`, too: see state.py
+        self._shared = torch.zeros(8, dtype=torch.int64).share_memory_()
         self._owner = os.getpid()  # whose iterations move it
         self._in_order = 0  # the worker beside which all loaders were found to be in order
         self._looks = 0  # iterators that were left after a batch of their epoch
@@ -218,12 +229,19 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """Read `epoch` next, from its beginning, unless a state was loaded that is within it.
 
         Call it before each epoch, as one does with torch's samplers: DataLoader workers do not
-        know what the last ones read. Raises UsageError for what is no epoch.
+        know what the last ones read. Raises UsageError for what is no epoch, and for one before
+        that of a state that was loaded and not read.
         """
         check_counts(epoch=(epoch, 0))
-        self._shared[4] = self._out = 0
+        self._part()
+        loaded, unread = int(self._shared[LOADED]) - 1, bool(self._shared[UNREAD])
         if epoch != self.epoch:
+            if loaded >= 0 and (said := left_state(epoch, loaded, unread, self.steps_left)):
+                log.warning("%s", said)
             self._begin(Start(epoch, 0, self.lanes, self.batch_size))
+        if epoch != loaded or not unread:
+            self._shared[LOADED] = 0
+        self._shared[WORKERS] = self._out = 0
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch, some of which may be read: Lightning counts on."""
@@ -241,16 +259,13 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     def __iter__(self) -> Iterator[Batch]:
         self._check_steps()
         loaders.check_not_collated(sys._getframe(1).f_locals.get("self"))
-        begun_with_it = self._owner != os.getpid() and get_worker_info() is None
-        if begun_with_it:  # a rank, whose dataset is another's too
-            self._shared, self._owner = self._shared.clone().share_memory_(), os.getpid()
+        self._part()
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
-        self._note_place(start, reader)
-        self._note_end(start, reader)
+        self._note(start, reader)
         self._note_workers(reader)
-        self._note_lanes(start, reader)
         self._own = None
+        self._shared[UNREAD] = 0
         self._progress = self._state(start, reader, taken)
         return self._batches(start, reader, taken)
 
@@ -293,14 +308,9 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         position = position_of(batch)
         if position is None:
             raise UsageError("the batch has no position: give one as the dataset made it")
-        worker = int(self._shared[5])
+        worker = int(self._shared[LAST_WORKER])
         if worker != self._in_order and get_worker_info() is None:
-            if loaders.in_any_order(self):
-                raise UsageError(
-                    "a DataLoader of this dataset has in_order=False, so batches before this one "
-                    "may not have been given out, and a state would lose them: make the DataLoader "
-                    "with in_order=True"
-                )
+            loaders.check_in_order(self)
             self._in_order = worker
         return state_of(Start(*position), self._settings)
 
@@ -309,7 +319,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
         Raises UsageError where DataLoader workers gave them out: then `state_after(batch)` knows.
         """
-        in_workers = get_worker_info() is None and self._shared[4]
+        in_workers = get_worker_info() is None and self._shared[WORKERS]
         if self._progress is not None and not in_workers:
             loaders.check_not_ahead(self._taker)
             return self._progress
@@ -330,6 +340,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             raise UsageError(
                 f"the state says samples {start.samples}, the epoch has {self._total()}"
             )
+        self._part()
+        self._shared[LOADED], self._shared[UNREAD] = start.epoch + 1, 1
         if get_worker_info() is None:
             self._begin(start)
         else:
@@ -340,45 +352,39 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """Note for other processes that DataLoader workers read, and say it when they, or this
         process, do so again from where they began. The first of them speaks for all; one batch is
         only a look, but not a third time."""
+        again = f"epoch {self.epoch} is read again"
+        remedy = "call set_epoch before each epoch"
         if get_worker_info() is None:
             self._looks += self._out == 1
             if (self._out > 1 or self._looks > 2) and self.shuffle:
-                log.warning(
-                    "epoch %d is read again, since its last iterator was left after %d batches: "
-                    "call set_epoch before each epoch", self.epoch, self._out,
-                )  # fmt: skip
-            self._shared[4] = self._out = 0
+                left = f"since its last iterator was left after {self._out} batches"
+                log.warning("%s, %s: %s", again, left, remedy)
+            self._shared[WORKERS] = self._out = 0
             return
-        self._shared[5] = os.getpid()
+        self._shared[LAST_WORKER] = os.getpid()
         if reader.worker == 0:
-            if self._shared[4] and self.shuffle and self._own is None:
-                log.warning("epoch %d is read again: call set_epoch before each epoch", self.epoch)
-            self._shared[4] = 1
+            if self._shared[WORKERS] and self.shuffle and self._own is None:
+                log.warning("%s: %s", again, remedy)
+            self._shared[WORKERS] = 1
 
-    def _note_place(self, start: Start, reader: Reader) -> None:
-        """Say once a run, where it begins, that other processes may read the same."""
+    def _note(self, start: Start, reader: Reader) -> None:
+        """Refuse, or say, what speaks against the iteration that begins; once a run, where it
+        begins, what is so for all of it. The first worker speaks for all."""
         loaders.check_divided_once(self, self.place.world_size)
-        said = doubts(self.place) if self._given == (None, None) else ""
-        if said and reader.worker == start.epoch == start.samples == 0:
-            log.warning("%s", said)
+        if reader.worker:
+            return
+        said = [nothing_left(start.epoch, self._steps_from(start.samples))]
+        if start.epoch == start.samples == 0:
+            shards = sum(len(source.shards) for source in self.sources)
+            said.append(crowded(reader, start.lanes, shards))
+            said.append(doubts(self.place) if self._given == (None, None) else "")
+        for text in filter(None, said):
+            log.warning("%s", text)
 
-    def _note_end(self, start: Start, reader: Reader) -> None:
-        """Say that nothing is read, since the state was one of an epoch's end."""
-        if reader.worker == 0 and not self._steps_from(start.samples):
-            log.warning(
-                "nothing is left of epoch %d after the state that was loaded, so nothing is read: "
-                "call set_epoch(%d) to go on", start.epoch, start.epoch + 1,
-            )  # fmt: skip
-
-    def _note_lanes(self, start: Start, reader: Reader) -> None:
-        """Say once a run, where it begins, that readers get in one another's way."""
-        readers = reader.world_size * reader.workers
-        first = reader.rank == reader.worker == start.epoch == start.samples == 0
-        if first and start.lanes % readers and sum(len(s.shards) for s in self.sources) > readers:
-            log.warning(
-                "lanes is %d with %d ranks x workers, so several of them read the same shards: "
-                "lanes=%d gives each its own", start.lanes, readers, readers,
-            )  # fmt: skip
+    def _part(self) -> None:
+        """Leave the memory of another process, which gave this dataset to its ranks."""
+        if self._owner != os.getpid() and get_worker_info() is None:
+            self._shared, self._owner = self._shared.clone().share_memory_(), os.getpid()
 
     def _begin(self, start: Start) -> None:
         self._shared[:5] = torch.tensor([*start, 0])
@@ -432,11 +438,5 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         return next(found, " or ".join(shards))
 
     def _check_steps(self) -> None:
-        total = self._total()
-        if not epoch_steps(total, self.batch_size, self.world_size, self.drop_last):
-            urls = " and ".join("::".join(source.urls) for source in self.sources)
-            raise UsageError(
-                f"batch_size is {self.batch_size} on each of {self.world_size} ranks, but {urls} "
-                f"has only {total} samples an epoch, which fill no step: choose at most {total} on "
-                "all ranks together, or drop_last=False"
-            )
+        urls = " and ".join("::".join(source.urls) for source in self.sources)
+        check_steps(self._total(), self.batch_size, self.world_size, self.drop_last, urls)

@@ -269,6 +269,16 @@ def epoch_steps(samples: int, batch_size: int, world_size: int, drop_last: bool)
     return samples // together if drop_last else -(-samples // together)
 
 
+def check_steps(total: int, batch_size: int, world_size: int, drop_last: bool, urls: str) -> None:
+    """Raises UsageError where the `total` samples of an epoch fill no step."""
+    if not epoch_steps(total, batch_size, world_size, drop_last):
+        raise UsageError(
+            f"batch_size is {batch_size} on each of {world_size} ranks, but {urls} has only "
+            f"{total} samples an epoch, which fill no step: choose at most {total} on all ranks "
+            "together, or drop_last=False"
+        )
+
+
 def shares(
     start: int, total: int, batch_size: int, drop_last: bool, reader: Reader, taken: int = 0
 ) -> Iterator[Share]:

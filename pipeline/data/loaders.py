@@ -19,6 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from splatshard.schemas.errors import UsageError
 
 
+def check_in_order(dataset: Dataset[Any]) -> None:
+    """Raises UsageError where a DataLoader hands out batches of `dataset` in another order."""
+    if in_any_order(dataset):
+        raise UsageError(
+            "a DataLoader of this dataset has in_order=False, so batches before this one may not "
+            "have been given out, and a state would lose them: make the DataLoader with "
+            "in_order=True"
+        )
+
+
 def in_any_order(dataset: Dataset[Any]) -> bool:
     """Whether several workers of a DataLoader with in_order=False read `dataset`, itself or within
     a dataset that wraps it, be it by a partial or a function that holds the dataset."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
+from splatshard.pipeline.data.epoch_order import Reader
 from splatshard.schemas.errors import UsageError
 
 LAUNCHERS = {
@@ -118,4 +119,15 @@ def doubts(place: Place) -> str:
         "the same: if they train together, start them with torchrun, begin after "
         "torch.distributed.init_process_group, or give "
         f'rank=int(os.environ["{LAUNCHERS[several]}"]) and world_size={count}'
+    )
+
+
+def crowded(reader: Reader, lanes: int, shards: int) -> str:
+    """What the first rank says where all ranks' workers get in one another's way."""
+    readers = reader.world_size * reader.workers
+    if reader.rank or not lanes % readers or shards <= readers:
+        return ""
+    return (
+        f"lanes is {lanes} with {readers} ranks x workers, so several of them read the same "
+        f"shards: lanes={readers} gives each its own"
     )

@@ -22,6 +22,11 @@ from splatshard.schemas.errors import UsageError
 
 VERSION = 1
 
+WORKERS, LAST_WORKER, LOADED, UNREAD = range(4, 8)
+"""What a dataset shares with DataLoader workers beside the four numbers of a Start: whether they
+have begun since that was set, and which was the last; the epoch of the newest state that was
+loaded, plus 1, and whether nothing was read since."""
+
 
 class Start(NamedTuple):
     """Where an epoch's reading begins, and the lanes and grain of its order."""
@@ -42,6 +47,44 @@ def worker_state_of(
     """The state of one DataLoader worker, which has delivered `taken` batches since `start`."""
     counted = {"batch_size": batch_size, "taken": taken}
     return state_of(start, settings) | {"reader": reader._asdict() | counted}
+
+
+def left_state(epoch: int, loaded: int, unread: bool, left: int) -> str:
+    """What to say where `epoch` is begun after a state of the epoch `loaded`, of which `left`
+    batches are not read; empty for nothing. `unread` says that none was since.
+
+    Raises UsageError where those would be lost, for an epoch that was over by then.
+    """
+    if unread and epoch < loaded:
+        further = loaded if left else loaded + 1
+        raise UsageError(
+            f"set_epoch({epoch}) after a state of epoch {loaded} was loaded, of which nothing is "
+            f"read yet: begin the loop over epochs at {further}; a loader that accelerate prepared "
+            f"counts from 0 in every process, so call its set_epoch({further}) first. To begin "
+            "again on purpose make the dataset without the state"
+        )
+    if unread and epoch > loaded and left:
+        return (
+            f"set_epoch({epoch}) leaves out {left} batches of epoch {loaded}, whose state was "
+            f"loaded: set_epoch({loaded}) reads them"
+        )
+    if not unread and epoch <= loaded:
+        return (
+            f"epoch {epoch} is read again, since the state that was loaded is one of epoch "
+            f"{loaded}: begin the loop over epochs at that (with accelerate by set_epoch of its "
+            "loader)"
+        )
+    return ""
+
+
+def nothing_left(epoch: int, left: int) -> str:
+    """What to say where `left` batches of `epoch` are read; empty for any."""
+    if left:
+        return ""
+    return (
+        f"nothing is left of epoch {epoch} after the state that was loaded, so nothing is read: "
+        f"call set_epoch({epoch + 1}) to go on"
+    )
 
 
 def start_of(

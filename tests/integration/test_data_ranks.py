@@ -82,6 +82,7 @@ from tests.splat_shards import keys_of
 
 def read(dataset, rank, given):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dataset.set_epoch(1)
     given.put([keys_of(dataset) for epoch in range(2)])
 
 if __name__ == "__main__":
