@@ -5,7 +5,7 @@ JSON has no form for some of them:
     NaN, infinity                 text: nan, inf, -inf
     dates, times, decimals, UUID  text, as Python prints them; nanoseconds with all nine digits
     durations                     text, as Python prints them; nanoseconds as their number
-    bytes in lists or structs     base64
+    bytes in maps                 base64
     maps                          lists of [key, value]
 
 and Python none for others. They cost no more than themselves:

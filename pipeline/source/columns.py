@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from splatshard.pipeline.source.sample import (
     FEW,
+    JSON,
     MEANT,
     NAMES,
     NEITHER,
@@ -36,6 +37,7 @@ from splatshard.pipeline.source.sample import (
     REPLACED,
     SPLATS,
     TAKES,
+    by_name,
     inner,
     may_be,
     may_take,
@@ -81,7 +83,7 @@ class Columns:
     images: tuple[str, ...]  # it, and others under an image's name, by preference
     key: str | None
     fields: dict[str, tuple[Path, ...]]  # by preference
-    binary: tuple[str, ...]  # columns that become members, unless a field gives them back
+    binary: tuple[str, ...]  # whose bytes become members, unless a field gives them back
     other: tuple[str, ...]  # the rest, for the metadata JSON
     types: str  # of all, for messages
     note: Notes = ()
@@ -158,7 +160,7 @@ def columns_of(file: pq.ParquetFile, url: str) -> Columns:
     notes |= {name: f"the key is taken from {key}" for name in keys[1:] if key}
     fields = {field: tuple(_paths(field, schema, images[0])) for field in FIELDS}
     fields_left = [f for f in schema if f.name != images[0]]
-    binary = [f.name for f in fields_left if is_binary(f.type) or is_image_struct(f.type)]
+    binary = [f.name for f in fields_left if _holds_bytes(f)]
     other = [f.name for f in fields_left if f.name not in binary]
     own = {key, *images, *(path[0] for paths in fields.values() for path in paths)}
     lacking = _lacking(file, key, fields)
@@ -287,6 +289,10 @@ def _within(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
             yield from _within(f"{path}.{kind.field(i).name}", kind.field(i).type)
 
 
+def _holds_bytes(column: pa.Field) -> bool:
+    return any(is_binary(kind) for _, kind in _within(column.name, column.type))
+
+
 def _repeats(file: pq.ParquetFile, name: str) -> bool:
     column = file.read([name], use_threads=False).column(0)
     if pa.types.is_dictionary(column.type):
@@ -352,7 +358,7 @@ def fields_of(row: dict[str, Any], columns: Columns, default_key: str) -> Fields
     given, unused = set[str](), list(columns.note)
     if "json" in row:
         document, why = _document(row["json"])
-        row = row | {"json": document}
+        row = row | {"json": by_name(document)}
         unused += [("json", why)] if why else []
     paths_of: dict[str, tuple[Path, ...]] = {"key": ((columns.key,),) if columns.key else ()}
     for field, paths in (paths_of | columns.fields).items():
@@ -393,7 +399,7 @@ def _at(row: dict[str, Any], path: Path) -> Any:
 def _meant(document: Any, columns: Columns, taken: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What may be a field that the row lacks."""
     for name, why in unused_in(document, taken):
-        yield f"json.{name}", why
+        yield (name if name == JSON else f"json.{name}"), why
     for name, field in columns.meant:
         if says_nothing(taken[field]) and (field != "key" or taken["uid"] is None):
             yield name, MEANT[field]

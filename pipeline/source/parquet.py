@@ -1,9 +1,9 @@
 """Hugging Face image Parquet to samples, a few rows at a time.
 
 columns.py says which column is what. Nothing is lost: those that no field of a sample gives back
-become its members (bytes, and the bytes of further image structs) or values of its metadata JSON
-(the rest, see arrow_values.py), where an image struct leaves its other fields, such as the file's
-path. A caption that is not UTF-8 is a member, too.
+become its members (bytes, also those of further image structs and within lists) or values of its
+metadata JSON (the rest, see arrow_values.py), where an image struct leaves its other fields, such
+as the file's path. A caption that is not UTF-8 is a member, too.
 
 A ClassLabel's names are not in the samples: the listing tells and keeps them.
 """
@@ -202,7 +202,9 @@ def _parquet_sample(row: dict[str, Any], columns: Columns, default_key: str) -> 
     kept = row.keys() - said.given - absent - {own_image}
     undecoded = {n for n in columns.own if n in kept and isinstance(row[n], NotText)}
     other = {n: row[n] for n in columns.other if n in kept - undecoded}
-    split = {n: _split_image(row[n]) for n in (*columns.binary, *undecoded) if n in kept}
+    members: dict[str, bytes] = {}
+    rests = {n: _without_bytes(n, row[n], members) for n in columns.binary if n in kept}
+    members |= {n: bytes(row[n]) for n in columns.own if n in undecoded}
     image, rest = _split_image(row[own_image])
     path, error = rest.get("path"), None
     if image is None:
@@ -212,8 +214,8 @@ def _parquet_sample(row: dict[str, Any], columns: Columns, default_key: str) -> 
             f"row {said.key} has no image bytes in {' or '.join(columns.images)}{hint}; if another "
             f"column has the images, rename it to image: there are {columns.types}",
         )
-    further = {own_image: rest} | {name: rest for name, (_, rest) in split.items()}
-    other |= {name: rest for name, rest in further.items() if rest}
+    further = {own_image: rest} | rests
+    other |= {name: rest for name, rest in further.items() if rest not in (None, {})}
     return RawSample(
         key=said.key,
         image=image or b"",
@@ -222,7 +224,7 @@ def _parquet_sample(row: dict[str, Any], columns: Columns, default_key: str) -> 
         caption=said.caption,
         label=said.label,
         metadata=json.dumps(plain(other), ensure_ascii=False) if other else None,
-        members=tuple((name, bytes(data)) for name, (data, _) in split.items() if data is not None),
+        members=tuple(members.items()),
         error=error,
         unused=(*said.unused, *_further_images(row, columns, own_image)),
     )
@@ -239,6 +241,22 @@ def _image_of(row: dict[str, Any], columns: Columns) -> str:
     """The column that has the row's image."""
     found = (name for name in columns.images if _split_image(row[name])[0] is not None)
     return next(found, columns.image)
+
+
+def _without_bytes(name: str, value: Any, members: dict[str, bytes]) -> Any:
+    """The value of a column without its bytes: these go to `members`, by the place where they are
+    (`frames.0`), those of an image struct by its own. Null where nothing else is there."""
+    if isinstance(value, bytes) and not isinstance(value, NotText):
+        members[name] = bytes(value)
+        return None
+    if isinstance(value, dict):
+        places = ((n, name if n == "bytes" else f"{name}.{n}", v) for n, v in value.items())
+        rests = {n: _without_bytes(place, v, members) for n, place, v in places}
+        return {n: rest for n, rest in rests.items() if rest is not None} or None
+    if isinstance(value, list):
+        parts = [_without_bytes(f"{name}.{i}", each, members) for i, each in enumerate(value)]
+        return parts if not value or any(part is not None for part in parts) else None
+    return value
 
 
 def _split_image(value: Any) -> tuple[bytes | None, dict[str, Any]]:

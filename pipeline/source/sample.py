@@ -17,6 +17,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -114,7 +115,7 @@ def assemble(group: Group, default_label: int | None = None) -> RawSample:
         error = error or SampleError("no_image" if extension == image else "bad_metadata", why)
     beside = {e: d for e, d in group.members.items() if e != image and d is not None}
     fields, given, unused = _said(beside, image or "")
-    document = fields.pop("json", None)
+    document = by_name(fields.pop("json", None))
     inside = json_fields(document)
     if says_nothing(fields.get("caption")) and not says_nothing(inside.get("caption")):
         fields.pop("caption", None)  # a `.txt` of nothing, or of blanks
@@ -247,6 +248,9 @@ NEITHER = "no caption and no label is here by its name, see docs/sources.md for 
 FEW = 10
 """So many names are told then."""
 
+JSON = "the JSON"
+"""As a whole, where it is told."""
+
 TAKES = {
     "key": (key_of, "a whole number or a non-empty text"),
     "uid": (uid_of, "a text or a number"),
@@ -254,6 +258,15 @@ TAKES = {
     "label": (label_of, "the number of a class"),
 }
 """A field's value from what was found, and what that must be."""
+
+
+def by_name(document: Any) -> Any:
+    """A sample's JSON as fields by their names: a text, or several, are its caption; one that is
+    JSON itself is parsed once more."""
+    if isinstance(document, str) and document.lstrip().startswith(("{", "[")):
+        with suppress(ValueError, RecursionError):
+            document = json.loads(document)
+    return document if says_nothing(caption_of(document)) else {"caption": document}
 
 
 def json_fields(values: Any) -> dict[str, Any]:
@@ -296,6 +309,8 @@ def unused_in(values: Any, fields: dict[str, Any]) -> tuple[tuple[str, str], ...
         own = spelled((*NAMES["caption"], *NAMES["label"]), top)
         others = (name for name in top if not own and name.lower() not in NAMES["uid"])
         found |= dict.fromkeys(islice(others, FEW), NEITHER)
+        if top is not values and not (is_null(values) or says_nothing(values)):
+            found[JSON] = f"it is {reprlib.repr(values)}, without names for caption or label"
     return tuple(found.items())
 
 

@@ -10,6 +10,7 @@ them are 51, as numbers are stored.
 from __future__ import annotations
 
 import codecs
+import json
 import math
 import re
 from decimal import Decimal
@@ -32,8 +33,8 @@ def text_of(data: bytes, errors: str = "replace") -> str:
 
 
 def caption_of(value: Any) -> str | None:
-    """A text without its BOM; of several texts a line each. None for what is no text, such as the
-    pairs of a map, and bytes with zeros in them."""
+    """A text without its BOM; of several texts, also as the text of their JSON, a line each. None
+    for what is no text, such as the pairs of a map, and bytes with zeros in them."""
     if isinstance(value, list):
         texts = [caption_of(each) for each in value if each is not None]
         if not texts or None in texts:
@@ -45,7 +46,19 @@ def caption_of(value: Any) -> str | None:
             return None
     if not isinstance(value, str):
         return None
-    return storable(value).removeprefix("\ufeff").rstrip("\0")
+    text = storable(value).removeprefix("\ufeff").rstrip("\0")
+    return text if (texts := listed(text)) is None else caption_of(texts)
+
+
+def listed(text: str) -> list[str] | None:
+    """The texts of which this one is the JSON, as tables without a type for lists have captions."""
+    if not (text.startswith('["') and text.rstrip().endswith('"]')):
+        return None
+    try:
+        texts = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return texts if all(isinstance(each, str) for each in texts) else None
 
 
 def not_utf8(value: Any) -> bool:

@@ -140,6 +140,20 @@ def test_captions_of_any_type(tmp_path: Path) -> None:
     assert (one.caption, json.loads(one.metadata)) == ("a", {"caption": "\ufeffa"})
 
 
+def test_captions_as_the_text_of_a_list(tmp_path: Path) -> None:
+    """As pandas keeps several; the text itself stays in the metadata."""
+    text = '["two\\nlines", "b"]'
+    (sample,) = samples_of(tmp_path, captions=[text], key=["k"])
+    assert (sample.caption, sample.unused) == ("two lines\nb", ())
+    assert json.loads(sample.metadata or "") == {"captions": text}
+    for document in (["a", "b"], json.dumps(["a", "b"])):  # the column `json`, as a whole
+        (sample,) = samples_of(tmp_path, json=[json.dumps(document)], key=["k"])
+        assert (sample.caption, sample.unused) == ("a\nb", ())
+    (sample,) = samples_of(tmp_path, json=["[1]"], key=["k"])
+    told = (("the JSON", "it is [1], without names for caption or label"),)
+    assert (sample.caption, sample.unused) == (None, told)
+
+
 def test_columns_of_the_usual_type_go_first(tmp_path: Path) -> None:
     """So files that were read before are read alike."""
     columns = {"caption": pa.array([["x"]]), "text": ["a"], "label": [0.5], "cls": [7]}
@@ -310,9 +324,10 @@ def test_texts_inside_others_that_are_not_utf8(tmp_path: Path) -> None:
     (sample,) = samples_of(tmp_path, **columns)
     assert json.loads(sample.metadata) == {
         "list": [r"caf\xe9"],
-        "struct": {"s": r"caf\xe9", "bytes?": "6Q=="},
+        "struct": {"s": r"caf\xe9"},
         "map": [["a", r"caf\xe9"]],
     }
+    assert sample.members == (("struct.bytes?", b"\xe9"),)
 
 
 def test_an_image_path_that_is_not_utf8(tmp_path: Path) -> None:

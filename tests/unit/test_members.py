@@ -4,6 +4,7 @@ of those that are nothing."""
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -102,6 +103,37 @@ def test_captions_of_the_json_beside_others(tmp_path: Path) -> None:
     assert (sample.caption, sample.unused) == ("a", (("text", why),))
     sample = one(tmp_path, ("a.txt", b"a"), ("a.json", b'{"caption": null, "text": ""}'))
     assert (sample.caption, sample.unused) == ("a", ())
+
+
+JSON_CAPTIONS = [
+    (["a cat", "kitty"], "a cat\nkitty"),
+    ("a cat", "a cat"),
+    ("[sic] a cat", "[sic] a cat"),
+    (json.dumps({"caption": "a cat"}), "a cat"),
+    (json.dumps(["a", "b"]), "a\nb"),
+    ({"captions": json.dumps(["a", "b"])}, "a\nb"),
+    ({"caption": '["a", 1]'}, '["a", 1]'),
+    ({"caption": '["a"], he said'}, '["a"], he said'),
+]
+
+
+@pytest.mark.parametrize(("document", "caption"), JSON_CAPTIONS)
+def test_json_by_its_value(tmp_path: Path, document: object, caption: str) -> None:
+    """A list of texts and a bare one are captions, in whatever way they are written."""
+    text = json.dumps(document)
+    sample = one(tmp_path, ("a.json", text.encode()))
+    assert (sample.caption, sample.metadata, sample.unused) == (caption, text, ())
+
+
+@pytest.mark.parametrize("document", [7, True, [1, 2], ["a", 1], "[3]", [[]]])
+def test_json_without_names_is_told(tmp_path: Path, document: object) -> None:
+    sample = one(tmp_path, ("a.json", json.dumps(document).encode()))
+    ((name, why),) = sample.unused
+    assert (sample.caption, sample.label, name) == (None, None, "the JSON")
+    assert why.endswith(", without names for caption or label")
+    assert one(tmp_path, ("a.json", b"5"), ("a.cls", b"1")).unused == ()
+    for nothing in (b"null", b"[]", b'""', b"{}"):
+        assert one(tmp_path, ("a.json", nothing)).unused == ()
 
 
 def test_captions_that_are_not_utf8_are_told(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import read, scan
+from splatshard.pipeline.source.sample import NO_FIELD
 from splatshard.schemas.errors import SourceError, UsageError
 from tests.make import encode, image_parquet, jpeg, photo, write_parquet
 from tests.unit.reading import IMAGE, read_all, ref_of, statuses
@@ -95,11 +96,37 @@ def test_image_structs_keep_their_other_fields(tmp_path):
 def test_nested_columns_are_json(tmp_path):
     nan, inf = float("nan"), float("inf")
     box = {"bbox": [1.0, nan], "binary_label": 1}
-    frames = [{"bytes": b"one", "path": "1.jpg"}, None]
-    found = metadata_of(tmp_path, boxes=[[box]], scores=[[-inf, inf]], frames=[frames])
+    words = pa.array([[("a", b"one")]], pa.map_(pa.string(), pa.binary()))
+    found = metadata_of(tmp_path, boxes=[[box]], scores=[[-inf, inf]], words=words)
     assert found["boxes"] == [{"bbox": [1.0, "nan"], "binary_label": 1}]
     assert found["scores"] == ["-inf", "inf"]
-    assert found["frames"] == [{"bytes": base64.b64encode(b"one").decode(), "path": "1.jpg"}, None]
+    assert found["words"] == [["a", base64.b64encode(b"one").decode()]]
+
+
+def test_bytes_within_columns_are_members_and_told(tmp_path):
+    """As of several images for a row: further ones, frames, masks of objects."""
+    image = {"bytes": IMAGE, "path": "a.jpg"}
+    columns = {
+        "image": [image],
+        "frames": [[image | {"bytes": b"one"}, None, {"bytes": b"two", "path": None}]],
+        "pair": [{"left": {"bytes": b"l", "path": "l.png"}, "id": 3}],
+        "masks": [[b"m", b""]],
+        "objects": [[{"mask": b"o", "box": [1, 2]}]],
+        "none": pa.array([[]], pa.list_(pa.binary())),
+    }
+    (sample,) = read_all(write_parquet(tmp_path / "p.parquet", columns))
+    members = {"frames.0": b"one", "frames.2": b"two", "pair.left": b"l"}
+    members |= {"masks.0": b"m", "masks.1": b"", "objects.0.mask": b"o"}
+    assert dict(sample.members) == members
+    assert json.loads(sample.metadata) == {
+        "image": {"path": "a.jpg"},
+        "frames": [{"path": "a.jpg"}, None, None],
+        "pair": {"left": {"path": "l.png"}, "id": 3},
+        "objects": [{"box": [1, 2]}],
+        "none": [],
+    }
+    told = {name for name, why in sample.unused if why == NO_FIELD}
+    assert told == {"frames", "pair", "masks", "objects", "none"}
 
 
 def test_columns_that_json_has_no_form_for_are_text(tmp_path):
