@@ -69,7 +69,7 @@ def estimate_job(
     import torch
 
     from splatshard.pipeline.kernels.select import select_backend
-    from splatshard.pipeline.source.sample import unused_lines
+    from splatshard.pipeline.source.sample import NOTHING_SAID, SAID, unused_lines
 
     torch.set_num_threads(1)
     backend = select_backend(config.backend)
@@ -81,6 +81,8 @@ def estimate_job(
         say(line)
     if not picked:
         return {"samples": samples, "sampled": 0}
+    if all(getattr(sample, name) is None for sample in picked for name in SAID):
+        say(NOTHING_SAID)
     rows, each_s = convert_timed(picked, config, backend)
     quality = [row["psnr"] for row in rows if row["status"] == OK]
     return {

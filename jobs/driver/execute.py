@@ -20,6 +20,7 @@ from splatshard.jobs.destination.plan import Plan, mixed, planned
 from splatshard.jobs.destination.plan_file import RUN_FILE, read_record, write_plan, write_text
 from splatshard.jobs.driver.progress import Progress, run_summary
 from splatshard.pipeline.source.left_out import left_out_line
+from splatshard.pipeline.source.sample import NOTHING_SAID
 from splatshard.schemas.config import ConvertConfig
 from splatshard.schemas.errors import StorageError, UnavailableError
 from splatshard.schemas.shard import ShardRef
@@ -176,6 +177,8 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
             f"{summary['num_gaussians_mean']:,.0f} Gaussians and "
             f"{size(summary['bytes_per_image'])} per image"
         )
+    if summary["images_converted"] and not any(summary["fields"].values()):
+        say(f"  {NOTHING_SAID}")
     if summary["images_per_s"]:
         say(
             f"  {summary['images_per_s']:.1f} images/s over {duration(summary['wall_s'])}, start "

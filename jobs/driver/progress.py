@@ -34,7 +34,7 @@ from splatshard.jobs.driver.prometheus import Metrics
 from splatshard.jobs.driver.stats import RetryKind, Snapshot, Stats
 from splatshard.jobs.driver.worker import Outcome, SkippedSample, WorkerState
 from splatshard.pipeline.runtime.stage_timer import StageStats
-from splatshard.pipeline.source.sample import unused_lines
+from splatshard.pipeline.source.sample import SAID, unused_lines
 from splatshard.schemas.config import CPU_BACKENDS
 from splatshard.schemas.errors import SplatshardError
 from splatshard.schemas.shard import ShardManifest, ShardRef
@@ -78,6 +78,7 @@ class Progress:
         self.worker_s = 0.0
         self.stage_s: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()  # samples
+        self.fields: Counter[str] = Counter()  # samples that have them
         self._stats = Stats(work, done_before)
         self._ok_before = total_ok(done_before)
         self._started = started
@@ -149,6 +150,7 @@ class Progress:
         }
         for names, line in unused_lines(told):
             log("unused", f"shard {ref.name}: {line}", level="warning", shard=ref.name, field=names)
+        self.fields.update(outcome.fields)
         for unused in outcome.unused:
             self.unused[unused.name] += unused.samples
         if outcome.manifest:
@@ -321,6 +323,7 @@ def run_summary(
     return {
         **dataset_figures([*done_before, *progress.manifests]),
         "unused": dict(sorted(progress.unused.items())),
+        "fields": {name: progress.fields[name] for name in SAID},
         "shards_done": len(progress.manifests),
         "shards_skipped_done": len(done_before),
         "shards_failed": len(progress.failures),

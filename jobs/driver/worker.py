@@ -119,8 +119,8 @@ class Outcome:
     failed: the failed marker is written. unavailable: a store did not answer, trying again may
     help. storage: DST cannot be written, the job must stop. stopped: asked to stop, nothing was
     committed. oom: a MemoryError. broken: any other error that is none of ours; the device, the
-    process or our code may be at fault, and the worker should get no other task. `stage_stats` is
-    the worker's at that moment.
+    process or our code may be at fault, and the worker should get no other task. `fields` says how
+    many samples have a caption, label or metadata; `stage_stats` is the worker's at that moment.
     """
 
     name: str
@@ -131,6 +131,7 @@ class Outcome:
     trace: str = ""
     skipped: tuple[SkippedSample, ...] = ()
     unused: tuple[Unused, ...] = ()
+    fields: dict[str, int] = field(default_factory=dict)
     tried: int = 0
     stage_stats: StageStats = field(default_factory=StageStats)
 
@@ -209,17 +210,19 @@ class FitActor:
         ref = task.ref
         skipped: list[SkippedSample] = []
         unused: dict[str, Unused] = {}
+        fields: dict[str, int] = {}
         try:
             if task.span:
                 tried = self._try(task, config, backend, task.span)
                 return Outcome(name=ref.name, kind="survived", tried=tried)
-            manifest = self._convert(task, config, dst, backend, skipped, unused)
+            manifest = self._convert(task, config, dst, backend, skipped, unused, fields)
             return Outcome(
                 name=ref.name,
                 kind="done",
                 manifest=manifest,
                 skipped=tuple(skipped),
                 unused=tuple(unused.values()),
+                fields=fields,
             )
         except _StopConverting:
             return Outcome(name=ref.name, kind="stopped")
@@ -248,8 +251,10 @@ class FitActor:
         backend: Backend,
         skipped: list[SkippedSample],
         unused: dict[str, Unused],
+        fields: dict[str, int],
     ) -> ShardManifest:
         from splatshard.pipeline.convert import convert_shard
+        from splatshard.pipeline.source.sample import SAID
 
         def on_batch(rows: list[dict[str, Any]]) -> None:
             self._check()
@@ -257,6 +262,8 @@ class FitActor:
             skipped.extend(_skipped(rows)[: MAX_SKIPPED - len(skipped)])
 
         def on_sample(sample: RawSample) -> None:
+            for name in SAID:
+                fields[name] = fields.get(name, 0) + (getattr(sample, name) is not None)
             for name, why in sample.unused:
                 if name in unused:
                     unused[name].samples += 1

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from posixpath import basename
 
+from splatshard.pipeline.source.classes import notes_on_classes
 from splatshard.pipeline.source.folder import (
     class_of,
     classes_in,
@@ -43,7 +44,7 @@ from splatshard.pipeline.source.folder import (
     with_images,
 )
 from splatshard.pipeline.source.left_out import hidden_with_images, matched
-from splatshard.pipeline.source.parquet import Declared, declared, notes_on_classes
+from splatshard.pipeline.source.parquet import Declared, declared
 from splatshard.pipeline.source.patterns import (
     COMPRESSED,
     above,
@@ -68,10 +69,10 @@ from splatshard.schemas.shard import ShardManifest, ShardRef
 class Listing:
     """What is at SRC: its shards, what of it is left out (by reason, then extension), and what the
     user should know of it, in lines. `class_names` are those that the schema of a Parquet file has,
-    by number, with the first such file."""
+    by number, with those files."""
 
     refs: list[ShardRef] = field(default_factory=list)
-    class_names: dict[tuple[str, ...], str] = field(default_factory=dict)
+    class_names: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     notes: list[str] = field(default_factory=list)
 
@@ -128,8 +129,7 @@ def _list(src: str, samples_per_shard: int, dst: str, classes: tuple[str, ...]) 
         refuse_compressed(pattern)
     found = _resolve(src, patterns, samples_per_shard, dst, classes)
     _number_classes(found, classes)
-    folders = {ref.labels: ref.root for ref in found.refs if ref.labels}
-    found.notes = notes_on_classes(found.class_names, folders) + found.notes
+    found.notes = notes_on_classes(found.refs, found.class_names) + found.notes
     _check_names(found.refs)
     if dst:
         check_apart(found.refs, dst)
@@ -371,7 +371,7 @@ def _without_images(found: Listing, urls: Iterable[str]) -> dict[str, str]:
         said = dict(zip(parquet, pool.map(look, parquet), strict=True))
     for url, each in said.items():
         if each.classes:
-            found.class_names.setdefault(each.classes, url)
+            found.class_names.setdefault(each.classes, []).append(url)
     return {url: each.no_images for url, each in said.items() if each.no_images}
 
 

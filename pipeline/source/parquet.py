@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,7 +28,6 @@ from splatshard.pipeline.source.columns import (
     image_columns,
     no_image_column,
 )
-from splatshard.pipeline.source.folder import few
 from splatshard.pipeline.source.formats import HEAD_BYTES, disguised
 from splatshard.pipeline.source.sample import RawSample
 from splatshard.pipeline.storage import fs
@@ -61,24 +60,6 @@ def declared(url: str) -> Declared:
             if images := image_columns(schema):
                 return Declared(classes=class_names(schema, images[0]))
             return Declared(f"{url} {no_image_column(schema)}")
-
-
-def notes_on_classes(
-    named: Mapping[tuple[str, ...], str], folders: Mapping[tuple[str, ...], str]
-) -> list[str]:
-    """What to say of the lists of classes that schemas name (`named`) and of those of folders, each
-    with where it is from."""
-    if len(lists := {**folders, **named}) > 1:
-        (a, first), (b, second), *_ = lists.items()
-        return [
-            f"the labels of {first} ({few(a, 3)}) and {second} ({few(b, 3)}) are numbered by "
-            "different lists of classes, so that one number means several: convert them into "
-            "several DST, or cast ClassLabels to one (cast_column of Hugging Face's datasets)"
-        ]
-    return [
-        f"{len(names):,} class{'es' * (len(names) != 1)} by ClassLabel: {few(names)}"
-        for names in named
-    ]
 
 
 def read_parquet(ref: ShardRef, digest: fs.Digest) -> Iterator[RawSample]:

@@ -10,16 +10,18 @@ A bad sample carries its reason in `error`; only a source that cannot be read to
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from splatshard.pipeline.source.folder import class_of, folder_samples, is_image
+from splatshard.pipeline.source.folder import class_of, folder_samples, is_image, what_else
 from splatshard.pipeline.source.parquet import count_parquet, read_parquet, scan_parquet
 from splatshard.pipeline.source.sample import (
     IMAGE_EXTENSIONS,
+    SAID,
     SCANNED_EXTENSIONS,
     RawSample,
     assemble,
@@ -109,19 +111,33 @@ def _read_tar(ref: ShardRef, digest: fs.Digest) -> Samples:
     (url,) = ref.urls
     again = partial(fs.open_anywhere, url)
     with fs.open_read(url) as stream, closing(read_groups(url, stream, digest, again)) as groups:
-        yield from map(_with_folders, map(assemble, groups))
+        for group in groups:
+            yield _with_names(assemble(group), ref.name)
 
 
-def _with_folders(sample: RawSample) -> RawSample:
-    """A sample of a tar that says nothing but in which folder it lies, with a word on that."""
-    said = sample.caption is not None or sample.label is not None or sample.metadata is not None
-    if said or not sample.image or "/" not in sample.key.removeprefix("./"):
+def _with_names(sample: RawSample, tar: str) -> RawSample:
+    """A sample of a tar that says nothing but by its folder, or the name of its tar, with a word on
+    that."""
+    if any(getattr(sample, name) is not None for name in SAID) or not sample.image:
         return sample
-    folders = ("folders in the tar", FOLDERS)
-    return replace(sample, unused=(*sample.unused, folders))
+    key = sample.key.removeprefix("./")
+    told = [("folders in the tar", FOLDERS)] * ("/" in key)
+    told = told or [("the tar's name", TAR_NAME)] * _names_class(tar, key)
+    return replace(sample, unused=(*sample.unused, *told))
+
+
+def _names_class(tar: str, key: str) -> bool:
+    """Whether a tar may hold one class, as its name says: ImageNet's `n01440764.tar` with
+    `n01440764_18.JPEG`, or `cat.tar`; numbered ones and splits do not."""
+    plain = not re.search("[0-9]", tar)
+    return (plain or key.startswith(f"{tar}_")) and not what_else([tar], [tar])
 
 
 FOLDERS = "they give no labels: unpack it, and convert the folder of class folders, or add a .cls"
+TAR_NAME = (
+    "it gives no label: if each tar is a class, unpack each into a folder of its name, and convert "
+    "the folder of these, without the tars"
+)
 
 
 def _count_tar(ref: ShardRef) -> Iterator[Group]:

@@ -245,6 +245,12 @@ MEANT_IN_JSON = {
 NEITHER = "no caption and no label is here by its name, see docs/sources.md for those"
 """Said of all else where a sample has neither, and nothing that may be one by its name."""
 
+SAID = ("caption", "label", "metadata")
+"""What may be said of an image, beside its key and uid."""
+
+NOTHING_SAID = "no captions, labels or metadata: nothing beside the images gives any"
+"""Said of a job in which no sample has one."""
+
 FEW = 10
 """So many names are told then."""
 

@@ -145,6 +145,23 @@ def test_the_summary() -> None:
     assert 5 <= found["time_to_first_shard_s"] <= found["wall_s"]
 
 
+@pytest.mark.parametrize("fields", [{}, {"caption": 0}, {"label": 1, "caption": 0}])
+def test_a_job_without_captions_labels_and_metadata_is_told(
+    fields: dict[str, int], capsys: Capsys
+) -> None:
+    with Progress([tar(0), tar(1)], [], time.monotonic()) as progress:
+        progress.finished(tar(0), replace(done(tar(0)), fields=fields))
+        progress.finished(tar(1), done(tar(1)))
+    summary = run_summary(progress, [], time.monotonic(), 1) | {"left_out": {}}
+    assert summary["fields"] == {"caption": 0, "label": fields.get("label", 0), "metadata": 0}
+    tell_summary(summary, progress, "out")
+    told = "  no captions, labels or metadata: nothing beside the images gives any\n"
+    assert (told in capsys.readouterr().err) == ("label" not in fields)
+    again = Progress([], [], time.monotonic())  # nothing was read
+    tell_summary(run_summary(again, progress.manifests, 0.0, 0) | {"left_out": {}}, again, "out")
+    assert "no captions" not in capsys.readouterr().err
+
+
 def test_the_summary_names_the_first_skipped_samples(capsys: Capsys) -> None:
     refs = [tar(0), tar(1)]
     first, second = (

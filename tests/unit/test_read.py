@@ -314,3 +314,22 @@ def test_folders_in_a_tar_give_no_labels_and_that_is_told(tmp_path):
     for name, data in (("cls", b"3"), ("txt", b"a cat"), ("json", b"{}")):
         assert told(("cat/a.jpg", IMAGE), (f"cat/a.{name}", data)) == [False]
     assert told(("cat/a.txt", b"x")) == [False]  # which is a row of its own
+
+
+@pytest.mark.parametrize(
+    ("tar", "key", "may_be_a_class"),
+    [
+        ("n01440764", "n01440764_18", True),
+        ("cat", "0001", True),
+        ("cat", "cat/1", False),  # the folders are told
+        *((tar, "0001", False) for tar in ("train", "val2017", "00000", "shard-0007", "images")),
+        ("00000", "00000_1", False),
+    ],
+)
+def test_a_tar_for_each_class_is_told(tmp_path, tar, key, may_be_a_class):
+    def told(*members: tuple[str, bytes]) -> bool:
+        samples = read_all(write_tar(tmp_path / f"{tar}.tar", members))
+        return all("the tar's name" in dict(sample.unused) for sample in samples)
+
+    assert told((f"{key}.JPEG", IMAGE), (f"./{key}1.JPEG", IMAGE)) == may_be_a_class
+    assert not told((f"{key}.JPEG", IMAGE), (f"{key}.cls", b"1"))

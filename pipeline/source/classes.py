@@ -1,0 +1,59 @@
+"""By which lists of classes the labels of SRC are numbered, and where one number may mean several:
+class folders, the ClassLabels of Parquet files, and numbers that stand beside images (a `.cls`, the
+JSON, a column) without any list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+from splatshard.pipeline.source.folder import few
+from splatshard.pipeline.source.read import scan
+from splatshard.pipeline.storage import fs
+from splatshard.schemas.errors import SourceError
+from splatshard.schemas.shard import ShardRef
+
+LOOKED_AT = 16
+"""So many shards are looked into for labels, and so many samples of each."""
+
+
+def notes_on_classes(
+    refs: Sequence[ShardRef], named: Mapping[tuple[str, ...], Sequence[str]]
+) -> list[str]:
+    """What to say of the lists that number the labels of shards; `named` are those that schemas of
+    Parquet files name, with the files."""
+    lists = {ref.labels: ref.root for ref in refs if ref.labels}
+    lists |= {names: urls[0] for names, urls in named.items()}
+    if len(lists) > 1:
+        (a, first), (b, second), *_ = lists.items()
+        return [
+            f"the labels of {first} ({few(a, 3)}) and {second} ({few(b, 3)}) are numbered by "
+            "different lists of classes, so that one number means several: convert them into "
+            "several DST, or cast ClassLabels to one (cast_column of Hugging Face's datasets)"
+        ]
+    notes = [
+        f"{len(names):,} class{'es' * (len(names) != 1)} by ClassLabel: {few(names)}"
+        for names in named
+    ]
+    declared = {fs.absolute(url) for urls in named.values() for url in urls}
+    others = [ref for ref in refs if not ref.labels and ref.urls[0] not in declared]
+    if lists and (other := _labelled(others)):
+        ((names, place),) = lists.items()
+        notes.append(
+            f"the labels of {place} are numbered by its classes ({few(names, 3)}), and {other} has "
+            "numbers of its own, so that one number may mean several classes: convert them into "
+            "several DST, or see to it that both count alike"
+        )
+    return notes
+
+
+def _labelled(refs: Sequence[ShardRef]) -> str:
+    """The first file with a label of some of the shards, spread over all; empty where none has."""
+    for ref in refs[:: -(-len(refs) // LOOKED_AT) or 1]:
+        try:
+            found = [sample.label for sample in islice(scan(ref), LOOKED_AT)]
+        except SourceError:  # it will fail later
+            continue
+        if any(label is not None and label >= 0 for label in found):
+            return ref.urls[0]
+    return ""
