@@ -10,7 +10,6 @@ A bad sample carries its reason in `error`; only a source that cannot be read to
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -127,10 +126,8 @@ def _with_names(sample: RawSample, tar: str) -> RawSample:
 
 
 def _names_class(tar: str, key: str) -> bool:
-    """Whether a tar may hold one class, as its name says: ImageNet's `n01440764.tar` with
-    `n01440764_18.JPEG`, or `cat.tar`; numbered ones and splits do not."""
-    plain = not re.search("[0-9]", tar)
-    return (plain or key.startswith(f"{tar}_")) and not what_else([tar], [tar])
+    """Whether a tar may hold one class, as ImageNet's `n01440764.tar` with `n01440764_18.JPEG`."""
+    return key.startswith(f"{tar}_") and not what_else([tar], [tar])
 
 
 FOLDERS = "they give no labels: unpack it, and convert the folder of class folders, or add a .cls"

@@ -248,7 +248,10 @@ NEITHER = "no caption and no label is here by its name, see docs/sources.md for 
 SAID = ("caption", "label", "metadata")
 """What may be said of an image, beside its key and uid."""
 
-NOTHING_SAID = "no captions, labels or metadata: nothing beside the images gives any"
+NOTHING_SAID = (
+    "no captions, labels or metadata: nothing beside the images gives any (docs/sources.md says "
+    "what would; a tar for each class is to be unpacked into a folder of its name)"
+)
 """Said of a job in which no sample has one."""
 
 FEW = 10

@@ -155,7 +155,7 @@ def test_a_job_without_captions_labels_and_metadata_is_told(
     summary = run_summary(progress, [], time.monotonic(), 1) | {"left_out": {}}
     assert summary["fields"] == {"caption": 0, "label": fields.get("label", 0), "metadata": 0}
     tell_summary(summary, progress, "out")
-    told = "  no captions, labels or metadata: nothing beside the images gives any\n"
+    told = "  no captions, labels or metadata: nothing beside the images gives any"
     assert (told in capsys.readouterr().err) == ("label" not in fields)
     again = Progress([], [], time.monotonic())  # nothing was read
     tell_summary(run_summary(again, progress.manifests, 0.0, 0) | {"left_out": {}}, again, "out")
