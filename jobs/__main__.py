@@ -19,7 +19,8 @@ JOBS = {
     "train": "train a model on splat shards, as a recipe says",
     "evaluate": "zero-shot, retrieval, linear probe, top-1 of a checkpoint on shards",
     "explain": "what a classifier of splats looks at in images, Gaussian by Gaussian",
-    "export": "one sample as .png, or as .ply for viewers of Gaussian splats",
+    "export": "one sample as .png, as .ply for viewers of Gaussian splats, or as .safetensors",
+    "demo": "photographs of scikit-image converted, verified and reported, in a minute",
 }
 
 HELP = """\

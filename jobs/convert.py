@@ -144,7 +144,8 @@ def convert(options: ConvertOptions, started: float) -> int:
     refuse_foreign(dst, (ref.name for ref in refs), foreign)
     if not options.dry_run:
         check_names(refs, markers, dst)
-    plan = make_plan(refs, markers, config, source_sha256, whole=options.limit is None)
+    whole = found.folders if options.limit is None else ()
+    plan = make_plan(refs, markers, config, source_sha256, whole=whole)
     if not options.overwrite_stale:
         refuse_stale(plan, markers, options.dst)
     if options.dry_run:

@@ -1,11 +1,10 @@
-"""`make demo`: real photographs to splat shards and a report, with nothing but this machine.
+"""The demo job: real photographs to splat shards and a report, with nothing but this machine.
 
-    python -m jobs.demo DIR
+    splatshard demo DIR          `make demo` in a checkout
 
-The photographs are those inside the scikit-image wheel (a development extra), so nothing is
-downloaded. Crops of them become a DataComp-shaped input, 4 tars of 16 samples plus one whose
-download broke off, since real datasets have those. Then convert, verify and report run as
-from the command line.
+The photographs are those inside the scikit-image wheel, so nothing else is downloaded. Crops of
+them become a DataComp-shaped input, 4 tars of 16 samples plus one whose download broke off, since
+real datasets have those. Then convert, verify and report run as from the command line.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ Sample = tuple[str, bytes, str]
 class DemoOptions:
     """Convert 64 crops of real photographs, verify the shards and write the report."""
 
-    dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DIR]")] = "demo"
     """Folder for the input (DIR/input) and the shards (DIR/splats)."""
     num_gaussians: int = 400
     """Gaussians per image."""
@@ -142,9 +141,7 @@ def photograph(name: str) -> Path:
         path = Path(folder) / "data" / name
         if path.exists():
             return path
-    raise UsageError(
-        f"the demo needs {name} of scikit-image: run make install, or pip install 'splatshard[dev]'"
-    )
+    raise UsageError(f"the demo needs {name} of scikit-image: pip install scikit-image")
 
 
 def tar_bytes(samples: list[Sample]) -> bytes:

@@ -1,6 +1,7 @@
-"""The export job: one sample of DST as a picture (.png) or for splat viewers (.ply).
+"""The export job: one sample of DST as a picture (.png), for splat viewers (.ply), or for
+`splatshard.load` (.safetensors).
 
-    key or uid -> row -> splats -> our rendering as PNG, or gsplat's PLY
+    key or uid -> row -> splats -> our rendering as PNG, gsplat's PLY, or the numbers
 
 The sample is looked for shard by shard, in order, and the first match is taken. All rows before it
 are read: seconds for a shard, minutes for an ImageNet. An index would be faster, but this is for
@@ -12,6 +13,7 @@ from __future__ import annotations
 import io
 import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,29 +22,35 @@ import tyro
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
-from splatshard.jobs.cli.text import print_json, put, say
-from splatshard.schemas.config import BackendName
+from splatshard.jobs.cli.text import count, print_json, put, say
+from splatshard.schemas.config import BackendName, DecodeConfig
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.plain import from_dict
 from splatshard.schemas.shard import OK, ShardManifest
 from splatshard.schemas.splats import metadata_of
 
-SUFFIXES = (".ply", ".png")
+SUFFIXES = (".png", ".ply", ".safetensors")
+LISTED = 20
+"""Samples of which keys are told where none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(DatasetOptions):
-    """Write one sample: .png as splatshard renders it, .ply for viewers of Gaussian splats."""
+    """Write one sample: .png as splatshard renders it, .ply for viewers of Gaussian splats,
+    .safetensors for splatshard.load. Without a key: list the first samples."""
 
-    key: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="KEY")]
+    key: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[KEY]")] = ""
     """Key or uid of the sample."""
-    output: Annotated[str, tyro.conf.arg(metavar="PATH")]
-    """File to write: .png or .ply."""
+    output: Annotated[str, tyro.conf.arg(metavar="PATH")] = ""
+    """File to write: .png, .ply or .safetensors."""
     backend: BackendName = "auto"
     """Kernel backend that renders the .png."""
 
     def __post_init__(self) -> None:
-        if Path(self.output).suffix.lower() not in SUFFIXES:
-            raise UsageError(f"--output {self.output}: end it in {' or '.join(SUFFIXES)}")
+        if self.key and Path(self.output).suffix.lower() not in SUFFIXES:
+            raise UsageError(f"--output {self.output}: end it in {', '.join(SUFFIXES)}")
+        if self.output and not self.key:
+            raise UsageError("KEY is missing: give a sample's; without --output they are told")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +63,8 @@ def export(options: ExportOptions) -> int:
     from splatshard.pipeline.codec.pack import unpack_row
     from splatshard.pipeline.shards.commit import storage_errors
 
+    if not options.key:
+        return list_samples(open_dataset(options), options.json)
     check_output(options.output)
     dst = open_dataset(options)
     manifest, row = find(dst, options.key)
@@ -67,7 +77,8 @@ def export(options: ExportOptions) -> int:
     height, width = row["height"], row["width"]
     with naming_repair(dst, manifest):
         splats = unpack_row(row, metadata_of(recipe))
-    if options.output.lower().endswith(".ply"):
+    suffix = Path(options.output).suffix.lower()
+    if suffix == ".ply":
         from splatshard.pipeline.ply import ply_bytes
 
         data = ply_bytes(splats, height, width)
@@ -75,6 +86,11 @@ def export(options: ExportOptions) -> int:
             "note: viewers composite by alpha, splatshard sums: the .ply will not look like the "
             "rendering (export a .png for that)"
         )
+    elif suffix == ".safetensors":
+        from splatshard.pipeline.picture import SplatImage
+
+        decode = from_dict(DecodeConfig, recipe["decode"])
+        data = SplatImage(splats, height, width, recipe["fit"]["cutoff"], decode).to_bytes()
     else:
         data = png_bytes(splats, height, width, recipe["fit"]["cutoff"], options.backend)
     with storage_errors(options.output):
@@ -90,15 +106,49 @@ def export(options: ExportOptions) -> int:
     return EXIT_OK
 
 
-def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
-    """The first row whose key or uid is `key`, and its shard. Raises UsageError without one, and
-    CorruptShardError for a damaged shard before it."""
-    from splatshard.pipeline.shards.markers import read_markers
+def list_samples(dst: str, as_json: bool) -> int:
+    """Tell the first samples on standard output: key, size, Gaussians and PSNR, or why there are
+    none."""
     from splatshard.pipeline.shards.rows import read_rows
+
+    keys: list[str] = []
+    done = finished(dst)
+    for manifest in done:
+        with naming_repair(dst, manifest):
+            rows = read_rows(f"{dst}/{manifest.data_file}", manifest.format)
+            for row in islice(rows, LISTED - len(keys)):
+                what = row["status"]
+                if what == OK:
+                    size = f"{row['width']}x{row['height']} px"
+                    what = f"{size}  {row['num_gaussians']:,} Gaussians  {row['psnr']:.2f} dB"
+                if not as_json:
+                    put(f"{row['key']}  {what}")
+                keys.append(row["key"])
+        if len(keys) == LISTED:
+            break
+    samples = sum(manifest.samples for manifest in done)
+    say(f"{count(samples, 'sample')}; one of them: splatshard export {dst} KEY --output a.png")
+    if as_json:
+        print_json({"samples": samples, "keys": keys})
+    return EXIT_OK
+
+
+def finished(dst: str) -> list[ShardManifest]:
+    """The done markers. Raises UsageError where there are none."""
+    from splatshard.pipeline.shards.markers import read_markers
 
     done = [m for m in read_markers(dst).values() if isinstance(m, ShardManifest)]
     if not done:
         raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
+    return done
+
+
+def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
+    """The first row whose key or uid is `key`, and its shard. Raises UsageError without one, and
+    CorruptShardError for a damaged shard before it."""
+    from splatshard.pipeline.shards.rows import read_rows
+
+    done = finished(dst)
     samples = 0
     for manifest in done:
         with naming_repair(dst, manifest):
@@ -108,7 +158,7 @@ def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
                     return manifest, row
     raise UsageError(
         f"no sample of {dst} has the key or uid {key!r} ({samples:,} samples in {len(done):,} "
-        "finished shards; keys are the __key__ of the source, as `splatshard report` shows them)"
+        f"finished shards; `splatshard export {dst}` lists the first keys)"
     )
 
 

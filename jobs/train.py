@@ -50,7 +50,8 @@ class TrainOptions:
     """Train a model on splat shards, as the recipe says."""
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """A Python file that makes a TrainConfig named config, such as those in jobs/recipes/."""
+    """A Python file that makes a TrainConfig named config, or the name of one in jobs/recipes/, as
+    in classify_digits."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")]
     """Another value for a field of the recipe, as in --set optim.lr=1e-3; as often as you like."""
     ray_workers: Number = None

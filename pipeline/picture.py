@@ -161,9 +161,13 @@ class SplatImage:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file, for `load`: 32 bytes per Gaussian, nothing rounded. Raises
         UsageError for another suffix, StorageError and UnavailableError."""
+        url = _checked_suffix(os.fspath(path), SUFFIX)
+        fs.write_bytes(fs.absolute(url), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
         from safetensors.torch import save
 
-        url = _checked_suffix(os.fspath(path), SUFFIX)
         told = {
             "version": FILE_VERSION,
             "height": self.height,
@@ -176,7 +180,7 @@ class SplatImage:
             "cholesky": self.cholesky.contiguous(),
             "colors": self.colors.contiguous(),
         }
-        fs.write_bytes(fs.absolute(url), save(tensors, {"splatshard": json.dumps(told)}))
+        return save(tensors, {"splatshard": json.dumps(told)})
 
     def to_ply(self, path: str | os.PathLike[str]) -> None:
         """Write a .ply file for viewers of 3D Gaussians, which composite by alpha where this is a

@@ -1,9 +1,9 @@
 """Recipes: Python files that make a `config`, and single fields set from the command line.
 
-    splatshard train jobs/recipes/classify_digits.py --set optim.epochs=3 --set data.src=splats
+    splatshard train classify_digits --set optim.epochs=3 --set data.src=splats
 
-A recipe is run as the Python that it is, so use your own. Values are typed by the configuration:
-numbers, True, None and tuples as in Python, text as it stands.
+A recipe is run as the Python that it is, so use your own: its path in place of the name. Values are
+typed by the configuration: numbers, True, None and tuples as in Python, text as it stands.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from splatshard.schemas.errors import UsageError
 from splatshard.schemas.plain import from_dict, to_dict
 from splatshard.schemas.train import TrainConfig
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""Those that are installed."""
+
 
 def load_recipe(path: str, settings: Sequence[str] = ()) -> TrainConfig:
-    """The `config` that the file at `path` makes, with `settings` ("a.b=value").
+    """The `config` that the file at `path` makes, or the recipe of ours with that name, with
+    `settings` ("a.b=value").
 
     Raises UsageError for a file that cannot be read or makes no TrainConfig, and for settings that
     it does not take.
     """
+    known = {file.stem: file for file in sorted(RECIPES.glob("[a-z]*_*.py"))}
+    if not Path(path).is_file() and path in known:
+        path = str(known[path])
     if not Path(path).is_file():
-        here, installed = Path("jobs/recipes"), Path(__file__).parents[1] / "recipes"
-        known = sorted((here if here.is_dir() else installed).glob("[a-z]*_*.py"))
-        raise UsageError(f"{path}: no such recipe; there are {', '.join(map(str, known))}")
+        there = f"there are {', '.join(known)}, or give a Python file that makes a TrainConfig"
+        raise UsageError(f"{path}: no such recipe; {there}")
     if not path.endswith(".py"):
         raise UsageError(f"{path}: a recipe is a Python file (.py) that makes a TrainConfig")
     try:

@@ -108,9 +108,9 @@ def make_plan(
     config: ConvertConfig,
     source_sha256: Callable[[ShardRef], str],
     *,
-    whole: bool = False,
+    whole: Iterable[str] = (),
 ) -> Plan:
-    """Sort `refs` by what their markers say. `whole`: of every folder they are all its shards.
+    """Sort `refs` by what their markers say. `whole`: folders of which they are all the shards.
 
     `source_sha256(ref)` is called only for shards of which nothing but the source's etag changed,
     or whose source has none, on several threads. Raises UsageError when two source shards would
@@ -125,7 +125,7 @@ def make_plan(
     replaces: dict[str, str] = {}
     named = _by_name(refs)
     differences = _differences(named, markers, config, source_sha256)
-    folders = frozenset(redact_url(r.root) for r in named.values() if whole and r.kind == "folder")
+    folders = frozenset(map(redact_url, whole))
     for name, ref in named.items():
         marker = markers.get(name)
         if isinstance(marker, ShardManifest):

@@ -24,6 +24,8 @@ from glob import escape
 from pathlib import Path
 from urllib.parse import unquote
 
+from splatshard.pipeline.source.folder import is_image, is_sidecar, stem_of_image
+from splatshard.pipeline.source.image_shards import common_folder
 from splatshard.pipeline.source.patterns import is_glob, path_of, patterns_of
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.storage.options import redact_url
@@ -93,10 +95,26 @@ def outside(refs: Iterable[ShardRef], dst: str, src: str = "") -> dict[str, str]
     is_named = named(dst, src)
     found: dict[str, str] = {}
     for ref in refs:
-        urls = (ref.root, *ref.urls) if ref.root else ref.urls
+        urls = _to_name(ref, is_named) if ref.root else ref.urls
         if not_named := next((url for url in urls if not is_named(url)), None):
             found[ref.name] = not_named
     return found
+
+
+def _to_name(ref: ShardRef, is_named: Callable[[str], bool]) -> list[str]:
+    """What of a shard of images is to be named: all, but with an image the captions and labels
+    beside it are named, too, and with all of them the folder that they have in common."""
+    stems = stem_of_image(ref.urls)
+    with_them = {stems[url] for url in ref.urls if is_image(url) and is_named(url)}
+
+    def goes_along(url: str) -> bool:
+        if not is_sidecar(url) or is_image(url) or stems[url] not in with_them:
+            return False
+        folder, _, name = url.rpartition("/")
+        return fs.place(url) == f"{fs.place(folder).rstrip('/')}/{name}"  # and is no link
+
+    root = [] if ref.root == common_folder(ref.urls) else [ref.root]
+    return [*root, *(url for url in ref.urls if not goes_along(url))]
 
 
 def named(dst: str, src: str = "") -> Callable[[str], bool]:

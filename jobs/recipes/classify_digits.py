@@ -2,7 +2,7 @@
 
     python -m jobs.recipes.toys digits images
     splatshard convert 'images/train/*.tar' splats/train --num-gaussians 24 --image-size 32
-    splatshard train jobs/recipes/classify_digits.py --set data.src=splats/train --set dst=run
+    splatshard train classify_digits --set data.src=splats/train --set dst=run
 
 Expected: 460 steps; loss 2.30 to about 0.25, accuracy 0.94 on augmented training batches; 98.3 %
 of the 300 digits in splats/val (made in the same way from images/val).

@@ -3,7 +3,7 @@
     splatshard convert 'imagenet/train-*.tar' splats/train --nested 400,900,1600,3136
     torchrun --nproc-per-node 8 -m jobs.train jobs/recipes/classify_imagenet.py \\
         --set data.src=splats/train --set dst=runs/imagenet
-    splatshard train jobs/recipes/classify_imagenet.py ...   on one device
+    splatshard train classify_imagenet ...   on one device
 
 Expected: not run here for want of a GPU and of the data. Published, for comparison (GViT, arXiv
 2506.23532): 76.9 % top-1 from guided Gaussians, 78.7 % from patches.

@@ -1,7 +1,7 @@
 """Tiny-ImageNet on splats, 64 px, from labels.
 
     splatshard convert 'tiny-imagenet/train*' splats/train --num-gaussians 128 --image-size 64
-    splatshard train jobs/recipes/classify_tiny_imagenet.py --set data.src=splats/train \\
+    splatshard train classify_tiny_imagenet --set data.src=splats/train \\
         --set model.num_classes=100 --set dst=runs/tiny
 
 model.num_classes is 200, or 100 for the half of it; 64 tokens are those of a ViT with 8 px patches.

@@ -2,7 +2,7 @@
 
     python -m jobs.recipes.toys shapes images
     splatshard convert 'images/train/*.tar' splats/train --num-gaussians 24 --image-size 32
-    splatshard train jobs/recipes/contrast_shapes.py --set data.src=splats/train --set dst=run
+    splatshard train contrast_shapes --set data.src=splats/train --set dst=run
 
 Expected: 280 steps; loss 4.85 to about 1.8, not lower, since a batch of 128 has many equal
 captions. Then of the 24 captions `a red disc` ... the nearest is right for all 200 pictures in

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 -m jobs.train jobs/recipes/contrast_stage2.py \\
         --set data.src=splats --set init_clip=TEACHER --set init=runs/stage1 --set dst=runs/stage2
     ray job submit -- python -m jobs.train jobs/recipes/contrast_stage2.py ... --ray-workers 16
-    splatshard train jobs/recipes/contrast_stage2.py ...     on one device
+    splatshard train contrast_stage2 ...     on one device
 
 Published: 5 epochs; trained are the stem, the first two blocks, the final norm and the projection
 (9.7 % of all parameters), and after the warm-up the text tower's last block, norm and projection

@@ -3,8 +3,8 @@
     python -m jobs.recipes.toys shapes images
     splatshard convert 'images/train/*.tar' splats/train --num-gaussians 24 --image-size 32 \\
         --teacher TEACHER
-    splatshard train jobs/recipes/distill_shapes.py --set data.src=splats/train --set dst=run1
-    splatshard train jobs/recipes/contrast_shapes.py --set data.src=splats/train --set dst=run2 \\
+    splatshard train distill_shapes --set data.src=splats/train --set dst=run1
+    splatshard train contrast_shapes --set data.src=splats/train --set dst=run2 \\
         --set init=run1
 
 TEACHER is any CLIP whose vision tower is 64 wide, as a local folder; for another width set

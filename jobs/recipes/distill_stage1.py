@@ -3,7 +3,7 @@
     splatshard convert 'data/*.tar' splats --nested 400,900,1600,3136 --teacher TEACHER
     torchrun --nproc-per-node 8 -m jobs.train jobs/recipes/distill_stage1.py \\
         --set data.src=splats --set init_clip=TEACHER --set dst=runs/stage1
-    splatshard train jobs/recipes/distill_stage1.py ...      on one device
+    splatshard train distill_stage1 ...      on one device
 
 TEACHER is the RGB CLIP, width 512 (open_clip's ViT-M-16, or a folder in transformers' layout): its
 blocks are the student's too, and stay as they are. Published: MSE of the normalised embeddings, 2

@@ -1,19 +1,19 @@
 """Gaussians learned with their classifier, on scikit-learn's digits; and its other arms.
 
     python -m jobs.recipes.toys digits images
-    splatshard train jobs/recipes/gvit_digits.py --set data.src='images/train/*.tar' --set dst=run
+    splatshard train gvit_digits --set data.src='images/train/*.tar' --set dst=run
     splatshard evaluate run images/val
 
 That is the guided arm. The others of arXiv 2506.23532's ablation, each with a dst of its own:
 
-    unguided          splatshard train jobs/recipes/gvit_digits.py --set gvit.gamma=0
-    learned queries   splatshard train jobs/recipes/gvit_digits.py --set model.gvit.start=learned
-    from grey         splatshard train jobs/recipes/gvit_digits.py --set model.gvit.start=random
+    unguided          splatshard train gvit_digits --set gvit.gamma=0
+    learned queries   splatshard train gvit_digits --set model.gvit.start=learned
+    from grey         splatshard train gvit_digits --set model.gvit.start=random
     offline fits      splatshard convert 'images/train/*.tar' splats/train --num-gaussians 24 \\
                           --image-size 32
-                      splatshard train jobs/recipes/classify_digits.py \\
+                      splatshard train classify_digits \\
                           --set model.encoder.resampler=None --set data.src=splats/train
-    patches           splatshard train jobs/recipes/classify_digits.py \\
+    patches           splatshard train classify_digits \\
                           --set model.encoder.input=patches --set model.encoder.image_size=32 \\
                           --set model.encoder.patch_size=4 --set model.encoder.tokens=64 \\
                           --set augment.dropout=0 --set data.src='images/train/*.tar'

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m jobs.train jobs/recipes/gvit_imagenet.py \\
         --set data.src='imagenet/train-*.tar' --set dst=runs/gvit
-    splatshard train jobs/recipes/gvit_imagenet.py ...   on one device
+    splatshard train gvit_imagenet ...   on one device
 
 Arms: unguided --set gvit.gamma=0, learned queries --set model.gvit.start=learned, grey
 draws --set model.gvit.start=random. Offline fits are classify_imagenet.py with --set

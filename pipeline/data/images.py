@@ -171,7 +171,7 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         decoded = list(map_ahead(decode_one, asked, decoders()))
         for (block, place), taken in zip(asked, decoded, strict=True):
             if taken is None or taken.place != place:
-                self._note(block, place)
+                self._replace(block, place)
         found = [taken for taken in decoded if taken is not None]
         if not found:
             why = problem_of(*asked[0], self.decoding)
@@ -197,7 +197,7 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
     def keys_of(self, shard: ImageShard) -> Iterator[str]:
         return (sample.key for sample in scan(shard.ref))
 
-    def _note(self, block: ImageBlock, place: int) -> None:
+    def _replace(self, block: ImageBlock, place: int) -> None:
         """Count a sample that was replaced, and say so the first, the tenth, ... time."""
         self.replaced += 1
         if str(self.replaced).strip("0") == "1":

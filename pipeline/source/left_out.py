@@ -48,13 +48,8 @@ def left_out_line(left_out: Mapping[str, Mapping[str, int]]) -> str:
 def matched(pattern: str, urls: Iterable[str]) -> str:
     """What a glob without shards matches, and what to give instead."""
     urls = list(urls)
-    if any(map(is_image, urls)):
-        return (
-            f"{len(urls):,} files, images and no .tar or .parquet; patterns are of shards: give "
-            f"the folder of the images, {above(pattern)}"
-        )
     if urls:
-        return f"{len(urls):,} files, but no .tar or image .parquet; correct the pattern"
+        return f"{len(urls):,} files, but no .tar, image .parquet or image; correct the pattern"
     if folders := folders_of(pattern):
         some = few([folder.rpartition("/")[2] for folder in folders], 3)
         return (

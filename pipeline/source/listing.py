@@ -3,8 +3,9 @@
 SRC is one of, or several joined by `::` of
 
     one shard        train-0000.tar, train-00000-of-00004.parquet
+    an image         photo.jpg, with the caption or label beside it (image_shards.py)
     a brace pattern  shards/{00000000..00001287}.tar      every file must exist
-    a glob           shards/*.tar
+    a glob           shards/*.tar, kodak/*.png
     a folder         its .tar and image .parquet files, at any depth; where there are none, its
                      images, cut into shards by sorted path (folder.py)
     a list file      files.txt: one source per line, # comments, relative to the list's folder
@@ -22,7 +23,6 @@ Left out: compressed tars; list files inside list files; fsspec's chained URLs (
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,6 @@ from splatshard.pipeline.source.classes import notes_on_classes
 from splatshard.pipeline.source.folder import (
     class_of,
     classes_in,
-    cut,
     doubts,
     few,
     is_image,
@@ -43,6 +42,7 @@ from splatshard.pipeline.source.folder import (
     split_stem,
     with_images,
 )
+from splatshard.pipeline.source.image_shards import etag_of, given_images, image_shards
 from splatshard.pipeline.source.left_out import hidden_with_images, matched
 from splatshard.pipeline.source.parquet import Declared, declared
 from splatshard.pipeline.source.patterns import (
@@ -67,11 +67,12 @@ from splatshard.schemas.shard import ShardManifest, ShardRef
 
 @dataclass
 class Listing:
-    """What is at SRC: its shards, what of it is left out (by reason, then extension), and what the
-    user should know of it, in lines. `class_names` are those that the schema of a Parquet file has,
-    by number, with those files."""
+    """What is at SRC: its shards, the folders of images that are all in them, what of it is left
+    out (by reason, then extension), and what the user should know of it, in lines. `class_names`
+    are those that the schema of a Parquet file has, by number, with those files."""
 
     refs: list[ShardRef] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
     class_names: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     notes: list[str] = field(default_factory=list)
@@ -193,25 +194,30 @@ def _resolve(
     src: str, patterns: list[str], samples_per_shard: int, dst: str, classes: tuple[str, ...]
 ) -> Listing:
     globs = {p for p in patterns if is_glob(p)}
-    files = fs.stats(p for p in patterns if kind_of(p) and p not in globs)
-    found, missing = Listing(), []
+    # on the web an image is its path: keys, which are shards' content, hold no query
+    one = [p for p in patterns if kind_of(p) or (is_image(p) and p == path_of(p))]
+    named = [p for p in one if p not in globs]
+    files = fs.stats(named)
+    found, images, missing = Listing(), dict[str, Stat](), list[str]()
     no_images = _without_images(found, files)
     for pattern in patterns:
         if pattern in no_images:
             raise UsageError(no_images[pattern])
         if pattern in globs:
             _check_outside(dst, pattern, as_glob=True)
-            _add_glob(found, pattern, dst)
+            images |= _add_glob(found, pattern, dst)
+        elif pattern in files and not kind_of(pattern):
+            images[pattern] = files[pattern]
         elif pattern in files:
             found.refs.append(_shard(pattern, files[pattern]))
-        elif kind_of(pattern) and len(patterns) > 1:
+        elif pattern in named and len(patterns) > 1:
             missing.append(pattern)
         elif fs.is_dir(pattern):
             _check_outside(dst, pattern, as_glob=False)
             _add_folder(found, pattern, samples_per_shard, classes)
         elif fs.exists(pattern):
             web = "; on the web the path without its query must end so: else download it"
-            what = f"{pattern} is no .tar, .parquet, .txt list or folder; give one of these"
+            what = f"{pattern} is no .tar, .parquet, image, .txt list or folder; give one of these"
             raise UsageError(what + web * pattern.startswith("http"))
         else:
             missing.append(pattern)
@@ -221,19 +227,28 @@ def _resolve(
             f"SRC {src} matches nothing at {len(missing)} of {len(patterns)} places: {some}; "
             "correct the path or pattern, or fetch what is missing"
         )
+    refs, notes = given_images(images, samples_per_shard)
+    found.refs += refs
+    found.notes += notes
     return found
 
 
-def _add_glob(found: Listing, pattern: str, dst: str) -> None:
+def _add_glob(found: Listing, pattern: str, dst: str) -> dict[str, Stat]:
+    """The shards that match, if there are any, else the images, which are returned."""
     folders = set[str]()
     listed = fs.glob(pattern, folders)
     hidden = [u for u in listed if is_hidden(basename(u)) and not is_hidden(basename(pattern))]
     matches = {url: stat for url, stat in listed.items() if url not in hidden}
     found.leave_out("hidden", {u for u in hidden if is_image(u) or kind_of(u)})
+    images = dict[str, Stat]()
     if not _add_shards(found, matches):
-        for url in matches:
-            refuse_compressed(url)
-        raise UsageError(f"SRC {pattern} matches {matched(pattern, matches)}")
+        used = {url for urls in with_images(matches).values() for url in urls}
+        if not used:
+            for url in matches:
+                refuse_compressed(url)
+            raise UsageError(f"SRC {pattern} matches {matched(pattern, matches)}")
+        images = {url: stat for url, stat in matches.items() if is_image(url)}
+        _leave_out_beside_images(found, matches.keys() - used)
     folders = {f for f in folders if not is_hidden(basename(f))}
     if folders := {f for f in folders if not dst or fs.place(f) != fs.place(dst)}:
         found.left_out["folder"]["folder"] += len(folders)
@@ -242,6 +257,7 @@ def _add_glob(found: Listing, pattern: str, dst: str) -> None:
             f"{pattern} matches folders, too, and a pattern reads files alone: {names}; give each "
             f"as a SRC of its own, or {above(pattern)}"
         )
+    return images
 
 
 def _add_folder(found: Listing, url: str, samples_per_shard: int, classes: tuple[str, ...]) -> None:
@@ -322,16 +338,21 @@ def _add_images(
     used = {path for files in stems.values() for path in files}
     images = sorted(filter(is_image, used))
     labels, notes = classes_in(root, images, folders, classes)
-    refs = _cut(root, stems, files, samples_per_shard)
+    found.folders.add(root)
+    refs = image_shards(root, stems, files, samples_per_shard)
     found.refs += [replace(ref, labels=labels) for ref in refs]
     found.notes += notes
     rest = set(paths) - used
-    found.leave_out("no_image_column", {p for p in rest if kind_of(p)})
     found.notes += of_imagefolder(root, rest)
-    alone = {p for p in rest if is_sidecar(p)}
-    found.leave_out("no_image", alone)
-    _leave_out_others(found, rest - alone)
+    _leave_out_beside_images(found, rest)
     return True
+
+
+def _leave_out_beside_images(found: Listing, urls: set[str]) -> None:
+    found.leave_out("no_image_column", {u for u in urls if kind_of(u)})
+    alone = {u for u in urls if is_sidecar(u)}
+    found.leave_out("no_image", alone)
+    _leave_out_others(found, urls - alone)
 
 
 def _leave_out_others(found: Listing, urls: set[str]) -> None:
@@ -385,35 +406,6 @@ def _shard(url: str, stat: Stat) -> ShardRef:
     )
 
 
-def _cut(
-    root: str, stems: dict[str, list[str]], files: dict[str, Stat], size: int
-) -> list[ShardRef]:
-    """Shards of `size` samples of a folder of images; `stems` are paths below `root`."""
-    refs = []
-    for number, paths in enumerate(cut(stems, size)):
-        urls = [f"{root}/{path}" for path in paths]
-        refs.append(
-            ShardRef(
-                name=f"{basename(root)}-{number:05d}",
-                kind="folder",
-                urls=tuple(urls),
-                size_bytes=sum(files[u].size_bytes for u in urls),
-                etag=_etag_of(root, urls, files),
-                root=root,
-            )
-        )
-    return refs
-
-
-def _etag_of(root: str, urls: Iterable[str], files: dict[str, Stat]) -> str:
-    """Empty where one of the files has none: sizes alone, or names, tell too little."""
-    urls = list(urls)
-    if not all(files[u].etag for u in urls):
-        return ""
-    identity = "".join(f"{u[len(root) + 1 :]} {files[u]}\n" for u in urls)
-    return hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()[:32]
-
-
 def current(refs: Iterable[ShardRef]) -> list[ShardRef]:
     """`refs` with the sizes and etags that their files have now; as it was where one is gone.
 
@@ -427,7 +419,7 @@ def current(refs: Iterable[ShardRef]) -> list[ShardRef]:
 def _current(ref: ShardRef, found: dict[str, Stat]) -> ShardRef:
     size_bytes = sum(found[url].size_bytes for url in ref.urls)
     if ref.kind == "folder":
-        return replace(ref, size_bytes=size_bytes, etag=_etag_of(ref.root, ref.urls, found))
+        return replace(ref, size_bytes=size_bytes, etag=etag_of(ref.root, ref.urls, found))
     return replace(ref, size_bytes=size_bytes, etag=found[ref.urls[0]].etag)
 
 

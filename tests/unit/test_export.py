@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+import splatshard
+from splatshard.jobs import export as export_module
 from splatshard.jobs.__main__ import main
 from splatshard.pipeline.codec.pack import unpack
 from splatshard.pipeline.convert import convert_shard
@@ -138,7 +140,7 @@ def test_png_by_key_or_uid_is_our_rendering(
     [
         (["nobody", "--output", "x.ply"], "has the key or uid 'nobody' (6 samples in 2 finished"),
         ([BAD, "--output", "x.ply"], "shard 00000000 was skipped as not_an_image"),
-        ([KEY, "--output", "x.jpg"], "--output x.jpg: end it in .ply or .png"),
+        ([KEY, "--output", "x.jpg"], "--output x.jpg: end it in .png, .ply, .safetensors"),
         ([KEY, "--output", "/nowhere/x.png"], "x.png: create the folder /nowhere first"),
         ([KEY, "--output", "s3://b/x.png"], "--output s3://b/x.png: give a local file"),
         ([KEY], "--output"),
@@ -221,3 +223,29 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     assert main(["report", str(dst), "--output", str(dst)]) == 1
     err = capsys.readouterr().err
     assert err == f"splatshard: error: --output {dst}: is a folder; name a file in it\n"
+
+
+def test_without_a_key_samples_are_listed(
+    dst: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = export(capsys, dst)
+    assert (code, len(out.splitlines())) == (0, 6)
+    assert f"{BAD}  corrupt_image\n" in out or f"{BAD}  not_an_image\n" in out
+    row = row_of(dst, KEY)
+    assert f"{KEY}  24x24 px  9 Gaussians  {row['psnr']:.2f} dB\n" in out
+    assert "6 samples; one of them: splatshard export" in err
+    monkeypatch.setattr(export_module, "LISTED", 4)
+    code, out, _ = export(capsys, dst, "--json")
+    assert json.loads(out) == {"samples": 6, "keys": [f"{i:012d}" for i in range(4)]}
+
+
+def test_a_sample_for_the_library(
+    dst: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.safetensors"
+    assert export(capsys, dst, KEY, "--output", path)[0] == 0
+    image = splatshard.load(path)
+    png = tmp_path / "a.png"
+    assert export(capsys, dst, KEY, "--output", png)[0] == 0
+    assert np.array_equal(np.asarray(Image.open(png)), np.asarray(image.to_pil()))
+    assert image.decode == DecodeConfig(image_size=24)

@@ -283,10 +283,3 @@ def test_a_glob_over_folders_alone_names_them(tmp_path: Path, src: str) -> None:
     what = rf"matches nothing but folders \(n01, n02\), .*; give {tmp_path}, or each"
     with pytest.raises(UsageError, match=what):
         list_source(f"{tmp_path}/{src}")
-
-
-def test_a_glob_over_images_names_their_folder(tmp_path: Path) -> None:
-    put(tmp_path, "n01/x.jpg", "n02/x.jpg")
-    what = rf"matches 2 files, images and no .tar .*: give the folder of the images, {tmp_path}$"
-    with pytest.raises(UsageError, match=what):
-        list_source(f"{tmp_path}/*/*.jpg")

@@ -174,6 +174,22 @@ def test_no_false_alarm(tmp_path: Path, dst: Path) -> None:
     assert sizes(dst)["others-00002"] == 2
 
 
+def test_images_given_one_by_one_gather_until_their_folder_is_given(
+    tmp_path: Path, dst: Path
+) -> None:
+    src = image_folder(tmp_path / "photos")
+    run(f"{src}/cat/0001.jpg", dst, 9)
+    run(f"{src}/dog/0002.jpg", dst, 9)
+    assert sizes(dst) == {"0001-00000": 1, "0002-00000": 1}
+    run(f"{src}/cat/*.jpg", dst, 9)
+    one_by_one = {"0001-00000": 1, "0002-00000": 1, "cat-00000": 3}
+    assert sizes(dst) == one_by_one
+    (src / "cat" / "0001.jpg").rename(tmp_path / "0001.jpg")
+    with pytest.raises(StaleShardError, match="cat-00000"):
+        run(f"{src}/cat/*.jpg", dst, 9)
+    assert sizes(dst) == one_by_one
+
+
 def test_tars_are_never_judged(tmp_path: Path, dst: Path) -> None:
     commit_shard(dst)
     src = image_folder(tmp_path / "photos")

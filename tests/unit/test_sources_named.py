@@ -96,6 +96,26 @@ def test_nothing_leads_out_of_what_was_named(place: Path, monkeypatch: pytest.Mo
     assert outside([ref, moved], "out", ours) == {"p-1": f"{place}/private"}
 
 
+def test_with_an_image_its_caption_is_named_and_nothing_else(place: Path) -> None:
+    """The folder of all of them is in the plan, and only there."""
+    ours = place / "ours"
+    for name in ("p.jpg", "q.jpg", "p.txt", "q.txt"):
+        (ours / name).write_text(name)
+    (ours / "p.cls").symlink_to(place / "private" / "a.tar")
+
+    def found(*names: str, root: Path = ours) -> dict[str, str]:
+        urls = tuple(f"{ours}/{name}" for name in names)
+        ref = ShardRef(name="p-0", kind="folder", urls=urls, size_bytes=0, etag="", root=str(root))
+        return outside([ref], "out", f"{ours}/p.jpg")
+
+    assert found("p.jpg", "p.txt") == {}
+    assert found("p.jpg", "q.txt") == {"p-0": f"{ours}/q.txt"}
+    assert found("p.jpg", "q.jpg", "q.txt") == {"p-0": f"{ours}/q.jpg"}
+    assert found("p.jpg", "p.cls") == {"p-0": f"{ours}/p.cls"}  # a link leads out
+    assert found("p.jpg", root=place) == {"p-0": str(place)}
+    assert list(found("p.jpg", "../private/p.txt")) == ["p-0"]
+
+
 def test_what_is_remembered_is_this_users_alone(
     place: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
