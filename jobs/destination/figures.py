@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splatshard.schemas.shard import OK, ShardManifest, is_count
+from splatshard.schemas.splats import MAX_LOSS_DB
 
 
 def total_samples(manifests: Sequence[ShardManifest]) -> int:
@@ -44,6 +45,20 @@ def dataset_figures(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
         "bytes_per_image": payload / ok if ok else None,
         "shard_bytes": sum(m.size_bytes for m in manifests),
     }
+
+
+def codec_line(manifests: Sequence[ShardManifest]) -> str:
+    """`fp16 took 1.5 dB of that, ...`, where it is more than other codecs take; else empty."""
+    recipes = ((m, m.inputs["recipe"].get("pack", {})) for m in manifests)
+    halves = [m for m, pack in recipes if pack.get("codec") == "fp16"]
+    ok = total_ok(halves)
+    loss = weighted(halves, "psnr_loss_mean") / ok if ok else 0.0
+    if loss <= MAX_LOSS_DB["balanced"]:
+        return ""
+    return (
+        f"fp16 took {loss:.2f} dB of that: halves are too coarse for the positions of Gaussians so "
+        f"small; --codec balanced takes {MAX_LOSS_DB['balanced']} dB at most"
+    )
 
 
 def copies_line(manifests: Sequence[ShardManifest]) -> str:

@@ -14,7 +14,7 @@ from splatshard.jobs.cli.options import RunOptions, parse_storage_options
 from splatshard.jobs.cli.signals import StopSignals
 from splatshard.jobs.cli.text import count, duration, print_json, say, size
 from splatshard.jobs.destination.class_texts import place_texts
-from splatshard.jobs.destination.figures import copies_line, left_out_of, total_ok
+from splatshard.jobs.destination.figures import codec_line, copies_line, left_out_of, total_ok
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.jobs.destination.plan import Plan, mixed, planned
 from splatshard.jobs.destination.plan_file import RUN_FILE, read_record, write_plan, write_text
@@ -177,6 +177,8 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
             f"{summary['num_gaussians_mean']:,.0f} Gaussians and "
             f"{size(summary['bytes_per_image'])} per image"
         )
+        if coarse := codec_line(progress.manifests):
+            say(f"  {coarse}")
     if summary["images_converted"] and not any(summary["fields"].values()):
         say(f"  {NOTHING_SAID}")
     if summary["images_per_s"]:

@@ -21,6 +21,7 @@ from splatshard.jobs.driver.prometheus import COUNTERS, GAUGES, TAGS, readings
 from splatshard.jobs.driver.stats import Snapshot
 from splatshard.jobs.driver.worker import SkippedSample, Unused, WorkerState
 from splatshard.pipeline.runtime.stage_timer import StageStats
+from splatshard.schemas.config import ConvertConfig, PackConfig, output_config
 from splatshard.schemas.errors import StorageError, UnavailableError
 from tests.unit.progressing import done, failed, manifest, state, tar
 
@@ -189,6 +190,28 @@ def test_the_summary_names_the_first_skipped_samples(capsys: Capsys) -> None:
 
 def read(dst: Path) -> dict[str, Any]:
     return json.loads((dst / PROGRESS_FILE).read_text())
+
+
+@pytest.mark.parametrize(("codec", "loss"), [("fp16", 1.5), ("fp16", 0.1), ("compact", 0.9)])
+def test_what_halves_cost_large_pictures_is_told(
+    codec: str, loss: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refs = [tar(0), tar(1), tar(2)]
+    with Progress(refs, [], time.monotonic()) as progress:
+        for ref, ok, lost in zip(refs, (30, 10, 0), (loss + 0.1, loss - 0.3, None), strict=True):
+            own = manifest(ref, ok=ok)
+            own = replace(own, statistics=own.statistics | {"psnr_loss_mean": lost})
+            progress.finished(
+                ref, replace(done(ref), manifest=replace(own, inputs=inputs_of(codec)))
+            )
+    tell_summary(run_summary(progress, [], 0.0, 1), progress, "/dst")
+    said = f"fp16 took {loss:.2f} dB of that" in capsys.readouterr().err
+    assert said == (codec == "fp16" and loss > 0.2)
+
+
+def inputs_of(codec: str) -> dict[str, Any]:
+    recipe = output_config(ConvertConfig(pack=PackConfig(codec=codec)))  # type: ignore[arg-type]
+    return {"recipe": recipe, "source": {"limit": None}}
 
 
 def test_the_file_ends_with_the_final_figures(tmp_path: Path) -> None:

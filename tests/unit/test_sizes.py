@@ -35,9 +35,10 @@ from splatshard.schemas.config import (
     FitConfig,
     PackConfig,
     PruneConfig,
+    output_config,
 )
 from splatshard.schemas.shard import OK, ShardManifest, ShardRef
-from splatshard.schemas.splats import CODECS
+from splatshard.schemas.splats import CODECS, MAX_LOSS_DB, shard_metadata
 from splatshard.schemas.train import AugmentConfig
 from tests.make import encode, jpeg, photo, write_tar
 from tests.unit.toy_models import TOY
@@ -253,3 +254,20 @@ def test_pictures_of_a_few_pixels(size: tuple[int, int]) -> None:
     ((row,),) = convert_samples(samples, config, select_backend("cpu"), StageTimer())
     assert (row["status"], row["width"], row["height"]) == (OK, *size)
     assert 8 < row["psnr"] <= 100
+
+
+@pytest.mark.parametrize("codec", ["balanced", "fp16"])
+def test_as_many_gaussians_as_a_fit_may_have(codec: str) -> None:
+    """More than pixels, and than 16 bits count to: all are there, each where it was."""
+    config = replace(CONFIG, pack=PackConfig(codec=codec))  # type: ignore[arg-type]
+    config = replace(config, fit=FitConfig(num_gaussians=65_536, steps=2))
+    samples = [RawSample("a", encode(photo(280, 200), "PNG"), "a.png")]
+    ((row,),) = convert_samples(samples, config, select_backend("cpu"), StageTimer())
+    assert (row["status"], row["num_gaussians"]) == (OK, 65_536)
+    assert row["psnr"] > 15
+    assert row["psnr_loss"] < MAX_LOSS_DB.get(codec, 1) + 1e-3
+    metadata = shard_metadata(codec, 3.0, output_config(config))
+    splats = unpack_row(row, metadata)
+    rendered = select_backend("cpu").render(splats, 200, 280, 3.0)
+    target = torch.from_numpy(photo(280, 200)).permute(2, 0, 1)[None] / 255
+    assert float(psnr(rendered, target)) == pytest.approx(row["psnr"], abs=1e-3)

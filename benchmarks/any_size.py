@@ -1,0 +1,134 @@
+"""Whole Kodak photographs, 768 x 512 px, with as many Gaussians as the peers publish.
+
+    python -m benchmarks.any_size [--steps 150] [--name any_size]
+
+As convert does it: `--resize none --codec balanced` with each number of Gaussians, and once with
+`--target-psnr 36 --max-gaussians 65536` (see pipeline/fitting/grow.py). PSNR in dB of the fit and
+of the stored bytes, the codec's loss with fp16 beside it, and seconds of CPU time of one thread per
+image: decoding, fit and packing. Bytes are those of the payload in a tar. Means over the images, 12
+of Kodak's 24; the least PSNR beside it.
+
+PEERS are published figures, each with its source, over all 24 and on GPUs. What could not be read
+at its source is left out: Fast-2DGS (arXiv 2512.12774), whose code crops to 512 x 512 px,
+Instant-GI after its fine-tuning, and Image-GS (arXiv 2407.01866), whose images are others.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.record import DATA, save
+from splatshard.pipeline.codec.planes import join
+from splatshard.pipeline.convert import Row, convert_samples
+from splatshard.pipeline.kernels.backend import Backend
+from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.runtime.stage_timer import StageTimer
+from splatshard.pipeline.source.read import RawSample
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
+
+PEERS = [
+    {
+        "method": "GaussianImage",
+        "gaussians": 70_000,
+        "psnr": 44.08,
+        "s_per_image": 106.59,
+        "device": "V100",
+        "source": "arXiv 2403.08551, table 1 (Cholesky); 70,000: issue 6 of its repository",
+    },
+    {
+        "method": "GaussianImage",
+        "gaussians": 9_000,
+        "psnr": 32.05,
+        "s_per_image": 29.94,
+        "device": "RTX 4090",
+        "source": "its code as run by a user, github.com/Xinjie-Q/GaussianImage issue 6",
+    },
+    {
+        "method": "Instant-GI, network alone",
+        "gaussians": 43_435,
+        "psnr": 30.00,
+        "s_per_image": 0.23,
+        "device": "a GPU that is not named",
+        "source": "README of github.com/whoiszzj/Instant-GI, branch dev (GPU version, retrained)",
+    },
+]
+TARGET = 36.0
+
+
+@dataclass(frozen=True)
+class Args:
+    images: int = 12
+    gaussians: tuple[int, ...] = (9_000, 30_000, 43_435, 65_536)
+    steps: int = 150
+    growing: bool = True
+    """Also the one with a target."""
+    backend: str = "cpu"
+    name: str = "any_size"
+
+
+def measured(
+    samples: list[RawSample], config: ConvertConfig, backend: Backend
+) -> tuple[list[Row], float]:
+    """Rows, and seconds per image: CPU time, on a GPU wall time."""
+    clock = time.process_time if backend.device.type == "cpu" else time.perf_counter
+    begin = clock()
+    batches = convert_samples(samples, config, backend, StageTimer())
+    rows = [row for batch in batches for row in batch]
+    assert all(row["status"] == "ok" for row in rows)
+    return rows, (clock() - begin) / len(samples)
+
+
+def measure(
+    samples: list[RawSample], config: ConvertConfig, backend: Backend, fp16: bool
+) -> dict[str, Any]:
+    rows, seconds = measured(samples, config, backend)
+    values = {name: np.array([row[name] for row in rows]) for name in ("psnr", "psnr_loss")}
+    numbers = [row["num_gaussians"] for row in rows]
+    found = {
+        "gaussians": float(np.mean(numbers)),
+        "gaussians_from_to": [min(numbers), max(numbers)],
+        "steps": config.fit.steps,
+        "psnr_fit": float((values["psnr"] + values["psnr_loss"]).mean()),
+        "psnr": float(values["psnr"].mean()),
+        "psnr_least": float(values["psnr"].min()),
+        "bytes": float(np.mean([len(join(row["splats"])) for row in rows])),
+        "s_per_image": seconds,
+    }
+    if fp16:
+        halves, _ = measured(samples, replace(config, pack=PackConfig(codec="fp16")), backend)
+        found["fp16_loss"] = float(np.mean([row["psnr_loss"] for row in halves]))
+    return found
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(1)
+    backend = select_backend(args.backend)
+    paths = sorted((DATA / "kodak").glob("*.png"))[: args.images]
+    samples = [RawSample(path.stem, path.read_bytes(), path.name) for path in paths]
+    whole = ConvertConfig(decode=DecodeConfig(resize="none"), fit=FitConfig(steps=args.steps))
+    measured(samples[:1], replace(whole, fit=FitConfig(steps=2)), backend)  # compile
+    rows = []
+    for n in args.gaussians:
+        config = replace(whole, fit=replace(whole.fit, num_gaussians=n))
+        rows.append(measure(samples, config, backend, fp16=args.steps == 150))
+        print("{gaussians:8,.0f} {psnr:6.2f} dB {s_per_image:.2f} s".format(**rows[-1]), flush=True)
+    results: dict[str, Any] = {"images": len(samples), "beside_other_work": True, "fixed": rows}
+    if args.growing:
+        fitting = replace(whole.fit, target_psnr=TARGET, max_gaussians=65_536)
+        fitting = replace(fitting, gaussians_per_megapixel=10_000)
+        growing = measure(samples, replace(whole, fit=fitting), backend, fp16=False)
+        results["growing"] = {"target": TARGET, **growing}
+        print("{gaussians:8,.0f} {psnr:6.2f} dB {s_per_image:.2f} s".format(**growing))
+    save(args.name, results | {"peers": PEERS})
+
+
+if __name__ == "__main__":
+    main()
