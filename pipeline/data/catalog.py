@@ -19,6 +19,7 @@ from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.pipeline.shards.verify import is_refused
 from splatshard.pipeline.source.patterns import is_glob, kind_of
 from splatshard.pipeline.storage import fs
+from splatshard.schemas.config import MAX_FITTED_GAUSSIANS
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 from splatshard.schemas.manifest import dataset_content
 from splatshard.schemas.shard import OK, FailedShard, ShardManifest
@@ -348,9 +349,19 @@ def check_layout(metadata: dict[str, Any], shard: Shard) -> None:
         )
 
 
+def most_gaussians(recipe: dict[str, Any]) -> Any:
+    """That a sample may have; raises KeyError and TypeError for what is no recipe."""
+    fit = recipe["fit"]
+    if fit.get("max_gaussians") is not None:
+        return fit["max_gaussians"]
+    if fit.get("gaussians_per_megapixel") is not None:
+        return MAX_FITTED_GAUSSIANS
+    return fit["num_gaussians"]
+
+
 def _budgets(metadata: dict[str, Any], url: str) -> list[int]:
     try:
-        budgets = metadata.get("budgets") or [metadata["recipe"]["fit"]["num_gaussians"]]
+        budgets = metadata.get("budgets") or [most_gaussians(metadata["recipe"])]
     except (KeyError, TypeError):
         budgets = None
     if (

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from splatshard.pipeline.convert import Row, convert_samples
+from splatshard.pipeline.convert import Row, convert_samples, convert_shard
+from splatshard.pipeline.data import SplatDataset
 from splatshard.pipeline.fitting.fit import fit
 from splatshard.pipeline.fitting.grow import GRID, fit_growing, numbers, padded
 from splatshard.pipeline.fitting.recipe import fit_and_prune, fit_images
@@ -19,6 +21,9 @@ from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.runtime.batching import bytes_per_image
 from splatshard.pipeline.runtime.stage_timer import StageTimer
+from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.verify import verify_shard
+from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import RawSample
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import (
@@ -26,13 +31,15 @@ from splatshard.schemas.config import (
     ConvertConfig,
     DecodeConfig,
     FitConfig,
+    PackConfig,
     PruneConfig,
     config_from_output,
     output_config,
 )
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import OK
-from tests.make import encode, photo
+from tests.make import encode, photo, write_tar
+from tests.rows import FORMATS
 
 CPU = select_backend("cpu")
 GROWING = FitConfig(num_gaussians=10, steps=40, target_psnr=33.0, max_gaussians=200)
@@ -92,6 +99,34 @@ def test_rows_have_their_own_numbers() -> None:
     for sample, row in zip(samples, rows, strict=True):
         ((alone,),) = convert_samples([sample], config, CPU, StageTimer())
         assert alone == row
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "fitting", [GROWING, FitConfig(gaussians_per_megapixel=6e5, steps=2)], ids=["psnr", "area"]
+)
+def test_readers_take_what_each_sample_has(tmp_path: Path, format: str, fitting: FitConfig) -> None:
+    images = {"a": photo(32, 32, 0), "b": photo(32, 24, 0) // 64 + 100, "c": photo(40, 40, 3)}
+    members = [(f"{key}.png", encode(image, "PNG")) for key, image in images.items()]
+    (ref,) = list_shards(str(write_tar(tmp_path / "a.tar", members)))
+    config = ConvertConfig(
+        decode=DecodeConfig(resize="none"), fit=fitting, pack=PackConfig(format=format)  # type: ignore[arg-type]
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    dst = str(tmp_path / "out")
+    manifest = convert_shard(ref, config, dst, CPU)
+    assert verify_shard(dst, manifest) == []
+    rows = {row["key"]: row for row in read_rows(f"{dst}/{manifest.data_file}")}
+    numbers = [row["num_gaussians"] for row in rows.values()]
+    assert max(numbers) > min(numbers)
+    most = fitting.max_gaussians or MAX_FITTED_GAUSSIANS
+    for chosen, width in ((None, max(numbers)), (most, most)):
+        (batch,) = SplatDataset(dst, batch_size=3, num_gaussians=chosen)
+        assert batch.splats.mask.shape[1] == width
+        for key, count in zip(batch.keys, batch.splats.num_gaussians.tolist(), strict=True):
+            assert count == rows[key]["num_gaussians"]
+    with pytest.raises(UsageError, match=f"its samples have up to {most}"):
+        SplatDataset(dst, batch_size=3, num_gaussians=most + 1)
 
 
 def test_an_image_that_diverges_ends() -> None:
