@@ -17,6 +17,8 @@ from PIL import Image
 
 from splatshard.pipeline.source.formats import NotSupported
 
+CROP = "save it anew as it is to be shown"
+
 TEXT_BYTES = 1 << 20
 """So much of a compressed text is inflated, whatever it promises."""
 
@@ -33,6 +35,7 @@ class Bare:
     `orientation` is the file's own, 0 where only EXIF or XMP can tell. `black` and `white` are the
     values of grey pixels of 16 bits, `transparent` the one that is not painted. Joined, `parts` are
     a JPEG without metadata, for the few whose metadata Pillow trips over: joining takes time.
+    `mask` is a grey TIFF of the same size, 0 where nothing is painted.
     """
 
     data: bytes
@@ -43,6 +46,7 @@ class Bare:
     black: int = 0
     white: int = 65535
     transparent: int | None = None
+    mask: bytes = b""
     animated: bool = False
     pages: int = 1
 
@@ -303,8 +307,18 @@ def bare_webp(image: bytes) -> Bare:
     return bare
 
 
+CLAP = re.compile(rb"\0\0\0\x28clap(.{32})", re.DOTALL)
+ISPE = re.compile(rb"\0\0\0\x14ispe\0{4}(.{8})", re.DOTALL)
+"""Boxes of an AVIF: the part of its pixels that is to be shown, and how many there are."""
+
+
 def bare_avif(image: bytes) -> Bare:
     """With its EXIF hidden: an AVIF's orientation is a property of its own."""
+    sizes = {struct.unpack(">2I", found[1]) for found in ISPE.finditer(image)}
+    for found in CLAP.finditer(image):
+        width, by, height, down, *offsets = struct.unpack(">8i", found[1])
+        if any(offsets[::2]) or not any((w * by, h * down) == (width, height) for w, h in sizes):
+            raise NotSupported("a cropped AVIF (clap), which not all readers crop", CROP)
     return Bare(re.sub(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", rb"\1free", image, flags=re.DOTALL))
 
 

@@ -280,6 +280,17 @@ def check_fitted(width: int, height: int, name: str, config: DecodeConfig) -> No
         )
 
 
+def masked(rgb: Image.Image, bare: Bare) -> Image.Image:
+    """White where the mask of a TIFF says that nothing is painted."""
+    if not bare.mask:
+        return rgb
+    with TiffImagePlugin.TiffImageFile(io.BytesIO(bare.mask), "") as mask:
+        painted = mask.convert("L")
+    image = Image.new("RGB", rgb.size, "white")
+    image.paste(rgb, mask=painted)
+    return image
+
+
 def resized(
     image: ImageFile.ImageFile, size: tuple[int, int], config: DecodeConfig, bare: Bare
 ) -> Image.Image:
@@ -291,7 +302,7 @@ def resized(
         drafted = image.draft(None, (DRAFT_FACTOR * size[0], DRAFT_FACTOR * size[1]))
         if drafted:
             _, (_, _, width, height) = drafted  # reduced size, fractional where it was rounded up
-    rgb = to_rgb(image, bare)
+    rgb = masked(to_rgb(image, bare), bare)
     return rgb if same else cut(rgb, size, width, height, config)
 
 

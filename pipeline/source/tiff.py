@@ -140,6 +140,7 @@ def bare_tiff(image: bytes) -> Bare:
         more, deflated = deflate(page)  # libtiff knows planes, and Pillow asks it of such files
         changed |= deflated
     bare.data = with_tags(page, changed, order, more)
+    bare.mask = mask_of(page)
     return bare
 
 
@@ -198,6 +199,32 @@ def is_page(page: Directory, first: Directory) -> bool:
             return False
         wide = 2 * width > first.value(WIDTH) + 1
         return min(width, height) > 0 and (wide or 2 * height > first.value(HEIGHT) + 1)
+    except (struct.error, ValueError):
+        return False
+
+
+def mask_of(first: Directory) -> bytes:
+    """The first page's transparency mask as a grey file of its own, empty where there is none: one
+    that is no larger than half of the page belongs to a smaller level. Raises NotSupported."""
+    for page in filter(is_mask, further(first)):
+        sizes = [(each.value(WIDTH), each.value(HEIGHT)) for each in (page, first)]
+        if all(2 * half <= whole + 1 for half, whole in zip(*sizes, strict=True)):
+            continue
+        bits, compression = page.value(BITS, 1), page.value(COMPRESSION, NONE)
+        tags = (SAMPLES, SAMPLE_FORMAT, PREDICTOR, FILL_ORDER)
+        plain = compression in LOSSLESS and all(page.value(tag, 1) == 1 for tag in tags)
+        if sizes[0] != sizes[1] or bits not in (1, 8) or not plain:
+            what = f"a TIFF with a transparency mask of {sizes[0][0]} x {sizes[0][1]} px"
+            raise NotSupported(f"{what}, {bits} bits, Compression {compression}")
+        check_whole(page)
+        return with_tags(page, {PHOTOMETRIC: (BLACK_IS_ZERO,)}, page.order, b"")
+    return b""
+
+
+def is_mask(page: Directory) -> bool:
+    try:
+        kind, photometric = page.value(SUBFILE), page.value(PHOTOMETRIC)
+        return not kind & 1 and bool(kind & 4 or photometric == MASK)
     except (struct.error, ValueError):
         return False
 

@@ -340,6 +340,41 @@ def test_avif(channels: int, bits: int) -> None:
     assert difference(pixels_of(image), expected) < 2.1
 
 
+def with_clap(image: bytes, *clap: int) -> bytes:
+    """An AVIF with one more property, its last one: which part is to be shown."""
+    data, box = bytearray(image), struct.pack(">I4s8i", 40, b"clap", *clap)
+
+    def at(kind: bytes) -> int:
+        return data.index(kind) - 4
+
+    def enlarge(place: int, more: int) -> None:
+        data[place : place + 4] = (int.from_bytes(data[place : place + 4]) + more).to_bytes(4)
+
+    start = at(b"ipco")
+    place, count, end = start + 8, 1, start + int.from_bytes(data[start : start + 4])
+    while place < end:
+        place, count = place + int.from_bytes(data[place : place + 4]), count + 1
+    used = at(b"ipma") + 18  # number of the first item's properties
+    data[used] += 1
+    data[used + 1 : used + 1] = bytes([0x80 | count])
+    data[end:end] = box
+    pixels = (image.index(b"mdat") + 4).to_bytes(4)
+    enlarge(data.index(pixels, at(b"iloc")), 41)
+    for kind, more in ((b"ipma", 1), (b"ipco", 40), (b"iprp", 41), (b"meta", 41)):
+        enlarge(at(kind), more)
+    return bytes(data)
+
+
+@avif
+def test_avif_that_is_cropped() -> None:
+    """Pillow, OpenCV and imagecodecs show all of it, libheif the part."""
+    image = encode(photo(SIDE, SIDE), "AVIF")
+    whole = with_clap(image, SIDE, 1, SIDE, 1, 0, 1, 0, 1)
+    assert np.array_equal(pixels_of(whole), pixels_of(image))
+    for clap in ((9, 1, SIDE, 1, 0, 1, 0, 1), (SIDE, 1, SIDE, 1, 1, 2, 0, 1)):
+        assert reason(with_clap(image, *clap)).startswith("a.tif: not supported: a cropped AVIF")
+
+
 @avif
 def test_avif_of_frames() -> None:
     assert picture_or_reason(animation("AVIF")) == "a.tif has more than one frame"

@@ -1,5 +1,5 @@
-"""TIFF of several directories: pages cost the sample, for nobody knows which is meant; previews and
-masks behind the picture cost nothing."""
+"""TIFF of several directories: pages cost the sample, for nobody knows which is meant; previews
+behind the picture cost nothing, and its transparency mask is applied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from splatshard.schemas.errors import SampleError
 from tests.make import encode
 from tests.tiffs import tiff
-from tests.unit.decoding import SIDE, pixels_of, samples
+from tests.unit.decoding import SIDE, pixels_of, reason, samples
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -92,9 +92,8 @@ def test_scans_and_stacks() -> None:
     "behind",
     [
         [(OTHER, {"subfiletype": 1})],  # a thumbnail, an overview of GDAL
-        [(MASK, {"subfiletype": 4})],
         [(OTHER, {"subfiletype": 1}), (MASK, {"subfiletype": 5})],
-        [(MASK, {"photometric": 4})],
+        [(MASK[:14, :14], {"subfiletype": 4})],  # of a smaller level
         [(OTHER[:14, :14], {}), (OTHER[:7, :7], {})],  # a pyramid, rounded up
         [(OTHER[:13, :9], {})],  # a thumbnail without a word
         [(OTHER, {"extratags": [(255, 3, 1, 2, True)]})],
@@ -106,6 +105,34 @@ def test_previews_and_masks_are_no_pages(behind: Sequence[Page], bigtiff: bool) 
     with tifffile.TiffFile(io.BytesIO(image)) as file:
         assert len(file.pages) == 1 + len(behind)
     assert np.array_equal(pixels_of(image), FIRST)
+
+
+AS_GDAL = {"subfiletype": 4, "photometric": 4, "compression": "deflate", "rowsperstrip": 5}
+MASKS: list[Page] = [
+    (MASK, {"subfiletype": 4}),
+    (MASK, {"photometric": 4}),
+    (MASK, AS_GDAL),
+    (255 * MASK.astype(np.uint8), {"photometric": 4, "tile": (16, 16)}),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("first", [FIRST, GREY])
+def test_a_transparency_mask_is_applied(mask: Page, order: str, first: np.ndarray) -> None:
+    """White where it is 0; also behind a smaller level with a mask of its own."""
+    rgb = first if first.ndim == 3 else np.stack([first] * 3, -1)
+    expected = np.where(MASK[..., None], rgb, 255)
+    small = (OTHER[::2, ::2].copy(), {"subfiletype": 1}), (~MASK[::2, ::2], {"subfiletype": 5})
+    for further in ((mask,), (*small, mask)):
+        image = pages(*further, first=first, byteorder=order)
+        assert np.array_equal(pixels_of(image), expected)
+
+
+def test_masks_that_are_not_read_are_told() -> None:
+    for mask in (MASK[:20], MASK[:, :20], MASK.astype(np.uint16)):
+        image = pages((mask, {"photometric": 4}))
+        assert "not supported: a TIFF with a transparency mask of " in reason(image)
 
 
 def test_levels_in_sub_directories_are_no_pages() -> None:
