@@ -23,6 +23,7 @@ from typing import Any
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.card import CARD_FILE, card
 from splatshard.jobs.destination.figures import dataset_figures
+from splatshard.jobs.destination.hub_readme import README_FILE, write_readme
 from splatshard.jobs.destination.plan_file import put_file, write_lines, write_text
 from splatshard.pipeline.storage.fs import exists, open_read
 from splatshard.pipeline.storage.options import redact, redact_src
@@ -108,7 +109,7 @@ class Catalog:
 
     def _is_written(self) -> bool:
         url = f"{self._dst}/{MANIFEST_FILE}"
-        if not exists(url) or not exists(f"{self._dst}/{CARD_FILE}"):
+        if not all(exists(f"{self._dst}/{x}") for x in (MANIFEST_FILE, CARD_FILE, README_FILE)):
             return False
         with open_read(url) as stream:
             before = read_head(stream.read(1 << 20).partition(b"\n")[0])
@@ -123,7 +124,9 @@ class Catalog:
             name: Entry(manifest, self._marker_bytes[name])
             for name, manifest in self._manifests.items()
         }
-        write_text(self._dst, CARD_FILE, card(self._dst, now, self.manifests))
+        text = card(self._dst, now, self.manifests)
+        write_text(self._dst, CARD_FILE, text)
+        write_readme(self._dst, text, self.manifests)
         with staged_file(self._dst, "manifest") as path:
             write_lines(path, manifest_lines(now, entries))
             put_file(path, f"{self._dst}/{MANIFEST_FILE}")

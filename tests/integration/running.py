@@ -28,7 +28,7 @@ LONG = (
 )
 """Half a second per shard, so that there is time to interfere."""
 
-PER_RUN = ("_run.json", "_progress.json", "_manifest.json", "_card.md")
+PER_RUN = ("_run.json", "_progress.json", "_manifest.json", "_card.md", "README.md")
 """Files that differ from run to run."""
 
 

@@ -1,0 +1,129 @@
+"""`README.md` of DST: the card, headed as Hugging Face's hub and `datasets` read it.
+
+    load_dataset("splats/")          the shards of a folder, or of a repository they were pushed to
+
+Without it `datasets` takes markers for data. The head names the data files, and where all shards
+have the same columns their types; labels are numbers of classes where class folders number them.
+Whoever changes the file owns it: its last line holds a digest of what stands above, and a file that
+is not as it was written is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pyarrow as pa
+
+from splatshard.jobs.destination.plan_file import write_text
+from splatshard.pipeline.storage.fs import exists, open_read
+from splatshard.schemas.config import class_list
+from splatshard.schemas.errors import SourceError
+from splatshard.schemas.shard import ShardManifest
+from splatshard.schemas.splats import EXTENSIONS, columns, metadata_of
+
+README_FILE = "README.md"
+CLASSNAMES = "classnames.txt"
+TAGS = ("gaussian-splatting", "2d-gaussians", "splatshard")
+SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
+NAMES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+"""Of the hub's size categories."""
+
+
+def write_readme(dst: str, card: str, manifests: Sequence[ShardManifest]) -> None:
+    """Write the file anew, unless somebody has changed it. Raises StorageError and others."""
+    url = f"{dst}/{README_FILE}"
+    if not exists(url) or _is_ours(_text_of(url)):
+        write_text(dst, README_FILE, signed(head(dst, manifests) + card))
+
+
+def signed(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{text}\n<!-- splatshard writes this file anew, unless it is changed: {digest} -->\n"
+
+
+def _is_ours(text: str) -> bool:
+    return text == signed(text.rpartition("\n<!-- ")[0])
+
+
+def _text_of(url: str) -> str:
+    with open_read(url) as stream:
+        return stream.read().decode("utf-8", "replace")
+
+
+def head(dst: str, manifests: Sequence[ShardManifest]) -> str:
+    """The YAML; quoted texts are JSON's, which is YAML."""
+    recipes = {id(m.inputs["recipe"]): m.inputs["recipe"] for m in manifests}.values()
+    formats = sorted({recipe["pack"]["format"] for recipe in recipes})
+    lines = [
+        "---",
+        "# license: that of the images, as the hub names it (cc-by-4.0, other, ...)",
+        f"pretty_name: {_quoted(dst.rpartition('/')[2])}",
+        f"tags: [{', '.join(TAGS)}]",
+        f"size_categories: [{_quoted(size_category(sum(m.samples for m in manifests)))}]",
+        "configs:",
+    ]
+    for format in formats:
+        name = "default" if len(formats) == 1 else format
+        lines += [f"- config_name: {name}", f'  data_files: "*.{EXTENSIONS[format]}"']
+    schemas = {columns(metadata_of(recipe)) for recipe in recipes}
+    if formats == ["parquet"] and len(schemas) == 1:
+        lines += ["dataset_info:", "  features:"]
+        lines += [f"  {line}" for line in features(schemas.pop(), classes_of(dst, manifests))]
+    return "\n".join([*lines, "---", "", ""])
+
+
+def size_category(samples: int) -> str:
+    """As the hub has it, `10K<n<100K`."""
+    place = next((i for i, most in enumerate(SIZES) if samples < most), len(SIZES))
+    if place == 0:
+        return f"n<{NAMES[0]}"
+    return f"n>{NAMES[-1]}" if place == len(SIZES) else f"{NAMES[place - 1]}<n<{NAMES[place]}"
+
+
+def classes_of(dst: str, manifests: Sequence[ShardManifest]) -> tuple[str, ...]:
+    """The class folders that number the labels of all shards; none where another list, or none,
+    does."""
+    lists = {(m.inputs["source"] or {}).get("labels") for m in manifests}
+    url = f"{dst}/{CLASSNAMES}"
+    if len(lists) == 1 and exists(url):
+        with suppress(SourceError):
+            names = tuple(_text_of(url).splitlines())
+            return names if class_list(names) in lists else ()
+    return ()
+
+
+def features(schema: pa.Schema, classes: Sequence[str]) -> Iterator[str]:
+    """The columns, in YAML as `datasets` writes its Features."""
+    for field in schema:
+        yield f"- name: {field.name}"
+        if field.name == "label" and classes:
+            yield from ("  dtype:", "    class_label:", "      names:")
+            yield from (f"        '{i}': {_quoted(name)}" for i, name in enumerate(classes))
+        else:
+            yield from (f"  {line}" for line in _kind(field.type))
+
+
+def _kind(kind: pa.DataType) -> Iterator[str]:
+    if pa.types.is_list(kind):
+        yield "list:"
+        yield from _fields(kind.value_type)
+    elif pa.types.is_struct(kind):
+        yield "struct:"
+        yield from _fields(kind)
+    else:
+        yield f"dtype: {'float32' if pa.types.is_float32(kind) else kind}"
+
+
+def _fields(struct: Any) -> Iterator[str]:
+    for i in range(struct.num_fields):
+        field = struct.field(i)
+        yield f"- name: {field.name}"
+        yield from (f"  {line}" for line in _kind(field.type))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
