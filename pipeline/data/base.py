@@ -178,7 +178,9 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         """A DataLoader worker that is not forked knows nothing of its parent's process group."""
-        return self.__dict__ | {"_parent": self.place, "_taker": None}
+        place = self.place
+        loaders.check_divided_once(place.world_size)
+        return self.__dict__ | {"_parent": place, "_taker": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy shares its place with DataLoader workers, too; neither copy.deepcopy nor pickle
@@ -258,7 +260,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_steps()
-        loaders.check_not_collated(sys._getframe(1).f_locals.get("self"))
+        loaders.check_not_collated(sys._getframe(1))
         self._part()
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
@@ -278,7 +280,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             return shares(start.samples, total, self.batch_size, drop_last, reader, taken)
 
         in_worker = get_worker_info() is not None
-        self._taker = loaders.taker_of(self)
+        self._taker = loaders.taker_of()
         following = Start(start.epoch + 1, 0, self.lanes, self.batch_size)
         steps = epoch_steps(total - start.samples, self.batch_size, reader.world_size, drop_last)
         if not in_worker and not steps:
@@ -321,7 +323,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """
         in_workers = get_worker_info() is None and self._shared[WORKERS]
         if self._progress is not None and not in_workers:
-            loaders.check_not_ahead(self._taker)
+            asker = sys._getframe(1).f_globals.get("__name__", "")
+            loaders.check_not_ahead(self._taker, asker)
             return self._progress
         if in_workers:
             raise UsageError(
@@ -370,7 +373,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     def _note(self, start: Start, reader: Reader) -> None:
         """Refuse, or say, what speaks against the iteration that begins; once a run, where it
         begins, what is so for all of it. The first worker speaks for all."""
-        loaders.check_divided_once(self, self.place.world_size)
+        loaders.check_divided_once(self.place.world_size)
         if reader.worker:
             return
         said = [nothing_left(start.epoch, self._steps_from(start.samples))]

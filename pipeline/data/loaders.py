@@ -1,7 +1,8 @@
 """Who hands out a dataset's batches, as seen from the dataset: DataLoaders, and accelerate.
 
-A DataLoader tells its dataset nothing of how it was made. So it is looked for among the objects
-that refer to the dataset: the garbage collector knows them.
+A DataLoader tells its dataset nothing of how it was made. So it is looked for where it asks for an
+iterator, on the stack, or later among the objects that refer to the dataset, which the garbage
+collector knows. That takes a good part of a second in a large process; the stack costs nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from threading import get_ident
-from types import CellType, FunctionType
+from types import CellType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from splatshard.schemas.errors import UsageError
 
@@ -51,15 +52,16 @@ def _in_any_order(dataset: object, seen: set[int]) -> bool:
     return any(_in_any_order(found, seen) for found in _callables(dataset))
 
 
-def check_not_collated(caller: object) -> None:
-    """Raises UsageError where `caller`, who asks for an iterator, is what fetches for a DataLoader
-    that joins whole batches, by a function that knows nothing of them, or adds a dimension to
-    them."""
-    if not getattr(caller, "auto_collation", False):
+def check_not_collated(caller: FrameType) -> None:
+    """Raises UsageError where `caller`, who asks for an iterator, fetches for a DataLoader that
+    joins whole batches by a function that knows nothing of them, or adds a dimension to them."""
+    if caller.f_globals.get("__name__") != "torch.utils.data._utils.fetch":
         return
-    collate = getattr(caller, "collate_fn", None)
+    fetcher = caller.f_locals.get("self")
+    collate = getattr(fetcher, "collate_fn", None)
     collate = getattr(collate, "data_collator", collate)  # of transformers, which removes columns
-    if getattr(collate, "__module__", "").partition(".")[0] not in ("torch", "transformers"):
+    library = getattr(collate, "__module__", "").partition(".")[0]
+    if library not in ("torch", "transformers") or not getattr(fetcher, "auto_collation", False):
         return
     raise UsageError(
         "a DataLoader would collate what are whole batches already: make it with batch_size=None, "
@@ -68,14 +70,14 @@ def check_not_collated(caller: object) -> None:
     )
 
 
-def check_divided_once(dataset: Dataset[Any], world_size: int) -> None:
-    """Raises UsageError where accelerate divides once more what `dataset` divides among ranks: by
+def check_divided_once(world_size: int) -> None:
+    """Raises UsageError where accelerate divides once more what a dataset divides among ranks: by
     its default rank 0 alone would read its part, and all others get some of that."""
     if world_size == 1:
         return
-    if found := _accelerate(dataset, ("DataLoaderDispatcher", "IterableDatasetShard")):
+    if found := _accelerate(("DataLoaderDispatcher", "IterableDatasetShard")):
         raise UsageError(
-            f"accelerate ({found[0]}) divides among the ranks what this dataset divides already, "
+            f"accelerate ({found}) divides among the ranks what this dataset divides already, "
             "so the rest would never be read: do not prepare() its DataLoader, or give the dataset "
             "rank=0 and world_size=1"
         )
@@ -89,41 +91,35 @@ class Taker(NamedTuple):
     thread: int
 
 
-def taker_of(dataset: Dataset[Any]) -> Taker:
-    """As seen from an iterator of `dataset`. accelerate's stateful loaders are not ahead: they ask
-    for the state before they go on."""
-    found = _accelerate(dataset, ("DataLoaderDispatcher", "DataLoaderShard"))
-    ahead = found and not getattr(found[1], "use_stateful_dataloader", False)
-    return Taker(found[0] if found and ahead else "", get_ident())
+def taker_of() -> Taker:
+    """As seen from a dataset's iterator."""
+    return Taker(_accelerate(("DataLoaderDispatcher", "DataLoaderShard")), get_ident())
 
 
-def check_not_ahead(taker: Taker | None) -> None:
+def check_not_ahead(taker: Taker | None, asker: str) -> None:
     """Raises UsageError where batches may have been taken and not yet handed out, so that a state
-    of the dataset would lose them."""
-    if taker is None or taker == ("", get_ident()):
+    of the dataset would lose them. `asker` is the module that wants the state: torchdata, within
+    accelerate's stateful loaders, does so before it goes on."""
+    ahead = "" if taker is None or asker.startswith("torchdata.") else taker.ahead
+    if taker is None or (ahead, taker.thread) == ("", get_ident()):
         return
-    who = f"accelerate ({taker.ahead})" if taker.ahead else "another thread"
+    who = f"accelerate ({ahead})" if ahead else "another thread"
     raise UsageError(
         f"{who} reads ahead, and state_dict() would take for read what was not yet handed out: "
         "save dataset.state_after(batch)"
     )
 
 
-def _accelerate(dataset: Dataset[Any], names: tuple[str, ...]) -> tuple[str, object] | None:
-    """Which of these classes of accelerate's holds `dataset`, itself or through others."""
-    return _owned_by(dataset, names, depth=3) if "accelerate" in sys.modules else None
-
-
-def _owned_by(value: object, names: tuple[str, ...], depth: int) -> tuple[str, object] | None:
-    for holder in _holders(value):
-        owner = holder[_OWNER]
-        for kind in type(owner).__mro__:
-            if kind.__module__ == "accelerate.data_loader" and kind.__name__ in names:
-                return kind.__name__, owner
-        further = depth and isinstance(owner, Dataset | DataLoader) and owner is not value
-        if further and (found := _owned_by(owner, names, depth - 1)):
-            return found
-    return None
+def _accelerate(names: tuple[str, ...]) -> str:
+    """Which of these classes of accelerate's is at work, as the stack has it, of which a forked
+    DataLoader worker has its parent's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_qualname.partition(".")[0]
+        if name in names and frame.f_globals.get("__name__") == "accelerate.data_loader":
+            return name
+        frame = frame.f_back
+    return ""
 
 
 def _callables(value: object) -> list[object]:

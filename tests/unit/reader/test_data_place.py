@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -185,57 +186,72 @@ class Wrapper(IterableDataset):
         return iter(self.inner)
 
 
-class Prepared(DataLoader):
-    """As accelerate's, which holds the DataLoader that it was given."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        super().__init__(loader.dataset, batch_size=None)
-        self.base_dataloader = loader
+class Samples(Wrapper):
+    """Which gives single samples."""
 
     def __iter__(self) -> Iterator[object]:
-        return iter(self.base_dataloader)
+        for batch in self.inner:
+            yield from batch.labels
 
 
-@pytest.mark.parametrize("name", ["DataLoaderDispatcher", "IterableDatasetShard"])
-@pytest.mark.parametrize("wrapped", [False, True])
+def prepared(loader: DataLoader, world_size: int = 1, **options: Any) -> Any:
+    """As rank 0 of so many has it from Accelerator.prepare."""
+    from accelerate.data_loader import prepare_data_loader
+
+    options |= {"num_processes": world_size, "process_index": 0, "device": torch.device("cpu")}
+    return prepare_data_loader(loader, put_on_device=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap", "batch_size"),
+    [
+        ("DataLoaderDispatcher", lambda dataset: dataset, None),
+        ("DataLoaderDispatcher", Wrapper, None),
+        ("IterableDatasetShard", Samples, 4),
+    ],
+)
 def test_what_accelerate_divides_again_is_refused(
-    dst: str, monkeypatch: pytest.MonkeyPatch, name: str, wrapped: bool
+    dst: str, name: str, wrap: Callable[[SplatDataset], Any], batch_size: int | None
 ) -> None:
     """Of two ranks' samples half were never read."""
-    monkeypatch.setitem(sys.modules, "accelerate", object())
-    outer = Prepared if name == "DataLoaderDispatcher" else Wrapper
-    kind = type(name, (outer,), {"__module__": "accelerate.data_loader"})
 
-    def prepared(world_size: int) -> DataLoader:
-        dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=world_size)
-        within = Wrapper(dataset) if wrapped else dataset
-        if outer is Wrapper:
-            return DataLoader(kind(within), batch_size=None)
-        return kind(DataLoader(within, batch_size=None))
+    def loader(world_size: int, context: str | None = None, **options: Any) -> Any:
+        dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=world_size, **options)
+        workers = {"num_workers": int(context is not None), "multiprocessing_context": context}
+        inner = DataLoader(wrap(dataset), batch_size=batch_size, **workers)
+        return prepared(inner, world_size, dispatch_batches=name == "DataLoaderDispatcher")
 
-    with pytest.raises(UsageError, match=rf"accelerate \({name}\) divides among the ranks"):
-        list(prepared(2))
-    assert list(prepared(1))
+    for context in (None, "fork", "spawn"):
+        with pytest.raises(UsageError, match=rf"accelerate \({name}\) divides among the ranks"):
+            list(loader(2, context))
+    assert list(loader(1, as_dict=wrap is not Samples))
     alone = SplatDataset(dst, batch_size=4, rank=0, world_size=2)
     assert list(DataLoader(Wrapper(alone), batch_size=None))
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # by torchdata 0.11
 @pytest.mark.parametrize("name", ["DataLoaderDispatcher", "DataLoaderShard"])
 @pytest.mark.parametrize("stateful", [False, True])
 def test_a_state_is_refused_where_accelerate_reads_ahead(
-    dst: str, monkeypatch: pytest.MonkeyPatch, name: str, stateful: bool
+    dst: str, name: str, stateful: bool
 ) -> None:
     """It has taken one batch more than it hands out, and that one was never read again."""
-    monkeypatch.setitem(sys.modules, "accelerate", object())
-    kind = type(name, (Prepared,), {"__module__": "accelerate.data_loader"})
-    dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=1)
-    loader = kind(DataLoader(Wrapper(dataset), batch_size=None))
-    loader.use_stateful_dataloader = stateful
-    batch = next(iter(loader))
-    if stateful:  # such a loader asks before it reads on
-        assert dataset.state_dict() == dataset.state_after(batch)
-    else:
-        with pytest.raises(UsageError, match=rf"accelerate \({name}\) reads ahead"):
-            dataset.state_dict()
-        dataset.load_state_dict(dataset.state_after(batch))
-        assert dataset.state_dict()["samples"] == 4
+    options = {"dispatch_batches": name == "DataLoaderDispatcher"}
+    options |= {"use_stateful_dataloader": stateful}
+
+    def loader() -> tuple[SplatDataset, Any]:
+        dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=1, as_dict=True)
+        inner = dataset if stateful else Wrapper(dataset)
+        return dataset, prepared(DataLoader(inner, batch_size=None), **options)
+
+    dataset, batches = loader()
+    assert type(batches).__name__ == name
+    batch = next(iter(batches))
+    with pytest.raises(UsageError, match=rf"accelerate \({name}\) reads ahead"):
+        dataset.state_dict()
+    if stateful:  # such a loader asks for the state before it goes on
+        _, again = loader()
+        again.load_state_dict(batches.state_dict())
+        assert next(iter(again))["position"][0, 1] == 8
+    dataset.load_state_dict(dataset.state_after(batch))
+    assert dataset.state_dict()["samples"] == 4
