@@ -92,6 +92,7 @@ def test_page_has_the_sections_that_are_run() -> None:
     assert [title for title, codes in SECTIONS.items() if codes] == [
         "SplatDataset",
         "Workers, ranks, and going on after a kill",
+        "Training stacks",  # by tests/integration/test_stacks.py
         "SplatTable",
         "Mixtures, filters, budgets, S3",
         "webdataset, without this package",
