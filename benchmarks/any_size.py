@@ -24,9 +24,10 @@ import torch
 
 from benchmarks.record import DATA, save
 from splatshard.pipeline.codec.planes import join
-from splatshard.pipeline.convert import Row, convert_samples
+from splatshard.pipeline.convert import decode_batches, fit_batches, pack_batch
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.runtime.batching import batch_limit
 from splatshard.pipeline.runtime.stage_timer import StageTimer
 from splatshard.pipeline.source.read import RawSample
 from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
@@ -71,38 +72,30 @@ class Args:
     name: str = "any_size"
 
 
-def measured(
-    samples: list[RawSample], config: ConvertConfig, backend: Backend
-) -> tuple[list[Row], float]:
-    """Rows, and seconds per image: CPU time, on a GPU wall time."""
+def measure(samples: list[RawSample], config: ConvertConfig, backend: Backend) -> dict[str, Any]:
+    """A row of the results; seconds on a GPU are wall time."""
     clock = time.process_time if backend.device.type == "cpu" else time.perf_counter
-    begin = clock()
-    batches = convert_samples(samples, config, backend, StageTimer())
-    rows = [row for batch in batches for row in batch]
+    limit, timer, begin = batch_limit(config, backend.device), StageTimer(), clock()
+    decoded = decode_batches(samples, limit, config, backend.device, timer)
+    batches = list(fit_batches(decoded, config, backend, limit, timer))
+    rows = [dict(row) for batch in batches for row in pack_batch(batch, config, backend)]
+    seconds = clock() - begin
     assert all(row["status"] == "ok" for row in rows)
-    return rows, (clock() - begin) / len(samples)
-
-
-def measure(
-    samples: list[RawSample], config: ConvertConfig, backend: Backend, fp16: bool
-) -> dict[str, Any]:
-    rows, seconds = measured(samples, config, backend)
+    halves = replace(config, pack=PackConfig(codec="fp16"))
+    fp16 = [row["psnr_loss"] for batch in batches for row in pack_batch(batch, halves, backend)]
     values = {name: np.array([row[name] for row in rows]) for name in ("psnr", "psnr_loss")}
     numbers = [row["num_gaussians"] for row in rows]
-    found = {
+    return {
         "gaussians": float(np.mean(numbers)),
         "gaussians_from_to": [min(numbers), max(numbers)],
         "steps": config.fit.steps,
         "psnr_fit": float((values["psnr"] + values["psnr_loss"]).mean()),
         "psnr": float(values["psnr"].mean()),
         "psnr_least": float(values["psnr"].min()),
+        "fp16_loss": float(np.mean(fp16)),
         "bytes": float(np.mean([len(join(row["splats"])) for row in rows])),
-        "s_per_image": seconds,
+        "s_per_image": seconds / len(rows),
     }
-    if fp16:
-        halves, _ = measured(samples, replace(config, pack=PackConfig(codec="fp16")), backend)
-        found["fp16_loss"] = float(np.mean([row["psnr_loss"] for row in halves]))
-    return found
 
 
 def main() -> None:
@@ -114,17 +107,17 @@ def main() -> None:
     paths = sorted((DATA / "kodak").glob("*.png"))[: args.images]
     samples = [RawSample(path.stem, path.read_bytes(), path.name) for path in paths]
     whole = ConvertConfig(decode=DecodeConfig(resize="none"), fit=FitConfig(steps=args.steps))
-    measured(samples[:1], replace(whole, fit=FitConfig(steps=2)), backend)  # compile
+    measure(samples[:1], replace(whole, fit=FitConfig(steps=2)), backend)  # compile
     rows = []
     for n in args.gaussians:
         config = replace(whole, fit=replace(whole.fit, num_gaussians=n))
-        rows.append(measure(samples, config, backend, fp16=args.steps == 150))
+        rows.append(measure(samples, config, backend))
         print("{gaussians:8,.0f} {psnr:6.2f} dB {s_per_image:.2f} s".format(**rows[-1]), flush=True)
     results: dict[str, Any] = {"images": len(samples), "beside_other_work": True, "fixed": rows}
     if args.growing:
         fitting = replace(whole.fit, target_psnr=TARGET, max_gaussians=65_536)
         fitting = replace(fitting, gaussians_per_megapixel=10_000)
-        growing = measure(samples, replace(whole, fit=fitting), backend, fp16=False)
+        growing = measure(samples, replace(whole, fit=fitting), backend)
         results["growing"] = {"target": TARGET, **growing}
         print("{gaussians:8,.0f} {psnr:6.2f} dB {s_per_image:.2f} s".format(**growing))
     save(args.name, results | {"peers": PEERS})
