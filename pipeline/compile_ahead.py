@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -148,7 +149,11 @@ def leave(marker: Path) -> None:
 def fit_one(config: ConvertConfig, backend: Backend) -> None:
     from splatshard.pipeline.fitting.recipe import fit_and_prune
 
-    fit_and_prune(picture(config.fit.num_gaussians)[0], config, backend)
+    fit = config.fit.sized(SIDE, SIDE)
+    if fit.max_gaussians:  # one round of growing calls all that more of them would
+        most = min(fit.max_gaussians, fit.num_gaussians + 1)
+        fit = replace(fit, target_psnr=99.0, max_gaussians=most)
+    fit_and_prune(picture(fit.num_gaussians)[0], replace(config, fit=fit), backend)
 
 
 def weigh_one(config: ConvertConfig, backend: Backend) -> None:

@@ -29,7 +29,10 @@ from splatshard.schemas.config import ConvertConfig, FitConfig, PackConfig
 CONFIGS = {
     "default": ConvertConfig(),
     "nested": ConvertConfig(fit=FitConfig(nested="8,16")),
-    "fp16": ConvertConfig(pack=PackConfig(codec="fp16"), fit=FitConfig(init="grid")),
+    "fp16": ConvertConfig(
+        pack=PackConfig(codec="fp16"),
+        fit=FitConfig(init="grid", num_gaussians=9, target_psnr=40, max_gaussians=20),
+    ),
 }
 CONVERT = """
 import sys
