@@ -1,14 +1,14 @@
 """Whole Kodak photographs, 768 x 512 px, with as many Gaussians as the peers publish.
 
     python -m benchmarks.any_size [--steps 150] [--name any_size]
-    python -m benchmarks.any_size --gaussians --growing --name growing
+    python -m benchmarks.any_size --gaussians --growing --name any_size_growing
 
-As convert does it: `--resize none --codec balanced` with each number of Gaussians. `--growing`: with
-`--target-psnr` and `--max-gaussians` (see pipeline/fitting/grow.py), and of photographs at 224 px
-also with the mean number that they got. PSNR in dB of the fit and
-of the stored bytes, the codec's loss with fp16 beside it, and seconds of CPU time of one thread per
-image: decoding, fit and packing. Bytes are those of the payload in a tar. Means over the images, 12
-of Kodak's 24; the least PSNR beside it.
+As convert does it: `--resize none --codec balanced` with each number of Gaussians. `--growing` is
+`--target-psnr` with `--max-gaussians` (see pipeline/fitting/grow.py); photographs at 224 px also
+get one number for all, the mean of what they got. PSNR in dB of the fit and of the stored bytes,
+the codec's loss with fp16 beside it, and seconds of CPU time of one thread per image: decoding, fit
+and packing. Bytes are those of the payload in a tar. Means over the images, 12 of Kodak's 24; the
+least PSNR beside it.
 
 PEERS are published figures, each with its source, over all 24 and on GPUs. What could not be read
 at its source is left out: Fast-2DGS (arXiv 2512.12774), whose code crops to 512 x 512 px,

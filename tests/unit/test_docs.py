@@ -235,6 +235,38 @@ def test_nested_budgets_are_the_measured_ones() -> None:
     assert f"{share:.2f} of their bytes" in page
 
 
+def test_growing_fits_are_the_measured_ones() -> None:
+    rows = table_after("docs/choosing.md", "## A number for each image")
+    for cells, row in zip(rows, measured("any_size_growing")["growing"], strict=False):
+        numbers = f"{row['gaussians']:,.0f}"
+        if row["target"]:
+            numbers += ", {:,} to {:,}".format(*row["gaussians_from_to"])
+        assert cells == [
+            f"{row.get('begin', round(row['gaussians'])):,}",
+            str(row["target"] or ""),
+            numbers,
+            f"{row['psnr']:.2f}, {row['psnr_least']:.2f} dB",
+            f"{row['bytes']:,.0f}",
+            f"{row['s_per_image']:.3f}",
+        ]
+    assert len(rows) == 6
+
+
+def test_whole_photographs_are_the_measured_ones() -> None:
+    rows = [row for name in ("any_size", "any_size_450") for row in measured(name)["fixed"]]
+    rows.append(measured("any_size_growing")["growing"][-1])
+    table = table_after("docs/measured.md", "## Whole photographs")
+    for (_, *cells), row in zip(table, rows, strict=True):
+        assert cells == [
+            f"{row['gaussians']:,.0f}",
+            f"{row['psnr_fit']:.2f} dB",
+            f"{row['psnr']:.2f} dB",
+            f"{row['bytes']:,.0f}",
+            f"{row['fp16_loss']:.2f} dB",
+            f"{row['s_per_image']:.2f}",
+        ]
+
+
 # The picture
 
 
