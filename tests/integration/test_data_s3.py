@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from splatshard.pipeline.data import SplatDataset
+from splatshard.pipeline.data import SplatDataset, SplatTable
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from tests.integration.stores import Store
@@ -67,6 +67,18 @@ def test_the_same_as_from_a_local_disk(bucket: str, tmp_path: Path, format: str)
             assert torch.equal(a.splats.means, b.splats.means)
     assert len(cached(tmp_path / "cache")) == len(COUNTS)
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_table_fetches_the_shards_that_it_reads(bucket: str, tmp_path: Path, format: str) -> None:
+    remote, cache = f"s3://{bucket}/splats", tmp_path / "cache"
+    rows = make_dataset(remote, COUNTS, format, attempt="00c0ffee1")
+    table = SplatTable(remote, cache_dir=cache)
+    assert table.keys() == sorted(rows)
+    if format == "parquet":  # of which a column is enough
+        assert not cache.exists()
+        assert table[table.keys()[-1]]["caption"] == (rows[table.keys()[-1]]["caption"] or "")
+        assert len(cached(cache)) == 1
 
 
 def test_shards_of_one_name_in_two_folders(bucket: str, tmp_path: Path) -> None:
