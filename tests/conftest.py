@@ -62,6 +62,13 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
+@pytest.fixture(autouse=True)
+def first_datasets() -> None:
+    """Datasets that other tests read are none of this one's."""
+    if state := sys.modules.get("splatshard.pipeline.data.state"):
+        state._ENDED.clear()
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """How tests are handed to the processes, unless --dist says otherwise."""

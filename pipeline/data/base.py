@@ -23,13 +23,13 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from splatshard.pipeline.data import loaders
+from splatshard.pipeline.data import loaders, ranks
 from splatshard.pipeline.data.batch import AnyBatch, Position, position_of
 from splatshard.pipeline.data.catalog import S, Source, check_sizes, numbered_otherwise, pools
 from splatshard.pipeline.data.epoch_order import (
@@ -47,10 +47,13 @@ from splatshard.pipeline.data.place import Place, crowded, doubts, place_of
 from splatshard.pipeline.data.state import (
     LAST_WORKER,
     LOADED,
+    NAMED,
     UNREAD,
     WORKERS,
     Start,
+    ended_cells,
     left_state,
+    made_anew,
     nothing_left,
     start_of,
     state_of,
@@ -63,23 +66,6 @@ log = logging.getLogger(__name__)
 
 
 Batch = TypeVar("Batch", bound=AnyBatch)
-
-
-class Ordering(TypedDict, total=False):
-    """Arguments of OrderedDataset that its kinds pass on."""
-
-    batch_size: int
-    rank: int | None
-    world_size: int | None
-    seed: int
-    shuffle: bool
-    shuffle_shards: int
-    lanes: int
-    drop_last: bool
-    filter: Sequence[Sequence[Any]]
-    epoch_samples: int | None
-    prefetch_windows: int
-    on_rank_zero: Callable[[Callable[[], Any]], Any] | None
 
 
 class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
@@ -166,7 +152,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             "epoch_samples": epoch_samples or 0,
         }
         # Shared with DataLoader workers, so that persistent ones see `set_epoch`, too: see state.py
-        self._shared = torch.zeros(8, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(9, dtype=torch.int64).share_memory_()
         self._owner = os.getpid()  # whose iterations move it
         self._in_order = 0  # the worker beside which all loaders were found to be in order
         self._looks = 0  # iterators that were left after a batch of their epoch
@@ -174,7 +160,11 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self._own: tuple[Start, int] | None = None  # a DataLoader worker's, of StatefulDataLoader
         self._progress: dict[str, Any] | None = None
         self._taker: loaders.Taker | None = None  # of the newest iterator's batches
+        told = {k: v for k, v in vars(self).items() if isinstance(v, int | str | tuple)}
+        self._ended = ended_cells((type(self).__name__, told, self._settings))
+        self._compared = False  # with the other ranks
         self._begin(Start(0, 0, lanes, batch_size))
+        self._compare()
 
     def __getstate__(self) -> dict[str, Any]:
         """A DataLoader worker that is not forked knows nothing of its parent's process group."""
@@ -187,6 +177,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         keeps a tensor in shared memory."""
         self.__dict__.update(state)
         self._shared.share_memory_()
+        self._ended.share_memory_()
 
     @abstractmethod
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[S]:
@@ -236,6 +227,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """
         check_counts(epoch=(epoch, 0))
         self._part()
+        self._compare()
         loaded, unread = int(self._shared[LOADED]) - 1, bool(self._shared[UNREAD])
         if epoch != self.epoch:
             if loaded >= 0 and (said := left_state(epoch, loaded, unread, self.steps_left)):
@@ -244,6 +236,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         if epoch != loaded or not unread:
             self._shared[LOADED] = 0
         self._shared[WORKERS] = self._out = 0
+        self._shared[NAMED] = 1
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch, some of which may be read: Lightning counts on."""
@@ -262,6 +255,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         self._check_steps()
         loaders.check_not_collated(sys._getframe(1))
         self._part()
+        self._compare()
         reader = self._reader()
         start, taken = self._own or (self._start(), 0)
         self._note(start, reader)
@@ -294,10 +288,13 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
                     self._progress = self._state(start, reader, taken)
                 else:
                     if taken == steps:  # who counts to len(dataset) does not ask once more
+                        self._ended[0].clamp_(min=following.epoch)
                         self._begin(following)
                     self._progress = self.state_after(batch)
                 yield batch
-        if not in_worker:
+        if in_worker:
+            self._ended[0].clamp_(min=following.epoch)
+        else:
             self._progress = None
 
     def state_after(self, batch: AnyBatch | Mapping[str, Any]) -> dict[str, Any]:
@@ -345,6 +342,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             )
         self._part()
         self._shared[LOADED], self._shared[UNREAD] = start.epoch + 1, 1
+        self._shared[NAMED] = 1
         if get_worker_info() is None:
             self._begin(start)
         else:
@@ -374,6 +372,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         """Refuse, or say, what speaks against the iteration that begins; once a run, where it
         begins, what is so for all of it. The first worker speaks for all."""
         loaders.check_divided_once(self.place.world_size)
+        loaders.check_all_workers_read()
         if reader.worker:
             return
         said = [nothing_left(start.epoch, self._steps_from(start.samples))]
@@ -381,13 +380,24 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             shards = sum(len(source.shards) for source in self.sources)
             said.append(crowded(reader, start.lanes, shards))
             said.append(doubts(self.place) if self._given == (None, None) else "")
+        if self.shuffle and not (start.samples or self._shared[NAMED] or self._shared[WORKERS]):
+            said.append(made_anew(start.epoch, self._ended))
         for text in filter(None, said):
             log.warning("%s", text)
+
+    def _compare(self) -> None:
+        """Refuse what is not the same on all ranks, once, when the process group is known."""
+        if self._compared:
+            return
+        ordering = {"batch_size": self.batch_size, "lanes": self.lanes, "drop_last": self.drop_last}
+        self._compared = ranks.compare(self.place, self._settings | ordering, self.sources)
 
     def _part(self) -> None:
         """Leave the memory of another process, which gave this dataset to its ranks."""
         if self._owner != os.getpid() and get_worker_info() is None:
-            self._shared, self._owner = self._shared.clone().share_memory_(), os.getpid()
+            self._shared = self._shared.clone().share_memory_()
+            self._ended = self._ended.clone().share_memory_()
+            self._owner = os.getpid()
 
     def _begin(self, start: Start) -> None:
         self._shared[:5] = torch.tensor([*start, 0])
@@ -430,13 +440,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         assert position is not None, "the dataset makes batches with positions"
         order = self._order(Start(*position))
         end = min(position.samples, order.total // together * together)
-        keys = {span.window for span in order.spans(end - together, end)}
-        windows = [order.window(window) for window in sorted(keys)]
-        shards = {
-            shard.url: shard
-            for window in windows
-            for shard in (self.sources[window.source].shards[p.shard] for p in window.pieces)
-        }
+        parts = order.shards(end - together, end)
+        shards = {s.url: s for s in (self.sources[source].shards[i] for source, i in parts)}
         found = (url for url, shard in shards.items() if key in self.keys_of(shard))
         return next(found, " or ".join(shards))
 

@@ -60,6 +60,10 @@ class Shard:
     layout: Layout
 
     @property
+    def content(self) -> str:
+        return self.sha256
+
+    @property
     def remedy(self) -> str:
         return f"run splatshard repair {self.url.rpartition('/')[0]}"
 
@@ -72,6 +76,11 @@ class AnyShard(Protocol):
 
     @property
     def ok(self) -> int: ...
+
+    @property
+    def content(self) -> str:
+        """What tells it from others, alike wherever it is copied."""
+        ...
 
 
 S = TypeVar("S", bound=AnyShard)
@@ -118,7 +127,8 @@ def pools(
 def open_source(
     urls: Sequence[str], num_gaussians: int | None, further: Sequence[str] = ()
 ) -> Source[Shard]:
-    """All done shards of the destinations `urls`, or those of them that files and globs name.
+    """All done shards of the destinations `urls`, or those of them that files and globs name, by
+    folder and name: the order of `urls` does not matter.
 
     Raises UsageError where there are none or they do not have `num_gaussians` or the columns
     `further`, CorruptShardError for a damaged marker or a shard that cannot be opened,
@@ -127,7 +137,8 @@ def open_source(
     """
     manifests: list[tuple[str, ShardManifest]] = []
     contents = []
-    for folder, done in (part for url in urls for part in _named(url)):
+    parts = [part for url in urls for part in _named(url)]
+    for folder, done in sorted(parts, key=lambda part: (part[0], part[1][0].name)):
         contents.append(dataset_content(done))
         manifests += [(folder, manifest) for manifest in done]
     layouts: dict[tuple[str, str], Layout] = {}

@@ -24,12 +24,12 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from splatshard.pipeline.data.base import OrderedDataset, Ordering
+from splatshard.pipeline.data.base import OrderedDataset
 from splatshard.pipeline.data.batch import Position, TrainBatch
 from splatshard.pipeline.data.block import Block, assemble
 from splatshard.pipeline.data.cache import ShardCache
 from splatshard.pipeline.data.catalog import Shard, Source, checked_columns, open_source
-from splatshard.pipeline.data.epoch_order import Piece
+from splatshard.pipeline.data.epoch_order import Ordering, Piece
 from splatshard.pipeline.data.files import ShardFiles, default_cache_dir, shard_errors
 from splatshard.pipeline.data.filters import Filter, apply_filter
 from splatshard.pipeline.data.read_parquet import parquet_blocks

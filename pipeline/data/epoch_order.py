@@ -25,9 +25,9 @@ part came once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,23 @@ from splatshard.schemas.errors import UsageError
 
 PERIOD = 4096
 """Grains of a lane after which the choice of sources repeats; weights are rounded to 1 / PERIOD."""
+
+
+class Ordering(TypedDict, total=False):
+    """Arguments of OrderedDataset that its kinds pass on."""
+
+    batch_size: int
+    rank: int | None
+    world_size: int | None
+    seed: int
+    shuffle: bool
+    shuffle_shards: int
+    lanes: int
+    drop_last: bool
+    filter: Sequence[Sequence[Any]]
+    epoch_samples: int | None
+    prefetch_windows: int
+    on_rank_zero: Callable[[Callable[[], Any]], Any] | None
 
 
 class WindowKey(NamedTuple):
@@ -140,6 +157,12 @@ class EpochOrder:
                 found += self._windows(0, self.lanes, 0, offset, size)
             begin += size
         return found
+
+    def shards(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """From which shards the samples `begin` to `end` are: numbers of source and shard."""
+        keys = sorted({span.window for span in self.spans(begin, end)})
+        windows = [self.window(key) for key in keys]
+        return [(window.source, piece.shard) for window in windows for piece in window.pieces]
 
     def window(self, key: WindowKey) -> Window:
         """The samples of a window, and their order."""

@@ -15,7 +15,7 @@ from threading import get_ident
 from types import CellType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from splatshard.schemas.errors import UsageError
 
@@ -83,6 +83,22 @@ def check_divided_once(world_size: int) -> None:
         )
 
 
+def check_all_workers_read() -> None:
+    """Raises UsageError in a DataLoader worker that asks for an iterator through Hugging Face's
+    IterableDataset, where that reads in fewer workers than there are: the others' parts would never
+    be read."""
+    info = get_worker_info()
+    _, reader = _at_work("datasets.iterable_dataset", ("IterableDataset",)) if info else ("", None)
+    shards = getattr(reader, "num_shards", None)
+    if info and shards is not None and shards < info.num_workers:
+        raise UsageError(
+            f"datasets.IterableDataset has {shards} shards, so it reads in as many of the "
+            f"DataLoader's {info.num_workers} workers, and the others' samples would never be "
+            "read: give the DataLoader the dataset itself, with batch_size=None, or "
+            f"num_workers={shards}"
+        )
+
+
 class Taker(NamedTuple):
     """Who takes batches of a dataset: the class of accelerate's that does so before it hands out
     the last one, if that is it, and the thread."""
@@ -111,15 +127,20 @@ def check_not_ahead(taker: Taker | None, asker: str) -> None:
 
 
 def _accelerate(names: tuple[str, ...]) -> str:
-    """Which of these classes of accelerate's is at work, as the stack has it, of which a forked
-    DataLoader worker has its parent's."""
+    """Which of these classes of accelerate's is at work."""
+    return _at_work("accelerate.data_loader", names)[0]
+
+
+def _at_work(module: str, names: tuple[str, ...]) -> tuple[str, Any]:
+    """Which of these classes of `module` is at work, as the stack has it, of which a forked
+    DataLoader worker has its parent's; and the object."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_qualname.partition(".")[0]
-        if name in names and frame.f_globals.get("__name__") == "accelerate.data_loader":
-            return name
+        if name in names and frame.f_globals.get("__name__") == module:
+            return name, frame.f_locals.get("self")
         frame = frame.f_back
-    return ""
+    return "", None
 
 
 def _callables(value: object) -> list[object]:

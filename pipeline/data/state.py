@@ -17,15 +17,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from splatshard.pipeline.data.epoch_order import Reader
 from splatshard.schemas.errors import UsageError
 
 VERSION = 1
 
-WORKERS, LAST_WORKER, LOADED, UNREAD = range(4, 8)
+WORKERS, LAST_WORKER, LOADED, UNREAD, NAMED = range(4, 9)
 """What a dataset shares with DataLoader workers beside the four numbers of a Start: whether they
 have begun since that was set, and which was the last; the epoch of the newest state that was
-loaded, plus 1, and whether nothing was read since."""
+loaded, plus 1, and whether nothing was read since; whether set_epoch or a state ever said where to
+begin."""
+
+_ENDED: dict[str, Tensor] = {}
+KEPT = 64
+
+
+def ended_cells(which: object) -> Tensor:
+    """int64 [2], which all datasets of this process that are described by the same `which` share
+    with their workers: how many epochs one of them has read to the end, and whether it was told
+    that another reads them again. Only the newest are kept."""
+    key = repr(which)
+    _ENDED[key] = cells = _ENDED.pop(key, torch.zeros(2, dtype=torch.int64)).share_memory_()
+    while len(_ENDED) > KEPT:
+        del _ENDED[next(iter(_ENDED))]
+    return cells
+
+
+def made_anew(epoch: int, ended: Tensor) -> str:
+    """What to say, once, where a dataset begins `epoch` that one like it has read (`ended` int64
+    [2], see ended_cells); empty for nothing."""
+    if ended[1] or ended[0] <= epoch:
+        return ""
+    ended[1] = 1
+    return (
+        f"epoch {epoch} is read again, by a dataset that is made like an earlier one of this "
+        "process, and begins where that did: make it once and keep it, or call set_epoch before "
+        "each epoch (set_epoch(0) where a new run begins)"
+    )
 
 
 class Start(NamedTuple):

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset, TrainBatch
 from splatshard.pipeline.data.augment_pixels import check_pixels
-from splatshard.pipeline.data.base import Ordering
 from splatshard.pipeline.data.batch import values_of
 from splatshard.pipeline.data.catalog import numbered_otherwise
+from splatshard.pipeline.data.epoch_order import Ordering
 from splatshard.pipeline.data.random_numbers import sample_seeds
 from splatshard.pipeline.models.classifier import image_config, reads_images
 from splatshard.pipeline.models.clip import load_tokenizer, tokenize

@@ -155,6 +155,17 @@ def test_an_epoch_that_workers_read_again_is_said(dst: str, tmp_path: Path) -> N
     assert said == ["epoch 0 is read again: call set_epoch before each epoch"]
 
 
+def test_a_dataset_made_anew_for_each_epoch_of_workers_is_said_once(
+    dst: str, tmp_path: Path
+) -> None:
+    """They are forked anew, too: what the last ones read is known to this process."""
+    with log_of(tmp_path / "log"):
+        first, *others = [keys_of(loader_of(dataset_of(dst), 1)) for _ in range(3)]
+    assert others == [first, first]
+    (said,) = (tmp_path / "log").read_text().splitlines()
+    assert said.startswith("epoch 0 is read again, by a dataset that is made like an earlier one")
+
+
 def test_workers_that_read_the_same_shards_are_said_once(dst: str, tmp_path: Path) -> None:
     dataset = dataset_of(dst)
     with log_of(tmp_path / "log"):
@@ -299,3 +310,21 @@ def test_options_of_loaders_do_not_change_what_is_read(
     resumed.load_state_dict(state)
     rest = keys_of(loader_of(resumed, 2, **after))
     assert sorted(keys_of(read) + rest) == sorted(keys_of(dataset_of(dst)))
+
+
+def rows_in(dataset: SplatDataset) -> Iterator[dict[str, str]]:
+    for batch in dataset:
+        yield from ({"key": key} for key in batch.keys)
+
+
+def test_hugging_faces_dataset_reads_in_all_workers_or_none(dst: str) -> None:
+    """It has one shard, and so reads in one worker, whose part of the samples was all there was."""
+    datasets = pytest.importorskip("datasets")
+    wrapped = datasets.IterableDataset.from_generator(
+        rows_in, gen_kwargs={"dataset": dataset_of(dst)}
+    )
+    for workers in (0, 1):
+        keys = [row["key"] for row in loader_of(wrapped, workers)]
+        assert set(keys) == set(keys_of(dataset_of(dst)))
+    with pytest.raises(UsageError, match=r"has 1 shards.* 2 workers.*or num_workers=1"):
+        list(loader_of(wrapped, 2))

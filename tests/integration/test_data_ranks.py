@@ -19,8 +19,10 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys, warnings
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 from splatshard.pipeline.data import SplatDataset
+from splatshard.schemas.errors import UsageError
 
 warnings.simplefilter("ignore")
 
@@ -40,6 +42,15 @@ def main(src, out, rank):
         name: [k for b in batches for k, v in zip(b.keys, b.valid.tolist()) if v]
         for name, batches in read.items()
     }
+    options = {"batch_size": 2 + early.rank}  # not alike
+    child = mp.get_context("fork").Process(target=SplatDataset, args=(src,), kwargs=options)
+    child.start()
+    child.join()  # the group's store is its parent's, and left alone
+    found["refused"] = [child.exitcode]
+    try:
+        SplatDataset(src, **options)
+    except UsageError as e:
+        found["refused"].append(str(e))
     with open(f"{out}/{early.rank}.json", "w") as file:
         json.dump(found, file)
     if rank:
@@ -69,6 +80,11 @@ def test_ranks_share_the_samples(tmp_path: Path, launched: str) -> None:
     running = [subprocess.Popen(each, cwd=ROOT, env=env) for each in commands]
     assert [process.wait(120) for process in running] == [0] * len(running)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    (exitcode, *refused), (another, *too) = first.pop("refused"), second.pop("refused")
+    assert exitcode == another == 0
+    if launched == "process group":  # whoever came second
+        (said,) = refused + too
+        assert "read different datasets, of batch_size" in said
     for name in first:
         assert sorted(first[name] + second[name]) == sorted(rows), name
         assert abs(len(first[name]) - len(second[name])) <= 1, name

@@ -204,6 +204,6 @@ def test_sources_whose_numbers_mean_different_things(shards: Path, tmp_path: Pat
     other = changed(shards, tmp_path, lambda table: with_metadata(table, {"cutoff": 2.5}))
     both = f"{shards}/splats::{other}/splats"
     with pytest.raises(
-        UsageError, match=r"their cutoff: 1 of 2 folders have 3\.0, .*; 1 of 2 .* 2\.5, "
+        UsageError, match=r"their cutoff: 1 of 2 folders have 2\.5, .*; 1 of 2 .* 3\.0, "
     ):
         train(toy_config(shards, tmp_path / "run", data__src=both))

@@ -102,3 +102,29 @@ def test_an_epoch_that_a_state_was_of_is_not_read_again_unsaid(
     dataset.set_epoch(1)
     assert "epoch 1 is read again, since the state that was loaded is one of" in caplog.text
     assert keys_of(dataset) == orders[1]
+
+
+def test_a_dataset_made_anew_for_each_epoch_is_told_once(
+    dst: str, orders: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Lightning's reload_dataloaders_every_n_epochs makes it: no order but that of epoch 0."""
+    for _ in range(3):
+        assert keys_of(SplatDataset(dst, batch_size=4)) == orders[0]
+    (said,) = caplog.messages
+    assert said.startswith("epoch 0 is read again, by a dataset that is made like an earlier one")
+
+
+def test_what_is_made_anew_and_meant_is_not_told(
+    dst: str, orders: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    for epoch in (0, 1, 0):
+        dataset = SplatDataset(dst, batch_size=4)
+        dataset.set_epoch(epoch)
+        assert keys_of(dataset) == orders[epoch]
+    assert keys_of(resumed(dst, 0, 2)) == orders[0][8:]
+    for options in ({"seed": 1}, {"filter": [("label", ">", 3)]}, {"num_gaussians": 6}):
+        list(SplatDataset(dst, batch_size=4, **options))
+    list(SplatDataset(dst, batch_size=4, rank=1, world_size=2))
+    for _ in range(2):
+        list(SplatDataset(dst, batch_size=4, shuffle=False))
+    assert caplog.text == ""

@@ -106,9 +106,25 @@ def test_several_sources_are_one_pool(tmp_path: Path) -> None:
     keys = keys_of(joined)
     assert sorted(keys) == sorted([*a, *b])
     assert keys_of(listed) == keys
-    swapped = SplatDataset(f"{tmp_path}/b::{tmp_path}/a", batch_size=2)
+    parts = [SplatDataset(f"{tmp_path}/{name}", batch_size=2).state_dict() for name in "ab"]
+    assert joined.state_dict()["data"] == "+".join(state["data"] for state in parts)
+
+
+def test_the_order_of_a_list_does_not_matter(tmp_path: Path) -> None:
+    """Each rank may list the files in another one: they read some twice and others never."""
+    make_dataset(str(tmp_path / "a"), [5, 6, 7])
+    make_dataset(str(tmp_path / "b"), [9], first=5)
+    src = [f"{tmp_path}/a/0000{i}.parquet" for i in range(3)] + [f"{tmp_path}/b"]
+    whole = SplatDataset(src, batch_size=2)
+    keys, state = keys_of(whole), whole.state_dict()
+    for other in (src[::-1], "::".join(src[2:] + src[:2])):
+        dataset = SplatDataset(other, batch_size=2)
+        assert keys_of(dataset) == keys
+        dataset.load_state_dict(state)
+    in_order = keys_of(SplatDataset(src[::-1], batch_size=1, shuffle=False))
+    assert in_order == sorted(in_order)
     with pytest.raises(UsageError, match="saved with data"):
-        swapped.load_state_dict(joined.state_dict())
+        SplatDataset(src[:3], batch_size=2).load_state_dict(state)
 
 
 def test_a_mixture_takes_its_shares_and_resumes(tmp_path: Path) -> None:
