@@ -2,10 +2,11 @@
 
     SRC as convert understands it -> shards -> order -> windows (loaded ahead) -> blocks -> batch
 
-The shards, their names and samples, the crop of an image: all as convert has them, through the same
-functions. So a model on patches sees what a model on the splats of the same images sees: where the
-shards have the same numbers of samples (none was skipped), the same keys, one by one, for a seed.
-So do labels: where folders are classes, they have the numbers that convert gives them.
+The shards, their names and samples, the square of an image: all as convert has them, through the
+same functions. So a model on patches sees what a model on the splats of the same images sees (where
+these are of squares, too: --resize), and where the shards have the same numbers of samples (none
+was skipped), the same keys, one by one, for a seed. So do labels: where folders are classes, they
+have the numbers that convert gives them.
 
 A block holds the files of a piece of a shard, undecoded; a batch is decoded when it is put
 together, on several threads, since Pillow runs without Python's lock. An image that does not decode

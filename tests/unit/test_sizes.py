@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from splatshard.jobs.__main__ import main
 from splatshard.jobs.destination.card import image_sizes
+from splatshard.jobs.recipes.toys import shapes, write_tars
 from splatshard.pipeline.codec.pack import unpack_row
 from splatshard.pipeline.convert import Row, convert_samples, convert_shard
 from splatshard.pipeline.data import SplatDataset
@@ -29,6 +31,7 @@ from splatshard.pipeline.shards.verify import verify_shard
 from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.source.read import RawSample
+from splatshard.pipeline.train.loop import train
 from splatshard.schemas.config import (
     ConvertConfig,
     DecodeConfig,
@@ -41,6 +44,7 @@ from splatshard.schemas.shard import OK, ShardManifest, ShardRef
 from splatshard.schemas.splats import CODECS, MAX_LOSS_DB, shard_metadata
 from splatshard.schemas.train import AugmentConfig
 from tests.make import encode, jpeg, photo, write_tar
+from tests.training import curve, toy_config
 from tests.unit.toy_models import TOY
 
 SIZES = {"a": (40, 24), "b": (24, 40), "c": (30, 30), "d": (40, 24), "e": (9, 31)}
@@ -143,6 +147,29 @@ def test_what_reads_a_batch_reads_unequal_sizes(shard: Shard) -> None:
         with torch.no_grad():
             assert torch.allclose(encoder(batch.splats[part], *alone), seen[part], atol=1e-4)
     assert backend.render(whole, 16, 16, 3.0).isfinite().all()
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig(height=24, width=24)])
+def test_training_and_evaluation_on_unequal_sizes(
+    tmp_path: Path, augment: AugmentConfig | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And on unequal numbers of Gaussians; a batch has all of them."""
+    samples = [
+        (image.resize((20 + 8 * (i % 3), 24)), caption, label)
+        for i, (image, caption, label) in enumerate(shapes(18, 0))
+    ]
+    write_tars(tmp_path / "images", samples)
+    (tmp_path / "splats").mkdir()
+    fitting = FitConfig(num_gaussians=4, steps=8, target_psnr=25, max_gaussians=9)
+    for ref in list_shards(f"{tmp_path}/images/*.tar"):
+        config = replace(CONFIG, fit=fitting)
+        convert_shard(ref, config, f"{tmp_path}/splats", select_backend("cpu"))
+    (batch,) = SplatDataset(f"{tmp_path}/splats", batch_size=18)
+    assert (len(set(batch.widths.tolist())), int(batch.splats.num_gaussians.max())) == (3, 9)
+    train(toy_config(tmp_path, tmp_path / "run", steps=2, augment=augment))
+    assert all(math.isfinite(loss) for loss in curve(tmp_path / "run").values())
+    assert main(["evaluate", f"{tmp_path}/run", f"{tmp_path}/splats"]) == 0
+    assert "(classify, 18 samples)" in capsys.readouterr().err
 
 
 def test_commands_on_unequal_sizes(shard: Shard, capsys: pytest.CaptureFixture[str]) -> None:
