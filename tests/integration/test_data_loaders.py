@@ -328,3 +328,20 @@ def test_hugging_faces_dataset_reads_in_all_workers_or_none(dst: str) -> None:
         assert set(keys) == set(keys_of(dataset_of(dst)))
     with pytest.raises(UsageError, match=r"has 1 shards.* 2 workers.*or num_workers=1"):
         list(loader_of(wrapped, 2))
+
+
+def test_accelerates_count_of_epochs_does_not_drop_a_state(dst: str) -> None:
+    """Its loaders begin at 0 in every process, and call `set_epoch` themselves."""
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    whole = dataset_of(dst, drop_last=True)
+    _, second, third = ([batch.labels.tolist() for batch in whole] for _ in range(3))
+    whole.set_epoch(1)
+    state = whole.state_after(list(islice(whole, 2))[-1])
+    dataset = dataset_of(dst, drop_last=True, as_dict=True)
+    dataset.load_state_dict(state)
+    loader = accelerate.DataLoaderShard(dataset, batch_size=None)
+    with pytest.raises(UsageError, match=r"state of epoch 1 .* call its set_epoch\(1\) first"):
+        next(iter(loader))
+    loader.set_epoch(1)
+    for expected in (second[2:], third):
+        assert [batch["labels"].tolist() for batch in loader] == expected
