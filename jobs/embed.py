@@ -104,6 +104,7 @@ def embed(options: EmbedOptions, started: float) -> int:
         say(f"failed: {name}: {failed[name]}")
     embedded = len(todo) - len(failed)
     say(f"{count(embedded, 'shard')} embedded in {duration(time.monotonic() - started)}")
+    say(f"next: splatshard train RECIPE --set data.src={dst}, of the stage distill")
     if options.json:
         print_json({"embedded": embedded, "before": len(done) - len(todo), "failed": failed})
     return EXIT_FAILED_SHARDS if failed else EXIT_OK

@@ -155,7 +155,8 @@ def evaluate(options: EvaluateOptions) -> int:
         result = evaluated(dataset, trained, open_data, output)
         name, value = result["main"]["metric"], result["main"]["value"]
         found[dataset.name] = value
-        say(f"{dataset.name}: {name} {value:.4f} ({result['task']}, {result['samples']:,} samples)")
+        said = f"{result['task']}, {result['samples']:,} samples{bounds(result, name)}"
+        say(f"{dataset.name}: {name} {value:.4f} ({said})")
     total = summary(found, reference)
     write_text(output, SUMMARY, json.dumps(total, indent=1, sort_keys=True) + "\n")
     say(f"mean of {len(found)}: {total['mean']:.4f}")
@@ -168,6 +169,15 @@ def evaluate(options: EvaluateOptions) -> int:
     if options.json:
         print_json(total)
     return EXIT_OK
+
+
+def bounds(result: Result, metric: str) -> str:
+    """What chance gives, and the best of models, where that is known and less than all."""
+    if "chance" not in result or metric not in result["chance"]:
+        return ""
+    best = result["ceiling"][metric]
+    most = f", at most {best:.4f}, since captions repeat" if best < 1 else ""
+    return f"; chance {result['chance'][metric]:.4f}{most}"
 
 
 def opened(options: EvaluateOptions) -> tuple[Trained, Callable[[str], Data]]:

@@ -38,11 +38,19 @@ from splatshard.jobs.cli.options import (
 )
 from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.jobs.cli.signals import MESSAGES, StopSignals
-from splatshard.jobs.cli.text import answer, duration, print_json, size
+from splatshard.jobs.cli.text import answer, duration, print_json, say, size
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.train import TrainConfig
 
 LINE_EVERY_S = 5.0
+
+NEXT = {
+    "distill": "splatshard train RECIPE --set init={dst}, of the stage contrast or classify",
+    "contrast": "splatshard evaluate {dst} NAME=DATA --task retrieval (or zeroshot)",
+    "classify": "splatshard evaluate {dst} NAME=DATA    splatshard explain {dst} IMAGE",
+    "gvit": "splatshard evaluate {dst} NAME=DATA    splatshard explain {dst} IMAGE",
+}
+"""By stage, what to do with a run that is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,8 @@ def start(options: TrainOptions) -> int:
         if not first:
             return 128 + result.stopped
         raise Interrupted(128 + result.stopped, f"{message} (saved: {result.checkpoint})")
+    if first:
+        say(f"next: {NEXT[config.stage].format(dst=config.dst)}")
     if options.json and shown.end:
         print_json(shown.last | shown.end)
     return EXIT_OK

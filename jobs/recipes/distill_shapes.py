@@ -1,13 +1,14 @@
 """Stage 1 on coloured shapes, in a minute on two cores: the encoder learns a teacher's embeddings.
 
     python -m jobs.recipes.toys shapes images
+    python -m jobs.recipes.toys teacher images
     splatshard convert 'images/train/*.tar' splats/train --num-gaussians 24 --image-size 32 \\
-        --teacher TEACHER
+        --teacher images/teacher
     splatshard train distill_shapes --set data.src=splats/train --set dst=run1
     splatshard train contrast_shapes --set data.src=splats/train --set dst=run2 \\
         --set init=run1
 
-TEACHER is any CLIP whose vision tower is 64 wide, as a local folder; for another width set
+The teacher may be any CLIP whose vision tower is 64 wide; for another width set
 model.encoder.width, here and in the second stage.
 
 Expected: the loss, the squared distance of unit vectors, falls from about 2 (unrelated directions).

@@ -2,11 +2,13 @@
 
     python -m jobs.recipes.toys shapes images/     1,200 pictures of 24 kinds, 32 px, with captions
     python -m jobs.recipes.toys digits images/     scikit-learn's 1,797 digits, 32 px
+    python -m jobs.recipes.toys teacher images/    a CLIP of the shapes' pixels: images/teacher
 
-Both write tars of 150 samples, as `splatshard convert` reads them: images/train/*.tar and, of every
-sixth sample, images/val/*.tar. shapes also writes images/tokenizer, of the captions' words alone,
-and the pictures of images/val once more, images/scenes/*.png with images/boxes.csv, for `splatshard
-explain --boxes`.
+The first two write tars of 150 samples, as `splatshard convert` reads them: images/train/*.tar and,
+of every sixth sample, images/val/*.tar. shapes also writes images/tokenizer, of the captions' words
+alone, and the pictures of images/val once more, images/scenes/*.png with images/boxes.csv, for
+`splatshard explain --boxes`. The teacher is trained on images/train, 64 wide as the recipes'
+students, and saved as transformers does, for `--teacher`.
 """
 
 from __future__ import annotations
@@ -137,12 +139,57 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> int:
     return len(names)
 
 
+def train_teacher(folder: Path, epochs: int = 20) -> None:
+    """{folder}/teacher: a CLIP of the pixels of {folder}/train, as transformers has it."""
+    import tempfile
+    from dataclasses import replace
+
+    import torch
+
+    from splatshard.jobs.recipes.contrast_shapes import config
+    from splatshard.pipeline.models.clip import SplatCLIP
+    from splatshard.pipeline.models.export import save_clip
+    from splatshard.pipeline.train.loop import train
+    from splatshard.pipeline.train.trained import load_trained
+    from splatshard.schemas.model import EncoderConfig
+
+    text, augment = config.model.text, config.augment
+    assert text is not None, "the recipe is of a CLIP"
+    assert augment is not None, "it augments"
+    patches = EncoderConfig(
+        input="patches", width=64, layers=2, heads=4, tokens=16, patch_size=8, image_size=SIDE
+    )
+    tokenizer = str(folder / "tokenizer")
+    with tempfile.TemporaryDirectory() as run:
+        own = replace(
+            config,
+            model=replace(config.model, encoder=patches, text=replace(text, tokenizer=tokenizer)),
+            data=replace(config.data, src=f"{folder}/train/*.tar"),
+            augment=replace(augment, dropout=0.0),
+            optim=replace(config.optim, epochs=epochs, warmup_steps=min(30, epochs)),
+            dst=run,
+        )
+        result = train(own)
+        model = load_trained(run, "auto", torch.device("cpu")).model
+        assert isinstance(model, SplatCLIP)
+        save_clip(str(folder / "teacher"), model)
+    print(f"{folder}/teacher is a CLIP, after {result.steps} steps with a loss of", end=" ")
+    print(f"{result.record['loss']:.2f}")
+    print(
+        f"next: splatshard convert '{folder}/train/*.tar' splats/train --num-gaussians 24 "
+        f"--image-size {SIDE} --teacher {folder}/teacher"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("kind", choices=("shapes", "digits"))
+    parser.add_argument("kind", choices=("shapes", "digits", "teacher"))
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(argv)
+    if options.kind == "teacher":
+        train_teacher(options.folder)
+        return
     samples = list(shapes(1200) if options.kind == "shapes" else digits())
     write_tars(options.folder / "train", [s for i, s in enumerate(samples) if i % 6])
     write_tars(options.folder / "val", samples[::6])
@@ -151,6 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = write_tokenizer(options.folder / "tokenizer", captions)
         print(f"{options.folder}/tokenizer has {size} tokens")
         write_scenes(options.folder, samples[::6])
+    print(
+        f"next: splatshard convert '{options.folder}/train/*.tar' splats/train "
+        "--num-gaussians 24 --image-size 32"
+    )
 
 
 if __name__ == "__main__":

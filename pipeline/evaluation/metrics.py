@@ -13,7 +13,8 @@ Left out: calibration, robustness scores and per-group accuracies of the 38 data
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,40 @@ def retrieval(images: Tensor, texts: Tensor, image_of: Tensor) -> Metrics:
     for name, place in (("image_to_text", to_text), ("text_to_image", to_image)):
         found |= {f"{name}_recall{k}": share_below(place, k) for k in (1, 5, 10)}
     return found | {"mean_recall1": sum(v for n, v in found.items() if n.endswith("recall1")) / 2}
+
+
+def retrieval_bounds(texts: Sequence[str], image_of: Tensor) -> dict[str, Metrics]:
+    """Between what a model's `retrieval` lies, with the same names: `chance`, its expectation in a
+    random order, and `ceiling`, what none exceeds, for texts that are alike have one score. Text j
+    belongs to image image_of[j], int64 [T]."""
+    images, owners = int(image_of.max()) + 1, image_of.tolist()
+    seen, shared = Counter[str](), dict[str, Counter[int]]()
+    first = [len(texts)] * images  # the best place that an image's texts can have
+    for text, own in zip(texts, owners, strict=True):
+        first[own] = min(first[own], seen[text])
+        seen[text] += 1
+        shared.setdefault(text, Counter())[own] += 1
+    of_image = Counter(owners)
+
+    def metrics(to_text: Callable[[int], float], to_image: Callable[[int], float]) -> Metrics:
+        found = {f"image_to_text_recall{k}": to_text(k) for k in (1, 5, 10)}
+        found |= {f"text_to_image_recall{k}": to_image(k) for k in (1, 5, 10)}
+        at_one = (found["image_to_text_recall1"], found["text_to_image_recall1"])
+        return found | {"mean_recall1": sum(at_one) / 2}
+
+    def missed(own: int, k: int) -> float:
+        return math.comb(len(texts) - own, k) / math.comb(len(texts), min(k, len(texts)))
+
+    return {
+        "chance": metrics(
+            lambda k: sum(1 - missed(own, k) for own in of_image.values()) / images,
+            lambda k: min(1.0, k / images),
+        ),
+        "ceiling": metrics(
+            lambda k: sum(place < k for place in first) / images,
+            lambda k: sum(n for c in shared.values() for _, n in c.most_common(k)) / len(texts),
+        ),
+    }
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tensor, float]:

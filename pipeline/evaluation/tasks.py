@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from splatshard.pipeline.evaluation.metrics import classification, linear_probe, retrieval
+from splatshard.pipeline.evaluation.metrics import (
+    classification,
+    linear_probe,
+    retrieval,
+    retrieval_bounds,
+)
 from splatshard.pipeline.evaluation.zeroshot import class_vectors, text_vectors
 from splatshard.pipeline.models.classifier import encode
 from splatshard.pipeline.models.clip import SplatCLIP
@@ -39,7 +44,8 @@ def zeroshot(
 
 
 def retrieve(trained: Trained, shards: Data) -> Found:
-    """Texts by image and images by text. Each line of a caption is a text."""
+    """Texts by image and images by text, and what chance gives, and the best of models where texts
+    are alike. Each line of a caption is a text."""
     model = cast(SplatCLIP, trained.model)
     samples = samples_of(trained, shards, unit_images(model))
     captions = ((caption or "").splitlines() for caption in samples.captions)
@@ -52,9 +58,10 @@ def retrieve(trained: Trained, shards: Data) -> Found:
             "--classnames"
         )
     image_of = torch.tensor([i for i, texts in enumerate(lines) for _ in texts])
-    texts = text_vectors(model, [text for some in lines for text in some], trained.device)
-    found = _found(samples, retrieval(samples.vectors, texts, image_of))
-    return found | {"texts": len(texts)}
+    texts = [text for some in lines for text in some]
+    vectors = text_vectors(model, texts, trained.device)
+    found = _found(samples, retrieval(samples.vectors, vectors, image_of))
+    return found | {"texts": len(texts), **retrieval_bounds(texts, image_of)}
 
 
 def classify(trained: Trained, shards: Data) -> Found:

@@ -258,6 +258,8 @@ def test_retrieval_of_captions(
         y = F.normalize(model.encode_text(ids), dim=1)
     wanted = retrieval(x, y, torch.tensor([i for i, _ in texts]))
     assert (result["task"], result["texts"]) == ("retrieval", len(texts))
+    assert f"chance {result['chance']['mean_recall1']:.4f}" in err
+    assert ("since captions repeat" in err) == (result["ceiling"]["mean_recall1"] < 1)
     for name, value in wanted.items():
         assert result["metrics"][name] == pytest.approx(value), name
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from splatshard.pipeline.evaluation.metrics import (
     linear_probe,
     ranks,
     retrieval,
+    retrieval_bounds,
     summary,
 )
 from splatshard.pipeline.evaluation.zeroshot import checked_templates, filled
@@ -86,6 +89,49 @@ def test_retrieval_against_loops(images: int, more: int, seed: int) -> None:
         assert found[f"text_to_image_recall{k}"] == pytest.approx(hits / len(image_of))
     recalls = found["image_to_text_recall1"], found["text_to_image_recall1"]
     assert found["mean_recall1"] == pytest.approx(sum(recalls) / 2)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=12))
+def test_bounds_of_retrieval(pairs: list[tuple[int, int]]) -> None:
+    """`chance` against all orders of the texts, drawn; no model exceeds `ceiling`, and one that
+    knows everything, but not texts that are alike apart, reaches it by text at 1."""
+    places = {image: n for n, image in enumerate(sorted({image for image, _ in pairs}))}
+    image_of = torch.tensor([places[image] for image, _ in pairs])
+    texts = [str(text) for _, text in pairs]
+    count = len(places)
+    found = retrieval_bounds(texts, image_of)
+    kinds = sorted(set(texts))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        # whole numbers: what is alike has one score, to the last bit
+        x = torch.randint(-9, 9, (count, 8), generator=g).float()
+        by_text = torch.randint(-9, 9, (len(kinds), 8), generator=g).float()
+        y = by_text[[kinds.index(text) for text in texts]]
+        for name, value in retrieval(x, y, image_of).items():
+            assert value <= found["ceiling"][name] + 1e-9, name
+    knows = torch.zeros(len(kinds), count)
+    for text, own in zip(texts, image_of.tolist(), strict=True):
+        knows[kinds.index(text), own] += 1
+    best = float(knows.max(1).values.sum()) / len(texts)
+    assert found["ceiling"]["text_to_image_recall1"] == pytest.approx(best)
+    for k in (1, 5):
+        hits = 0.0
+        for image in range(count):
+            own = [j for j, i in enumerate(image_of.tolist()) if i == image]
+            chosen = list(itertools.combinations(range(len(texts)), min(k, len(texts))))
+            hits += sum(bool({*own} & {*some}) for some in chosen) / len(chosen)
+        assert found["chance"][f"image_to_text_recall{k}"] == pytest.approx(hits / count)
+        assert found["chance"][f"text_to_image_recall{k}"] == pytest.approx(min(1, k / count))
+
+
+def test_bounds_of_captions_that_repeat() -> None:
+    found = retrieval_bounds(["a", "a", "a", "b"], torch.arange(4))
+    assert found["ceiling"]["mean_recall1"] == 0.5  # one of the three, and the fourth
+    assert found["ceiling"]["image_to_text_recall5"] == 1
+    assert found["chance"]["mean_recall1"] == 0.25
+    alone = retrieval_bounds(["a", "b", "c", "c"], torch.tensor([0, 1, 2, 2]))
+    assert set(alone["ceiling"].values()) == {1.0}
 
 
 def blobs(samples: int, classes: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
