@@ -50,7 +50,7 @@ from splatshard.pipeline.source.decode import decode
 from splatshard.pipeline.source.left_out import left_out_line
 from splatshard.pipeline.source.listing import list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
-from splatshard.pipeline.source.sample import NO_FIELD, unused_lines
+from splatshard.pipeline.source.sample import unused_lines
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import DecodeConfig, class_list, source_of
 from splatshard.schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
@@ -309,7 +309,8 @@ def read_block(shard: ImageShard, rows: NDArray[np.int64]) -> ImageBlock:
         captions=[sample.caption for sample in taken],
         labels=np.array(labels, np.int64),
         errors=[sample.error for sample in taken],
-        unused={name: why for s in taken for name, why in s.unused if why != NO_FIELD},
+        # the bytes that convert keeps are not there
+        unused={name: why.partition(", so")[0] for s in taken for name, why in s.unused},
     )
 
 

@@ -13,6 +13,9 @@ MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "La", "PA", "CMYK", "YCbCr", "I;16"
 
 RARE = 0.01
 """A share of pixels that decides nothing: a hot one, overshoot of resampling."""
+BRIGHT = 0.1
+"""Of the pixels of floats to 1 that light may take above it: where more do, 1 is not white (metres,
+ratios)."""
 
 
 def to_rgb(image: Image.Image, bare: Bare) -> Image.Image:
@@ -78,7 +81,8 @@ def white_of(values: np.ndarray) -> int:
         return np.count_nonzero((values > limit) & (values < np.inf)) / max(lit, 1)
 
     if values.dtype.kind == "f":
-        fits = {1: share(4) <= RARE, 255: share(280) <= RARE < share(128) and share(1) > 0.5}
+        fits = {1: share(4) <= RARE and share(1) <= BRIGHT}
+        fits |= {255: share(280) <= RARE < share(128) and share(1) > 0.5}
     else:
         fits = {255: not share(255) and (share(128) > RARE or not lit)}
         fits |= {65535: share(65535) <= RARE < share(32768) and share(255) > 0.5}

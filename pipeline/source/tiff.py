@@ -4,6 +4,7 @@ with another decoder, under a directory with only the tags that the pixels need.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zlib
@@ -29,7 +30,7 @@ MOST_VALUES = 1 << 20
 FULL = (0, 255, 128, 255, 128, 255)
 """The range of YCbCr as JPEG has it: black and white of each component."""
 SUBFILE, OLD_SUBFILE, XMP, DNG_VERSION, JPEG_TABLES = 254, 255, 700, 50706, 347
-WIDTH, HEIGHT, DESCRIPTION, DEPTH = 256, 257, 270, 32997
+WIDTH, HEIGHT, DESCRIPTION, DEPTH, METAMORPH = 256, 257, 270, 32997, 33629
 
 ROWS_PER_STRIP, TILE_WIDTH, TILE_HEIGHT = 278, 322, 323
 STRIPS, TILES = (273, 279), (324, 325)
@@ -168,12 +169,20 @@ def directory_at(start: int, order: str, big: bool, image: bytes) -> Directory:
 
 
 def pages_of(first: Directory) -> int:
-    """How many full pages a file has; what cannot be read behind the first is none."""
-    told = [first.value(DEPTH, 1)]  # volumes; ImageJ's stacks of over 4 GB have one directory
+    """How many full pages a file has; what cannot be read behind the first is none. Some have one
+    directory, and the others' pixels behind its own: volumes, ImageJ's stacks of over 4 GB,
+    tifffile's (`truncate=True`), MetaMorph's."""
+    told = [first.value(DEPTH, 1)]
+    if METAMORPH in first.entries:
+        told.append(first.entries[METAMORPH][1])
     if DESCRIPTION in first.entries:
         _, count, at = first.entries[DESCRIPTION]
-        text = first.image[at : at + min(count, 256)]
+        text = first.image[at : at + min(count, 4096)]
         told += map(int, re.findall(rb"^ImageJ=.*\nimages=([0-9]{1,9})\b", text))
+        if shaped := re.match(rb'\{"shape": \[([0-9, ]{1,99})\].*"truncated": true', text):
+            values = math.prod(map(int, shaped[1].split(b",")))
+            page = first.value(WIDTH) * first.value(HEIGHT) * first.value(SAMPLES, 1)
+            told.append(values // max(page, 1))
     return max(*told, 1 + sum(is_page(each, first) for each in further(first)))
 
 

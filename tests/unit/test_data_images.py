@@ -192,6 +192,22 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
         list(dataset)
 
 
+def test_members_that_no_field_takes_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [
+        (f"{i}.{name}", data)
+        for i in range(4)
+        for name, data in (("jpg", jpeg()), ("prompt", b"a cat"), ("class_id", b"3"))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    (batch,) = ordered(tmp_path / "a.tar")
+    assert batch.captions == [None] * 4
+    (said,) = [r.getMessage() for r in caplog.records if "prompt" in r.getMessage()]
+    assert ".prompt, .class_id are not used: no field takes such a member" in said
+    assert "bytes" not in said
+
+
 # Classes
 
 

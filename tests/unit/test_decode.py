@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from splatshard.pipeline.source.decode import DecodedImage, decode
+from splatshard.pipeline.source.formats import NotSupported
 from splatshard.pipeline.source.rgb import to_8_bits
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import SampleError
@@ -143,7 +144,9 @@ def test_to_8_bits_by_range():
     assert to_8_bits(np.array([[0, 0.5, 1]], f)).tolist() == [[0, 128, 255]]
     assert to_8_bits(np.array([[0, 100, 255]], f)).tolist() == [[0, 100, 255]]
     assert to_8_bits(np.array([[np.nan, np.inf, -np.inf, 1]], f)).tolist() == [[0, 255, 0, 255]]
-    assert to_8_bits(np.array([[0, 3]], f)).tolist() == [[0, 255]]
+    assert to_8_bits(np.array([[0.2] * 10 + [3]], f)).tolist() == [[51] * 10 + [255]]  # light
+    with pytest.raises(NotSupported, match=r"0\.2 to 3, of which it is not known what is white"):
+        to_8_bits(np.array([[0.2] * 4 + [3]], f))
 
 
 @pytest.mark.parametrize("odd", [1.004, 3, 255, 1000, 3e38, np.inf, -0.004, -300, -np.inf, np.nan])

@@ -82,6 +82,20 @@ def test_scans_and_stacks() -> None:
         stream = io.BytesIO()
         tifffile.imwrite(stream, stack, photometric="minisblack", **options)
         assert "has 5 pages" in told(stream.getvalue())
+    for values, pages in ((stack, 5), (np.stack([FIRST] * 3), 3)):
+        stream = io.BytesIO()
+        kind = "rgb" if pages == 3 else "minisblack"
+        tifffile.imwrite(stream, values, photometric=kind, truncate=True)
+        with tifffile.TiffFile(io.BytesIO(stream.getvalue())) as file:
+            assert len(file.pages) == 1
+        assert f"has {pages} pages" in told(stream.getvalue())
+    stream = io.BytesIO()  # of MetaMorph: as many values as planes
+    planes = (33629, 5, 4, tuple(range(8)), True)
+    tifffile.imwrite(stream, GREY, photometric="minisblack", extratags=[planes])
+    assert "has 4 pages" in told(stream.getvalue())
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, FIRST, photometric="rgb", truncate=True)
+    assert np.array_equal(pixels_of(stream.getvalue()), FIRST)
     large = b"ImageJ=1.53t\nimages=700\nslices=700\n"  # one directory, the others' pixels behind it
     assert "has 700 pages" in told(tiff(GREY[..., None], 8, 1, tags={270: (2, large)}))
     one = b"ImageJ=1.53t\nimages=1\nmin=0.0\n"

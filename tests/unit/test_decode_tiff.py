@@ -128,6 +128,17 @@ def test_floats_and_integers_of_32_bits(compression: int) -> None:
             assert np.array_equal(pixels_of(image), grey.repeat(3, 2))
 
 
+def test_floats_of_another_unit_are_rows() -> None:
+    """Metres, ratios: most of them above 1, none as far as 4. A tenth may be light."""
+    values = np.linspace(0.6, 3.8, SIDE**2, dtype=np.float32).reshape(SIDE, SIDE, 1)
+    assert "grey values of 0.6 to 3.8, of which it is not known what is white" in reason(
+        tiff(values, 32, 1)
+    )
+    light = np.linspace(0, 1.05, SIDE**2, dtype=np.float32).reshape(SIDE, SIDE, 1)
+    expected = np.round(light.clip(0, 1) * 255).astype(np.uint8)
+    assert np.array_equal(pixels_of(tiff(light, 32, 1)), expected.repeat(3, 2))
+
+
 def test_predictors() -> None:
     grey = samples(1, 8)[..., 0]
     stream = io.BytesIO()
