@@ -4,6 +4,7 @@
 #
 #   tests/wheel_smoke.sh python3.11 python3.12 python3.13
 set -euo pipefail
+unset PYTHONPATH  # its packages would count as installed
 root=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
