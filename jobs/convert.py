@@ -155,7 +155,7 @@ def convert(options: ConvertOptions, started: float) -> int:
         workers = None if options.workers == "auto" else options.workers
         return dry_run(plan.work, config, workers, options.json)
     remember(dst, options.src)
-    return execute(plan, refs, config, dst, options, started, found.left_out, found.classes)
+    return execute(plan, refs, config, dst, options, started, found.left_out)
 
 
 def with_teacher(config: ConvertConfig, model: str) -> ConvertConfig:

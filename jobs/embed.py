@@ -138,7 +138,8 @@ def sources_of(
 
     plan = read_plan(dst)
     if options.src:
-        lists = planned_classes(plan)
+        folders = {name: shard for name, shard in plan.items() if shard.ref.kind == "folder"}
+        lists = planned_classes(folders)
         classes = lists.pop() if len(lists) == 1 else ()
         refs = list_source(options.src, None, options.samples_per_shard, dst, classes).refs
         remember(dst, options.src)

@@ -19,7 +19,7 @@ from splatshard.schemas.plain import chosen, from_dict
 from splatshard.schemas.shard import ShardRef
 from splatshard.schemas.splats import FORMAT_VERSION, CodecName, FormatName, canonical_json
 
-STAGES_VERSION = 8
+STAGES_VERSION = 9
 """Raised whenever decode, fit, prune, pack or write change the bytes they produce for the same
 input."""
 
@@ -329,28 +329,16 @@ learning rates are not published and were tuned here, on raw parameters in px, f
 
 STAGES = ("decode", "fit", "prune", "pack")
 
-LATER: dict[str, dict[str, Any]] = {
-    "decode": {"resize": "square"},
-    "fit": {"gaussians_per_megapixel": None, "max_gaussians": None},
-}
-"""Options that recipes of this STAGES_VERSION did not have at first. At these values, which are
-what was done before, they are left out of a recipe, so that finished shards stay what they are."""
-
 
 def output_config(config: ConvertConfig) -> dict[str, Any]:
     """What changes the output bytes: the stages' configurations, and the versions of format and
     stages."""
-    stages = {name: _stage(name, getattr(config, name)) for name in STAGES}
+    stages: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in STAGES}
     if config.teacher:  # no entry without one, as in recipes that know no teachers
         values = dataclasses.asdict(config.teacher)
         lists = {name: list(values[name]) for name in ("mean", "std")}  # as JSON has them
         stages["teacher"] = values | lists
     return {**stages, "format_version": FORMAT_VERSION, "stages_version": STAGES_VERSION}
-
-
-def _stage(name: str, config: Any) -> dict[str, Any]:
-    before = LATER.get(name, {}).items()
-    return {k: v for k, v in dataclasses.asdict(config).items() if (k, v) not in before}
 
 
 def config_from_output(recipe_of_shards: dict[str, Any]) -> ConvertConfig:
@@ -390,8 +378,8 @@ def recipe_digest(recipe_of_shards: dict[str, Any]) -> str:
 def inputs(config: ConvertConfig, ref: ShardRef) -> dict[str, Any]:
     """All that a shard's bytes depend on: the recipe, and the source's size, etag and sample limit.
 
-    A folder's label numbers depend on all of its class directories, also those of other shards, so
-    a digest of their names is part of the source.
+    Labels are numbers of classes, of a folder's all class directories, also those of other shards,
+    so a digest of the classes' names is part of the source.
     """
     return {"recipe": output_config(config), "source": source_of(ref)}
 

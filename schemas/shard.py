@@ -57,7 +57,8 @@ class ShardRef:
     or "folder". `urls` has one entry, except for a folder's shard: its files, sorted. `etag` is the
     store's, or the modification time on a local disk, or a digest of both over a folder's files;
     empty where the store tells none, so that only a checksum knows whether the source is the same.
-    `labels` maps a folder's class directories to label numbers.
+    `labels` are the classes in the order of their numbers: class directories of a folder, or names
+    that the schema of a Parquet file has.
     """
 
     name: str

@@ -132,7 +132,12 @@ def image_folder(path: Path, classes: Iterable[str] = ("cat", "dog"), per_class:
     return path
 
 
-def image_parquet(path: Path, count: int = 4, row_group_size: int | None = None) -> Path:
+def image_parquet(
+    path: Path,
+    count: int = 4,
+    row_group_size: int | None = None,
+    classes: Iterable[str] = ("a", "b", "c"),
+) -> Path:
     """A Hugging Face image Parquet file: struct<bytes, path> and ClassLabel (row modulo 3)."""
     images = [{"bytes": jpeg(seed=i), "path": f"{i}.jpg"} for i in range(count)]
     return write_parquet(
@@ -140,7 +145,7 @@ def image_parquet(path: Path, count: int = 4, row_group_size: int | None = None)
         {"image": images, "label": [i % 3 for i in range(count)]},
         features={
             "image": {"_type": "Image"},
-            "label": {"names": ["a", "b", "c"], "_type": "ClassLabel"},
+            "label": {"names": list(classes), "_type": "ClassLabel"},
         },
         row_group_size=row_group_size,
     )

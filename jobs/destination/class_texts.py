@@ -1,5 +1,5 @@
 """The classes of a dataset: their names and prompts, which `evaluate` and `explain` share, and the
-folders by which they are numbered."""
+lists by which they are numbered."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def folders_of(src: str) -> list[str]:
 
 
 def read_classes(place: str) -> tuple[str, ...]:
-    """Class folders in the order of their numbers: the lines of a file, or what the folder `place`,
-    a DST, was numbered by. Raises UsageError where there are none, or several lists."""
+    """Classes in the order of their numbers: the lines of a file, or what the folder `place`, a
+    DST, was numbered by. Raises UsageError where there are none, or several lists."""
     from splatshard.pipeline.evaluation.class_texts import CLASSNAMES, read_lines
     from splatshard.pipeline.storage.fs import absolute, exists, is_dir
 
@@ -57,7 +57,7 @@ def read_classes(place: str) -> tuple[str, ...]:
             return found.pop()
         url = f"{url}/{CLASSNAMES}"
         if not exists(url):
-            raise UsageError(f"--classes {place}: the shards there have no classes by folder")
+            raise UsageError(f"--classes {place}: the shards there have no list of classes")
     if not exists(url):
         raise UsageError(
             f"--classes {place}: no such file or folder; give a text file with a class folder's "
@@ -70,7 +70,7 @@ def read_classes(place: str) -> tuple[str, ...]:
 
 
 def planned_classes(shards: Mapping[str, PlannedShard]) -> set[tuple[str, ...]]:
-    """The lists of class folders by which the labels of `shards` are numbered."""
+    """The lists of classes by which the labels of `shards` are numbered."""
     return {shard.ref.labels for shard in shards.values() if shard.ref.labels}
 
 
@@ -85,10 +85,9 @@ def unlike(lines: Sequence[str], classes: Sequence[str]) -> str:
     return f"has {lines[i]} in line {i + 1}, and its label is {number_of[lines[i]]}"
 
 
-def place_texts(refs: Sequence[ShardRef], dst: str, classes: tuple[str, ...] = ()) -> None:
+def place_texts(refs: Sequence[ShardRef], dst: str) -> None:
     """Put the class names and prompts of the images `refs` beside their shards, and tell where
-    numbers and names do not fit. `classes` are known by their names, in the order of their numbers.
-    Raises StorageError and UnavailableError."""
+    numbers and names do not fit. Raises StorageError and UnavailableError."""
     from splatshard.pipeline.evaluation.class_texts import (
         CLASSNAMES,
         copy_texts,
@@ -98,9 +97,10 @@ def place_texts(refs: Sequence[ShardRef], dst: str, classes: tuple[str, ...] = (
 
     for url in copy_texts(refs, dst):
         say(f"copied for evaluation: {url}")
-    classes = next((ref.labels for ref in refs if ref.labels), classes)
-    if not classes:
+    lists = {ref.labels for ref in refs if ref.labels}
+    if len(lists) != 1:  # several are told when SRC is listed
         return
+    (classes,) = lists
     url = f"{dst}/{CLASSNAMES}"
     if write_names(classes, url):
         say(f"the classes' names, in the order of their numbers: {url}")

@@ -3,7 +3,8 @@
     load_dataset("splats/")          the shards of a folder, or of a repository they were pushed to
 
 Without it `datasets` takes markers for data. The head names the data files, and where all shards
-have the same columns their types; labels are numbers of classes where class folders number them.
+have the same columns their types; labels are numbers of classes where class folders or a ClassLabel
+number them.
 Whoever changes the file owns it: its last line holds a digest of what stands above, and a file that
 is not as it was written is left alone.
 """
@@ -85,14 +86,14 @@ def size_category(samples: int) -> str:
 
 
 def classes_of(dst: str, manifests: Sequence[ShardManifest]) -> tuple[str, ...]:
-    """The class folders that number the labels of all shards; none where another list, or none,
-    does."""
+    """The classes that number the labels of all shards; none where another list, or none, does, or
+    a name is there twice, which `datasets` refuses."""
     lists = {(m.inputs["source"] or {}).get("labels") for m in manifests}
     url = f"{dst}/{CLASSNAMES}"
     if len(lists) == 1 and exists(url):
         with suppress(SourceError):
             names = tuple(_text_of(url).splitlines())
-            return names if class_list(names) in lists else ()
+            return names if class_list(names) in lists and len({*names}) == len(names) else ()
     return ()
 
 

@@ -34,11 +34,10 @@ def execute(
     options: RunOptions,
     started: float,
     left_out: Mapping[str, Mapping[str, int]] | None = None,
-    classes: tuple[str, ...] = (),
 ) -> int:
     """Convert what is left to do of `plan`, tell the result; returns the exit code. `left_out` are
-    files of SRC that are not converted, as `Listing` has them, and `classes` names by number; None
-    where SRC was not listed: as the last run had them, and class names are left as they are."""
+    files of SRC that are not converted, as `Listing` has them; None where SRC was not listed: as
+    the last run had them, and class names are left as they are."""
     from splatshard.pipeline.shards.commit import clean_staging, remove
 
     say(describe(plan))
@@ -48,7 +47,7 @@ def execute(
         log("mixed", f"warning: {warning}", level="warning")
     write_plan(dst, planned(refs, plan, config), plan.folders)
     if left_out is not None:
-        place_texts(refs, dst, classes)
+        place_texts(refs, dst)
     clean_staging(dst)
     progress = Progress(plan.work, plan.done, started, dst)
     catalog = Catalog(dst, [*plan.done, *plan.others])  # what is replaced stays until it is

@@ -197,7 +197,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     @property
     def class_lists(self) -> dict[str, str]:
-        """Digests of the lists of class folders by which labels are numbered, each with a shard."""
+        """Digests of the lists of classes by which labels are numbered, each with a shard."""
         return {k: url for source in self.sources for k, url in source.class_lists.items()}
 
     @property

@@ -90,8 +90,8 @@ S = TypeVar("S", bound=AnyShard)
 class Source(Generic[S]):
     """Shards that are read as one pool. `counts` int64 [S] are the samples that are read of each;
     `kept` has those rows of a shard as packed bits, where a filter leaves some out. `content` has
-    a digest of all that the shards of each URL hold, `class_lists` one of each list of class
-    folders by which labels are numbered, with a shard of which that is so."""
+    a digest of all that the shards of each URL hold, `class_lists` one of each list of classes by
+    which labels are numbered, with a shard of which that is so."""
 
     urls: tuple[str, ...]
     shards: list[S]
@@ -231,9 +231,10 @@ def check_once(shards: Sequence[Shard]) -> None:
 def numbered_otherwise(lists: Mapping[str, str]) -> str:
     """What to say of labels that are numbered by several lists of classes, the `class_lists`."""
     return (
-        f"the labels of {' and '.join(lists.values())} are numbered by different class folders, so "
-        "that one number means several classes: convert them with the same --classes, or give "
-        "ImageDataset classes=[...]"
+        f"the labels of {' and '.join(lists.values())} are numbered by different lists of "
+        "classes, so that one number means several classes: convert folders with the same "
+        "--classes, or give ImageDataset classes=[...]; cast ClassLabels to one (cast_column of "
+        "Hugging Face's datasets)"
     )
 
 

@@ -135,8 +135,8 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class folders whose positions are the labels; none where folders give no labels, or
-        the sources of a mixture have several lists."""
+        """The class folders, or the names of a ClassLabel, whose positions are the labels; none
+        where there are none, or several lists."""
         shards = (shard for source in self.sources for shard in source.shards)
         lists = {shard.ref.labels for shard in shards if shard.ref.labels}
         return lists.pop() if len(lists) == 1 else ()

@@ -124,13 +124,14 @@ def unit_images(model: SplatCLIP) -> Any:
 
 
 def check_classes(shards: Data, known: Collection[str], url: str) -> None:
-    """Raises UsageError where class folders number the labels of `shards` and those of `url`,
-    `known`, otherwise."""
+    """Raises UsageError where the labels of `shards` are numbered by other classes than those of
+    `url`, `known`."""
     if known and shards.class_lists and shards.class_lists != set(known):
         raise UsageError(
-            f"{shards.src}: its labels are numbered by other class folders than those of {url}, so "
-            "that the same number is another class: convert it with --classes and the DST of the "
-            "training shards, or give both the same folders"
+            f"{shards.src}: its labels are numbered by other classes than those of {url}, so that "
+            "the same number is another class: convert it with --classes and the DST of the "
+            "training shards, or give both the same folders; cast a ClassLabel to the names and "
+            "order of the other (cast_column of Hugging Face's datasets)"
         )
 
 

@@ -4,12 +4,11 @@ JSON, a column) without any list."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 from splatshard.pipeline.source.folder import few
 from splatshard.pipeline.source.read import scan
-from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError
 from splatshard.schemas.shard import ShardRef
 
@@ -17,13 +16,12 @@ LOOKED_AT = 16
 """So many shards are looked into for labels, and so many samples of each."""
 
 
-def notes_on_classes(
-    refs: Sequence[ShardRef], named: Mapping[tuple[str, ...], Sequence[str]]
-) -> list[str]:
-    """What to say of the lists that number the labels of shards; `named` are those that schemas of
-    Parquet files name, with the files."""
-    lists = {ref.labels: ref.root for ref in refs if ref.labels}
-    lists |= {names: urls[0] for names, urls in named.items()}
+def notes_on_classes(refs: Sequence[ShardRef]) -> list[str]:
+    """What to say of the lists that number the labels of shards."""
+    lists: dict[tuple[str, ...], str] = {}
+    for ref in refs:
+        if ref.labels:
+            lists.setdefault(ref.labels, ref.root or ref.urls[0])
     if len(lists) > 1:
         (a, first), (b, second), *_ = lists.items()
         return [
@@ -33,11 +31,10 @@ def notes_on_classes(
         ]
     notes = [
         f"{len(names):,} class{'es' * (len(names) != 1)} by ClassLabel: {few(names)}"
-        for names in named
+        for names in dict.fromkeys(ref.labels for ref in refs if ref.kind == "parquet")
+        if names
     ]
-    declared = {fs.absolute(url) for urls in named.values() for url in urls}
-    others = [ref for ref in refs if not ref.labels and ref.urls[0] not in declared]
-    if lists and (other := _labelled(others)):
+    if lists and (other := _labelled([ref for ref in refs if not ref.labels])):
         ((names, place),) = lists.items()
         notes.append(
             f"the labels of {place} are numbered by its classes ({few(names, 3)}), and {other} has "

@@ -69,11 +69,11 @@ from splatshard.schemas.shard import ShardManifest, ShardRef
 class Listing:
     """What is at SRC: its shards, the folders of images that are all in them, what of it is left
     out (by reason, then extension), and what the user should know of it, in lines. `class_names`
-    are those that the schema of a Parquet file has, by number, with those files."""
+    has the Parquet files whose schema names the classes, with the names by number."""
 
     refs: list[ShardRef] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
-    class_names: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     notes: list[str] = field(default_factory=list)
 
@@ -81,9 +81,20 @@ class Listing:
     def classes(self) -> tuple[str, ...]:
         """The class folders in the order of their numbers, or the names in Parquet's schemas, if
         they are all alike."""
-        folders = {ref.labels for ref in self.refs if ref.labels}
-        found = folders | self.class_names.keys()
+        found = {ref.labels for ref in self.refs if ref.labels}
         return found.pop() if len(found) == 1 else ()
+
+    def add_shard(self, url: str, stat: Stat) -> None:
+        self.refs.append(
+            ShardRef(
+                name=basename(stem_of(url)),
+                kind=kind_of(url)[1:],
+                urls=(fs.absolute(url),),
+                size_bytes=stat.size_bytes,
+                etag=stat.etag,
+                labels=self.class_names.get(url, ()),
+            )
+        )
 
     def leave_out(self, reason: str, urls: Iterable[str]) -> None:
         if found := Counter(split_stem(path_of(url))[1].lower() for url in urls):
@@ -130,7 +141,7 @@ def _list(src: str, samples_per_shard: int, dst: str, classes: tuple[str, ...]) 
         refuse_compressed(pattern)
     found = _resolve(src, patterns, samples_per_shard, dst, classes)
     _number_classes(found, classes)
-    found.notes = notes_on_classes(found.refs, found.class_names) + found.notes
+    found.notes = notes_on_classes(found.refs) + found.notes
     _check_names(found.refs)
     if dst:
         check_apart(found.refs, dst)
@@ -209,7 +220,7 @@ def _resolve(
         elif pattern in files and not kind_of(pattern):
             images[pattern] = files[pattern]
         elif pattern in files:
-            found.refs.append(_shard(pattern, files[pattern]))
+            found.add_shard(pattern, files[pattern])
         elif pattern in named and len(patterns) > 1:
             missing.append(pattern)
         elif fs.is_dir(pattern):
@@ -305,7 +316,8 @@ def _add_shards(found: Listing, files: dict[str, Stat]) -> bool:
     shards = [url for url in shards if url not in no_images]
     if not shards:
         return False
-    found.refs += [_shard(url, files[url]) for url in shards]
+    for url in shards:
+        found.add_shard(url, files[url])
     rest = files.keys() - set(shards)
     found.leave_out("no_image_column", no_images)
     found.leave_out("same_name", {u for u in rest - no_images.keys() if kind_of(u)})
@@ -363,18 +375,22 @@ def _leave_out_others(found: Listing, urls: set[str]) -> None:
 
 def _number_classes(found: Listing, classes: tuple[str, ...]) -> None:
     """One number for a class in all folders of SRC. Raises UsageError for `classes` of nothing."""
-    labelled = [ref for ref in found.refs if ref.labels]
+    labelled = [ref for ref in found.refs if _by_folder(ref)]
     one_by_one = side_by_side(found.refs, classes)
     if classes and not labelled:
         what = "--classes is for folders of images whose folders are classes; SRC has none"
         raise UsageError("; ".join([what, *one_by_one]))
     names = classes or tuple(sorted({name for ref in labelled for name in ref.labels}))
     if names:
-        found.refs = [replace(r, labels=names) if r.labels else r for r in found.refs]
+        found.refs = [replace(r, labels=names) if _by_folder(r) else r for r in found.refs]
         some = "1 class" if len(names) == 1 else f"{len(names):,} classes"
         found.notes.insert(0, f"{some} by folder: {few(names)}")
         found.notes += [] if classes else doubts(names)
     found.notes += one_by_one
+
+
+def _by_folder(ref: ShardRef) -> bool:
+    return ref.kind == "folder" and bool(ref.labels)
 
 
 def _without_images(found: Listing, urls: Iterable[str]) -> dict[str, str]:
@@ -390,20 +406,13 @@ def _without_images(found: Listing, urls: Iterable[str]) -> dict[str, str]:
     parquet = [url for url in urls if kind_of(url) == ".parquet"]
     with ThreadPoolExecutor(16) as pool:
         said = dict(zip(parquet, pool.map(look, parquet), strict=True))
-    for url, each in said.items():
-        if each.classes:
-            found.class_names.setdefault(each.classes, []).append(url)
+    once: dict[tuple[str, ...], tuple[str, ...]] = {}  # of many files
+    found.class_names |= {
+        url: once.setdefault(each.classes, each.classes)
+        for url, each in said.items()
+        if each.classes
+    }
     return {url: each.no_images for url, each in said.items() if each.no_images}
-
-
-def _shard(url: str, stat: Stat) -> ShardRef:
-    return ShardRef(
-        name=basename(stem_of(url)),
-        kind=kind_of(url)[1:],
-        urls=(fs.absolute(url),),
-        size_bytes=stat.size_bytes,
-        etag=stat.etag,
-    )
 
 
 def current(refs: Iterable[ShardRef]) -> list[ShardRef]:

@@ -5,7 +5,7 @@ become its members (bytes, also those of further image structs and within lists)
 metadata JSON (the rest, see arrow_values.py), where an image struct leaves its other fields, such
 as the file's path. A caption that is not UTF-8 is a member, too.
 
-A ClassLabel's names are not in the samples: the listing tells and keeps them.
+A ClassLabel's names are not in the samples: the listing tells and keeps them (`ShardRef.labels`).
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ def augmented_batch(
 def constants_of(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     """What all sources must have in common for their numbers to mean the same: the cutoff, and for
     distillation the teacher; of images the classes; where labels are trained on the digest of the
-    class folders that number them. Raises UsageError where they differ, or there is no teacher."""
+    classes that number them. Raises UsageError where they differ, or there is no teacher."""
     numbered = {}
     if config.stage in ("classify", "gvit"):
         if len(lists := dataset.class_lists) > 1:

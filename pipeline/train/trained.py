@@ -38,7 +38,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Trained:
     """A model in eval mode on `device`: the checkpoint's at `url`, after `step` steps, or one from
     elsewhere (None). `weights` is a SHA-256 of them; `cutoff` (None: of images), `num_gaussians`,
-    `precision`, the class folders of images, `classes`, and `class_list`, a digest of those that
+    `precision`, the classes of images, `classes`, and `class_list`, a digest of those that
     number the labels, are those of training."""
 
     model: nn.Module
@@ -63,8 +63,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Data:
-    """Batches of samples from `src`; `content` is a digest of it, `class_lists` those of the class
-    folders that number its labels."""
+    """Batches of samples from `src`; `content` is a digest of it, `class_lists` those of the
+    classes that number its labels."""
 
     src: str
     content: str
@@ -196,7 +196,8 @@ def open_images(trained: Trained, src: str, batch: int) -> Data:
         )
 
     dataset = opened(())
-    if trained.classes and dataset.classes not in ((), trained.classes):
+    folders = {s.ref.labels for s in dataset.sources[0].shards if s.ref.kind == "folder"}
+    if trained.classes and folders - {(), trained.classes}:
         dataset = opened(trained.classes)
     return Data(src, dataset.sources[0].content, dataset, frozenset(dataset.class_lists))
 

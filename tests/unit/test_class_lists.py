@@ -1,5 +1,5 @@
 """A label means the same class in all that a model is trained and evaluated on: by the lists of
-class folders that number the labels, of which markers keep a digest."""
+classes that number the labels, folders or a ClassLabel, of which markers keep a digest."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from typing import Any
 
 import pytest
 
+from splatshard.jobs import embed
+from splatshard.jobs.destination.plan import make_plan, planned
+from splatshard.jobs.destination.plan_file import read_plan, write_plan
+from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.data import ImageDataset, SplatDataset
+from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.train import checkpoint
 from splatshard.pipeline.train.batches import constants_of
-from splatshard.schemas.config import class_list
+from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, class_list
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig
 from splatshard.schemas.train import DataConfig, OptimConfig, TrainConfig
-from tests.make import image_folder
+from tests.make import image_folder, image_parquet
 from tests.splat_shards import commit, rows_of
 from tests.unit.evaluating import Capsys, run_job
 
@@ -60,7 +66,7 @@ def test_training_on_several_lists_is_refused(tmp_path: Path) -> None:
         for i, classes in enumerate((CLASSES, CLASSES[1:]))
     ]
     dataset = SplatDataset(parts, batch_size=2)
-    with pytest.raises(UsageError, match=r"0/00000-\w+.parquet and .*numbered by different class"):
+    with pytest.raises(UsageError, match=r"0/00000-\w+.parquet and .*numbered by different lists"):
         constants_of(dataset, config_of(tmp_path / "run"))
     found = constants_of(SplatDataset(parts[0], batch_size=2), config_of(tmp_path / "run"))
     assert found["class_list"] == class_list(CLASSES)
@@ -75,7 +81,7 @@ def test_a_classifier_is_evaluated_by_its_own_classes(tmp_path: Path, capsys: Ca
     for src in (same, unknown):
         assert run_job(capsys, run, src, "--task", "classify")[0] == 0
     code, _, err = run_job(capsys, run, other, "--task", "classify")
-    assert (code, f"{other}: its labels are numbered by other class folders" in err) == (1, True)
+    assert (code, f"{other}: its labels are numbered by other classes" in err) == (1, True)
     assert "convert it with --classes" in err
     assert run_job(capsys, run, other, "--task", "probe", "--train", other)[0] == 0  # its own
 
@@ -86,7 +92,7 @@ def test_a_probe_is_evaluated_by_the_classes_it_was_trained_on(
     train = make_split(tmp_path / "train", 0, CLASSES)
     run, other = run_on(train, tmp_path / "run"), make_split(tmp_path / "val", 1, CLASSES[1:])
     code, _, err = run_job(capsys, run, other, "--task", "probe", "--train", train)
-    assert (code, f"{other}: its labels are numbered by other class folders" in err) == (1, True)
+    assert (code, f"{other}: its labels are numbered by other classes" in err) == (1, True)
 
 
 def test_images_have_the_lists_of_their_splats(tmp_path: Path) -> None:
@@ -94,3 +100,70 @@ def test_images_have_the_lists_of_their_splats(tmp_path: Path) -> None:
         str(image_folder(tmp_path / "in", CLASSES, 2)), image_size=8, batch_size=2
     )
     assert list(dataset.class_lists) == [class_list(CLASSES)]
+
+
+# Hugging Face's ClassLabel
+
+ORDERS = {"a": CLASSES, "b": ("cat", "ant", "bee"), "c": CLASSES}
+OTHERWISE = "numbered by different lists of classes"
+FITTING = ConvertConfig(decode=DecodeConfig(image_size=16), fit=FitConfig(num_gaussians=4, steps=1))
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict[str, str]:
+    """Parquet files whose ClassLabels have the same names, of which b has another order."""
+    return {
+        name: str(image_parquet(tmp_path / "in" / f"{name}.parquet", 6, classes=classes))
+        for name, classes in ORDERS.items()
+    }
+
+
+def converted(table: str, dst: Path) -> str:
+    dst.mkdir()
+    (ref,) = list_shards(table)
+    plan = make_plan([ref], {}, FITTING, str)
+    write_plan(str(dst), planned([ref], plan, FITTING))
+    convert_shard(ref, FITTING, str(dst), select_backend("cpu"))
+    return str(dst)
+
+
+def test_splats_of_several_class_labels(
+    tables: dict[str, str], tmp_path: Path, capsys: Capsys, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b, c = (converted(table, tmp_path / name) for name, table in tables.items())
+    assert SplatDataset([a, c], batch_size=2).class_lists.keys() == {class_list(CLASSES)}
+    assert caplog.text == ""
+    several = SplatDataset([a, b], batch_size=2)
+    assert f"the labels of {a}/a-" in caplog.text
+    assert OTHERWISE in caplog.text
+    with pytest.raises(UsageError, match=f"{OTHERWISE}.*cast ClassLabels to one"):
+        constants_of(several, config_of(tmp_path / "run"))
+    run = run_on(a, tmp_path / "run")
+    assert run_job(capsys, run, c, "--task", "classify")[0] == 0
+    code, _, err = run_job(capsys, run, b, "--task", "classify")
+    assert (code, f"{b}: its labels are numbered by other classes than" in err) == (1, True)
+    assert "cast a ClassLabel to the names and order of the other" in err
+
+
+def test_images_of_several_class_labels(
+    tables: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def opened(*names: str) -> ImageDataset:
+        caplog.clear()
+        return ImageDataset({tables[n]: 1.0 for n in names}, image_size=8, batch_size=2)
+
+    dataset = opened("a", "c")
+    assert (dataset.classes, list(dataset.class_lists)) == (CLASSES, [class_list(CLASSES)])
+    assert OTHERWISE not in caplog.text
+    dataset = opened("a", "b")
+    assert (dataset.classes, len(dataset.class_lists)) == ((), 2)
+    assert OTHERWISE in caplog.text
+
+
+def test_embed_takes_a_class_label_as_it_is(tables: dict[str, str], tmp_path: Path) -> None:
+    """Only folders are numbered anew."""
+    dst = converted(tables["b"], tmp_path / "out")
+    assert read_plan(dst)["b"].ref.labels == ORDERS["b"]
+    options = embed.EmbedOptions(dst=dst, teacher="", src=tables["b"])
+    (ref,) = embed.sources_of(dst, embed.done_shards(dst), options).values()
+    assert ref.labels == ORDERS["b"]

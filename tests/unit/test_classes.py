@@ -17,7 +17,7 @@ from splatshard.jobs.destination.plan_file import write_plan
 from splatshard.pipeline.evaluation.class_texts import CLASSNAMES
 from splatshard.pipeline.source.listing import list_source
 from splatshard.pipeline.source.read import read, scan
-from splatshard.schemas.config import source_of
+from splatshard.schemas.config import class_list, source_of
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.shard import ShardRef
 from tests.make import image_folder, imagenet_tar, jpeg, write_parquet
@@ -352,10 +352,12 @@ def test_names_of_a_class_label_are_told_and_kept(tmp_path: Path, capsys: Capsys
         class_label_table(tmp_path / "in" / f"{name}.parquet", ["cat", "dog"], "fine_label")
     found, dst = list_source(f"{tmp_path}/in"), tmp_path / "out"
     assert (found.classes, found.notes) == (("cat", "dog"), ["2 classes by ClassLabel: cat, dog"])
-    assert "labels" not in source_of(found.refs[0])  # shards made before are not stale
+    assert [ref.labels for ref in found.refs] == [("cat", "dog")] * 2
+    assert source_of(found.refs[0])["labels"] == class_list(("cat", "dog"))
     write_plan_of(found.refs, dst)
-    place_texts(found.refs, str(dst), found.classes)
+    place_texts(found.refs, str(dst))
     assert lines_of("", CLASSNAMES, str(dst)) == ["cat", "dog"]
+    assert read_classes(str(dst)) == ("cat", "dog")
     assert list_source(str(class_label_table(tmp_path / "a.parquet", None))).notes == []
 
 
@@ -379,7 +381,7 @@ def test_a_file_of_classes(tmp_path: Path) -> None:
     path.write_text("bee\nbee\n")
     with pytest.raises(UsageError, match="bee is there twice"):
         read_classes(str(path))
-    with pytest.raises(UsageError, match="no classes by folder"):
+    with pytest.raises(UsageError, match="no list of classes"):
         read_classes(str(tmp_path))
     with pytest.raises(UsageError, match=r"nothing: no such file.* a class folder.s name per line"):
         read_classes(str(tmp_path / "nothing"))

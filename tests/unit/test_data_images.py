@@ -246,7 +246,7 @@ def test_a_mixture_numbers_its_classes_once(
     mixture = {str(folder): 1.0 for folder in folders}
     assert ImageDataset(mixture, image_size=SIDE, batch_size=4).classes == ()
     assert "/ant and " in caplog.text
-    assert "are numbered by different class folders" in caplog.text
+    assert "are numbered by different lists of classes" in caplog.text
     caplog.clear()
     names = ("ant", "cat", "dog")
     dataset = ImageDataset(mixture, image_size=SIDE, batch_size=4, classes=names)

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Value, load_dataset
 from datasets.utils.logging import disable_progress_bar
 
 from splatshard.jobs.destination.card import CARD_FILE
-from splatshard.jobs.destination.hub_readme import README_FILE, head, size_category
+from splatshard.jobs.destination.hub_readme import README_FILE, classes_of, head, size_category
 from splatshard.jobs.destination.manifest import Catalog
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.kernels.select import select_backend
@@ -19,18 +19,20 @@ from splatshard.pipeline.shards.rows import read_rows
 from splatshard.pipeline.source.listing import list_source
 from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, PackConfig
 from splatshard.schemas.shard import ShardManifest
-from tests.make import image_folder
+from tests.make import image_folder, image_parquet
 from tests.rows import make_ref
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 disable_progress_bar()
 
 
-def converted(tmp_path: Path, **pack: Any) -> tuple[Path, list[ShardManifest]]:
-    """cat/ and dog/, three images each, in shards of four, as a job leaves them."""
+def converted(
+    tmp_path: Path, src: Path | None = None, **pack: Any
+) -> tuple[Path, list[ShardManifest]]:
+    """`src`, else cat/ and dog/, three images each, in shards of four, as a job leaves them."""
     dst = tmp_path / 'the "splats"'
-    dst.mkdir()
-    found = list_source(str(image_folder(tmp_path / "in")), samples_per_shard=4)
+    dst.mkdir(parents=True)
+    found = list_source(str(src or image_folder(tmp_path / "in")), samples_per_shard=4)
     config = ConvertConfig(
         decode=DecodeConfig(image_size=16),
         fit=FitConfig(num_gaussians=4, steps=1),
@@ -78,6 +80,14 @@ def test_labels_of_another_list_are_numbers(tmp_path: Path) -> None:
     assert "class_label" not in head(str(dst), manifests)
     (dst / "classnames.txt").unlink()
     assert "class_label" not in head(str(dst), manifests)
+
+
+def test_the_classes_of_a_class_label(tmp_path: Path) -> None:
+    names = ("cat", "dog", "ant")
+    dst, manifests = converted(tmp_path, image_parquet(tmp_path / "a.parquet", classes=names))
+    assert classes_of(str(dst), manifests) == names
+    twice = converted(tmp_path / "b", image_parquet(tmp_path / "b.parquet", classes="aba"))
+    assert classes_of(str(twice[0]), twice[1]) == ()
 
 
 def test_what_somebody_changed_stays(tmp_path: Path) -> None:

@@ -213,4 +213,4 @@ def test_labels_of_several_lists_of_classes_are_told(
     SplatDataset([f"{tmp_path}/{name}" for name in "abcd"], batch_size=2)
     assert f"the labels of {tmp_path}/a/a-" in caplog.text
     assert f" and {tmp_path}/c/c-" in caplog.text
-    assert "are numbered by different class folders" in caplog.text
+    assert "are numbered by different lists of classes" in caplog.text
