@@ -7,23 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from splatshard.jobs import embed
 from splatshard.jobs.destination.plan import make_plan, planned
 from splatshard.jobs.destination.plan_file import read_plan, write_plan
 from splatshard.pipeline.convert import convert_shard
 from splatshard.pipeline.data import ImageDataset, SplatDataset
+from splatshard.pipeline.evaluation.tasks import check_classes
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.source.listing import list_shards
 from splatshard.pipeline.train import checkpoint
 from splatshard.pipeline.train.batches import constants_of
+from splatshard.pipeline.train.trained import Trained, open_images
 from splatshard.schemas.config import ConvertConfig, DecodeConfig, FitConfig, class_list
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import EncoderConfig, ModelConfig, ResamplerConfig
 from splatshard.schemas.train import DataConfig, OptimConfig, TrainConfig
 from tests.make import image_folder, image_parquet
 from tests.splat_shards import commit, rows_of
+from tests.training import toy_patches
 from tests.unit.evaluating import Capsys, run_job
 
 CLASSES = ("ant", "bee", "cat")
@@ -158,6 +162,21 @@ def test_images_of_several_class_labels(
     dataset = opened("a", "b")
     assert (dataset.classes, len(dataset.class_lists)) == ((), 2)
     assert OTHERWISE in caplog.text
+
+
+def test_images_are_evaluated_by_the_classes_of_training(
+    tables: dict[str, str], tmp_path: Path
+) -> None:
+    """Folders are numbered by them, which a file's ClassLabel cannot be."""
+    model = ModelConfig(encoder=toy_patches(), num_classes=len(CLASSES))
+    device, known = torch.device("cpu"), class_list(ORDERS["b"])
+    trained = Trained(torch.nn.Identity(), model, "run", 1, "", device, classes=ORDERS["b"])
+    folder = image_folder(tmp_path / "folders", CLASSES, 2)
+    for src in (str(folder), tables["b"]):
+        assert open_images(trained, src, 2).class_lists == {known}
+    data = open_images(trained, tables["a"], 2)
+    with pytest.raises(UsageError, match=f"{tables['a']}: its labels are numbered by other class"):
+        check_classes(data, {known}, trained.url)
 
 
 def test_embed_takes_a_class_label_as_it_is(tables: dict[str, str], tmp_path: Path) -> None:
