@@ -44,12 +44,11 @@ def etag_of(root: str, urls: Iterable[str], files: Mapping[str, Stat]) -> str:
 
 
 def given_images(images: Mapping[str, Stat], size: int) -> tuple[list[ShardRef], list[str]]:
-    """Shards of images that SRC names one by one or by a pattern, with the captions and labels that
-    lie beside them, and what to say of them. Keys are paths below the folder that they have in
-    common; one image alone names its shard."""
-    listed = {fs.absolute(url): stat for url, stat in images.items()}
+    """Shards of images (absolute) that SRC names one by one or by a pattern, with the captions and
+    labels that lie beside them, and what to say of them. Keys are paths below the folder that they
+    have in common; one image alone names its shard."""
     by_place: dict[str, dict[str, Stat]] = {}
-    for url, stat in listed.items():
+    for url, stat in images.items():
         by_place.setdefault(_store(url), {})[url] = stat
     refs, notes = list[ShardRef](), list[str]()
     for own in by_place.values():
@@ -57,7 +56,7 @@ def given_images(images: Mapping[str, Stat], size: int) -> tuple[list[ShardRef],
         root = common_folder(own)
         files = own | _sidecars(folders, own)
         stems = with_images(url[len(root) + 1 :] for url in files)
-        name = split_stem(basename(next(iter(own))))[0] if len(listed) == 1 else ""
+        name = split_stem(basename(next(iter(own))))[0] if len(images) == 1 else ""
         refs += image_shards(root, stems, files, size, name)
         if len(folders) > 1:
             notes.append(
@@ -73,8 +72,7 @@ def common_folder(urls: Iterable[str]) -> str:
     store = _store(folders[0])
     if any(_store(folder) != store for folder in folders):
         return ""
-    common = posixpath.commonpath([folder[len(store) :] or "/" for folder in folders])
-    return (store + common).rstrip("/")
+    return "/".join(posixpath.commonprefix([folder.split("/") for folder in folders]))
 
 
 def _store(url: str) -> str:

@@ -209,16 +209,16 @@ def _resolve(
     one = [p for p in patterns if kind_of(p) or (is_image(p) and p == path_of(p))]
     named = [p for p in one if p not in globs]
     files = fs.stats(named)
-    found, images, missing = Listing(), dict[str, Stat](), list[str]()
+    found, given, missing = Listing(), list[tuple[str, Stat]](), list[str]()
     no_images = _without_images(found, files)
     for pattern in patterns:
         if pattern in no_images:
             raise UsageError(no_images[pattern])
         if pattern in globs:
             _check_outside(dst, pattern, as_glob=True)
-            images |= _add_glob(found, pattern, dst)
+            given += [(fs.absolute(u), s) for u, s in _add_glob(found, pattern, dst).items()]
         elif pattern in files and not kind_of(pattern):
-            images[pattern] = files[pattern]
+            given.append((fs.absolute(pattern), files[pattern]))
         elif pattern in files:
             found.add_shard(pattern, files[pattern])
         elif pattern in named and len(patterns) > 1:
@@ -238,9 +238,12 @@ def _resolve(
             f"SRC {src} matches nothing at {len(missing)} of {len(patterns)} places: {some}; "
             "correct the path or pattern, or fetch what is missing"
         )
+    images = dict(given)
     refs, notes = given_images(images, samples_per_shard)
     found.refs += refs
     found.notes += notes
+    if again := len(given) - len(images):
+        found.notes.append(f"images are taken once that SRC names several times: {again:,} of them")
     return found
 
 

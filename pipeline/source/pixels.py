@@ -62,7 +62,17 @@ def file_pixels(url: str, config: DecodeConfig) -> np.ndarray:
 
 
 def pillow_rgb(image: Image.Image) -> Image.Image:
-    """The frame that is shown now, upright, over white, 8 bits."""
+    """The frame that is shown now, upright, over white, 8 bits. Raises UsageError for files that
+    Pillow has opened and may have misread: decode does not take its word for those."""
+    tags = getattr(image, "tag_v2", {})
+    plain = image.mode in ("L", "RGB") and tags.get(284, 1) == 1 and 338 not in tags
+    plain = plain and set(tags.get(258, (1,))) == {8} and tags.get(262) in (1, 2)
+    grey = "transparency" in image.info and image.mode in ("1", "L", "I", "I;16")
+    if (image.format == "TIFF" and not plain) or (image.format == "PNG" and grey):
+        raise UsageError(
+            f"{image!r}: Pillow reads some {image.format} files of this kind as other pictures: "
+            "give the path of the file in its place"
+        )
     try:
         return to_rgb(ImageOps.exif_transpose(image), Bare(b""))
     except NotSupported as e:

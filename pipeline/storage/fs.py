@@ -174,8 +174,9 @@ def open_anywhere(url: str) -> Iterator[BinaryIO]:
 def absolute(url: str) -> str:
     """`url` as every process understands it: local paths absolute, others with their scheme."""
     fs, path = driver(url)
-    if isinstance(fs, LocalFileSystem) and ".." in path.split("/"):
-        path = os.path.realpath(path)
+    if isinstance(fs, LocalFileSystem):
+        path = re.sub(r"(?<=.)/(\.?/)+", "/", path).removesuffix("/.")  # `find .` writes ./a.jpg
+        path = os.path.realpath(path) if ".." in path.split("/") else path
     return _with_scheme(fs, url, path)
 
 

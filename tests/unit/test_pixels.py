@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -109,6 +111,35 @@ def test_sizes_are_those_of_a_file(tmp_path: Path, resize: Any) -> None:
 def test_what_may_mean_something_else_is_refused(picture: Any, remedy: str) -> None:
     with pytest.raises(UsageError, match=remedy):
         pixels_of(picture, WHOLE)
+
+
+def test_what_pillow_may_have_misread_is_refused(tmp_path: Path) -> None:
+    grey = PHOTO[:, :, 0]
+    wide = grey.astype(np.uint16) * 257
+    colours = np.stack([np.arange(256, dtype=np.uint16)] * 3)  # of 8 bits, which 16 are read as
+    for number, (values, options) in enumerate(
+        (
+            (65535 - wide, {"photometric": "miniswhite"}),
+            (PHOTO.astype(np.uint16).transpose(2, 0, 1) * 257, {"planarconfig": "separate"}),
+            (grey, {"photometric": "palette", "colormap": colours}),
+        )
+    ):
+        path = tmp_path / f"{number}.tif"
+        tifffile.imwrite(path, values, **{"photometric": "rgb"} | options)
+        assert pixels_of(path, WHOLE).mean() > 0.1
+        with pytest.raises(UsageError, match=r"Pillow reads some TIFF files .* give the path"):
+            pixels_of(Image.open(io.BytesIO(path.read_bytes())), WHOLE)
+    path = tmp_path / "a.png"
+    Image.fromarray(grey).save(path, transparency=int(grey[0, 0]))
+    assert pixels_of(path, WHOLE)[:, 0, 0].tolist() == [1, 1, 1]
+    with pytest.raises(UsageError, match=r"Pillow reads some PNG files .* give the path"):
+        pixels_of(Image.open(io.BytesIO(path.read_bytes())), WHOLE)
+    for values, kind in ((PHOTO, "TIFF"), (grey, "TIFF"), (PHOTO, "PNG"), (RGBA, "PNG")):
+        path = tmp_path / f"plain.{kind.lower()}"
+        Image.fromarray(values).save(path, kind)
+        assert torch.equal(
+            pixels_of(Image.open(io.BytesIO(path.read_bytes())), WHOLE), pixels_of(path, WHOLE)
+        )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -78,6 +78,27 @@ def test_a_list_of_images_is_cut_into_shards(tmp_path: Path) -> None:
         list_source(f"{tmp_path}/list.txt")
 
 
+@pytest.mark.parametrize("line", ["./in/a.jpg", "in//a.jpg", "in/./a.jpg", "in/../in/a.jpg"])
+def test_a_path_in_another_spelling_is_the_same(tmp_path: Path, line: str) -> None:
+    """As `find .` writes it."""
+    put(tmp_path, "in/a.jpg", "in/b.jpg", "in/c/d.jpg")
+    (tmp_path / "list.txt").write_text(f"{line}\n./in/b.jpg\n./in/c/d.jpg\n")
+    found = list_source(f"{tmp_path}/list.txt")
+    assert list(samples(*found.refs)) == ["a", "b", "c/d"]
+    assert found.notes[0].startswith("no labels: ")
+    (tmp_path / "list.txt").write_text(f"{line}\nin/a.jpg\nin/b.jpg\nin/*.jpg\n")
+    found = list_source(f"{tmp_path}/list.txt")
+    assert list(samples(*found.refs)) == ["a", "b"]
+    assert found.notes == ["images are taken once that SRC names several times: 3 of them"]
+
+
+def test_keys_of_a_store_may_hold_two_slashes() -> None:
+    for name in ("a//x.jpg", "a/x.jpg", "a//b/x.jpg"):
+        fsspec.filesystem("memory").pipe(f"/slashes/{name}", jpeg())
+    src = "::".join(f"memory://slashes/{name}" for name in ("a//x.jpg", "a//b/x.jpg"))
+    assert sorted(samples(*list_source(src).refs)) == ["b/x", "x"]
+
+
 def test_images_beside_tars_in_src(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg")
     datacomp_tar(tmp_path / "b.tar", 2)
