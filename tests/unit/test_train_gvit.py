@@ -280,8 +280,8 @@ def test_the_arms_in_the_recipes_docstring(name: str) -> None:
     commands = [
         line.split("splatshard train ")[1] for line in text.splitlines() if "ard train" in line
     ]
-    arms = [shlex.split(c) for c in commands if f"recipes/{name}.py" in c]
-    configs = [load_recipe(str(ROOT / words[0]), words[2::2]) for words in arms]
+    arms = [words for words in map(shlex.split, commands) if words[0] == name]
+    configs = [load_recipe(name, words[2::2]) for words in arms]
     assert len(arms) == (4 if name == "gvit_digits" else 2)
     for words in arms:
         assert set(words[1::2]) == {"--set"}
