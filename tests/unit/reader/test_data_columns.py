@@ -149,7 +149,7 @@ class Samples(IterableDataset[Any]):
 @pytest.mark.parametrize(
     "options",
     [{}, {"batch_size": 2}, {"num_workers": 1}, {"collate_fn": default_data_collator}],
-    ids=str,
+    ids=["alone", "size", "workers", "transformers"],
 )
 def test_a_loader_that_collates_whole_batches_is_refused(
     dst: str, options: dict[str, Any], as_dict: bool
