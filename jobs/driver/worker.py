@@ -263,7 +263,8 @@ class FitActor:
 
         def on_sample(sample: RawSample) -> None:
             for name in SAID:
-                fields[name] = fields.get(name, 0) + (getattr(sample, name) is not None)
+                said = getattr(sample, name) not in (None, -1)  # a label of none
+                fields[name] = fields.get(name, 0) + said
             for name, why in sample.unused:
                 if name in unused:
                     unused[name].samples += 1

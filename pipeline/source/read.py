@@ -57,6 +57,8 @@ def read(ref: ShardRef, digest: fs.Digest) -> Generator[RawSample]:
                     )
                 text = f"key {sample.key} occurs a second time in shard {ref.name}"
                 sample = replace(sample, error=SampleError("duplicate_key", text))
+            if sample.label is not None and sample.label < 0:
+                sample = replace(sample, unused=(*sample.unused, ("a label below 0", BELOW_0)))
             yield sample
 
 
@@ -130,6 +132,7 @@ def _names_class(tar: str, key: str) -> bool:
     return key.startswith(f"{tar}_") and not what_else([tar], [tar])
 
 
+BELOW_0 = "-1 is none to readers, and classes count from 0: number them so, if it is one"
 FOLDERS = "they give no labels: unpack it, and convert the folder of class folders, or add a .cls"
 TAR_NAME = (
     "it gives no label: if each tar is a class, unpack each into a folder of its name, and convert "

@@ -333,3 +333,17 @@ def test_a_tar_for_each_class_is_told(tmp_path, tar, key, may_be_a_class):
 
     assert told((f"{key}.JPEG", IMAGE), (f"./{key}1.JPEG", IMAGE)) == may_be_a_class
     assert not told((f"{key}.JPEG", IMAGE), (f"{key}.cls", b"1"))
+
+
+def test_labels_below_0_are_told(tmp_path):
+    labels = (-1, 0, -7, 3)
+    members = [(f"{i}.{e}", d) for i, label in enumerate(labels) for e, d in label_and_image(label)]
+    found = read_all(write_tar(tmp_path / "a.tar", members))
+    assert [s.label for s in found] == list(labels)
+    told = [dict(s.unused).get("a label below 0", "") for s in found]
+    assert [bool(why) for why in told] == [True, False, True, False]
+    assert "classes count from 0" in told[0]
+
+
+def label_and_image(label: int) -> tuple[tuple[str, bytes], ...]:
+    return ("cls", str(label).encode()), ("jpg", jpeg())
