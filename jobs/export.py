@@ -10,7 +10,6 @@ looking at a few samples.
 
 from __future__ import annotations
 
-import io
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -61,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 def export(options: ExportOptions) -> int:
     """Write the file and print its path on standard output."""
     from splatshard.pipeline.codec.pack import unpack_row
+    from splatshard.pipeline.picture import SplatImage
+    from splatshard.pipeline.ply import ply_bytes
     from splatshard.pipeline.shards.commit import storage_errors
 
     if not options.key:
@@ -77,22 +78,19 @@ def export(options: ExportOptions) -> int:
     height, width = row["height"], row["width"]
     with naming_repair(dst, manifest):
         splats = unpack_row(row, metadata_of(recipe))
+    decode = from_dict(DecodeConfig, recipe["decode"])
+    image = SplatImage(splats, height, width, recipe["fit"]["cutoff"], decode)
     suffix = Path(options.output).suffix.lower()
     if suffix == ".ply":
-        from splatshard.pipeline.ply import ply_bytes
-
         data = ply_bytes(splats, height, width)
         say(
             "note: viewers composite by alpha, splatshard sums: the .ply will not look like the "
             "rendering (export a .png for that)"
         )
     elif suffix == ".safetensors":
-        from splatshard.pipeline.picture import SplatImage
-
-        decode = from_dict(DecodeConfig, recipe["decode"])
-        data = SplatImage(splats, height, width, recipe["fit"]["cutoff"], decode).to_bytes()
+        data = image.to_bytes()
     else:
-        data = png_bytes(splats, height, width, recipe["fit"]["cutoff"], options.backend)
+        data = image.to_png(options.backend)
     with storage_errors(options.output):
         Path(options.output).write_bytes(data)
     say(
@@ -160,20 +158,6 @@ def find(dst: str, key: str) -> tuple[ShardManifest, dict[str, Any]]:
         f"no sample of {dst} has the key or uid {key!r} ({samples:,} samples in {len(done):,} "
         f"finished shards; `splatshard export {dst}` lists the first keys)"
     )
-
-
-def png_bytes(splats: Any, height: int, width: int, cutoff: float, backend_name: str) -> bytes:
-    """The summed rendering as a PNG file."""
-    from PIL import Image
-
-    from splatshard.pipeline.kernels.select import select_backend
-
-    backend = select_backend(backend_name)
-    image = backend.render(splats.to(backend.device), height, width, cutoff)[0]
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -90,8 +90,12 @@ class SplatImage:
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
+        return self.to_png()
+
+    def to_png(self, backend: BackendName = "auto") -> bytes:
+        """As `render`, a PNG file."""
         stream = io.BytesIO()
-        self.to_pil().save(stream, "PNG")
+        pillow(self.render(backend=backend)).save(stream, "PNG")
         return stream.getvalue()
 
     def render(
