@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import overload
+from typing import cast, overload
 
 import torch
 from PIL import Image, ImageDraw
@@ -29,7 +29,7 @@ from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.ply import ply_bytes
 from splatshard.pipeline.psnr import psnr
-from splatshard.pipeline.source.pixels import Picture, pixels_of
+from splatshard.pipeline.source.pixels import Picture, pixels_of, several
 from splatshard.pipeline.splats import Splats, ellipses
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import BackendName, DecodeConfig, FitConfig
@@ -238,8 +238,10 @@ class SplatImage:
 @overload
 def fit(
     picture: Picture,
-    num_gaussians: int = 400,
+    num_gaussians: int | None = None,
     *,
+    gaussians_per_megapixel: float | None = None,
+    max_gaussians: int | None = None,
     steps: int = 150,
     target_psnr: float | None = None,
     image_size: int | None = None,
@@ -248,8 +250,10 @@ def fit(
 @overload
 def fit(
     picture: Sequence[Picture],
-    num_gaussians: int = 400,
+    num_gaussians: int | None = None,
     *,
+    gaussians_per_megapixel: float | None = None,
+    max_gaussians: int | None = None,
     steps: int = 150,
     target_psnr: float | None = None,
     image_size: int | None = None,
@@ -257,8 +261,10 @@ def fit(
 ) -> list[SplatImage]: ...
 def fit(
     picture: Picture | Sequence[Picture],
-    num_gaussians: int = 400,
+    num_gaussians: int | None = None,
     *,
+    gaussians_per_megapixel: float | None = None,
+    max_gaussians: int | None = None,
     steps: int = 150,
     target_psnr: float | None = None,
     image_size: int | None = None,
@@ -266,9 +272,12 @@ def fit(
 ) -> SplatImage | list[SplatImage]:
     """Gaussians of a picture, or of each of several, which may be of several sizes.
 
-    num_gaussians  how many
+    num_gaussians  how many; 400 where nothing is said
+    gaussians_per_megapixel  as many per 10^6 px of the fitted picture, in place of num_gaussians
     steps          of the optimisation, at most
     target_psnr    dB at which it ends earlier
+    max_gaussians  a picture that misses target_psnr gets more Gaussians, where its error is, up to
+                   so many
     image_size     px of the centred square to which the picture is cut and resized, as convert does
                    it; None: the whole picture at its own size
     backend        auto, cpu, triton or reference
@@ -276,11 +285,22 @@ def fit(
     Raises UsageError for what is no picture, or may mean more than one, and for other arguments;
     SourceError and UnavailableError for a file that cannot be read, BackendError for a backend.
     """
-    config = FitConfig(num_gaussians=num_gaussians, steps=steps, target_psnr=target_psnr)
+    if None not in (num_gaussians, gaussians_per_megapixel):
+        raise UsageError(
+            f"num_gaussians={num_gaussians} does not go with gaussians_per_megapixel="
+            f"{gaussians_per_megapixel}, which stands for it: leave one of them out"
+        )
+    config = FitConfig(
+        num_gaussians=400 if num_gaussians is None else num_gaussians,
+        gaussians_per_megapixel=gaussians_per_megapixel,
+        max_gaussians=max_gaussians,
+        steps=steps,
+        target_psnr=target_psnr,
+    )
     decode = WHOLE if image_size is None else DecodeConfig(image_size=image_size)
     chosen = select_backend(backend)
-    if isinstance(picture, str) or not isinstance(picture, Sequence):
-        return fit_with(picture, config, decode, chosen)
+    if not several(picture):
+        return fit_with(cast(Picture, picture), config, decode, chosen)
     return [fit_with(each, config, decode, chosen) for each in picture]
 
 

@@ -22,7 +22,7 @@ from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.models.classifier import image_config, reads_images
 from splatshard.pipeline.models.clip import SplatCLIP
 from splatshard.pipeline.picture import SplatImage, fit_with
-from splatshard.pipeline.source.pixels import Picture, pixels_of
+from splatshard.pipeline.source.pixels import Picture, pixels_of, several
 from splatshard.pipeline.splats import Splats
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.trained import Trained, fit_of_training, load_trained
@@ -51,9 +51,7 @@ class Embedder:
         """
         if isinstance(inputs, TrainBatch | ImageBatch):
             return self._embedded(inputs)
-        listed: Any = inputs
-        if isinstance(inputs, str) or not isinstance(inputs, Sequence):
-            listed = [inputs]
+        listed: Sequence[Any] = inputs if several(inputs) else [inputs]
         if not listed:
             raise UsageError("no picture: give at least one")
         parts = (listed[i : i + TOGETHER] for i in range(0, len(listed), TOGETHER))

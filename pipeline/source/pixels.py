@@ -8,6 +8,8 @@ with what to call.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +30,13 @@ Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 CHANNELS = (1, 3, 4)
 
+T = TypeVar("T")
+
+
+def several(given: T | Sequence[T]) -> TypeGuard[Sequence[T]]:
+    """Whether it is a list of pictures: a path is a sequence, too."""
+    return isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray)
+
 
 def pixels_of(picture: Picture, config: DecodeConfig) -> Tensor:
     """RGB float32 [3, H, W], 0 to 1, in main memory: upright, over white, cut and resized as
@@ -45,7 +54,8 @@ def pixels_of(picture: Picture, config: DecodeConfig) -> Tensor:
         kind = type(picture).__name__
         raise UsageError(
             f"{kind} is no picture: give a path, a PIL image (Image.open(io.BytesIO(data)) of the "
-            "bytes of a file), a NumPy array [H, W, 3] or a torch tensor [3, H, W]"
+            "bytes of a file), a NumPy array [H, W, 3] or a torch tensor [3, H, W]; or a "
+            "list of them"
         )
     planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     return planes.float().div_(255) if planes.dtype == torch.uint8 else planes
@@ -53,6 +63,8 @@ def pixels_of(picture: Picture, config: DecodeConfig) -> Tensor:
 
 def file_pixels(url: str, config: DecodeConfig) -> np.ndarray:
     """uint8 [H, W, 3], as convert decodes it."""
+    if fs.is_local(url) and os.path.isdir(fs.local_path(url)):
+        raise UsageError(f"{url} is a folder: give a list of its files, or of some")
     with fs.open_read(fs.absolute(url)) as stream:
         data = stream.read()
     try:
@@ -81,14 +93,19 @@ def pillow_rgb(image: Image.Image) -> Image.Image:
 
 def channels_last(array: np.ndarray) -> np.ndarray:
     """[H, W] or [H, W, C] as [H, W, C]."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise UsageError("a masked array is no picture: call .filled(0), or another colour")
     return _checked(array, array.shape[-1:], array.shape[:1], "[H, W, 3]", "transpose(1, 2, 0)")
 
 
 def channels_first(tensor: Tensor) -> np.ndarray:
     """[H, W] or [C, H, W], on any device, as [H, W, C]."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        what = "without values (meta)" if tensor.is_meta else "sparse or quantized"
+        raise UsageError(f"a tensor that is {what} is no picture: give a dense one with its values")
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        tensor = tensor.float()  # bfloat16 and those of 8 bits are not NumPy's
     shape = tuple(tensor.shape)
     array = _checked(tensor.numpy(), shape[:1], shape[-1:], "[3, H, W]", "permute(2, 0, 1)")
     return array.transpose(1, 2, 0) if len(shape) == 3 else array
@@ -121,10 +138,8 @@ def rgb_values(array: np.ndarray) -> np.ndarray:
             return np.asarray(to_rgb(Image.fromarray(np.ascontiguousarray(array)), Bare(b"")))
         return np.broadcast_to(array, (*array.shape[:2], 3))
     if array.dtype.kind != "f":
-        most = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
         raise UsageError(
-            f"{array.dtype} is neither uint8 nor floats from 0 to 1: divide by what is white "
-            f"({most:,}?), as image / np.float32({most})"
+            f"{array.dtype} is neither uint8 nor floats from 0 to 1: {_numbers_remedy(array)}"
         )
     array = array.astype(np.float32)
     low, high = float(array.min()), float(array.max())
@@ -136,6 +151,21 @@ def rgb_values(array: np.ndarray) -> np.ndarray:
         alpha = array[:, :, 3:]
         array = array[:, :, :3] * alpha + (1 - alpha)
     return np.broadcast_to(array, (*array.shape[:2], 3))
+
+
+def _numbers_remedy(array: np.ndarray) -> str:
+    """Of values that are no floats."""
+    kind = array.dtype.kind
+    if kind == "b":
+        return "multiply by 1.0 (then True is white)"
+    if kind not in "iu":
+        return "give numbers of one of these kinds"
+    if array.dtype.itemsize > 2 and array.min() >= 0 and array.max() <= 255:
+        return "call .astype(np.uint8), or of torch .byte(), if 255 is white"
+    most = np.iinfo(array.dtype).max
+    if array.dtype.itemsize > 2:
+        return "divide by what is white, as image / np.float32(65535)"
+    return f"divide by what is white ({most:,}?), as image / np.float32({most})"
 
 
 def _remedy(low: float, high: float) -> str:

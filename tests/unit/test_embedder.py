@@ -104,6 +104,8 @@ def test_the_page_runs(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found: dict[str, Any] = {}
     for block in blocks:
         exec(block, found)
+    assert found["by_size"].num_gaussians == round(20_000 * 96 * 64 / 1e6)
+    assert 50 <= found["by_quality"].num_gaussians <= 1600
     assert found["pixels"].shape == (3, 224, 224)
     assert found["large"].size == (1024, 1024)
     assert torch.equal(found["same"].means, splatshard.load("photo.safetensors").means)

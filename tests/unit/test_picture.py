@@ -87,10 +87,41 @@ def test_a_target_ends_a_fit() -> None:
     assert 18 <= low.psnr(PHOTO) < high.psnr(PHOTO) - 1
 
 
-@pytest.mark.parametrize("options", [{"num_gaussians": 0}, {"steps": -1}, {"image_size": 4}])
-def test_bad_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="choose"):
+def test_numbers_by_size_and_by_quality() -> None:
+    """As convert's options of these names."""
+    by_size = splatshard.fit(PHOTO, gaussians_per_megapixel=2e4, steps=5)
+    assert by_size.num_gaussians == round(2e4 * 40 * 31 / 1e6)
+    assert splatshard.fit(PHOTO, steps=0).num_gaussians == 400
+    grown = splatshard.fit(PHOTO, 10, target_psnr=30, max_gaussians=200, steps=40)
+    assert 10 < grown.num_gaussians < 200
+    assert grown.psnr(PHOTO) >= 30
+    few = splatshard.fit(PHOTO, 10, target_psnr=60, max_gaussians=20, steps=10)
+    assert few.num_gaussians == 20
+    both = {"gaussians_per_megapixel": 2e4, "target_psnr": 60, "max_gaussians": 30}
+    assert splatshard.fit(PHOTO, **both, steps=10).num_gaussians == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"num_gaussians": 0}, "choose"),
+        ({"steps": -1}, "choose"),
+        ({"image_size": 4}, "choose"),
+        ({"gaussians_per_megapixel": 0}, "choose a number above 0"),
+        ({"gaussians_per_megapixel": 9.0, "num_gaussians": 9}, "leave one of them out"),
+        ({"max_gaussians": 500}, "is for images that miss --target-psnr: give that too"),
+        ({"max_gaussians": 9, "target_psnr": 30}, "choose at least the 400 of --num-gaussians"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(UsageError, match=remedy):
         splatshard.fit(PHOTO, **options)
+
+
+@pytest.mark.parametrize("data", [b"abc", bytearray(b"abc")])
+def test_bytes_are_no_list_of_pictures(data: Any) -> None:
+    with pytest.raises(UsageError, match=f"{type(data).__name__} is no picture"):
+        splatshard.fit(data)
 
 
 # Drawing

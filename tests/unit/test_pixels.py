@@ -47,7 +47,7 @@ def test_files_are_decoded_as_convert_does(tmp_path: Path) -> None:
     assert torch.equal(pixels_of(f"file://{path}", WHOLE), EXPECTED)
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_short_floats(kind: torch.dtype) -> None:
     found = pixels_of(EXPECTED.to(kind), WHOLE)
     assert torch.equal(found, EXPECTED.to(kind).float())
@@ -102,10 +102,18 @@ def test_sizes_are_those_of_a_file(tmp_path: Path, resize: Any) -> None:
         (EXPECTED / 2 + 0.8, "clip"),
         (EXPECTED * torch.nan, "replace what is not finite"),
         (PHOTO.astype(np.uint16), r"uint16 is neither .* \(65,535\?\), as image / np.float32"),
-        (PHOTO > 99, "bool is neither uint8 nor floats"),
+        (PHOTO > 99, r"bool is neither uint8 nor floats .*: multiply by 1\.0"),
+        (PHOTO.astype(np.int64), r"int64 is neither .*: call .astype\(np.uint8\)"),
+        (PHOTO.astype(np.int64) * 99, r"int64 is neither .*: divide by what is white, as image"),
+        (PHOTO.astype(complex), "complex128 is neither .*: give numbers of one of these kinds"),
+        (np.ma.masked_array(PHOTO, PHOTO > 99), r"a masked array is no picture: call .filled"),
+        (EXPECTED.to_sparse(), "sparse or quantized is no picture: give a dense one"),
+        (EXPECTED.to("meta"), r"without values \(meta\) is no picture"),
         (Image.fromarray(np.full((4, 4), 7e6, np.float32)), "not supported: grey values"),
         (encode(PHOTO, "PNG"), r"bytes is no picture: .*Image.open\(io.BytesIO\(data\)\)"),
-        (None, "NoneType is no picture"),
+        (None, "NoneType is no picture: .*; or a list of them"),
+        (iter([PHOTO]), "list_iterator is no picture: .*; or a list of them"),
+        (Path(__file__).parent, "unit is a folder: give a list of its files"),
     ],
 )
 def test_what_may_mean_something_else_is_refused(picture: Any, remedy: str) -> None:
