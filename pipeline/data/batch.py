@@ -63,8 +63,7 @@ class TrainBatch:
 
     def __getitem__(self, part: slice) -> TrainBatch:
         """Some of the samples."""
-        columns = {name: values[part] for name, values in self.columns.items()}
-        return replace(self, splats=self.splats[part], columns=columns, **_parts(self, part))
+        return replace(self, splats=self.splats[part], **_parts(self, part))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TrainBatch:
         """The same batch with its tensors on `device`."""
@@ -81,8 +80,7 @@ class TrainBatch:
             splats = Splats(move(s.means), move(s.cholesky), move(s.colors), move(s.mask))
         else:
             splats = splats_from_values(move(values), move(self.splats.mask))
-        columns = {k: move(v) if isinstance(v, Tensor) else v for k, v in self.columns.items()}
-        return replace(self, splats=splats, columns=columns, **_moved(self, move))
+        return replace(self, splats=splats, **_moved(self, move))
 
     def as_dict(self) -> dict[str, Any]:
         """The batch as a flat dictionary: means, cholesky, colors, mask; heights, widths, labels,
@@ -92,14 +90,7 @@ class TrainBatch:
         joins batches can. Texts come only if named in `columns`; one that is not there is empty.
         """
         means, cholesky, colors, mask = self.splats.fields
-        found = {"means": means, "cholesky": cholesky, "colors": colors, "mask": mask}
-        found |= {"heights": self.heights, "widths": self.widths}
-        found |= {"labels": self.labels, "valid": self.valid}
-        if self.teacher is not None:
-            found["teacher"] = self.teacher
-        if self.position is not None:
-            found["position"] = torch.tensor(self.position).repeat(len(self), 1)
-        return found | {name: _without_none(values) for name, values in self.columns.items()}
+        return _flat(self, {"means": means, "cholesky": cholesky, "colors": colors, "mask": mask})
 
 
 @dataclass(frozen=True)
@@ -109,6 +100,7 @@ class ImageBatch:
     pixels    [B, 3, H, W] RGB: uint8 as the dataset makes it; float32, white is 1, once `floating`
     teacher   None: embeddings are in splat shards
     valid     bool [B]; False also for a sample that stands in for one that does not decode
+    columns   as TrainBatch has them
     """
 
     pixels: Tensor
@@ -120,6 +112,7 @@ class ImageBatch:
     teacher: Tensor | None
     valid: Tensor
     position: Position | None = None
+    columns: Mapping[str, Tensor | list[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -142,6 +135,10 @@ class ImageBatch:
             return self
         return replace(self, pixels=self.pixels.float() / 255)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The batch as a flat dictionary: as that of TrainBatch, with pixels in place of splats."""
+        return _flat(self, {"pixels": self.pixels})
+
     def _map(self, move: Callable[[Tensor], Tensor]) -> ImageBatch:
         return replace(self, pixels=move(self.pixels), **_moved(self, move))
 
@@ -155,6 +152,17 @@ def position_of(batch: AnyBatch | Mapping[str, Any]) -> Position | None:
         return batch.position
     rows = batch.get("position")
     return None if rows is None else Position(*rows[-1].tolist())
+
+
+def _flat(batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """`inputs`, and what both kinds of batches have, see `TrainBatch.as_dict`."""
+    found: dict[str, Any] = inputs | {"heights": batch.heights, "widths": batch.widths}
+    found |= {"labels": batch.labels, "valid": batch.valid}
+    if batch.teacher is not None:
+        found["teacher"] = batch.teacher
+    if batch.position is not None:
+        found["position"] = torch.tensor(batch.position).repeat(len(batch), 1)
+    return found | {name: _without_none(values) for name, values in batch.columns.items()}
 
 
 def _without_none(values: Tensor | list[Any]) -> Tensor | list[Any]:
@@ -173,17 +181,20 @@ def _parts(batch: Batch, part: slice) -> dict[str, Any]:
         "labels": batch.labels[part],
         "teacher": None if batch.teacher is None else batch.teacher[part],
         "valid": batch.valid[part],
+        "columns": {name: values[part] for name, values in batch.columns.items()},
     }
 
 
 def _moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """The tensors that both kinds of batches have, moved."""
+    columns = batch.columns.items()
     return {
         "heights": move(batch.heights),
         "widths": move(batch.widths),
         "labels": move(batch.labels),
         "teacher": None if batch.teacher is None else move(batch.teacher),
         "valid": move(batch.valid),
+        "columns": {k: move(v) if isinstance(v, Tensor) else v for k, v in columns},
     }
 
 

@@ -40,17 +40,17 @@ from torch.utils.data import get_worker_info
 
 from splatshard.pipeline.data.base import OrderedDataset
 from splatshard.pipeline.data.batch import ImageBatch, Position
-from splatshard.pipeline.data.catalog import Source
+from splatshard.pipeline.data.catalog import Source, checked_columns
 from splatshard.pipeline.data.epoch_order import Ordering, Piece
 from splatshard.pipeline.data.filters import CAPTION_LENGTH, SCANNERS, Filter, fulfilled, keep
 from splatshard.pipeline.data.windows import Choice
 from splatshard.pipeline.runtime.prefetch import map_ahead
 from splatshard.pipeline.shards.markers import DATA_FILE, DONE
-from splatshard.pipeline.source.decode import decode
+from splatshard.pipeline.source.decode import DecodedImage, decode
 from splatshard.pipeline.source.left_out import left_out_line
 from splatshard.pipeline.source.listing import list_source
 from splatshard.pipeline.source.read import count_samples, read, scan
-from splatshard.pipeline.source.sample import unused_lines
+from splatshard.pipeline.source.sample import RawSample, unused_lines
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.config import DecodeConfig, class_list, source_of
 from splatshard.schemas.errors import CorruptShardError, SampleError, SourceError, UsageError
@@ -62,8 +62,13 @@ log = logging.getLogger(__name__)
 DECODERS = 8
 """Threads that decode, at most."""
 
-COLUMNS = ("label", CAPTION_LENGTH)
+FILTERED = ("label", CAPTION_LENGTH)
 """What a filter of images may ask for."""
+
+READ = ("uid", "metadata", "members")
+SIZES = ("original_width", "original_height")
+COLUMNS = ("key", *READ, "caption", "label", *SIZES)
+"""What `columns` may name, as the shards have it that convert makes of the images."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class ImageShard:
 @dataclass(frozen=True, eq=False)
 class ImageBlock:
     """K samples of one shard. images are files as they are stored, names theirs for messages,
-    errors what reading found wrong; labels int64 [K], -1 for none; unused is as RawSample has it.
+    errors what reading found wrong; labels int64 [K], -1 for none; unused is as RawSample has it;
+    further those of READ that are asked for, K of each.
     """
 
     url: str
@@ -100,6 +106,7 @@ class ImageBlock:
     labels: NDArray[np.int64]
     errors: list[SampleError | None]
     unused: dict[str, str]
+    further: dict[str, list[Any]]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -114,6 +121,9 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
     classes         class folders in the order of their numbers, such as another split's `classes`;
                     by default all folders that are there, by name (see source/folder.py)
     filter          conditions on label and caption_length
+    columns         further columns, as SplatDataset has them of the same images: key, uid,
+                    metadata, members, caption, label, original_width, original_height
+    as_dict         batches are dictionaries, those of `ImageBatch.as_dict`
 
     Raises UsageError for arguments that do not fit each other or the images, SourceError for shards
     that cannot be read, or of which no image decodes, and UnavailableError.
@@ -125,9 +135,18 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         *,
         image_size: int,
         classes: Sequence[str] = (),
+        columns: Sequence[str] = (),
+        as_dict: bool = False,
         **ordering: Unpack[Ordering],
     ) -> None:
         self.decoding = DecodeConfig(image_size=image_size)
+        self.as_dict, self.columns = as_dict, checked_columns(columns)
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise UsageError(
+                    f"columns names {name!r}, which images do not have: choose among "
+                    f"{', '.join(COLUMNS)}"
+                )
         self.replaced = 0
         self._wanted = tuple(classes)
         self._told = set[str]()
@@ -143,10 +162,10 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
 
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[ImageShard]:
         for column, _, _ in conditions:
-            if column not in COLUMNS:
+            if column not in FILTERED:
                 raise UsageError(
                     f"filter names the column {column!r}, which images do not have: choose one of "
-                    f"{', '.join(COLUMNS)}"
+                    f"{', '.join(FILTERED)}"
                 )
         return open_images(urls, conditions, self._wanted)
 
@@ -154,9 +173,10 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         shard = source.shards[piece.shard]
         if piece.shard in source.kept:
             kept = np.flatnonzero(np.unpackbits(source.kept[piece.shard], count=shard.samples))
-            block = read_block(shard, kept[piece.begin : piece.end])
+            rows = kept[piece.begin : piece.end]
         else:
-            block = read_block(shard, np.arange(piece.begin, piece.end))
+            rows = np.arange(piece.begin, piece.end)
+        block = read_block(shard, rows, self.columns)
         worker = get_worker_info()
         if worker is None or not worker.id:
             new = {name: why for name, why in block.unused.items() if name not in self._told}
@@ -185,19 +205,21 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
             found = [next(filter(None, decoded[i:] + decoded[:i])) for i in range(len(decoded))]
         own = [a == (f.block, f.place) for a, f in zip(asked, found, strict=True)]
         side = torch.full((len(found),), self.decoding.image_size, dtype=torch.int32)
-        return ImageBatch(
-            pixels=torch.from_numpy(np.stack([taken.pixels for taken in found]))
+        batch = ImageBatch(
+            pixels=torch.from_numpy(np.stack([taken.image.pixels for taken in found]))
             .permute(0, 3, 1, 2)
             .contiguous(),
             heights=side,
             widths=side.clone(),
-            keys=[taken.block.keys[taken.place] for taken in found],
-            captions=[taken.block.captions[taken.place] for taken in found],
-            labels=torch.tensor([int(taken.block.labels[taken.place]) for taken in found]),
+            keys=cast("list[str]", column_of(found, "key")),
+            captions=cast("list[str | None]", column_of(found, "caption")),
+            labels=cast(Tensor, column_of(found, "label")),
             teacher=None,
             valid=valid & torch.tensor(own),
             position=position,
+            columns={name: column_of(found, name) for name in self.columns},
         )
+        return cast(ImageBatch, batch.as_dict()) if self.as_dict else batch
 
     def keys_of(self, shard: ImageShard) -> Iterator[str]:
         return (sample.key for sample in scan(shard.ref))
@@ -288,8 +310,11 @@ class Undigested:
         pass
 
 
-def read_block(shard: ImageShard, rows: NDArray[np.int64]) -> ImageBlock:
-    """The samples `rows` (int64 [K], ascending) of a shard. Raises SourceError."""
+def read_block(
+    shard: ImageShard, rows: NDArray[np.int64], columns: Sequence[str] = ()
+) -> ImageBlock:
+    """The samples `rows` (int64 [K], ascending) of a shard, with what `columns` name. Raises
+    SourceError."""
     ref, end = shard.ref, int(rows[-1]) + 1
     if (
         ref.kind == "parquet" or end < shard.samples
@@ -311,7 +336,14 @@ def read_block(shard: ImageShard, rows: NDArray[np.int64]) -> ImageBlock:
         errors=[sample.error for sample in taken],
         # the bytes that convert keeps are not there
         unused={name: why.partition(", so")[0] for s in taken for name, why in s.unused},
+        further={name: [_further(s, name) for s in taken] for name in READ if name in columns},
     )
+
+
+def _further(sample: RawSample, name: str) -> Any:
+    if name == "members":
+        return [{"name": extension, "data": data} for extension, data in sample.members]
+    return getattr(sample, name)
 
 
 def _expected(value: Any, count: int, shard: ImageShard) -> Any:
@@ -325,11 +357,23 @@ def _expected(value: Any, count: int, shard: ImageShard) -> Any:
 
 
 class Taken(NamedTuple):
-    """A sample of a block, and its pixels uint8 [S, S, 3]."""
+    """A sample of a block, and its image, of S x S px."""
 
     block: ImageBlock
     place: int
-    pixels: NDArray[np.uint8]
+    image: DecodedImage
+
+
+def column_of(found: Sequence[Taken], name: str) -> Tensor | list[Any]:
+    """One of COLUMNS, of B samples: a tensor [B] of numbers, or a list."""
+    if name in SIZES:
+        return torch.tensor([getattr(each.image, name) for each in found], dtype=torch.int32)
+    if name == "label":
+        return torch.tensor([int(each.block.labels[each.place]) for each in found])
+    own = {"key": "keys", "caption": "captions"}
+    if name in own:
+        return [getattr(each.block, own[name])[each.place] for each in found]
+    return [each.block.further[name][each.place] for each in found]
 
 
 def first_good(asked: tuple[ImageBlock, int], config: DecodeConfig) -> Taken | None:
@@ -338,21 +382,21 @@ def first_good(asked: tuple[ImageBlock, int], config: DecodeConfig) -> Taken | N
     block, place = asked
     for other in chain(range(place, len(block)), range(place)):
         with suppress(SampleError):
-            return Taken(block, other, pixels_of(block, other, config))
+            return Taken(block, other, image_of(block, other, config))
     return None
 
 
-def pixels_of(block: ImageBlock, place: int, config: DecodeConfig) -> NDArray[np.uint8]:
-    """The crop of one sample, uint8 [S, S, 3]. Raises SampleError."""
+def image_of(block: ImageBlock, place: int, config: DecodeConfig) -> DecodedImage:
+    """The crop of one sample. Raises SampleError."""
     if error := block.errors[place]:
         raise error
-    return decode(block.images[place], block.names[place], config).pixels
+    return decode(block.images[place], block.names[place], config)
 
 
 def problem_of(block: ImageBlock, place: int, config: DecodeConfig) -> str:
     """Why a sample does not decode."""
     try:
-        pixels_of(block, place, config)
+        image_of(block, place, config)
     except SampleError as e:
         return str(e)
     return ""

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from splatshard.pipeline.data import ImageBatch, ImageDataset, SplatDataset
 from splatshard.pipeline.data.augment import DRAWS, augment_with, draw_plan
 from splatshard.pipeline.data.augment_pixels import augment_pixels
+from splatshard.pipeline.data.images import COLUMNS
 from splatshard.pipeline.data.random_numbers import uniform
 from splatshard.pipeline.kernels import reference
 from splatshard.pipeline.source.decode import decode
@@ -105,6 +106,50 @@ def test_what_convert_reads(tmp_path: Path, kind: str) -> None:
     assert batches[0].heights.tolist() == batches[0].widths.tolist() == [SIDE] * 4
     known = [(sample.key, sample.label, sample.caption) for sample in scan(ref)]
     assert known == [(sample.key, sample.label, sample.caption) for sample in samples]
+
+
+def test_columns_are_those_of_the_shards(shards: Path) -> None:
+    """Of the same images, by the same names."""
+    names = [name for name in COLUMNS if name != "members"]  # of which `shards` have none
+    options: Any = {"batch_size": 16, "columns": names}
+    images = ImageDataset(f"{shards}/images/*.tar", image_size=SIDE, **options)
+    for found, splats in zip(images, SplatDataset(f"{shards}/splats", **options), strict=True):
+        assert list(found.columns) == names
+        for name in names:
+            a, b = found.columns[name], splats.columns[name]
+            same = a == b if isinstance(a, list) else a.equal(b) and a.dtype == b.dtype
+            assert same, name
+        assert found[2:4].columns["key"] == found.keys[2:4]
+        assert found.to("meta").columns["label"].device.type == "meta"
+    with pytest.raises(UsageError, match=r"columns names 'psnr', which images .*choose among key"):
+        ImageDataset(f"{shards}/images/*.tar", image_size=SIDE, batch_size=4, columns=["psnr"])
+    with pytest.raises(UsageError, match=r"columns is 'uid': give names in a list"):
+        ImageDataset(f"{shards}/images/*.tar", image_size=SIDE, batch_size=4, columns="uid")
+
+
+def test_columns_of_a_sample_that_stands_in_are_its_own(tmp_path: Path) -> None:
+    members = {"a.jpg": jpeg(seed=1), "a.npy": b"1", "b.jpg": b"no image", "b.npy": b"2"}
+    members |= {"c.jpg": jpeg(seed=3), "c.json": b'{"uid": "u3"}'}
+    write_tar(tmp_path / "a.tar", members.items())
+    (batch,) = ordered(tmp_path / "a.tar", batch_size=3, columns=["key", "uid", "members"])
+    assert batch.valid.tolist() == [True, False, True]
+    assert batch.columns["key"] == ["a", "c", "c"]
+    assert batch.columns["uid"] == [None, "u3", "u3"]
+    assert batch.columns["members"] == [[{"name": "npy", "data": b"1"}], [], []]
+
+
+def test_batches_as_dictionaries(shards: Path) -> None:
+    options: Any = {"batch_size": 16, "columns": ["caption", "original_width"]}
+    plain, flat = (images_of(f"{shards}/images", **options, as_dict=x) for x in (False, True))
+    loader = DataLoader(flat, batch_size=None, num_workers=1)
+    tensors = ["pixels", "heights", "widths", "labels", "valid"]
+    for batch, found in zip(plain, cast(Any, loader), strict=True):
+        assert list(found) == [*tensors, "position", "caption", "original_width"]
+        assert all(found[name].equal(getattr(batch, name)) for name in tensors)
+        assert found["position"].tolist() == [list(cast(Any, batch.position))] * 16
+        assert found["caption"] == batch.captions
+    state = flat.state_after(found)
+    assert state == plain.state_after(batch)
 
 
 def test_ranks_share_a_step_and_go_on_from_any_state(shards: Path) -> None:
