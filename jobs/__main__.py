@@ -15,6 +15,7 @@ JOBS = {
     "repair": "verify DST, then redo its bad, missing and failed shards",
     "retry-failed": "redo failed shards, and those with samples worth a second try",
     "report": "one self-contained HTML page about DST, with pictures",
+    "view": "look through DST in a browser: originals, renderings, ellipses, residuals",
     "embed": "add a teacher's embeddings to finished shards",
     "train": "train a model on splat shards, as a recipe says",
     "evaluate": "zero-shot, retrieval, linear probe, top-1 of a checkpoint on shards",
@@ -37,7 +38,7 @@ jobs:
 examples:
   splatshard convert 'data/{{00000000..00000003}}.tar' splats/ --num-gaussians 400
   splatshard verify splats/
-  splatshard report splats/ --open
+  splatshard view splats/
   splatshard export splats/ 000000000042 --output sample.png
 """
 

@@ -124,6 +124,7 @@ def report(options: ReportOptions) -> int:
     if options.json:
         known = {"output": path, "pictures": len(data.pictures), "changed_sources": data.changed}
         print_json({**known, **data.figures})
+    say(f"next: splatshard view {dst}    splatshard train RECIPE --set data.src={dst}")
     if options.open:
         webbrowser.open(Path(path).absolute().as_uri())
     return EXIT_OK

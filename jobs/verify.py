@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from splatshard.jobs.cli.command import EXIT_ERROR, EXIT_OK, parse, run
 from splatshard.jobs.cli.dataset import open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
-from splatshard.jobs.cli.text import answer, count, print_json
+from splatshard.jobs.cli.text import answer, count, print_json, say
 from splatshard.jobs.destination.integrity import orphans, verified
 from splatshard.jobs.destination.plan import Marker, PlannedShard, Status, status
 from splatshard.jobs.destination.plan_file import read_plan
@@ -78,6 +78,8 @@ def verify(options: VerifyOptions) -> int:
         lines.append(f"all good: {checked} read back as their markers say")
     for line in lines:
         answer(line, options.json)
+    if not findings.problems:
+        say(f"next: splatshard view {dst}    splatshard train RECIPE --set data.src={dst}")
     if options.json:
         print_json(
             {

@@ -49,6 +49,15 @@ import splatshard
 assert batch.keys == ["0", "1", "2"] and batch.splats.means.shape == (3, 50, 2)
 table = splatshard.SplatTable("out")
 assert table["1"]["key"] == "1"
+
+from splatshard.jobs.pages import view_server
+from splatshard.jobs.pages.view_data import View
+
+view = View("out")
+for path in (*view_server.FILES, "/api/overview", "/image/original?shard=_&row=1"):
+    name = path.replace("_", next(iter(view.shards)), 1) if "shard=" in path else path
+    kind, status, body = view_server.answer(view, name)
+    assert status == 200 and body, (path, body)
 print(f"Python {sys.version.split()[0]}: the wheel works")
 EOF
   cd "$scratch"

@@ -192,4 +192,4 @@ def tell_summary(summary: dict[str, Any], progress: Progress, dst: str) -> None:
             say(f"  {name}: {outcome.error}: {outcome.message}")
         if len(progress.failures) > 10:
             say(f"  ... all of them: splatshard status {dst}")
-    say(f"next: splatshard verify {dst}    splatshard report {dst}")
+    say(f"next: splatshard verify {dst}    splatshard report {dst}    splatshard view {dst}")

@@ -155,19 +155,22 @@ def open_source(
         if kind not in layouts:
             metadata = _metadata_of(folder, manifest)
             layouts[kind] = layout_of(metadata, num_gaussians, data, further)
-        shards.append(
-            Shard(
-                url=data,
-                format=manifest.format,
-                size_bytes=manifest.size_bytes,
-                sha256=manifest.sha256,
-                samples=manifest.samples,
-                ok=manifest.counts.get(OK, 0),
-                layout=layouts[kind],
-            )
-        )
+        shards.append(shard_of(data, manifest, layouts[kind]))
     check_once(shards)
     return Source(tuple(urls), shards, "+".join(contents), class_lists)
+
+
+def shard_of(url: str, manifest: ShardManifest, layout: Layout) -> Shard:
+    """The data file at `url`, as its marker has it."""
+    return Shard(
+        url=url,
+        format=manifest.format,
+        size_bytes=manifest.size_bytes,
+        sha256=manifest.sha256,
+        samples=manifest.samples,
+        ok=manifest.counts.get(OK, 0),
+        layout=layout,
+    )
 
 
 def checked_columns(names: Sequence[str]) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
 }
 INTEGERS = ("label", "width", "height", "original_width", "original_height", "num_gaussians")
+TEXTS = ("key", "uid", "caption", "status", "error")
 PSNR = re.compile("psnr(_loss|_[0-9]+)?")
 """dB: of all Gaussians, what the codec took, of a nested budget."""
 
@@ -147,7 +148,7 @@ def _check_there(names: list[str], found: set[str], shard: Shard) -> None:
 
 
 def _table_of(rows: list[dict[str, Any]], names: list[str]) -> pa.Table:
-    texts = dict.fromkeys(("caption", "status", "key"), pa.string())
+    texts = dict.fromkeys(TEXTS, pa.string())
     types = {**texts, **dict.fromkeys(INTEGERS, pa.int64())}
     columns = {
         name: pa.array([row.get(name) for row in rows], types.get(name, pa.float64()))

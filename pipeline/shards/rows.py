@@ -14,6 +14,7 @@ import math
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -60,8 +61,15 @@ def read_rows(url: str, format: str | None = None) -> Iterator[Row]:
     FormatVersionError for a newer one.
     """
     with reading(url) as stream:
-        rows = _parquet_rows if format_of(url, format) == "parquet" else _tar_rows
-        yield from rows(stream, url)
+        yield from rows_from(stream, url, format_of(url, format))
+
+
+def rows_from(stream: BinaryIO, url: str, format: str, start: int = 0) -> Iterator[Row]:
+    """As `read_rows`, of an open shard, from row `start` on: row groups before it are not read.
+    Raises also what the libraries raise on bad bytes."""
+    if format == "parquet":
+        return _parquet_rows(stream, url, start)
+    return islice(_tar_rows(stream, url), start, None)
 
 
 def shard_metadata_of(url: str, format: str | None = None) -> dict[str, Any]:
@@ -110,14 +118,19 @@ def reading(url: str) -> Iterator[BinaryIO]:
         raise CorruptShardError(f"{url} cannot be read: {reason}") from e
 
 
-def _parquet_rows(stream: BinaryIO, url: str) -> Iterator[Row]:
+def _parquet_rows(stream: BinaryIO, url: str, start: int) -> Iterator[Row]:
     file = pq.ParquetFile(stream, page_checksum_verification=True)
     parquet_metadata(file, url)
+    end = 0
     for group in range(file.num_row_groups):
+        begin, end = end, end + file.metadata.row_group(group).num_rows
+        if end <= start:
+            continue
         rows = _batch_rows(file, group)
         for batch in file.iter_batches(rows, [group], use_threads=False):
-            for row in batch.to_pylist():
+            for row in batch.slice(min(len(batch), max(0, start - begin))).to_pylist():
                 yield row | {"members": row["members"] or []}
+            begin += len(batch)
 
 
 def _batch_rows(file: pq.ParquetFile, group: int) -> int:

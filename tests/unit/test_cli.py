@@ -218,7 +218,7 @@ def test_training_takes_the_options_of_the_store(capsys: pytest.CaptureFixture[s
 
 
 def test_a_missing_dst_is_named(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    for job in ("status", "verify", "report"):
+    for job in ("status", "verify", "report", "view"):
         assert f"{tmp_path}/nothing: no such folder" in error_of(
             [job, f"{tmp_path}/nothing"], capsys
         )

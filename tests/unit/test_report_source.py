@@ -94,6 +94,7 @@ def test_a_source_that_is_the_same_is_shown(
     html, err, changed = shown(src, dst, capsys)
     assert html.count('alt="original of') == 4
     assert "JPEG is measured on 4 fitted crops" in html
+    assert f"next: splatshard view {dst}    splatshard train" in err
     assert changed == []
     assert "changed" not in err + html
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from splatshard.pipeline.shards.rows import read_rows
+from splatshard.pipeline.shards.rows import read_rows, rows_from
 from splatshard.pipeline.shards.write import open_writer
 from splatshard.schemas.errors import CorruptShardError, FormatVersionError
 from tests.rows import FORMATS, config_of, make_rows, metadata_of, write_shard
@@ -118,3 +118,22 @@ def test_newer_files_are_refused_by_version(tmp_path: Path, format: str) -> None
         writer.write(make_rows(1))
     with pytest.raises(FormatVersionError, match="format version 3"):
         list(read_rows(str(tmp_path / "x"), format))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_from_some_row_on(tmp_path: Path, format: str) -> None:
+    """Also within a later row group; of Parquet nothing of the groups before it is read."""
+    path = write_shard(tmp_path / "x", make_rows(20, n=100), format)
+    if format == "parquet":
+        pq.write_table(pq.read_table(path), path, row_group_size=6)
+    rows = list(read_rows(str(path), format))
+    for start in (0, 1, 5, 6, 13, 19, 20, 30):
+        with path.open("rb") as stream:
+            assert list(rows_from(stream, str(path), format, start)) == rows[start:]
+    if format == "parquet":
+        begin = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
+        data = bytearray(path.read_bytes())
+        data[8 : (begin or 0) - 8] = bytes((begin or 0) - 16)
+        path.write_bytes(data)
+        with path.open("rb") as stream:
+            assert list(rows_from(stream, str(path), format, 13)) == rows[13:]
