@@ -325,12 +325,11 @@ def layout_of(
     if wanted not in budgets:
         if len(budgets) > 1:
             remedy = f"choose one of its budgets, {', '.join(map(str, budgets))}"
-        elif wanted > budgets[0]:
-            remedy = f"its samples have up to {budgets[0]}: choose that, or convert again with more"
         else:
+            again = "more" if wanted > budgets[0] else f"--nested {wanted} and others"
             remedy = (
-                f"its samples have up to {budgets[0]} and no smaller budget: choose that, or "
-                f"convert again with --nested {wanted},{budgets[0]}"
+                f"its samples have up to {budgets[0]} and no other budget: leave num_gaussians "
+                f"out, or convert again with {again}"
             )
         raise UsageError(f"num_gaussians is {wanted}, which {url} does not have: {remedy}")
     taken = budgets[: budgets.index(wanted) + 1]

@@ -63,8 +63,8 @@ class SplatTable(Dataset[dict[str, Any]]):
 
     `table[3]` and `table["cat/0001"]` are samples: dictionaries of tensors and texts, as torch's
     default collate takes them. They are `TrainBatch.as_dict` without the dimension of batches, and
-    have key and caption (empty for none). `table[3:7]` and `table[[3, "cat/0001"]]` are batches,
-    TrainBatch.
+    have key and caption (empty for none); a DataLoader gets those of a batch as long as the longest
+    of them, `mask` False behind. `table[3:7]` and `table[[3, "cat/0001"]]` are batches, TrainBatch.
 
     src             folders or URLs that convert wrote to, one or several
     num_gaussians, columns, filter, checksum, cache_dir, cache_bytes  as SplatDataset has them
@@ -123,14 +123,13 @@ class SplatTable(Dataset[dict[str, Any]]):
         if isinstance(index, slice):
             return self._batch(range(len(self))[index])
         if isinstance(index, str) or (hasattr(index, "__index__") and not np.ndim(index)):
-            return self._sample(index)
+            return _samples(self._batch([self._number(index)]))[0]
         several = index.tolist() if hasattr(index, "tolist") else index
         return self._batch([self._number(each) for each in several])
 
-    def _sample(self, index: int | str) -> dict[str, Any]:
-        batch = self._batch([self._number(index)])
-        fields = {name: values[0] for name, values in batch.as_dict().items() if name != "valid"}
-        return {"key": batch.keys[0], "caption": batch.captions[0] or ""} | fields
+    def __getitems__(self, indices: Iterable[int | str]) -> list[dict[str, Any]]:
+        """Samples for torch's DataLoader, all as long as the longest of them: it stacks them."""
+        return _samples(self[list(indices)])
 
     def _batch(self, numbers: Sequence[int]) -> TrainBatch:
         """The samples `numbers`, each below the number of samples, in this order."""
@@ -257,6 +256,13 @@ class SplatTable(Dataset[dict[str, Any]]):
             if shard.format == "webdataset":
                 return tar_blocks(stream, shard, kept, begin, end)
             return parquet_blocks(stream, shard, kept, begin, end, threads=True)
+
+
+def _samples(batch: TrainBatch) -> list[dict[str, Any]]:
+    """The samples of a batch one by one, with its padding."""
+    fields = {"key": batch.keys, "caption": [caption or "" for caption in batch.captions]}
+    fields |= {name: values for name, values in batch.as_dict().items() if name != "valid"}
+    return [{name: values[i] for name, values in fields.items()} for i in range(len(batch))]
 
 
 def rows_of(kept: NDArray[np.uint8], shard: Shard) -> NDArray[np.int64]:

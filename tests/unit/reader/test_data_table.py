@@ -18,7 +18,7 @@ from splatshard.pipeline.data.table import bytes_of
 from splatshard.pipeline.shards import write
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from tests.rows import FORMATS
-from tests.splat_shards import N, commit, make_dataset, rows_of
+from tests.splat_shards import N, commit, make_dataset, rows_of, splat_config
 from tests.unit.reader.conftest import Rows
 
 COLUMNS = ("uid", "psnr", "members")
@@ -85,9 +85,11 @@ def test_several_samples_are_a_batch_in_the_order_asked_for(src: str) -> None:
     assert found[::7].keys == found.keys()[::7]
 
 
-def test_a_default_loader_makes_batches(src: str) -> None:
-    """Its fields are those of `as_dict`, with the texts beside them."""
-    found = SplatTable(src, num_gaussians=N, columns=["uid"])
+def test_a_default_loader_makes_batches(src: str, format: str) -> None:
+    """Its fields are those of `as_dict`, with the texts beside them, whatever N each sample has."""
+    commit(src, "00005", rows_of(5, 8, N // 2), splat_config(format))
+    found = SplatTable(src, columns=["uid"])
+    assert len({len(sample["means"]) for sample in found}) > 1
     batches = list(DataLoader(found, batch_size=5, num_workers=1, shuffle=True))
     assert sorted(key for batch in batches for key in batch["key"]) == sorted(found.keys())
     batch = batches[0]
