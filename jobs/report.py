@@ -49,6 +49,8 @@ MAX_SHARDS = 16
 MAX_SKIPS = 500
 JPEG_SAMPLES = 64
 JPEG_QUALITY = 75
+JPEG_SIDE = 65_500
+"""px that a JPEG has at most on a side, by libjpeg."""
 SHOWN_PX = 1024
 """Longer side at which larger pictures are put into the page; figures are of all their pixels."""
 
@@ -95,10 +97,10 @@ class AsJpeg(NamedTuple):
 
 
 class Original(NamedTuple):
-    """A fitted crop as it is shown, uint8 [H, W, 3], and as JPEG."""
+    """A fitted crop as it is shown, uint8 [H, W, 3], and as JPEG, where it can be one."""
 
     shown: Any
-    jpeg: AsJpeg
+    jpeg: AsJpeg | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -368,19 +370,23 @@ def shown(pixels: Any) -> Any:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def as_jpeg(pixels: Any) -> AsJpeg:
-    """What a JPEG file of a fitted crop, uint8 [H, W, 3], takes and loses."""
+def as_jpeg(pixels: Any) -> AsJpeg | None:
+    """What a JPEG file of a fitted crop, uint8 [H, W, 3], takes and loses; None for a crop that is
+    too long for one."""
     import numpy as np
     from PIL import Image
 
+    if max(pixels.shape) > JPEG_SIDE:
+        return None
     data = encode(pixels, "JPEG", quality=JPEG_QUALITY)
     again = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float64)
     error = np.mean((again - pixels) ** 2)
     return AsJpeg(len(data), float(10 * np.log10(255**2 / max(error, 1e-5))), pixels.size)
 
 
-def jpeg_figures(files: Sequence[AsJpeg]) -> JpegFigures | None:
+def jpeg_figures(crops: Sequence[AsJpeg | None]) -> JpegFigures | None:
     """Mean bytes and PSNR of crops as JPEG; None without any."""
+    files = [crop for crop in crops if crop]
     if not files:
         return None
     size, quality, raw = (sum(values) / len(files) for values in zip(*files, strict=True))

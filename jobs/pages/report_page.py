@@ -156,7 +156,7 @@ def sizes(data: ReportData) -> str:
     if not f["ok"]:
         return ""
     if jpeg is None:
-        note = "The source images are no longer there, so JPEG sizes cannot be measured."
+        note = "No source image was read that fits a JPEG, so JPEG sizes cannot be measured."
         if data.changed:
             note = "The source images have changed since, so JPEG sizes cannot be measured."
         return f'<section><h2>Size</h2><p class="note">{note}</p></section>'

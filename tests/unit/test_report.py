@@ -241,6 +241,14 @@ def test_jpeg_figures_are_those_of_the_crops() -> None:
     assert jpeg_figures([]) is None
 
 
+def test_pictures_that_are_too_long_for_a_jpeg_are_left_out_of_its_figures() -> None:
+    """And do not keep the others of their shard from it."""
+    crops = [np.zeros((height, 1, 3), np.uint8) for height in (65_500, 65_501)]
+    figures = jpeg_figures([as_jpeg(crop) for crop in crops])
+    assert figures is not None
+    assert (figures.images, figures.raw_bytes) == (1, 3 * 65_500)
+
+
 @pytest.mark.parametrize(("size", "expected"), [((64, 48), (64, 48)), ((3000, 2000), (1024, 683))])
 def test_large_pictures_are_shown_smaller(size: tuple[int, int], expected: tuple[int, int]) -> None:
     small = shown(photo(*size))
