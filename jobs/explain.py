@@ -188,7 +188,8 @@ def classnames_of(trained: Trained, options: ExplainOptions, classes: int) -> li
             f"--classnames {options.classnames} has {count(len(names), 'name')}, the model has "
             f"{classes:,} classes: give a line for each"
         )
-    return names or [f"class {i}" for i in range(classes)]
+    names = names or list(trained.classes)
+    return names if len(names) == classes else [f"class {i}" for i in range(classes)]
 
 
 # One image

@@ -274,8 +274,8 @@ class TrainConfig:
     """See schemas/model.py."""
     init: str = ""
     """Where weights come from at the first start: another run's dst, one of its checkpoints (their
-    average where there is one, optim.ema) or a .safetensors file. Parameters of the same name and
-    shape are taken; empty: random."""
+    average where there is one, optim.ema), a saved model's folder or a .safetensors file.
+    Parameters of the same name and shape are taken; empty: random."""
     init_clip: str = ""
     """An RGB CLIP whose blocks, projections and text tower the model begins with, before `init`: a
     local folder or a name that transformers knows; empty: none."""

@@ -5,13 +5,11 @@
 Without it `datasets` takes markers for data. The head names the data files, and where all shards
 have the same columns their types; labels are numbers of classes where class folders or a ClassLabel
 number them.
-Whoever changes the file owns it: its last line holds a digest of what stands above, and a file that
-is not as it was written is left alone.
+Whoever changes the file owns it (pipeline/storage/signed.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,8 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from splatshard.jobs.destination.plan_file import write_text
-from splatshard.pipeline.storage.fs import exists, open_read
+from splatshard.pipeline.storage.fs import exists, read_bytes
+from splatshard.pipeline.storage.signed import write_unless_changed
 from splatshard.schemas.config import class_list
 from splatshard.schemas.errors import SourceError
 from splatshard.schemas.shard import ShardManifest
@@ -36,23 +34,7 @@ NAMES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
 def write_readme(dst: str, card: str, manifests: Sequence[ShardManifest]) -> None:
     """Write the file anew, unless somebody has changed it. Raises StorageError and others."""
-    url = f"{dst}/{README_FILE}"
-    if not exists(url) or _is_ours(_text_of(url)):
-        write_text(dst, README_FILE, signed(head(dst, manifests) + card))
-
-
-def signed(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{text}\n<!-- splatshard writes this file anew, unless it is changed: {digest} -->\n"
-
-
-def _is_ours(text: str) -> bool:
-    return text == signed(text.rpartition("\n<!-- ")[0])
-
-
-def _text_of(url: str) -> str:
-    with open_read(url) as stream:
-        return stream.read().decode("utf-8", "replace")
+    write_unless_changed(f"{dst}/{README_FILE}", head(dst, manifests) + card)
 
 
 def head(dst: str, manifests: Sequence[ShardManifest]) -> str:
@@ -92,7 +74,7 @@ def classes_of(dst: str, manifests: Sequence[ShardManifest]) -> tuple[str, ...]:
     url = f"{dst}/{CLASSNAMES}"
     if len(lists) == 1 and exists(url):
         with suppress(SourceError):
-            names = tuple(_text_of(url).splitlines())
+            names = tuple(read_bytes(url).decode("utf-8", "replace").splitlines())
             return names if class_list(names) in lists and len({*names}) == len(names) else ()
     return ()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +48,14 @@ def class_vectors(
 
 
 @torch.no_grad()
-def text_vectors(model: SplatCLIP, texts: Sequence[str], device: torch.device) -> Tensor:
-    """Unit vectors float32 [T, E] of texts, in main memory. Raises as `class_vectors`."""
+def text_vectors(
+    model: SplatCLIP, texts: Sequence[str], device: torch.device, tokenizer: Any = None
+) -> Tensor:
+    """Unit vectors float32 [T, E] of texts, in main memory, by the `tokenizer` of `load_tokenizer`.
+    Raises as `class_vectors`."""
     text = model.config.text
     assert text is not None, "the model has a text tower"
-    tokenizer = load_tokenizer(text)
+    tokenizer = tokenizer or load_tokenizer(text)
     found = []
     for start in range(0, len(texts), TOGETHER):
         ids, _ = tokenize(tokenizer, texts[start : start + TOGETHER], text.context_length)

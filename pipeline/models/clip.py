@@ -8,21 +8,24 @@ text_projection, logit_scale.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedConfig
 
 from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
 from splatshard.pipeline.models.classifier import encode, make_encoder
 from splatshard.pipeline.models.encoder import ATTENTION
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import ModelConfig, TextConfig
+from splatshard.schemas.saved import MODEL_TYPE
 
 INITIAL_TEMPERATURE = 0.07  # arXiv 2103.00020
 
@@ -99,8 +102,10 @@ def load_tokenizer(config: TextConfig) -> Any:
     without network or cache, transformers may return one of a few tokens and say nothing.
     """
     name = config.tokenizer
+    # beside a saved model's config.json, whose model_type transformers would complain about
+    own = {"config": PreTrainedConfig()} if _is_saved_model(name) else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **own)
     except Exception as error:  # transformers raises many kinds, also for a missing network
         raise UsageError(
             f"tokenizer {name}: cannot be loaded ({error}): "
@@ -121,6 +126,14 @@ def load_tokenizer(config: TextConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _is_saved_model(folder: str) -> bool:
+    try:
+        values = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ from splatshard.pipeline.storage.errors import storage_errors
 from splatshard.pipeline.storage.fs import is_local, local_path
 from splatshard.pipeline.storage.options import redact_src
 from splatshard.pipeline.storage.staging import STAGING, scratch, staged, sweep
+from splatshard.pipeline.train.saved import read_config, read_model
 from splatshard.schemas.errors import CorruptShardError, SourceError, UsageError
 from splatshard.schemas.plain import flat, from_dict, to_dict
 from splatshard.schemas.train import MAY_CHANGE, TrainConfig
@@ -276,13 +277,18 @@ def _may_change(name: str) -> bool:
 
 
 def initial_weights(url: str) -> tuple[Weights, Checkpoint | None]:
-    """Weights from a run's dst (its newest checkpoint), a checkpoint or a .safetensors file, and
-    the checkpoint that they are of. Of a checkpoint it is the average where there is one, which is
-    also what evaluation takes; its model.safetensors can be named as a file.
+    """Weights from a run's dst (its newest checkpoint), a checkpoint, a saved model's folder or a
+    .safetensors file, and the checkpoint that they are of. Of a checkpoint it is the average where
+    there is one, which is also what evaluation takes; its model.safetensors can be named as a file.
 
     Raises UsageError where there are none, CorruptShardError for damaged ones.
     """
     url, name = url.rstrip("/"), ""
+    if (saved := read_config(url)) is not None:
+        model, _ = read_model(url, saved)
+        told = {"model": to_dict(saved.model)}
+        origin = Checkpoint(url, saved.step or 0, told, {"cutoff": saved.cutoff}, {})
+        return model.state_dict(), origin
     if url.endswith(".safetensors"):
         url, _, name = url.rpartition("/")
         if not fs.exists(f"{url}/{CONFIG}"):

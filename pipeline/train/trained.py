@@ -1,4 +1,5 @@
-"""A trained model, taken from its checkpoint, and what it says of samples.
+"""A trained model, taken from its checkpoint or saved as a folder (saved.py), and what it says of
+samples.
 
     checkpoint -> model -> shards that fit it, or images -> a vector per sample
 
@@ -10,7 +11,7 @@ Gaussians may differ, and so may image size and codec; the stem's constants are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +26,12 @@ from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import shard_metadata_of
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, latest, read_checkpoint
-from splatshard.schemas.config import DecodeConfig, FitConfig
+from splatshard.pipeline.train.saved import read_config, read_model
+from splatshard.schemas.config import DecodeConfig, FitConfig, class_list
 from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
 from splatshard.schemas.model import ModelConfig
 from splatshard.schemas.plain import from_dict
+from splatshard.schemas.saved import SavedConfig
 from splatshard.schemas.shard import ShardManifest
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +42,8 @@ class Trained:
     """A model in eval mode on `device`: the checkpoint's at `url`, after `step` steps, or one from
     elsewhere (None). `weights` is a SHA-256 of them; `cutoff` (None: of images), `num_gaussians`,
     `precision`, the classes of images, `classes`, and `class_list`, a digest of those that
-    number the labels, are those of training."""
+    number the labels, are those of training, on `src`. Of a model that was saved src is None, and
+    `decode` and `fit` are known without it."""
 
     model: nn.Module
     config: ModelConfig
@@ -52,6 +56,10 @@ class Trained:
     precision: str = "fp32"
     classes: tuple[str, ...] = ()
     class_list: str = ""
+    stage: str = ""
+    src: str | None = None
+    decode: DecodeConfig | None = None
+    fit: FitConfig | None = None
 
     def computing(self) -> AbstractContextManager[Any]:
         """On a GPU in the precision of training; on a CPU, where that is slow, in fp32."""
@@ -85,15 +93,21 @@ class Samples:
 
 
 def load_trained(url: str, weights: str, device: torch.device) -> Trained:
-    """The model of a run's dst (its newest checkpoint) or of one of its checkpoints.
+    """The model of a run's dst (its newest checkpoint), of one of its checkpoints, or of a folder
+    that `save_pretrained` wrote, which has one kind of weights.
 
     `weights`: model, ema (their average) or auto, the average where there is one. Raises UsageError
     where there is no such thing, CorruptShardError for a damaged one.
     """
     url = url.rstrip("/")
+    if (saved := read_config(url)) is not None:
+        return _saved(url, saved, weights, device)
     found = read_checkpoint(url) if fs.exists(f"{url}/{CONFIG}") else latest(url)
     if found is None:
-        raise UsageError(f"{url} has no checkpoint: give the dst of a splatshard train")
+        raise UsageError(
+            f"{url} has no checkpoint: give the dst of a splatshard train, or a saved "
+            "model's folder"
+        )
     name = MODEL if weights == "model" else AVERAGE
     if name not in found.files:
         if weights == "ema":
@@ -122,12 +136,65 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
         precision=config.precision,
         classes=tuple(found.shards.get("classes", ())),
         class_list=found.shards.get("class_list", ""),
+        stage=config.stage,
+        src=config.data.src,
     )
 
 
+def _saved(url: str, saved: SavedConfig, weights: str, device: torch.device) -> Trained:
+    if weights != "auto":
+        raise UsageError(
+            f"{url} is a saved model, which has one kind of weights, and {weights} are asked for: "
+            "leave it at auto"
+        )
+    model, digest = read_model(url, saved)
+    names = ("step", "cutoff", "num_gaussians", "precision", "classes", "class_list", "stage")
+    return Trained(
+        model=model.to(device).eval(),
+        config=saved.model,
+        url=url,
+        weights=digest,
+        device=device,
+        decode=saved.decode,
+        fit=saved.fit,
+        **{name: getattr(saved, name) for name in names},
+    )
+
+
+def config_to_save(trained: Trained) -> SavedConfig:
+    """All that `load_trained` needs to know, without the run. Where the shards of training are gone
+    and it was not known before, how pictures become Gaussians is not known after."""
+    decode, fit = None, None
+    if trained.cutoff is not None:
+        with suppress(UsageError):
+            decode, fit = fit_of_training(trained)
+    names = ("step", "cutoff", "num_gaussians", "precision", "class_list", "stage")
+    return SavedConfig(
+        architectures=(type(trained.model).__name__,),
+        model=trained.config,
+        decode=decode,
+        fit=fit,
+        classes=_named(trained),
+        **{name: getattr(trained, name) for name in names},
+    )
+
+
+def _named(trained: Trained) -> tuple[str, ...]:
+    """The classes of a classifier in the order of its labels: of images as they are known, of
+    shards as the file beside them has them, if it has those."""
+    number = trained.config.num_classes
+    names = trained.classes
+    if trained.class_list and trained.src is not None and not names:
+        url = f"{trained.src.split('::')[0].rstrip('/')}/classnames.txt"
+        with suppress(SplatshardError):
+            lines = tuple(fs.read_bytes(url).decode("utf-8", "replace").splitlines())
+            names = lines if class_list(lines) == trained.class_list else ()
+    return names if len(names) == number else ()
+
+
 def data_of(trained: Trained) -> str:
-    """What the run was trained on."""
-    return read_checkpoint(trained.url).train_config().data.src
+    """What the model was trained on, or where it lies, if that is not known any more."""
+    return trained.url if trained.src is None else trained.src
 
 
 def fit_of_training(
@@ -137,14 +204,19 @@ def fit_of_training(
     packed; `side`, px of a square, and `number` of Gaussians where they are given. Raises
     UsageError where the shards are gone and these are not."""
     src = data_of(trained).split("::")[0].rstrip("/")
-    decode, config = recipe_of(src)
+    decode, config = trained.decode, trained.fit
+    if decode is None and trained.src is not None:
+        decode, config = recipe_of(src)
     if side is not None:
         decode = DecodeConfig(image_size=side)
     number = number or trained.num_gaussians
     if decode is None or (number is None and config is None):
+        gone = f"{src}, on whose shards {trained.url} was trained, is not there any more"
+        if trained.src is None:
+            gone = f"{src} was saved when the shards of its training were gone"
         raise UsageError(
-            f"{src}, on whose shards {trained.url} was trained, is not there any more: give "
-            "--image-size and --num-gaussians as they were converted"
+            f"{gone}, and so is how a picture becomes its Gaussians: give splatshard.fit's, or to "
+            "explain --image-size and --num-gaussians, as they were converted"
         )
     config = replace(config or FitConfig(), nested="")
     config = replace(config, cutoff=trained.cutoff or config.cutoff)
@@ -158,11 +230,19 @@ def fit_of_training(
 def recipe_of(src: str) -> tuple[DecodeConfig | None, FitConfig | None]:
     """Decoding and fit of the shards in `src`; None where they cannot be read."""
     try:
-        markers = read_markers(folder_and_files(src)[0]).values()
-        recipe = next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
+        recipe = recipe_in(src)
         return from_dict(DecodeConfig, recipe["decode"]), from_dict(FitConfig, recipe["fit"])
-    except (SplatshardError, StopIteration, KeyError, TypeError):
+    except (SplatshardError, KeyError, TypeError):
         return None, None
+
+
+def recipe_in(src: str) -> dict[str, Any]:
+    """The recipe of the shards in `src`; empty where they cannot be read."""
+    try:
+        markers = read_markers(folder_and_files(src.split("::")[0].rstrip("/"))[0]).values()
+        return next(m.inputs["recipe"] for m in markers if isinstance(m, ShardManifest))
+    except (SplatshardError, StopIteration, KeyError, TypeError):
+        return {}
 
 
 def open_data(trained: Trained, src: str, batch: int) -> Data:

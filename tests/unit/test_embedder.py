@@ -110,5 +110,5 @@ def test_the_page_runs(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["large"].size == (1024, 1024)
     assert torch.equal(found["same"].means, splatshard.load("photo.safetensors").means)
     assert found["crop"].render().shape == (3, 96, 96)
-    assert found["vectors"].shape == (8, WIDTH)
+    assert torch.equal(found["vectors"], found["embed"](["photo.jpg", "other.png"]))
     assert (tmp_path / "plot.png").stat().st_size > 1000

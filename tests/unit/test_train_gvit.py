@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+import splatshard
 from splatshard.jobs.cli.recipe import load_recipe
 from splatshard.jobs.evaluate import main as evaluate
 from splatshard.jobs.recipes.toys import shapes, write_tars
 from splatshard.pipeline.data.random_numbers import uniform
-from splatshard.pipeline.models.export import load_encoder, save_encoder
 from splatshard.pipeline.models.gaussian_space import drawn
 from splatshard.pipeline.models.gvit import GViT, gamma_at
 from splatshard.pipeline.models.patches import PatchEncoder
@@ -28,7 +28,6 @@ from splatshard.pipeline.train.checkpoint import latest, read_checkpoint
 from splatshard.pipeline.train.distributed import World
 from splatshard.pipeline.train.log import read_log
 from splatshard.pipeline.train.loop import start_model, train, used_groups
-from splatshard.pipeline.train.trained import load_trained
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import (
     EncoderConfig,
@@ -317,15 +316,14 @@ def test_evaluation_of_a_run(folder: Path, run: Path, tmp_path: Path) -> None:
     assert chosen["main"] == {"metric": "psnr", "value": found["metrics"]["psnr"]}
 
 
-def test_an_exported_model_says_the_same(run: Path, tmp_path: Path) -> None:
-    trained = load_trained(str(run), "auto", ALONE.device)
-    assert isinstance(trained.model, GViT)
-    save_encoder(str(tmp_path), trained.model)
-    loaded = load_encoder(str(tmp_path))
-    pixels = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        ours, theirs = (model(pixels).logits for model in (loaded, trained.model))
-    assert torch.equal(ours, theirs)
+def test_a_saved_model_says_the_same(run: Path, tmp_path: Path) -> None:
+    embed = splatshard.encoder(str(run), device="cpu")
+    assert isinstance(embed.model, GViT)
+    embed.save_pretrained(tmp_path / "saved")
+    loaded = splatshard.encoder(tmp_path / "saved", device="cpu")
+    pixels = torch.rand(3, 32, 32)
+    assert torch.equal(loaded.logits(pixels), embed.logits(pixels))
+    assert torch.equal(loaded(pixels), embed(pixels))
 
 
 def test_a_linear_probe_on_the_gaussians(folder: Path, run: Path, tmp_path: Path) -> None:

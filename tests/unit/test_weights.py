@@ -14,19 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from splatshard.pipeline.models.build import build_model
-from splatshard.pipeline.models.classifier import SplatClassifier
 from splatshard.pipeline.models.clip import SplatCLIP
-from splatshard.pipeline.models.export import load_encoder, save_clip, save_encoder
+from splatshard.pipeline.models.export import save_clip
 from splatshard.pipeline.models.pretrained import (
     from_open_clip,
     init_from_clip,
     load_clip,
     open_clip_config,
 )
-from splatshard.schemas.errors import SourceError, UsageError
+from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import ModelConfig, ResamplerConfig
-from tests.unit.toy_models import TOY, batch_of, tokenizer_folder, toy_splats
+from tests.unit.toy_models import TOY, tokenizer_folder
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 IDS = torch.tensor([[8, 3, 4, 9, 0, 0], [8, 2, 5, 6, 7, 9]])
@@ -332,42 +330,3 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         load_clip(str(tmp_path / "b.pt"), activation="gelu")
     with pytest.raises(UsageError, match="no CLIP can be loaded"):
         load_clip(str(tmp_path))
-
-
-@pytest.mark.parametrize("kind", ["clip", "classifier"])
-def test_export_round_trip(tmp_path: Path, kind: str, theirs: tuple[CLIPModel, Path]) -> None:
-    text = load_clip(str(theirs[1])).config.text if kind == "clip" else None
-    classes = 5 if kind == "classifier" else None
-    model = build_model(
-        ModelConfig(encoder=STUDENT, text=text, embed_dim=16, num_classes=classes)
-    ).eval()
-    folder = str(tmp_path / "encoder")
-    save_encoder(folder, model)
-    batch = batch_of(toy_splats(2, 12))
-    loaded = load_encoder(folder)
-    assert not loaded.training
-    with torch.no_grad():
-        if kind == "clip":
-            assert isinstance(model, SplatCLIP)
-            assert isinstance(loaded, SplatCLIP)
-            assert loaded.text is None
-            assert torch.equal(loaded.encode_image(batch), model.encode_image(batch))
-        else:
-            assert isinstance(loaded, SplatClassifier)
-            assert torch.equal(loaded(batch), model(batch))
-    names = sorted(p.name for p in Path(folder).iterdir())
-    assert names == ["config.json", "model.safetensors"]
-
-
-def test_damaged_exports_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "encoder"
-    save_encoder(str(folder), build_model(ModelConfig(encoder=STUDENT, num_classes=5)))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_classes": 6}))
-    with pytest.raises(UsageError, match=r"weights do not fit config\.json"):
-        load_encoder(str(folder))
-    (folder / "config.json").write_text("{")
-    with pytest.raises(UsageError, match="not a model's configuration"):
-        load_encoder(str(folder))
-    with pytest.raises(SourceError):
-        load_encoder(str(tmp_path / "nothing"))
