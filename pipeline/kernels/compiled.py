@@ -69,6 +69,19 @@ def load_compiler() -> None:
     numba.njit(lambda: None)()
 
 
+def cache_folder(source: Path) -> Path | None:
+    """Where what was compiled of `source` is kept, by numba's rules: NUMBA_CACHE_DIR, else beside
+    the source, else `private_folder`."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    folder = Path(named) if named else source.parent / "__pycache__"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return private_folder()
+    return folder
+
+
 def private_folder() -> Path | None:
     """A folder below TMPDIR (on Windows the user's own) of this user alone; None where that cannot
     be written, or somebody else was first."""
