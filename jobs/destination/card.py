@@ -34,7 +34,7 @@ def card(dst: str, head: Mapping[str, Any], manifests: Sequence[ShardManifest]) 
         *quality(head["totals"], recipes.values()),
         "## Source",
         places(manifests),
-        "Made by",
+        "Last written by",
         block(shlex.join(head["provenance"]["command"])),
         "with the recipe" if len(recipes) == 1 else f"with {len(recipes)} recipes",
         *(block(recipe, "json") for recipe in recipes),

@@ -22,7 +22,14 @@ from splatshard.pipeline.storage.signed import write_unless_changed
 from splatshard.schemas.config import class_list
 from splatshard.schemas.errors import SourceError
 from splatshard.schemas.shard import ShardManifest
-from splatshard.schemas.splats import EXTENSIONS, columns, metadata_of
+from splatshard.schemas.splats import (
+    EXTENSIONS,
+    columns,
+    metadata_of,
+    payload_columns,
+    scalars,
+    splat_suffix,
+)
 
 README_FILE = "README.md"
 CLASSNAMES = "classnames.txt"
@@ -30,6 +37,9 @@ TAGS = ("gaussian-splatting", "2d-gaussians", "splatshard")
 SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
 NAMES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 """Of the hub's size categories."""
+
+NAMES_OF_KINDS = {"float": "float32", "extension<arrow.json>": "json"}
+"""Arrow's name for a type: the name in YAML, where that is another one."""
 
 
 def write_readme(dst: str, card: str, manifests: Sequence[ShardManifest]) -> None:
@@ -52,10 +62,12 @@ def head(dst: str, manifests: Sequence[ShardManifest]) -> str:
     for format in formats:
         name = "default" if len(formats) == 1 else format
         lines += [f"- config_name: {name}", f'  data_files: "*.{EXTENSIONS[format]}"']
-    schemas = {columns(metadata_of(recipe)) for recipe in recipes}
-    if formats == ["parquet"] and len(schemas) == 1:
+    kinds = {columns(metadata): metadata for metadata in map(metadata_of, recipes)}
+    if len(formats) == len(kinds) == 1:
+        ((schema, metadata),) = kinds.items()
+        described = schema if formats == ["parquet"] else tar_schema(metadata)
         lines += ["dataset_info:", "  features:"]
-        lines += [f"  {line}" for line in features(schemas.pop(), classes_of(dst, manifests))]
+        lines += [f"  {line}" for line in features(described, classes_of(dst, manifests))]
     return "\n".join([*lines, "---", "", ""])
 
 
@@ -79,11 +91,23 @@ def classes_of(dst: str, manifests: Sequence[ShardManifest]) -> tuple[str, ...]:
     return ()
 
 
+def tar_schema(metadata: dict[str, Any]) -> pa.Schema:
+    """The members of a tar's samples, as `datasets` decodes them: left to itself it takes those of
+    the first five, and refuses the tar where one is skipped or has no caption."""
+    schema = columns(metadata)
+    small = [schema.field(name) for name in scalars(metadata)]
+    row = pa.struct([*small, pa.field("members", pa.list_(pa.string()))])
+    payloads = [(splat_suffix(name), pa.binary()) for name in payload_columns(metadata)]
+    texts = [("txt", pa.string()), ("cls", pa.int64()), ("json", pa.json_())]
+    place = [("__key__", pa.string()), ("__url__", pa.string())]
+    return pa.schema([("splat.json", row), *payloads, *texts, *place])
+
+
 def features(schema: pa.Schema, classes: Sequence[str]) -> Iterator[str]:
     """The columns, in YAML as `datasets` writes its Features."""
     for field in schema:
         yield f"- name: {field.name}"
-        if field.name == "label" and classes:
+        if field.name in ("label", "cls") and classes:
             yield from ("  dtype:", "    class_label:", "      names:")
             yield from (f"        '{i}': {_quoted(name)}" for i, name in enumerate(classes))
         else:
@@ -91,14 +115,16 @@ def features(schema: pa.Schema, classes: Sequence[str]) -> Iterator[str]:
 
 
 def _kind(kind: pa.DataType) -> Iterator[str]:
-    if pa.types.is_list(kind):
+    if pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type):
+        yield f"list: {kind.value_type}"
+    elif pa.types.is_list(kind):
         yield "list:"
         yield from _fields(kind.value_type)
     elif pa.types.is_struct(kind):
         yield "struct:"
         yield from _fields(kind)
     else:
-        yield f"dtype: {'float32' if pa.types.is_float32(kind) else kind}"
+        yield f"dtype: {NAMES_OF_KINDS.get(str(kind), kind)}"
 
 
 def _fields(struct: Any) -> Iterator[str]:

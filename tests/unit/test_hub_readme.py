@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,28 @@ def test_the_folder_loads(tmp_path: Path, codec: str, streaming: bool) -> None:
         assert rows.features["label"].int2str(row["label"]) == row["key"].partition("/")[0]
 
 
-def test_tars_load(tmp_path: Path) -> None:
-    dst, manifests = converted(tmp_path, format="webdataset")
-    rows = load_dataset(str(dst), split="train", streaming=True)
-    keys = [row["__key__"] for row in rows]
-    assert sum("/" in key for key in keys) == sum(m.samples for m in manifests)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tars_load(tmp_path: Path, streaming: bool) -> None:
+    """Though the first sample has no image, and each other one of the first five another member."""
+    src = image_folder(tmp_path / "in")
+    (src / "cat" / "!.png").write_bytes(b"nothing")
+    (src / "cat" / "1.txt").write_text("a cat")
+    (src / "dog" / "0.json").write_text('{"source": {"page": 7}}')
+    dst, manifests = converted(tmp_path, src, format="webdataset")
+    rows = load_dataset(
+        str(dst), split="train", streaming=streaming, cache_dir=str(tmp_path / "cache")
+    )
+    assert rows.features is not None
+    assert rows.features["cls"] == ClassLabel(names=["cat", "dog"])
+    assert rows.features["splat.json"]["psnr"] == Value("float32")
+    found = [row for row in rows if "/" in row["__key__"]]
+    expected = [row for m in manifests for row in read_rows(f"{dst}/{m.data_file}", "webdataset")]
+    assert len(found) == 7
+    for row, own in zip(found, expected, strict=True):
+        assert row["splat.json"]["status"] == own["status"]
+        assert (row["txt"], row["cls"]) == (own["caption"], own["label"])
+        assert (row["splat"] is None) == (own["status"] != "ok")
+        assert (row["json"] or {}) == json.loads(own["metadata"] or "{}")
 
 
 def test_labels_of_another_list_are_numbers(tmp_path: Path) -> None:
