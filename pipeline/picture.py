@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import cast, overload
 
 import torch
@@ -135,6 +136,9 @@ class SplatImage:
     def plot(self, picture: Picture | None = None, side: int = PANEL_PX) -> Image.Image:
         """The rendering and its Gaussians, as ellipses of one standard deviation over it, beside
         each other; before them `picture`, if given. The longer side of each is `side` px."""
+        check_whole(side=side)
+        if side < 1:
+            raise UsageError(f"side is {side}: choose 1 px or more")
         scale = side / max(self.height, self.width)
         height, width = (max(1, round(scale * x)) for x in (self.height, self.width))
         # not drawn smaller than it is: thin Gaussians would be hit by a pixel's centre or not
@@ -153,8 +157,12 @@ class SplatImage:
         self, config: AugmentConfig | None = None, *, seed: int | None = None
     ) -> SplatImage:
         """What training does to its samples, once: another picture of other Gaussians, of the
-        configuration's size. Nothing is rendered. A seed gives the same every time."""
+        configuration's size. Nothing is rendered. A seed gives the same every time. Raises
+        UsageError for another configuration."""
         config = config or AugmentConfig(height=self.height, width=self.width)
+        if not isinstance(config, AugmentConfig):
+            raise UsageError(f"{config!r} is no AugmentConfig: make one (splatshard.schemas.train)")
+        check_whole(seed=seed)
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         height, width = torch.tensor([self.height]), torch.tensor([self.width])
@@ -165,7 +173,7 @@ class SplatImage:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file, for `load`: 32 bytes per Gaussian, nothing rounded. Raises
         UsageError for another suffix, StorageError and UnavailableError."""
-        url = _checked_suffix(os.fspath(path), SUFFIX)
+        url = _checked_suffix(path, SUFFIX)
         fs.write_bytes(fs.absolute(url), self.to_bytes())
 
     def to_bytes(self) -> bytes:
@@ -190,7 +198,7 @@ class SplatImage:
         """Write a .ply file for viewers of 3D Gaussians, which composite by alpha where this is a
         sum: it does not look the same (pipeline/ply.py). Raises UsageError for another suffix,
         BackendError without gsplat, StorageError and UnavailableError."""
-        url = _checked_suffix(os.fspath(path), ".ply")
+        url = _checked_suffix(path, ".ply")
         fs.write_bytes(fs.absolute(url), ply_bytes(self.splats, self.height, self.width))
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -200,6 +208,7 @@ class SplatImage:
             height = self.height if width is None else max(1, round(width / ratio))
         if width is None:
             width = max(1, round(height * ratio))
+        check_whole(height=height, width=width)
         if min(height, width) < 1 or height * width > LARGEST_PX:
             raise UsageError(
                 f"a rendering of {width}x{height} px: choose sides of 1 px or more, and at most "
@@ -285,6 +294,14 @@ def fit(
     Raises UsageError for what is no picture, or may mean more than one, and for other arguments;
     SourceError and UnavailableError for a file that cannot be read, BackendError for a backend.
     """
+    check_whole(num_gaussians=num_gaussians, max_gaussians=max_gaussians)
+    check_whole(steps=steps, image_size=image_size)
+    for name, value in (
+        ("gaussians_per_megapixel", gaussians_per_megapixel),
+        ("target_psnr", target_psnr),
+    ):
+        if value is not None and not isinstance(value, Real):
+            raise UsageError(f"{name} is {value!r}: it must be a number")
     if None not in (num_gaussians, gaussians_per_megapixel):
         raise UsageError(
             f"num_gaussians={num_gaussians} does not go with gaussians_per_megapixel="
@@ -323,7 +340,7 @@ def load(path: str | os.PathLike[str]) -> SplatImage:
     from safetensors import SafetensorError
     from safetensors.torch import load as tensors_in
 
-    url = _checked_suffix(os.fspath(path), SUFFIX)
+    url = _checked_suffix(path, SUFFIX)
     with fs.open_read(fs.absolute(url)) as stream:
         data = stream.read()
     try:
@@ -357,7 +374,16 @@ def _check_loaded(image: SplatImage) -> None:
     FitConfig(cutoff=image.cutoff)
 
 
-def _checked_suffix(path: str, suffix: str) -> str:
+def check_whole(**values: object) -> None:
+    """Raises UsageError unless each is a whole number, of 64 bits, or None."""
+    for name, value in values.items():
+        number = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (number and abs(int(cast(int, value))) < 1 << 63):
+            raise UsageError(f"{name} is {value!r}: it must be a whole number")
+
+
+def _checked_suffix(given: str | os.PathLike[str], suffix: str) -> str:
+    path = os.fsdecode(given)
     if not path.lower().endswith(suffix):
         raise UsageError(f"{path}: end it in {suffix}")
     return path

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from splatshard.pipeline.data import loaders, ranks
+from splatshard.pipeline.data import catalog, loaders, ranks
 from splatshard.pipeline.data.batch import AnyBatch, Position, position_of
 from splatshard.pipeline.data.catalog import S, Source, check_sizes, numbered_otherwise, pools
 from splatshard.pipeline.data.epoch_order import (
@@ -64,7 +64,6 @@ from splatshard.schemas.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-
 Batch = TypeVar("Batch", bound=AnyBatch)
 
 
@@ -89,16 +88,14 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
     filter          conditions (column, operator, number) that samples must fulfil: see filters.py
     epoch_samples   length of a mixture's epoch; as many samples as there are by default
     prefetch_windows  loaded ahead on a thread; 0 for none
-    on_rank_zero    is given what opens the sources, and gives what that finds, so that one process
-                    can open them for all; None opens them in each
+    on_rank_zero    opens the sources in one process for all, by what it is given; None: each does
 
-    Raises UsageError for arguments that do not fit each other or the samples, and what opening and
-    reading raise.
+    Raises UsageError for arguments that do not fit, and what opening and reading raise.
     """
 
     def __init__(
         self,
-        src: str | Sequence[str] | Mapping[str, float],
+        src: catalog.Location | Sequence[catalog.Location] | Mapping[str, float],
         *,
         batch_size: int,
         rank: int | None = None,
@@ -121,6 +118,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             shuffle_shards=(shuffle_shards, 1),
             lanes=(lanes, 1),
             prefetch_windows=(prefetch_windows, 0),
+            seed=(seed, None),
         )
         self._given = rank, world_size
         self._parent: Place | None = None  # of a DataLoader worker
@@ -128,9 +126,13 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
             raise UsageError(f"rank is {rank}: it must be below world_size, {world_size}")
         conditions = checked_filter(filter)
         self.batch_size = batch_size
-        self.seed, self.shuffle, self.shuffle_shards = seed, shuffle, shuffle_shards
-        self.lanes, self.drop_last = lanes, drop_last
+        self.seed = seed
+        self.shuffle = shuffle
+        self.shuffle_shards = shuffle_shards
+        self.lanes = lanes
+        self.drop_last = drop_last
         self.prefetch_windows = prefetch_windows
+        self.weights: tuple[float, ...] | None
         groups, self.weights = pools(src)
 
         def opened() -> list[Source[S]]:
@@ -168,9 +170,8 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         """A DataLoader worker that is not forked knows nothing of its parent's process group."""
-        place = self.place
-        loaders.check_divided_once(place.world_size)
-        return self.__dict__ | {"_parent": place, "_taker": None}
+        loaders.check_divided_once(self.world_size)
+        return self.__dict__ | {"_parent": self.place, "_taker": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy shares its place with DataLoader workers, too; neither copy.deepcopy nor pickle
@@ -409,8 +410,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
 
     def _reader(self) -> Reader:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return Reader(*self.place, worker, workers)
+        return Reader(*self.place, *((info.id, info.num_workers) if info else (0, 1)))
 
     def _state(self, start: Start, reader: Reader, taken: int) -> dict[str, Any]:
         if get_worker_info() is None:

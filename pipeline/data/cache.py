@@ -55,7 +55,8 @@ class ShardCache:
     """A folder of at most `max_bytes` that processes and threads may share."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+        self.folder = folder
+        self.max_bytes = max_bytes
         self._verified: dict[str, int] = {}
         """Inodes of files whose digest this process knows, by name."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -104,21 +104,30 @@ class Source(Generic[S]):
         self.counts = np.array([shard.ok for shard in self.shards], np.int64)
 
 
+Location = str | os.PathLike[str]
+"""A folder, file or URL."""
+
+
 def pools(
-    src: str | Sequence[str] | Mapping[str, float],
+    src: Location | Sequence[Location] | Mapping[str, float],
 ) -> tuple[list[list[str]], tuple[float, ...] | None]:
     """The URLs of each source, and the weights of a mixture. Raises UsageError."""
+    many = isinstance(src, Iterable) and not isinstance(src, str)
+    given: list[Any] = list(cast(Any, src)) if many else [src]
+    if not all(isinstance(each, str | os.PathLike) for each in given):
+        raise UsageError(f"src is {src!r}: give a folder or URL, or a list of them")
     if isinstance(src, Mapping):
         weights = tuple(map(float, src.values()))
         small = sum(weights) / (2 * PERIOD)
         bad = [url for url, w in zip(src, weights, strict=True) if not small < w < float("inf")]
         if bad or not weights:
+            names = ", ".join(map(str, bad)) or "no source"
             raise UsageError(
-                f"src gives {', '.join(bad) or 'no source'} a weight that is not positive, or "
+                f"src gives {names} a weight that is not positive, or "
                 f"less than 1 / {2 * PERIOD} of all"
             )
-        return [url.split("::") for url in src], weights
-    urls = src.split("::") if isinstance(src, str) else [u for s in src for u in s.split("::")]
+        return [os.fspath(url).split("::") for url in src], weights
+    urls = [url for each in given for url in os.fspath(each).split("::")]
     if not urls:
         raise UsageError("src names no source: give the folder that convert wrote to")
     return [urls], None

@@ -28,7 +28,7 @@ from splatshard.pipeline.data.base import OrderedDataset
 from splatshard.pipeline.data.batch import Position, TrainBatch
 from splatshard.pipeline.data.block import Block, assemble
 from splatshard.pipeline.data.cache import ShardCache
-from splatshard.pipeline.data.catalog import Shard, Source, checked_columns, open_source
+from splatshard.pipeline.data.catalog import Location, Shard, Source, checked_columns, open_source
 from splatshard.pipeline.data.epoch_order import Ordering, Piece
 from splatshard.pipeline.data.files import ShardFiles, default_cache_dir, shard_errors
 from splatshard.pipeline.data.filters import Filter, apply_filter
@@ -58,7 +58,7 @@ class SplatDataset(OrderedDataset[Shard, TrainBatch]):
 
     def __init__(
         self,
-        src: str | Sequence[str] | Mapping[str, float],
+        src: Location | Sequence[Location] | Mapping[str, float],
         *,
         num_gaussians: int | None = None,
         columns: Sequence[str] = (),
@@ -68,10 +68,11 @@ class SplatDataset(OrderedDataset[Shard, TrainBatch]):
         cache_bytes: int = 100 << 30,
         **ordering: Unpack[Ordering],
     ) -> None:
-        self.num_gaussians, self.as_dict = num_gaussians, as_dict
-        self.columns = checked_columns(columns)
+        self.num_gaussians = num_gaussians
+        self.as_dict = as_dict
+        self.columns: tuple[str, ...] = checked_columns(columns)
         cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), cache_bytes)
-        self.files = ShardFiles(cache, checksum)
+        self.files: ShardFiles = ShardFiles(cache, checksum)
         super().__init__(src, **ordering)
 
     def open_source(self, urls: Sequence[str], conditions: Filter) -> Source[Shard]:

@@ -126,16 +126,18 @@ class EpochOrder:
         epoch_samples: int | None = None,
     ) -> None:
         self.counts = counts
-        self.key = (seed, epoch)
-        self.grain, self.lanes = grain, lanes
-        self.shuffle, self.shuffle_shards = shuffle, shuffle_shards
-        self.sizes = [int(c.sum()) for c in counts]
-        self.choice = None if weights is None else choices(tuple(weights))
+        self.key: tuple[int, int] = (seed, epoch)
+        self.grain = grain
+        self.lanes = lanes
+        self.shuffle = shuffle
+        self.shuffle_shards = shuffle_shards
+        self.sizes: list[int] = [int(c.sum()) for c in counts]
+        self.choice: Choices | None = None if weights is None else choices(tuple(weights))
         # samples in lanes; the rest of a single source is shorter than a grain of every lane, and
         # one lane has it all, so that its order does not depend on the grain
         whole_grains = self.sizes[0] // (lanes * grain) * grain
-        self.per_lane = self.sizes[0] if lanes == 1 else whole_grains
-        self.total = sum(self.sizes) if epoch_samples is None else epoch_samples
+        self.per_lane: int = self.sizes[0] if lanes == 1 else whole_grains
+        self.total: int = sum(self.sizes) if epoch_samples is None else epoch_samples
         # lanes of a mixture may be at the end of one line and at the beginning of the next
         self._line = lru_cache(maxsize=4 * len(counts))(self._new_line)
 
@@ -235,9 +237,11 @@ class Choices:
         # the k-th of q grains belongs at (k + 1/2) / q of the period: as even as it can be
         times = np.concatenate([(np.arange(q) + 0.5) / q for q in quotas])
         sources = np.repeat(np.arange(len(quotas)), quotas)
-        self.sources = sources[np.argsort(times, kind="stable")]
+        self.sources: NDArray[np.int64] = sources[np.argsort(times, kind="stable")]
         chosen = self.sources[:, None] == np.arange(len(quotas))
-        self.before = np.concatenate((np.zeros((1, len(quotas)), np.int64), chosen.cumsum(0)))
+        self.before: NDArray[np.int64] = np.concatenate(
+            (np.zeros((1, len(quotas)), np.int64), chosen.cumsum(0))
+        )
 
     def at(self, lane: int, row: int) -> tuple[int, int]:
         """The source of a lane's grain `row`, and how many of its grains before that are that
@@ -325,8 +329,9 @@ def shares(
             yield Share(cuts[0], cuts[1], after)
 
 
-def check_counts(**values: tuple[object, int]) -> None:
+def check_counts(**values: tuple[object, int | None]) -> None:
     """Raises UsageError unless each value is a whole number that is at least as large as said."""
     for name, (value, least) in values.items():
-        if type(value) is not int or value < least:
-            raise UsageError(f"{name} is {value!r}: it must be a whole number from {least} on")
+        if type(value) is not int or (least is not None and value < least):
+            bound = "" if least is None else f" from {least} on"
+            raise UsageError(f"{name} is {value!r}: it must be a whole number{bound}")

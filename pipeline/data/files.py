@@ -35,7 +35,8 @@ class ShardFiles:
     """
 
     def __init__(self, cache: ShardCache, checksum: bool) -> None:
-        self.cache, self.checksum = cache, checksum
+        self.cache = cache
+        self.checksum = checksum
         self._verified: set[tuple[str, int]] = set()
 
     def open(self, shard: Shard) -> BinaryIO:

@@ -40,7 +40,7 @@ from torch.utils.data import get_worker_info
 
 from splatshard.pipeline.data.base import OrderedDataset
 from splatshard.pipeline.data.batch import ImageBatch, Position
-from splatshard.pipeline.data.catalog import Source, checked_columns
+from splatshard.pipeline.data.catalog import Location, Source, checked_columns
 from splatshard.pipeline.data.epoch_order import Ordering, Piece
 from splatshard.pipeline.data.filters import CAPTION_LENGTH, SCANNERS, Filter, fulfilled, keep
 from splatshard.pipeline.data.windows import Choice
@@ -131,7 +131,7 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
 
     def __init__(
         self,
-        src: str | Sequence[str] | Mapping[str, float],
+        src: Location | Sequence[Location] | Mapping[str, float],
         *,
         image_size: int,
         classes: Sequence[str] = (),
@@ -139,15 +139,16 @@ class ImageDataset(OrderedDataset[ImageShard, ImageBatch]):
         as_dict: bool = False,
         **ordering: Unpack[Ordering],
     ) -> None:
-        self.decoding = DecodeConfig(image_size=image_size)
-        self.as_dict, self.columns = as_dict, checked_columns(columns)
+        self.decoding: DecodeConfig = DecodeConfig(image_size=image_size)
+        self.as_dict = as_dict
+        self.columns: tuple[str, ...] = checked_columns(columns)
         for name in self.columns:
             if name not in COLUMNS:
                 raise UsageError(
                     f"columns names {name!r}, which images do not have: choose among "
                     f"{', '.join(COLUMNS)}"
                 )
-        self.replaced = 0
+        self.replaced: int = 0
         self._wanted = tuple(classes)
         self._told = set[str]()
         super().__init__(src, **ordering)

@@ -32,7 +32,15 @@ from torch.utils.data import Dataset
 from splatshard.pipeline.data.batch import TrainBatch
 from splatshard.pipeline.data.block import Block, assemble
 from splatshard.pipeline.data.cache import ShardCache
-from splatshard.pipeline.data.catalog import Shard, check_sizes, checked_columns, open_source, pools
+from splatshard.pipeline.data.catalog import (
+    Location,
+    Shard,
+    Source,
+    check_sizes,
+    checked_columns,
+    open_source,
+    pools,
+)
 from splatshard.pipeline.data.files import ShardFiles, default_cache_dir, shard_errors
 from splatshard.pipeline.data.filters import (
     SCANNERS,
@@ -75,7 +83,7 @@ class SplatTable(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        src: str | Sequence[str],
+        src: Location | Sequence[Location],
         *,
         num_gaussians: int | None = None,
         columns: Sequence[str] = (),
@@ -86,13 +94,16 @@ class SplatTable(Dataset[dict[str, Any]]):
         memory_bytes: int = 1 << 30,
     ) -> None:
         if isinstance(src, Mapping):
-            raise UsageError(f"src weighs {', '.join(src)}, which a table cannot: give a list")
-        self.num_gaussians, self.memory_bytes = num_gaussians, memory_bytes
+            raise UsageError(
+                f"src weighs {', '.join(map(str, src))}, which a table cannot: give a list"
+            )
+        self.num_gaussians = num_gaussians
+        self.memory_bytes = memory_bytes
         cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), cache_bytes)
-        self.files = ShardFiles(cache, checksum)
+        self.files: ShardFiles = ShardFiles(cache, checksum)
         conditions = checked_filter(filter)
         (urls,), _ = pools(src)
-        self.source = open_source(urls, num_gaussians, checked_columns(columns))
+        self.source: Source[Shard] = open_source(urls, num_gaussians, checked_columns(columns))
         if conditions:
             apply_filter(self.source, conditions, self.files)
         check_sizes([self.source], None, 1, None)

@@ -65,7 +65,9 @@ class Loader(Generic[Block, Batch]):
         read: Callable[[Source[Any], Piece], list[Block]],
         assemble: Callable[[Sequence[Choice[Block]], Tensor, Position], Batch],
     ) -> None:
-        self.sources, self.read, self.assemble = sources, read, assemble
+        self.sources = sources
+        self.read = read
+        self.assemble = assemble
 
     def batches(
         self,

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
 from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
 from splatshard.pipeline.evaluation.model_card import CARD, model_card
@@ -70,10 +71,21 @@ class Embedder:
         device: str = "auto",
     ) -> Embedder:
         """As `encoder`, by the name that it has elsewhere."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        url = place_of(os.fspath(path), revision)
-        return cls(load_trained(url, weights, torch.device(device)))
+        gpu = torch.cuda.is_available()
+        for name, value, choices in (
+            ("weights", weights, ("auto", "model", "ema")),
+            ("device", device, ("auto", "cpu", "cuda")),
+        ):
+            if value not in choices:
+                raise UsageError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        if device == "cuda" and not gpu:
+            raise UsageError("device is 'cuda', and there is none here: choose auto or cpu")
+        url = place_of(_folder(path), revision)
+        chosen = "cuda" if gpu and device != "cpu" else "cpu"
+        return cls(load_trained(url, weights, torch.device(chosen)))
+
+    def __repr__(self) -> str:
+        return f"Embedder({type(self.model).__name__}, {self.trained.url})"
 
     @property
     def model(self) -> nn.Module:
@@ -122,7 +134,7 @@ class Embedder:
         Raises UsageError for a folder with another config.json, and a tokenizer that cannot be
         loaded; StorageError and UnavailableError.
         """
-        url = fs.absolute(os.fspath(folder)).rstrip("/")
+        url = fs.absolute(_folder(folder)).rstrip("/")
         refuse_other_folder(url)
         config = config_to_save(self.trained)
         if config.cutoff is not None and config.decode is None:
@@ -139,6 +151,11 @@ class Embedder:
         """`embed` of all, in batches."""
         if isinstance(inputs, TrainBatch | ImageBatch):
             return self._embedded(inputs, embed)
+        if isinstance(inputs, Mapping | Dataset):
+            raise UsageError(
+                f"a {type(inputs).__name__} is no picture and no batch: give the batches that a "
+                "dataset gives without as_dict=True, or those of a table, as table[:8]"
+            )
         listed: Sequence[Any] = inputs if several(inputs) else [inputs]
         if not listed:
             raise UsageError("no picture: give at least one")
@@ -204,6 +221,15 @@ def encoder(
     damaged checkpoint.
     """
     return Embedder.from_pretrained(path, revision=revision, weights=weights, device=device)
+
+
+def _folder(path: str | os.PathLike[str]) -> str:
+    """The name of a model's folder. Raises UsageError for that of a file, or none."""
+    name = os.fsdecode(path)
+    if not name or (fs.is_local(name) and os.path.isfile(fs.local_path(name))):
+        what = f"{name} is a file" if name else "the path is empty"
+        raise UsageError(f"{what}: give a folder")
+    return name
 
 
 def splat_batch(images: Sequence[SplatImage]) -> TrainBatch:

@@ -57,7 +57,7 @@ def pixels_of(picture: Picture, config: DecodeConfig) -> Tensor:
             "bytes of a file), a NumPy array [H, W, 3] or a torch tensor [3, H, W]; or a "
             "list of them"
         )
-    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # which may be written
     return planes.float().div_(255) if planes.dtype == torch.uint8 else planes
 
 

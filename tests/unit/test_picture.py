@@ -105,8 +105,13 @@ def test_numbers_by_size_and_by_quality() -> None:
     ("options", "remedy"),
     [
         ({"num_gaussians": 0}, "choose"),
+        ({"num_gaussians": 400.0}, "num_gaussians is 400.0: it must be a whole number"),
+        ({"num_gaussians": True}, "num_gaussians is True: it must be a whole number"),
         ({"steps": -1}, "choose"),
+        ({"steps": 2.5}, "steps is 2.5: it must be a whole number"),
         ({"image_size": 4}, "choose"),
+        ({"image_size": (224, 224)}, "image_size is .*: it must be a whole number"),
+        ({"target_psnr": "30"}, "target_psnr is '30': it must be a number"),
         ({"gaussians_per_megapixel": 0}, "choose a number above 0"),
         ({"gaussians_per_megapixel": 9.0, "num_gaussians": 9}, "leave one of them out"),
         ({"max_gaussians": 500}, "is for images that miss --target-psnr: give that too"),
@@ -116,6 +121,19 @@ def test_numbers_by_size_and_by_quality() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], remedy: str) -> None:
     with pytest.raises(UsageError, match=remedy):
         splatshard.fit(PHOTO, **options)
+
+
+def test_what_splats_are_not_asked(splats: SplatImage, tmp_path: Path) -> None:
+    asked: list[tuple[Any, str]] = [
+        (lambda: splats.render(1.5), "height is 1.5: it must be a whole number"),
+        (lambda: splats.plot(side=0), "side is 0: choose 1 px or more"),
+        (lambda: splats.augment({"flip": 1}), "is no AugmentConfig: make one"),  # pyright: ignore
+        (lambda: splats.augment(seed=1 << 70), "seed is .*: it must be a whole number"),
+        (lambda: splatshard.load(b"abc"), "abc: end it in .safetensors"),  # pyright: ignore
+    ]
+    for call, remedy in asked:
+        with pytest.raises(UsageError, match=remedy):
+            call()
 
 
 @pytest.mark.parametrize("data", [b"abc", bytearray(b"abc")])

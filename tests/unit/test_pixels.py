@@ -47,6 +47,12 @@ def test_files_are_decoded_as_convert_does(tmp_path: Path) -> None:
     assert torch.equal(pixels_of(f"file://{path}", WHOLE), EXPECTED)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_one_column() -> None:
+    """Whose planes need not be copied, and Pillow's may not be written."""
+    assert pixels_of(Image.fromarray(PHOTO[:, :1]), WHOLE).add_(1).shape == (3, 17, 1)
+
+
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_short_floats(kind: torch.dtype) -> None:
     found = pixels_of(EXPECTED.to(kind), WHOLE)

@@ -188,6 +188,30 @@ def test_weights_are_of_one_kind(tmp_path: Path) -> None:
         splatshard.encoder(tmp_path / "a", revision="main")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "best"}, "weights is 'best': choose one of auto, model, ema"),
+        ({"device": "gpu"}, "device is 'gpu': choose one of auto, cpu, cuda"),
+        ({"path": ""}, "the path is empty: give a folder"),
+        ({"path": __file__}, r"test_saved\.py is a file: give a folder"),
+    ],
+)
+def test_what_no_encoder_is_asked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        splatshard.encoder(**{"path": "a"} | options)
+    if "path" in options:
+        with pytest.raises(UsageError, match=message):
+            classifier().save_pretrained(options["path"])
+
+
+def test_what_is_no_batch() -> None:
+    embed = classifier()
+    assert repr(embed) == "Embedder(SplatClassifier, )"
+    with pytest.raises(UsageError, match=r"a dict is no picture .*without as_dict"):
+        embed({"means": 1})  # pyright: ignore
+
+
 def test_a_model_takes_what_it_was_made_for(tokenizer: Path) -> None:
     both = models(tokenizer)
     with pytest.raises(UsageError, match="has no text tower: it takes no texts"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from splatshard.pipeline.codec.pack import unpack_row
-from splatshard.pipeline.data import SplatDataset, TrainBatch
+from splatshard.pipeline.data import SplatDataset, SplatTable, TrainBatch
 from splatshard.pipeline.data.batch import values_of
 from splatshard.pipeline.data.read_parquet import teacher_of
 from splatshard.pipeline.shards.rows import read_rows, shard_metadata_of
@@ -209,3 +209,16 @@ def test_a_column_of_a_type_that_no_shard_has(tmp_path: Path, name: str, kind: A
     given = str(kind).partition("<")[0]  # a list's item has another name in files
     assert f"has the column {name} ({given}" in str(raised.value)
     assert f"not {name} ({right[0]}" in str(raised.value)
+
+
+def test_folders_are_paths_or_texts(dst: str) -> None:
+    expected = keys_of(SplatDataset(dst, batch_size=4))
+    for src in (Path(dst), [Path(dst)], {Path(dst): 1.0}):
+        dataset: Any = SplatDataset(src, batch_size=4)  # pyright: ignore
+        assert sorted(keys_of(dataset)) == sorted(expected)
+    assert len(SplatTable(Path(dst))) > 0
+    for none in (None, 3, [None]):
+        with pytest.raises(UsageError, match=r"src is .*: give a folder or URL, or a list"):
+            SplatDataset(none, batch_size=4)  # pyright: ignore
+    with pytest.raises(UsageError, match=r"seed is 'a': it must be a whole number$"):
+        SplatDataset(dst, batch_size=4, seed="a")  # pyright: ignore
