@@ -175,8 +175,9 @@ def classnames_of(trained: Trained, options: ExplainOptions, classes: int) -> li
     from splatshard.pipeline.train.trained import data_of
 
     src = data_of(trained).split("::")[0].rstrip("/")
+    known = trained.src is None and not options.classnames  # of a saved model, or not at all
     try:
-        names = lines_of(options.classnames, CLASSNAMES, src)
+        names = [] if known else lines_of(options.classnames, CLASSNAMES, src)
     except SplatshardError:
         if options.classnames:
             raise

@@ -150,7 +150,10 @@ def check_weights(path: str, state: dict[str, Tensor], own: dict[str, Tensor]) -
 
 
 def refuse_other_folder(folder: str) -> None:
-    """Raises UsageError where `folder` has a config.json that no `save_pretrained` wrote."""
+    """Raises UsageError where `folder` has a config.json that no `save_pretrained` wrote, or is on
+    a store that is only read."""
+    if not fs.is_local(folder) and not folder.startswith(("s3://", "s3a://")):
+        raise UsageError(f"{folder}: a local folder or s3://bucket/... can be written; choose one")
     path = f"{folder}/{CONFIG}"
     if not fs.exists(path):
         return

@@ -205,6 +205,11 @@ def test_what_no_encoder_is_asked(options: dict[str, Any], message: str) -> None
             classifier().save_pretrained(options["path"])
 
 
+def test_folders_are_local_or_on_s3() -> None:
+    with pytest.raises(UsageError, match="memory://"):
+        classifier().save_pretrained("memory://box/model")
+
+
 def test_what_is_no_batch() -> None:
     embed = classifier()
     assert repr(embed) == "Embedder(SplatClassifier, )"
