@@ -70,6 +70,11 @@ class Page:
             self.complaints.append(json.dumps(told["args"]))
         return found
 
+    def close(self) -> None:
+        """And all of Chromium."""
+        self._session = ""
+        self.call("Browser.close")
+
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
 
@@ -147,7 +152,10 @@ def browser(folder: Path) -> Iterator[Page]:
     os.close(told)
     try:
         with os.fdopen(answers, "rb") as stream:
-            yield Page(to, stream)
+            page = Page(to, stream)
+            yield page
+            page.close()
+            process.wait(PATIENCE_S)
     finally:
         process.kill()
         process.wait()

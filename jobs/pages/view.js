@@ -43,6 +43,7 @@ async function arrive() {
   $("order").disabled = kindOf(here) === "scan";
   for (const name of INPUTS) if ($(name) !== document.activeElement) $(name).value = here[name] ?? "";
   document.body.classList.toggle("reading", Boolean(here.at));
+  document.body.classList.toggle("asking", isAsked(here));
   $("back").href = link(without(here, "at", "row"));
   const shown = here.at ? showSample(here.at, here.row) : showOverview();
   await Promise.all([shown, showList()]).catch(complain);

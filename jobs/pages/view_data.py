@@ -80,6 +80,7 @@ class View:
         self.files = ShardFiles(ShardCache(default_cache_dir(), 100 << 30), checksum=False)
         self.table = lru_cache(TABLES)(self._table)
         self.chunk = lru_cache(CHUNKS)(self._chunk)
+        self.shares = lru_cache(TABLES)(self._shares)
         self.read_markers()
 
     def read_markers(self) -> None:
@@ -123,6 +124,21 @@ class View:
         with shard_errors(shard), self.files.open(shard) as stream:
             rows = rows_from(stream, shard.url, shard.format, number * CHUNK_ROWS)
             return [lean(row) for row in islice(rows, CHUNK_ROWS)]
+
+    def _shares(self, shard: Shard) -> dict[str, float]:
+        """What a byte of each column of payloads takes in a Parquet file; empty for a tar."""
+        import pyarrow.parquet as pq
+
+        from splatshard.pipeline.data.files import shard_errors
+        from splatshard.pipeline.shards.verify import column_sizes
+
+        if shard.format == "webdataset":
+            return {}
+        with shard_errors(shard), self.files.open(shard) as stream:
+            return {
+                name: stored / max(1, whole)
+                for name, (stored, whole) in column_sizes(pq.ParquetFile(stream).metadata).items()
+            }
 
     def row(self, name: str, number: int) -> dict[str, Any]:
         """A row with its payloads. Raises UsageError where there is none, CorruptShardError and

@@ -24,7 +24,8 @@ export async function showSample(shard, row) {
   $("overview").hidden = true;
   $("sample").hidden = false;
   document.title = `${sample.key} – splatshard view`;
-  $("place").textContent = `shard ${sample.shard}, row ${number(sample.row)} of 0–${number(sample.rows - 1)}`;
+  const own = el("a", { href: address("", { ...place(), at: sample.shard }).replace("?", "#") }, sample.shard);
+  $("place").replaceChildren("shard ", own, `, row ${number(sample.row)} of 0–${number(sample.rows - 1)}`);
   $("key").textContent = sample.key;
   $("caption").textContent = sample.caption ?? "";
   const ok = sample.status === "ok";
@@ -42,7 +43,7 @@ function facts() {
   const found = [["shard", sample.shard], ["row", number(sample.row)], ["status", sample.status]];
   if (sample.status === "ok") {
     found.push(["PSNR", decibels(sample.psnr)], ["lost by the codec", decibels(sample.psnr_loss)]);
-    found.push(["Gaussians", number(sample.num_gaussians)], ["bytes, before zstd", number(budgets.at(-1).bytes)]);
+    found.push(["Gaussians", number(sample.num_gaussians)], ["bytes", stored(budgets.at(-1))]);
     found.push(["codec", sample.codec], ["steps", sample.steps === null ? "–" : number(sample.steps)]);
     found.push(["size", `${width} × ${height} px`], ["original size", `${original_width} × ${original_height} px`]);
   }
@@ -53,6 +54,9 @@ function facts() {
   found.push(["source", sample.source]);
   return found;
 }
+
+const stored = ({ stored, bytes }) =>
+  number(stored) + (bytes === stored ? "" : `, compressed (${number(bytes)} before)`);
 
 function pretty(text) {
   try {
@@ -88,9 +92,9 @@ async function showBudget() {
   const [mine, now] = [shown, ++drawn];
   const isCurrent = () => mine === shown && now === drawn;
   const nested = sample.budgets.length > 1;
-  const { budget, gaussians, psnr, bytes } = sample.budgets[Number($("budget").value)];
+  const { budget, gaussians, psnr, stored } = sample.budgets[Number($("budget").value)];
   const of = gaussians < sample.num_gaussians ? ` of ${number(sample.num_gaussians)}` : "";
-  $("figures").textContent = `${number(gaussians)}${of} Gaussians · ${decibels(psnr)} · ${number(bytes)} B`;
+  $("figures").textContent = `${number(gaussians)}${of} Gaussians · ${decibels(psnr)} · ${number(stored)} B`;
   $("budget").setAttribute("aria-valuetext", several(gaussians, "Gaussian"));
   const asked = { ...place(), budget: nested ? budget : undefined };
   const rendering = put("rendering", address("/image/rendering", asked), isCurrent);

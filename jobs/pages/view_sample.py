@@ -34,7 +34,7 @@ def sample(view: View, name: str, number: int) -> dict[str, Any]:
     told += ("original_width", "original_height", "num_gaussians", "psnr_loss", "members")
     planned = view.planned.get(name)
     classes = planned.ref.labels if planned else ()
-    label = row["label"]
+    label, ok = row["label"], row["status"] == OK
     text = row["metadata"] or ""
     return {
         **{column: row.get(column) for column in told},
@@ -45,24 +45,40 @@ def sample(view: View, name: str, number: int) -> dict[str, Any]:
         "rows": manifest.samples,
         "codec": metadata["codec"],
         "source": manifest.source_url,
-        "budgets": budgets(row, metadata) if row["status"] == OK else [],
+        "budgets": budgets(row, metadata, view.shares(view.shard(manifest))) if ok else [],
     }
 
 
-def budgets(row: dict[str, Any], metadata: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each budget of a row holds; one where the shard is not nested."""
+def budgets(
+    row: dict[str, Any], metadata: dict[str, Any], shares: dict[str, float]
+) -> list[dict[str, Any]]:
+    """What each budget of a row holds; one where the shard is not nested. `bytes` are those of its
+    payloads, `stored` what they take in a tar, or their share of the columns in a Parquet file."""
     nested = metadata["budgets"] or [row["num_gaussians"]]
     psnrs = [*(row[name] for name in psnr_columns(metadata["budgets"])), row["psnr"]]
     names = splat_columns(metadata["budgets"])
+    sizes = [payload_bytes({name: row[name]}) for name in names]
+    stored = [
+        shares[n] * size if shares else member_bytes(row[n])
+        for n, size in zip(names, sizes, strict=True)
+    ]
     return [
         {
             "budget": budget,
             "gaussians": min(budget, row["num_gaussians"]),
             "psnr": psnrs[i],
-            "bytes": payload_bytes({column: row[column] for column in names[: i + 1]}),
+            "bytes": sum(sizes[: i + 1]),
+            "stored": round(sum(stored[: i + 1])),
         }
         for i, budget in enumerate(nested)
     ]
+
+
+def member_bytes(payload: dict[str, bytes] | bytes) -> int:
+    """What a payload takes in a tar."""
+    from splatshard.pipeline.codec.planes import join
+
+    return len(join(payload) if isinstance(payload, dict) else payload)
 
 
 def picture(view: View, name: str, number: int, budget: int | None) -> SplatImage:

@@ -97,11 +97,8 @@ def stored_payload_bytes(url: str, format: str | None = None) -> int:
     """What the payloads take in the file: compressed columns, or tar members without headers."""
     with reading(url) as stream:
         if format_of(url, format) == "parquet":
-            file = pq.ParquetFile(stream).metadata
-            groups = [file.row_group(i) for i in range(file.num_row_groups)]
-            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-            splats = [chunk for chunk in chunks if chunk.path_in_schema.startswith("splats")]
-            return sum(chunk.total_compressed_size for chunk in splats)
+            sizes = column_sizes(pq.ParquetFile(stream).metadata)
+            return sum(stored for stored, _ in sizes.values())
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             metadata = tar_metadata(tar_members(tar), url)
             names = map(splat_suffix, splat_columns(metadata.get("budgets", [])))
@@ -112,6 +109,21 @@ def stored_payload_bytes(url: str, format: str | None = None) -> int:
                 last = member.name.rpartition("/")[2]
                 size += member.size if last[last.find(".") :] in ends else 0
             return size
+
+
+def column_sizes(footer: pq.FileMetaData) -> dict[str, tuple[int, int]]:
+    """Bytes of each column of payloads in a Parquet file, and before compression, without the
+    lengths of values."""
+    found: dict[str, tuple[int, int]] = {}
+    for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            name = chunk.path_in_schema.partition(".")[0]
+            if name.startswith("splats"):
+                stored, whole = found.get(name, (0, 0))
+                stored += chunk.total_compressed_size
+                whole += chunk.total_uncompressed_size - 4 * chunk.num_values
+                found[name] = stored, whole
+    return found
 
 
 def _histogram(psnr: Sequence[float]) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from splatshard.jobs.pages.view_data import View
 from splatshard.pipeline.data import SplatDataset, SplatTable
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import CorruptShardError, UsageError
 from tests.integration.stores import Store
 from tests.rows import FORMATS
 from tests.splat_shards import commit, keys_of, make_dataset, rows_of
+from tests.viewing import ask
 
 pytestmark = pytest.mark.integration
 
@@ -148,3 +150,21 @@ def test_a_shard_that_was_replaced_is_not_taken_from_the_cache(
     client.put_object(Bucket=bucket, Key=key, Body=bytes(data))
     with pytest.raises(CorruptShardError, match=key):
         list(dataset)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_page_of_view_is_over_s3_as_well(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """Lists bring no Parquet shard to the cache, pictures do."""
+    monkeypatch.setenv("SPLATSHARD_CACHE", str(tmp_path))
+    make_dataset(f"s3://{bucket}/splats", [5, 6], format, attempt="-0123456789")
+    view = View(f"s3://{bucket}/splats")
+    assert [shard["samples"] for shard in ask(view, "/api/shards")["items"]] == [5, 6]
+    assert ask(view, "/api/samples?shard=00001&order=worst")["total"] == 6
+    assert len(ask(view, "/api/scan?text=WORD&status=ok")["items"]) == 6
+    cached = tmp_path / "shards"
+    assert cached.exists() == (format == "webdataset")
+    assert ask(view, "/image/rendering?shard=00000&row=2")[:4] == b"\x89PNG"
+    assert ask(view, "/api/sample?shard=00000&row=3")["status"] == "corrupt_image"
+    assert cached.exists()

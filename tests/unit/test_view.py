@@ -210,6 +210,18 @@ def test_facts_of_a_sample(view: View) -> None:
     assert ask(view, "/api/sample?shard=a&row=0")["caption"] == HOSTILE
 
 
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_bytes_of_samples_add_up_to_what_is_stored(tmp_path: Path, format: str) -> None:
+    rows = rows_of(0, 2, 200, "balanced")
+    manifest = commit(str(tmp_path), "a", rows, splat_config(format, "balanced", 200))
+    view = View(str(tmp_path))
+    items = ask(view, "/api/samples?shard=a&status=ok")["items"]
+    facts = [ask(view, f"/api/sample?shard=a&row={item['row']}")["budgets"][0] for item in items]
+    whole = manifest.statistics["payload_bytes"]
+    assert sum(one["stored"] for one in facts) == pytest.approx(whole, rel=0.05)
+    assert sum(one["bytes"] for one in facts) > 1.1 * whole
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_pictures_are_of_the_stored_bytes_and_the_budget(view: View, budget: int) -> None:
     row = rows_in(view, "a")[1]
