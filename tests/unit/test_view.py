@@ -210,16 +210,27 @@ def test_facts_of_a_sample(view: View) -> None:
     assert ask(view, "/api/sample?shard=a&row=0")["caption"] == HOSTILE
 
 
-@pytest.mark.parametrize("format", ["parquet", "webdataset"])
-def test_bytes_of_samples_add_up_to_what_is_stored(tmp_path: Path, format: str) -> None:
-    rows = rows_of(0, 2, 200, "balanced")
-    manifest = commit(str(tmp_path), "a", rows, splat_config(format, "balanced", 200))
+@pytest.mark.parametrize(
+    ("format", "codec", "count", "n"),
+    [
+        ("parquet", "balanced", 3, 200),
+        ("webdataset", "balanced", 4, 60),
+        ("webdataset", "fp16", 4, 9),
+    ],
+)
+def test_bytes_of_samples_add_up_to_what_is_stored(
+    tmp_path: Path, format: str, codec: str, count: int, n: int
+) -> None:
+    """In Parquet up to what pages have besides."""
+    rows = rows_of(0, count, n, codec)
+    manifest = commit(str(tmp_path), "a", rows, splat_config(format, codec, n))
     view = View(str(tmp_path))
     items = ask(view, "/api/samples?shard=a&status=ok")["items"]
     facts = [ask(view, f"/api/sample?shard=a&row={item['row']}")["budgets"][0] for item in items]
     whole = manifest.statistics["payload_bytes"]
-    assert sum(one["stored"] for one in facts) == pytest.approx(whole, rel=0.05)
-    assert sum(one["bytes"] for one in facts) > 1.1 * whole
+    besides = 0.08 * whole if format == "parquet" else 0
+    assert sum(one["stored"] for one in facts) == pytest.approx(whole, abs=besides)
+    assert sum(one["bytes"] for one in facts) >= whole + 2 * besides
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
