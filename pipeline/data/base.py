@@ -380,7 +380,7 @@ class OrderedDataset(IterableDataset[Batch], Generic[S, Batch]):
         if start.epoch == start.samples == 0:
             shards = sum(len(source.shards) for source in self.sources)
             said.append(crowded(reader, start.lanes, shards))
-            said.append(doubts(self.place) if self._given == (None, None) else "")
+            said.append(doubts(self.place, self._given, self.shuffle))
         if self.shuffle and not (start.samples or self._shared[NAMED] or self._shared[WORKERS]):
             said.append(made_anew(start.epoch, self._ended))
         for text in filter(None, said):

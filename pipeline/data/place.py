@@ -90,14 +90,16 @@ def _number(name: str) -> int | None:
     return int(text)
 
 
-def doubts(place: Place) -> str:
-    """What speaks against `place` as reading begins, where nobody gave it; empty for nothing.
+def doubts(place: Place, given: tuple[int | None, int | None], shuffle: bool) -> str:
+    """What speaks against `place` as reading begins, `given` or not; empty for nothing.
 
-    Raises UsageError where WORLD_SIZE or RANK alone says that there are others: then all would read
-    the same.
+    Raises UsageError where nobody gave it, and WORLD_SIZE or RANK alone says that there are others:
+    then all would read the same.
     """
     if place != ALONE:
         return ""
+    if given != (None, None):
+        return _repeats() if shuffle else ""
     if (_number("WORLD_SIZE") or 1) > 1 and _number("RANK") is None:
         raise UsageError(
             f"the environment says WORLD_SIZE {os.environ['WORLD_SIZE']} and no RANK, so all "
@@ -119,6 +121,22 @@ def doubts(place: Place) -> str:
         "the same: if they train together, start them with torchrun, begin after "
         "torch.distributed.init_process_group, or give "
         f'rank=int(os.environ["{LAUNCHERS[several]}"]) and world_size={count}'
+    )
+
+
+def _repeats() -> str:
+    """What a rank that is not the first says where it was told to read alone, as in training: one
+    alone evaluates on rank 0, or in order."""
+    try:
+        here = _found(None)
+    except UsageError:  # what was given counts
+        return ""
+    if not here.rank:
+        return ""
+    return (
+        f"rank 0 of 1 was given, and this process is rank {here.rank} of {here.world_size}, so it "
+        "reads what other ranks that were given the same read: leave rank and world_size out, "
+        "unless these processes share one model"
     )
 
 

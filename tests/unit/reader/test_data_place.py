@@ -65,6 +65,32 @@ def test_what_is_given_counts(dst: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert place_of(dst, rank=1) == place_of(dst, world_size=2) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("rank", "world_size", "shuffle", "warned"),
+    [("1", "2", True, 1), ("0", "2", True, 0), ("1", "2", False, 0), ("2", "2", True, 0)],
+    ids=["rank 1", "rank 0", "in order", "no rank"],
+)
+def test_a_further_rank_that_was_told_to_read_alone_says_so_once(
+    dst: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rank: str,
+    world_size: str,
+    shuffle: bool,
+    warned: int,
+) -> None:
+    """Several that do so train on the same samples; one that evaluates reads on rank 0, or in
+    order."""
+    say(monkeypatch, RANK=rank, WORLD_SIZE=world_size)
+    dataset = SplatDataset(dst, batch_size=4, rank=0, world_size=1, shuffle=shuffle)
+    for _ in range(2):
+        list(dataset)
+    assert len(caplog.messages) == warned
+    assert all(
+        "rank 0 of 1 was given, and this process is rank 1 of 2" in m for m in caplog.messages
+    )
+
+
 @pytest.mark.parametrize("options", [{"rank": 1}, {"world_size": 2}])
 def test_half_of_a_place_is_refused(dst: str, options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="rank 0 of 1: give both, or neither"):
