@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTraine
 from splatshard.pipeline.data.batch import ImageBatch, TrainBatch
 from splatshard.pipeline.models.classifier import encode, make_encoder
 from splatshard.pipeline.models.encoder import ATTENTION
+from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import UsageError
 from splatshard.schemas.model import ModelConfig, TextConfig
 from splatshard.schemas.saved import MODEL_TYPE
@@ -102,10 +105,11 @@ def load_tokenizer(config: TextConfig) -> Any:
     without network or cache, transformers may return one of a few tokens and say nothing.
     """
     name = config.tokenizer
-    # beside a saved model's config.json, whose model_type transformers would complain about
-    own = {"config": PreTrainedConfig()} if _is_saved_model(name) else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **own)
+        with _local(name) as folder:
+            # beside a saved model's config.json, whose model_type transformers complains about
+            own = {"config": PreTrainedConfig()} if _is_saved_model(folder) else {}
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **own)
     except Exception as error:  # transformers raises many kinds, also for a missing network
         raise UsageError(
             f"tokenizer {name}: cannot be loaded ({error}): "
@@ -126,6 +130,20 @@ def load_tokenizer(config: TextConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def _local(name: str) -> Iterator[str]:
+    """`name`, or a local copy of a tokenizer's files at a URL."""
+    if "://" not in name:
+        yield name
+        return
+    with TemporaryDirectory() as folder:
+        for url in fs.find(name):
+            file = url.removeprefix(f"{name.rstrip('/')}/")
+            if file.endswith((".json", ".txt", ".model")) and "/" not in file:
+                (Path(folder) / file).write_bytes(fs.read_bytes(url))
+        yield folder
 
 
 def _is_saved_model(folder: str) -> bool:

@@ -21,6 +21,7 @@ import splatshard
 from splatshard.jobs.evaluate import main as evaluate
 from splatshard.pipeline.evaluation.embedder import Embedder
 from splatshard.pipeline.models.build import build_model
+from splatshard.pipeline.models.clip import load_tokenizer
 from splatshard.pipeline.train.checkpoint import initial_weights, refuse_other_inputs
 from splatshard.pipeline.train.log import read_log
 from splatshard.pipeline.train.loop import train
@@ -129,8 +130,16 @@ def test_what_a_folder_holds(tokenizer: Path, tmp_path: Path) -> None:
         assert str(tokenizer).encode() not in path.read_bytes(), path
     loaded = Embedder.from_pretrained(tmp_path / "a")
     assert loaded.trained.step == 7
+    by_url = text_config(loaded, f"file://{tmp_path}/a")
+    assert len(load_tokenizer(by_url)) == len(load_tokenizer(text_config(embed)))
     loaded.save_pretrained(tmp_path / "a")  # over itself
     assert torch.equal(loaded(PHOTO), embed(PHOTO))
+
+
+def text_config(embed: Embedder, tokenizer: str = "") -> TextConfig:
+    config = embed.trained.config.text
+    assert config is not None
+    return replace(config, tokenizer=tokenizer or config.tokenizer)
 
 
 def changed(folder: Path, **fields: Any) -> None:
