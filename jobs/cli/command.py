@@ -87,6 +87,10 @@ def text_or_empty(
     )
 
 
+MANY = "quote patterns, as '*.png', or the shell expands them, and join several sources by ::"
+"""What is meant by arguments that are too many."""
+
+
 def parse(
     options: type[Options], job: str, argv: list[str] | None, default: Options | None = None
 ) -> Options:
@@ -115,6 +119,8 @@ def parse(
             flush()
             raise
         text = one_line(complaint.getvalue()) or "the options cannot be parsed"
+        if more := re.fullmatch("Unrecognized options: ([^-].*)", text):
+            text = f"{more[1]}: more arguments than {job} takes; {MANY}"
         raise UsageError(f"{text} (see splatshard {job} --help)") from None
     if getattr(found, "debug", False):
         os.environ["SPLATSHARD_DEBUG"] = "1"

@@ -53,6 +53,14 @@ def test_a_destination_inside_of_the_source_is_refused(
     assert sorted(root.rglob("*")) == before
 
 
+def test_a_pattern_that_the_shell_expanded_says_to_quote_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = error_of(["convert", "a.png", "b.png", "c.png", "out", "--steps", "3"], capsys)
+    assert "c.png, out: more arguments than convert takes; quote patterns" in error
+    assert "Unrecognized options: --step" in error_of(["convert", "a", "out", "--step=3"], capsys)
+
+
 def test_explicit_flags_override_the_preset() -> None:
     parsed = options("--preset", "paper", "--steps", "7", "--no-whitened", "--prune", "none")
     paper = PRESETS["paper"]
