@@ -8,6 +8,7 @@ GPU_TESTS := \
 	tests/unit/test_blur.py \
 	tests/unit/test_gsplat_alpha.py \
 	tests/unit/test_kernels.py \
+	tests/unit/test_tile_step.py \
 	tests/unit/test_triton.py
 
 # One process more than there are cores, since tests with Ray wait much (tests/groups.py).

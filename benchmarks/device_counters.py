@@ -1,5 +1,5 @@
-"""The part `counters` of `benchmarks.device_check`: what the hardware counted of the three large
-kernels, by NVIDIA's ncu, which runs `--counted` of the same script."""
+"""The part `counters` of `benchmarks.device_check`: what the hardware counted of the large kernels,
+by NVIDIA's ncu, which runs `--counted` of the same script."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import torch
 
 from benchmarks.device_kernels import half_fitted, repeated
 from benchmarks.device_record import Size, Tell, pictures
+from benchmarks.device_tiles import kernels_on
 from benchmarks.gpu_fit import fill, wait
 from splatshard.pipeline.kernels import triton_backend
 from splatshard.pipeline.kernels.select import select_backend
+from splatshard.pipeline.kernels.tile_step import TileStep
 from splatshard.schemas.config import FitConfig
 
 METRICS = {  # ncu's name -> ours
@@ -47,7 +49,7 @@ def counters(size: Size, tell: Tell) -> None:
     if ncu is None:
         tell("ncu", 0, "found", note="not installed")
         return
-    kernels = "regex:forward_kernel|backward_kernel|_list_kernel"
+    kernels = "regex:forward_kernel|backward_kernel|_list_kernel|fit_tiles"
     command = f"{ncu} --clock-control none --csv --page raw --print-units base".split()
     command += ["--profile-from-start", "off", "--metrics", ",".join(METRICS), "-k", kernels]
     command += [sys.executable, "-m", "benchmarks.device_check", "--counted"]
@@ -82,18 +84,24 @@ def number(text: str | None) -> float:
 
 
 def counted(size: Size) -> None:
-    """What ncu looks at: one step in the middle of a fit, its lists and order made anew."""
+    """What ncu looks at: a step in the middle of a fit, at all rows, by Triton's kernels with lists
+    and order made anew, and on tensor cores."""
     backend = select_backend("triton")
     images = pictures(size).to(backend.device)
     config = FitConfig(num_gaussians=size.gaussians[0], steps=size.steps)
     splats = repeated(half_fitted(images, config, backend), size.batch)
     moments = tuple(splats.means.new_zeros(*splats.mask.shape, 8) for _ in range(2))
-    step = triton_backend.FusedStep(fill(images, size.batch), config, 1)
+    target = fill(images, size.batch)
+    steps = (
+        triton_backend.FusedStep(target, config, 1),
+        TileStep(target, config, 1, kernels_on(backend.device)),
+    )
     profiler = torch.cuda.profiler if backend.device.type == "cuda" else None
     wait(backend.device)
     if profiler:
         profiler.start()
-    step.step(splats, moments, 0, True, 0.8, 1e-6, 0.9)
+    for step in steps:
+        step.step(splats, moments, 0, True, 0.8, 1e-6, 0.9)
     wait(backend.device)
     if profiler:
         profiler.stop()

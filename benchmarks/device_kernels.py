@@ -23,10 +23,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_record import Size, Tell, pictures
+from benchmarks.device_tiles import kernels_on, steps_of, tiles_checked
 from benchmarks.gpu_fit import fill, mean_psnr, measure_ceilings, seconds, wait
 from splatshard.pipeline.fitting.fit import RELOCATE_SHARE, fit, optimize, relocate
 from splatshard.pipeline.fitting.start import BLUR_PX, COLOR_STEPS, initial_splats, structure_tensor
-from splatshard.pipeline.kernels import reference, triton_backend, triton_kernels, voronoi
+from splatshard.pipeline.kernels import (
+    reference,
+    tile_step,
+    triton_backend,
+    triton_kernels,
+    voronoi,
+)
 from splatshard.pipeline.kernels.backend import Backend
 from splatshard.pipeline.kernels.select import select_backend
 from splatshard.pipeline.kernels.solve_colors import solve_colors
@@ -62,7 +69,7 @@ def check(size: Size, tell: Tell) -> None:
             worst = ratio if not ratio <= worst else worst  # NaN is the worst
             tell(f"error of {name}, N={n}", ratio, "of float32's own", shape=list(value.shape))
         equal += [torch.equal(value, again[name]) for name, value in found.items()]
-        seen.append((inputs, found))
+        seen.append((inputs, found, exact))
     tell("error over float32's own", worst, "ratio")
     tell("fused step against torch", step_difference(size, backend), "relative")
     tell("Lloyd step against numba", lloyd_difference(size, backend), "px")
@@ -73,12 +80,24 @@ def check(size: Size, tell: Tell) -> None:
     tell("equal bits", sum(equal) / len(equal), "share of checks", checks=len(equal))
     written = []
     with poisoned():
-        for inputs, found in seen:
+        for inputs, found, _ in seen:
             again = outputs(backend.loss_and_grad, backend.render, *inputs)
             written += [torch.equal(value, again[name]) for name, value in found.items()]
         one, _ = fit(target, config, backend)
     written += [bool(getattr(one, name).isfinite().all()) for name in NAMES]
     tell("written", sum(written) / len(written), "share of checks", checks=len(written))
+    assert backend.make_step is not None
+    used = backend.make_step(target, config, 1)
+    tell("tiles are used", float(isinstance(used, tile_step.TileStep)), "1 is yes")
+    launch = kernels_on(device)  # what follows needs them
+    errors, equal = [], []
+    for (splats, target, _), _, exact in seen:
+        found = tiles_checked(splats.to(device), target.to(device), exact, launch)
+        tell(f"tiles: error, N={splats.mask.shape[1]}", found[0], "of the gradient")
+        errors.append(found[0])
+        equal.append(found[1])
+    tell("tiles: error", max(errors, key=lambda e: (e != e, e)), "of the gradient")
+    tell("tiles: equal bits", sum(equal) / len(equal), "share of checks")
 
 
 def ceilings(size: Size, tell: Tell) -> None:
@@ -146,6 +165,7 @@ def kernels_of(
         "relocation": lambda: relocate(splats, target, moments, CUTOFF, backend),
         "colours": lambda: solve_colors(splats, target, COLOR_STEPS, CUTOFF, backend),
         "topk": lambda: gain.topk(moved),
+        **steps_of(config, splats, moments, target),
     }
     shapes = {f"backward {a} x {b}": (a, b) for a, b in SHAPES}
     for name, work in works.items():
@@ -170,8 +190,12 @@ def one_fit(size: Size, tell: Tell) -> None:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             tell(f"peak memory, N={n}, batch {batch}", peak / 1e9, "GB")
+    target = fill(images, size.batch)
+    took = fit_s(target, config, replace(backend, make_step=triton_backend.FusedStep))
+    name = f"images/s, Triton's step, N={n}, batch {size.batch}"
+    tell(name, size.batch / took, "images/s")
     if device.type == "cuda":
-        profile(fill(images, size.batch), config, backend, tell)
+        profile(target, config, backend, tell)
 
 
 def fit_s(target: Tensor, config: FitConfig, backend: Backend) -> float:
@@ -199,9 +223,9 @@ def profile(target: Tensor, config: FitConfig, backend: Backend, tell: Tell) -> 
     busy = sum(spent.values())
     if not busy:
         raise RuntimeError("the profiler saw nothing on the device")
-    ours = ("forward_kernel", "backward_kernel", "_list_kernel")
+    ours = (*tile_step.KERNELS, "forward_kernel", "backward_kernel", "_list_kernel")
     tell(
-        "time in forward, backward, lists",
+        "time in steps",
         sum(spent.get(name, 0) for name in ours) / busy,
         "share of the device's",
         top={k: v / busy for k, v in sorted(spent.items(), key=lambda x: -x[1])[:20]},
@@ -293,7 +317,8 @@ def step_difference(size: Size, backend: Backend) -> float:
     with torch.no_grad():
         start = initial_splats(target, config, backend)
         with mock.patch.object(triton_backend, "LISTS_EVERY", 1):
-            fused, _ = optimize(start, target, 3, config, backend)
+            ours = replace(backend, make_step=triton_backend.FusedStep)
+            fused, _ = optimize(start, target, 3, config, ours)
         plain, _ = optimize(start, target, 3, config, replace(backend, make_step=None))
     pairs = [(getattr(fused, name), getattr(plain, name)) for name in NAMES]
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)

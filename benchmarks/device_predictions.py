@@ -26,6 +26,14 @@ MILLIONS = {  # warp instructions per image (of lists: both levels once), gpu_co
 }
 
 
+STEPS = {  # million warp instructions per image of a whole step on the recipe's rows
+    400: {"step on tensor cores": 0.253, "step of Triton": 0.72},
+    1600: {"step on tensor cores": 0.472, "step of Triton": 1.05},
+    4900: {"step on tensor cores": 0.976, "step of Triton": 2.06},
+}
+"""Those on tensor cores: tile_counts.json. Triton's: MILLIONS over the stride [E]."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A figure should lie in low..high; `unit` as the part tells it."""
@@ -77,6 +85,10 @@ def kernels() -> dict[str, Prediction]:
         high = counted(1.25 * millions["lists"], "").high
         why = f"{millions['lists']} M warp instructions, with Triton 3.6 a quarter more"
         found[f"lists, N={n}"] = Prediction(low, high, "us per image", why)
+    for n, millions in STEPS.items():
+        for name, count in millions.items():
+            estimated = " [E]" if "Triton" in name else ""
+            found[f"{name}, N={n}"] = counted(count, f"warp instructions{estimated}")
     return found
 
 
@@ -87,6 +99,11 @@ PREDICTIONS: dict[str, Prediction] = {
         0, 4, "ratio", "the same formulas in another order; pixels on the rim fall to either side"
     ),
     "fused step against torch": Prediction(0, 1e-4, "relative", "as in the interpreter"),
+    "tiles are used": Prediction(1, 1, "1 is yes", "NVRTC is part of torch's CUDA"),
+    "tiles: error": Prediction(
+        2e-4, 4e-3, "of the gradient", "halves; 0.0006 to 0.0024 over the emulated warp"
+    ),
+    "tiles: equal bits": Prediction(1, 1, "share of checks", "sums across tiles are integers"),
     "Lloyd step against numba": Prediction(0, 1e-3, "px", "as in the interpreter"),
     "fp32 product": Prediction(48, 62, "TFLOP/s", "data sheet 67; without TF32"),
     "bf16 product": Prediction(650, 850, "TFLOP/s", "data sheet 989; power binds"),
@@ -94,16 +111,17 @@ PREDICTIONS: dict[str, Prediction] = {
     "clock under load": Prediction(1600, 1980, "MHz", "of fp32 products"),
     **kernels(),
     "images/s, N=400, batch 512": Prediction(
+        5500, 11000, "images/s", "56 us of steps on a row in 4 and 62 of the rest, at 65 %"
+    ),
+    "images/s, N=400, batch 1024": Prediction(5500, 11000, "images/s", "as batch 512 [E]"),
+    "images/s, Triton's step, N=400, batch 512": Prediction(
         3200, 6000, "images/s", "158 us of steps on a row in 4 and 62 of the rest, at 65 %"
     ),
-    "images/s, N=400, batch 1024": Prediction(3200, 6200, "images/s", "as batch 512 [E]"),
     "peak memory, N=400, batch 512": Prediction(
         2, 6.4, "GB", "at most 240 bytes a pixel and 1 kB a Gaussian (pipeline/runtime/batching.py)"
     ),
-    "time in forward, backward, lists": Prediction(
-        0.55, 0.9, "share of the device's", "150 of 220 us"
-    ),
-    "device idle in a fit": Prediction(0, 0.08, "share of the time", "five launches a step [E]"),
+    "time in steps": Prediction(0.3, 0.7, "share of the device's", "56 of 118 us"),
+    "device idle in a fit": Prediction(0, 0.1, "share of the time", "four launches a step [E]"),
     "forward instructions, N=400": Prediction(
         0.85, 1.3, "M per image", "1.00 on photographs; made pictures differ by 15 %"
     ),
@@ -114,16 +132,22 @@ PREDICTIONS: dict[str, Prediction] = {
     "backward issue": Prediction(
         35, 80, "% of slots", "special functions: 4 of 57, at a quarter of the rate [E]"
     ),
-    "images/s, N=400, batch 64": Prediction(1800, 5000, "images/s", "launches show [E]"),
-    "images/s, N=1600, batch 64": Prediction(1500, 3600, "images/s", "launches show [E]"),
-    "images/s, N=4900, batch 64": Prediction(1000, 2200, "images/s", "launches show [E]"),
-    "images/s, N=1600, batch 1024": Prediction(2300, 4300, "images/s", "230 + 80 us"),
-    "images/s, N=4900, batch 1024": Prediction(1250, 2400, "images/s", "452 + 115 us"),
+    "fit_tiles instructions, N=400": Prediction(
+        0.6, 1.1, "M per image", "0.82 on photographs, all rows; made pictures differ"
+    ),
+    "fit_tiles issue": Prediction(
+        40, 80, "% of slots", "24 warps; exp2 keeps its unit for a third of the time [E]"
+    ),
+    "images/s, N=400, batch 64": Prediction(1500, 6000, "images/s", "launches show [E]"),
+    "images/s, N=1600, batch 64": Prediction(1300, 4500, "images/s", "launches show [E]"),
+    "images/s, N=4900, batch 64": Prediction(1000, 3000, "images/s", "launches show [E]"),
+    "images/s, N=1600, batch 1024": Prediction(3600, 7200, "images/s", "104 + 80 us"),
+    "images/s, N=4900, batch 1024": Prediction(2000, 4000, "images/s", "215 + 115 us"),
     "images/s, N=400, batch 1": Prediction(
-        27, 90, "images/s", "launches bind: 5 a step of 10 to 20 us each [E]"
+        27, 110, "images/s", "launches bind: 4 a step of 10 to 20 us each [E]"
     ),
     "published loop, N=400, batch 64": Prediction(
-        50, 110, "images/s", "3,000 steps of 3.5 us (its authors: 139)"
+        130, 320, "images/s", "3,000 steps of 1.25 us, where launches show (its authors: 139)"
     ),
     "PSNR, N=400": Prediction(27.41, 27.53, "dB", "27.47 on the CPU, of the same pictures"),
     "PSNR, N=1600": Prediction(34.82, 34.94, "dB", "34.88 on the CPU, of the same pictures"),

@@ -42,17 +42,23 @@ def select_backend(name: str) -> Backend:
 
 def _triton() -> Backend:
     try:
-        from splatshard.pipeline.kernels import triton_backend, triton_blur, triton_voronoi
+        from splatshard.pipeline.kernels import (
+            tile_step,
+            triton_backend,
+            triton_blur,
+            triton_voronoi,
+        )
     except ImportError as error:
         raise BackendError(
             f"--backend triton: {error}: install splatshard[gpu], or use --backend cpu"
         ) from error
+    device = triton_backend.device()
     return Backend(
         "triton",
-        triton_backend.device(),
+        device,
         triton_backend.render,
         triton_backend.loss_and_grad,
-        triton_backend.FusedStep,
+        tile_step.make_step if device.type == "cuda" else triton_backend.FusedStep,
         triton_voronoi.centroids,
         triton_blur.blur,
     )

@@ -46,8 +46,9 @@ An H200 can issue 132 SM x 4 x 1.98 G = 1.05 T/s, so at most 0.43 M image-steps/
 Left out: the residual in half precision (it would halve 1.2 of about 2 MB of traffic per image and
 step, which at 3.3 TB/s is 0.6 us: arithmetic is the larger bound, so it would cost digits for
 nothing certain); tensor cores for the exponent (z is 2-dimensional: a GEMM with k = 6 in tf32 has
-10 bits, and q up to 9 needs more); CUDA graphs (a step is five launches; with a thousand images
-they take milliseconds, and an unbatched fit is not what this backend is for).
+10 bits, and q up to 9 needs more; tile_step.cu has them for the sums); CUDA graphs (a step is five
+launches; with a thousand images they take milliseconds, and an unbatched fit is not what this
+backend is for).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from splatshard.pipeline.kernels.triton_launch import jit
+from splatshard.pipeline.kernels.triton_launch import SIZES, jit
 from splatshard.pipeline.kernels.triton_lists import candidates, listed
 from splatshard.pipeline.splats import MIN_SIGMA_PX as SMALLEST
 
@@ -70,7 +71,7 @@ LOG2_E_HALF = tl.constexpr(0.7213475204444817)
 MIN_SIGMA_PX = tl.constexpr(SMALLEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     means, cholesky, colors, mask, target, out, squares,
     fine, fine_counts, coarse, coarse_counts, columns, tiles, coarse_columns, coarse_tiles,
@@ -132,7 +133,7 @@ def forward_kernel(
     tl.store(out + at + 2 * step, blue, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def loss_kernel(squares, loss, tiles, scale, BLOCK: tl.constexpr):
     """loss[b] = scale * the sum of squares[b], in an order that does not depend on the batch."""
     image = tl.program_id(0).to(tl.int64)
@@ -143,7 +144,7 @@ def loss_kernel(squares, loss, tiles, scale, BLOCK: tl.constexpr):
     tl.store(loss + image, tl.sum(total, 0) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     means, cholesky, colors, mask, field, gradient, order,
     n, groups, height, width, cutoff, scale, squeeze, shift,
@@ -258,7 +259,7 @@ def of_each(parts, drawn, scale, SHARED: tl.constexpr, PIXELS: tl.constexpr):
     return tl.sum(tl.reshape(parts, [SHARED, PIXELS]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def adam_kernel(
     means, cholesky, colors, gradient, moment1, moment2, count,
     keep1, keep2, correction2, rate_means, rate_shape, rate_colors, l1_colors,

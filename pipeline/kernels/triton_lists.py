@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splatshard.pipeline.kernels.triton_launch import WARP, cdiv, jit, launch
+from splatshard.pipeline.kernels.triton_launch import SIZES, WARP, cdiv, jit, launch
 from splatshard.pipeline.splats import Splats
 
 TILE = 8
@@ -131,7 +131,7 @@ def _empty(batch: int, n: int, height: int, width: int, device: torch.device) ->
     return TileLists(columns, rows, coarse_columns, *fine, *coarse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _list_kernel(
     means, cholesky, mask, coarse, coarse_counts, lists, counts,
     n, cutoff, grow, pad, grow_y, pad_y, squeeze, shift,

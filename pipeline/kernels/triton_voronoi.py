@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splatshard.pipeline.kernels.triton_launch import WARP, cdiv, launch
+from splatshard.pipeline.kernels.triton_launch import SIZES, WARP, cdiv, launch
 from splatshard.pipeline.kernels.triton_lists import RATIO, TILE, candidates, listed, tile_lists
 from splatshard.pipeline.kernels.voronoi import REACH
 from splatshard.pipeline.splats import Splats
@@ -56,7 +56,7 @@ def centroids(means: Tensor, rho: Tensor) -> Tensor:
     return moved
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def owner_kernel(
     means, reach, owner,
     fine, fine_counts, coarse, coarse_counts, columns, tiles, coarse_columns, coarse_tiles,
@@ -93,7 +93,7 @@ def owner_kernel(
     tl.store(owner + image * height * width + py * width + px, best, (px < width) & (py < height))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def centroid_kernel(
     means, reach, owner, rho, moved, n, groups, height, width,
     SHARED: tl.constexpr, PIXELS: tl.constexpr,

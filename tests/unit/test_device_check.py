@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import device_check, gpu_counts
 from benchmarks.device_check import LIMITS_S, main, outcome, read, run, table
-from benchmarks.device_predictions import MILLIONS, PREDICTIONS, Prediction
+from benchmarks.device_predictions import MILLIONS, PREDICTIONS, STEPS, Prediction
 from benchmarks.device_record import Tell
 from benchmarks.pictures import made_images
 from tests.bare import bare_environment
@@ -39,14 +39,17 @@ def test_all_of_it_at_toy_size_on_a_bare_machine(tmp_path: Path) -> None:
     assert found["equal bits"] == found["written"] == 1
     assert found["error over float32's own"] < 8
     assert found["fused step against torch"] < 1e-4
+    assert found["tiles: error"] < 0.01
+    assert found["tiles: equal bits"] == 1
     assert found["tests failed or broken"] == 0
     assert all(value is not None for value in found.values())
     assert not any("holds" in r for r in records)  # predictions are of an H200
     # a prediction without a figure would stay without an outcome for ever
     told = {without_sizes(name) for name in found}
     of_a_device = {"clock under load", "peak memory", "device idle in a fit", "forward issue"}
-    of_a_device |= {"backward issue", "time in forward", "forward instructions"}
-    of_a_device |= {"backward instructions", "device load"}
+    of_a_device |= {"backward issue", "time in steps", "forward instructions"}
+    of_a_device |= {"backward instructions", "fit_tiles instructions", "fit_tiles issue"}
+    of_a_device |= {"device load"}
     assert {without_sizes(name) for name in PREDICTIONS} - told <= of_a_device
     whole = json.loads((tmp_path / "out" / "device_check.json").read_text())
     assert whole["machine"]["versions"]["ray"] is None
@@ -157,6 +160,14 @@ def test_predicted_times_stand_on_the_counts_that_are_committed() -> None:
         }
         for name, count in found.items():
             assert millions[name] == pytest.approx(count / 1e6, abs=0.006)
+
+
+def test_predicted_steps_stand_on_the_counts_that_are_committed() -> None:
+    counted = json.loads((ROOT / "benchmarks/results/tile_counts.json").read_text())["results"]
+    rows = {row["num_gaussians"]: row for row in counted["rows"]}
+    for n, millions in STEPS.items():
+        count = rows[n]["step"] / 1e6
+        assert millions["step on tensor cores"] == pytest.approx(count, abs=0.0006)
 
 
 def test_counted_tiles_are_those_of_the_lists() -> None:

@@ -81,6 +81,29 @@ def test_the_gradient_is_exact_but_for_halves(shape, stride, cutoff):
         assert not found[~splats.mask].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_device_finds_the_gradient_that_is_exact_but_for_halves(shape):
+    device = torch.device("cuda", torch.cuda.current_device())
+    launch = tile_step.load(device)
+    splats = to_float32(make_splats(*shape))
+    target = random_picture(shape[0], *shape[2:4])
+    config = FitConfig(num_gaussians=shape[1])
+    for stride in range(1, 5):
+        exact, bound = gradient_and_bound(splats, target, 3.0, stride, stride - 1)
+        found = [on_device(splats, target, config, stride, launch, device) for _ in range(2)]
+        assert torch.equal(*found)
+        assert ((found[0].cpu() - exact).abs() <= bound).all()
+
+
+def on_device(splats, target, config, stride, launch, device):
+    one = TileStep(target.to(device), config, stride, launch)
+    moments = tuple(torch.zeros(*splats.mask.shape, 8, device=device) for _ in range(2))
+    one.step(splats.to(device), moments, stride - 1, True, 0.0, 0.0, 1.0)
+    return moments[0]
+
+
 def test_the_bound_means_something():
     """It is a few percent of the gradient, where a wrong fragment is off by all of it."""
     splats, target = to_float32(make_splats(2, 30, 31, 45, 2.0, 2.0)), random_picture(2, 31, 45)
