@@ -35,10 +35,12 @@ Launch = Callable[[str, int, int, ctypes.Structure], None]
 
 
 def nvrtc_folders() -> list[Path]:
-    """Where the wheels of NVIDIA have NVRTC: one folder for CUDA 13, another one for 12."""
+    """Where the wheels of NVIDIA have NVRTC, one folder for CUDA 13 and another one for 12; then
+    where a toolkit has it."""
     spec = find_spec("nvidia")
     places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    return [place / inner / "lib" for place in places for inner in ("cu13", "cuda_nvrtc")]
+    wheels = [place / inner / "lib" for place in places for inner in ("cu13", "cuda_nvrtc")]
+    return [*wheels, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "lib64")]
 
 
 @cache
@@ -164,8 +166,10 @@ def current_stream(device: torch.device) -> int:
 def load(code: bytes, kernels: Sequence[str], device: torch.device) -> Launch:
     """The kernels of a cubin or PTX on `device`, in the context that torch uses."""
     number, context, module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    device = torch.device("cuda", index)
     _call("cuInit", 0)
-    _call("cuDeviceGet", ctypes.byref(number), device.index)
+    _call("cuDeviceGet", ctypes.byref(number), index)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
     functions = {name: ctypes.c_void_p() for name in kernels}
     _call("cuCtxPushCurrent_v2", context)

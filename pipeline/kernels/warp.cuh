@@ -12,8 +12,6 @@ using i64 = long long;
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define INLINE __device__ __forceinline__
 
-constexpr u32 ALL = 0xffffffffu;  // lanes
-
 INLINE int block() { return blockIdx.x; }
 INLINE int thread() { return threadIdx.x; }
 

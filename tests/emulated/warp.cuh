@@ -23,8 +23,6 @@ using i64 = long long;
 #define KERNEL(threads) static void
 #define INLINE static inline
 
-constexpr u32 ALL = 0xffffffffu;
-
 namespace emulated {
 
 // Halves ---------------------------------------------------------------------------------------

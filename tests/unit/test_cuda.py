@@ -117,9 +117,10 @@ def test_kernels_are_launched_through_the_driver(monkeypatch: pytest.MonkeyPatch
     """In torch's context, which is put back; on its stream; with arguments that arrive whole."""
     made_up = library()
     monkeypatch.setattr(cuda, "driver", lambda: made_up)
-    monkeypatch.setattr(cuda, "current_stream", lambda device: 77)
+    monkeypatch.setattr(cuda, "current_stream", lambda device: 74 + device.index)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     device = torch.device("cuda:3")
-    launch = cuda.load(b"machine code for it", KERNELS, device)
+    launch = cuda.load(b"machine code for it", KERNELS, torch.device("cuda"))
     splats, target = to_float32(make_splats(2, 20, 14, 21)), torch.rand(2, 3, 14, 21)
     found = []
     before = made_up.driver_launches()
