@@ -138,13 +138,15 @@ PREDICTIONS: dict[str, Prediction] = {
     "fit_tiles issue": Prediction(
         40, 80, "% of slots", "24 warps; exp2 keeps its unit for a third of the time [E]"
     ),
-    "images/s, N=400, batch 64": Prediction(1500, 6000, "images/s", "launches show [E]"),
-    "images/s, N=1600, batch 64": Prediction(1300, 4500, "images/s", "launches show [E]"),
-    "images/s, N=4900, batch 64": Prediction(1000, 3000, "images/s", "launches show [E]"),
+    "images/s, N=400, batch 64": Prediction(
+        3000, 8500, "images/s", "a step takes the host 20 to 30 us, the device 24 [E]"
+    ),
+    "images/s, N=1600, batch 64": Prediction(2500, 6500, "images/s", "launches show [E]"),
+    "images/s, N=4900, batch 64": Prediction(1600, 3800, "images/s", "launches show [E]"),
     "images/s, N=1600, batch 1024": Prediction(3600, 7200, "images/s", "104 + 80 us"),
     "images/s, N=4900, batch 1024": Prediction(2000, 4000, "images/s", "215 + 115 us"),
     "images/s, N=400, batch 1": Prediction(
-        27, 110, "images/s", "launches bind: 4 a step of 10 to 20 us each [E]"
+        40, 160, "images/s", "launches bind: 4 a step, 20 to 30 us, and the start's 170 [E]"
     ),
     "published loop, N=400, batch 64": Prediction(
         130, 320, "images/s", "3,000 steps of 1.25 us, where launches show (its authors: 139)"
