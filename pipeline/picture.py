@@ -58,7 +58,8 @@ class SplatImage:
     splats         Splats [1, N] in main memory, none of them padding; px of height x width
     height, width  px
     cutoff         standard deviations, up to which a Gaussian is drawn
-    decode         what was done to the picture before the fit
+    decode         what was done to the picture before the fit; of an augmented one nothing is
+                   known, and pictures are compared as they are
     """
 
     splats: Splats
@@ -87,7 +88,9 @@ class SplatImage:
         return self.splats.colors[0]
 
     def __repr__(self) -> str:
-        return f"SplatImage({self.num_gaussians:,} Gaussians, {self.width}x{self.height} px)"
+        number = self.num_gaussians
+        noun = "Gaussian" if number == 1 else "Gaussians"
+        return f"SplatImage({number:,} {noun}, {self.width}x{self.height} px)"
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -135,7 +138,10 @@ class SplatImage:
 
     def plot(self, picture: Picture | None = None, side: int = PANEL_PX) -> Image.Image:
         """The rendering and its Gaussians, as ellipses of one standard deviation over it, beside
-        each other; before them `picture`, if given. The longer side of each is `side` px."""
+        each other; before them `picture`, if given. The longer side of each is `side` px.
+
+        Raises UsageError for a picture of another shape: it would be stretched.
+        """
         check_whole(side=side)
         if side < 1:
             raise UsageError(f"side is {side}: choose 1 px or more")
@@ -147,6 +153,12 @@ class SplatImage:
         panels = [rendering, self._outlined(rendering)]
         if picture is not None:
             original = pillow(pixels_of(picture, self.decode))
+            apart = abs(original.width * self.height - original.height * self.width)
+            if apart > max(*original.size, self.height, self.width):  # more than a rounded side
+                raise UsageError(
+                    f"the picture is of {original.width}x{original.height} px, these Gaussians of "
+                    f"{self.width}x{self.height}, another shape: give the one that they show"
+                )
             panels.insert(0, original.resize((width, height), Image.Resampling.BICUBIC))
         whole = Image.new("RGB", (len(panels) * (width + GAP_PX) - GAP_PX, height), "white")
         for i, panel in enumerate(panels):
@@ -168,7 +180,7 @@ class SplatImage:
         height, width = torch.tensor([self.height]), torch.tensor([self.width])
         found = augment_module.augment(self.splats, height, width, config, generator, self.cutoff)
         visible = found.map(lambda x: x[:, found.mask[0]].contiguous())
-        return SplatImage(visible, config.height, config.width, self.cutoff)
+        return SplatImage(visible, config.height, config.width, self.cutoff, WHOLE)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file, for `load`: 32 bytes per Gaussian, nothing rounded. Raises
@@ -203,12 +215,12 @@ class SplatImage:
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Of a rendering, px."""
+        check_whole(height=height, width=width)
         ratio = self.width / self.height
         if height is None:
             height = self.height if width is None else max(1, round(width / ratio))
         if width is None:
             width = max(1, round(height * ratio))
-        check_whole(height=height, width=width)
         if min(height, width) < 1 or height * width > LARGEST_PX:
             raise UsageError(
                 f"a rendering of {width}x{height} px: choose sides of 1 px or more, and at most "

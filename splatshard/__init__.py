@@ -2,7 +2,7 @@
 
     splats = splatshard.fit("photo.jpg", num_gaussians=400)     a SplatImage, to render, plot, save
     splats = splatshard.load("photo.safetensors")               the same, saved before
-    for batch in splatshard.open("s3://out/splats"): ...        a SplatDataset, to train on
+    for batch in splatshard.open("splats/", batch_size=8): ...  a SplatDataset, to train on
     sample = splatshard.SplatTable("s3://out/splats")[3]        one sample, by number or key
     embed = splatshard.encoder("runs/1")                        pictures to embeddings; an Embedder
 

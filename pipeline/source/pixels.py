@@ -63,6 +63,8 @@ def pixels_of(picture: Picture, config: DecodeConfig) -> Tensor:
 
 def file_pixels(url: str, config: DecodeConfig) -> np.ndarray:
     """uint8 [H, W, 3], as convert decodes it."""
+    if not url:
+        raise UsageError("the path is empty: give that of a picture")
     if fs.is_local(url) and os.path.isdir(fs.local_path(url)):
         raise UsageError(f"{url} is a folder: give a list of its files, or of some")
     with fs.open_read(fs.absolute(url)) as stream:

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import splatshard
 from splatshard.pipeline.convert import planes
 from splatshard.pipeline.fitting.fit import fit as fit_batch
 from splatshard.pipeline.kernels.select import select_backend
-from splatshard.pipeline.picture import SplatImage
+from splatshard.pipeline.picture import WHOLE, SplatImage
 from splatshard.pipeline.psnr import psnr
 from splatshard.pipeline.splats import Splats
 from splatshard.schemas.config import FitConfig
@@ -126,6 +127,8 @@ def test_bad_options_are_refused(options: dict[str, Any], remedy: str) -> None:
 def test_what_splats_are_not_asked(splats: SplatImage, tmp_path: Path) -> None:
     asked: list[tuple[Any, str]] = [
         (lambda: splats.render(1.5), "height is 1.5: it must be a whole number"),
+        (lambda: splats.render(width="9"), "width is '9': it must be"),  # pyright: ignore
+        (lambda: splatshard.fit(""), "the path is empty: give that of a picture"),
         (lambda: splats.plot(side=0), "side is 0: choose 1 px or more"),
         (lambda: splats.augment({"flip": 1}), "is no AugmentConfig: make one"),  # pyright: ignore
         (lambda: splats.augment(seed=1 << 70), "seed is .*: it must be a whole number"),
@@ -180,8 +183,8 @@ def test_a_notebook_shows_the_picture(splats: SplatImage) -> None:
 
 
 def test_a_plot_shows_picture_rendering_and_ellipses() -> None:
-    image = one_gaussian()
-    black = Image.new("RGB", (224, 224))
+    image = replace(one_gaussian(), decode=WHOLE)
+    black = Image.new("RGB", (60, 41))  # a rounded side
     plot = np.asarray(image.plot(black, side=60)).astype(int)
     assert plot.shape == (40, 3 * 60 + 2 * 8, 3)
     original, rendering, outlines = plot[:, :60], plot[:, 68:128], plot[:, 136:]
@@ -190,6 +193,8 @@ def test_a_plot_shows_picture_rendering_and_ellipses() -> None:
     # the ellipse's right end is one standard deviation, 4 px of 30, and its tilt, away
     assert outlines[20 + 2, 30 + 8].min() > outlines[20, 30].max() > 80 > outlines[2, 2].max()
     assert image.plot(side=60).size == (128, 40)
+    with pytest.raises(UsageError, match="224x224 px, these Gaussians of 30x20, another shape"):
+        image.plot(Image.new("RGB", (224, 224)))
 
 
 # Augmenting
@@ -205,6 +210,9 @@ def test_an_augmentation_is_another_picture(splats: SplatImage) -> None:
     assert not torch.equal(one.render(), other.render())
     assert one.splats.mask.all()
     assert torch.allclose(splats.augment().render(), splats.render(), atol=1e-5)
+    assert one.psnr(one.render()) > 100  # compared as it is, not cut and resized
+    with pytest.raises(UsageError, match="is of 40x31 px, these Gaussians of 24x24"):
+        one.psnr(PHOTO)
 
 
 # Files
