@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
-from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
+from splatshard.jobs.cli.dataset import UNFINISHED, check_output, naming_repair, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions
 from splatshard.jobs.cli.text import count, print_json, put, say
 from splatshard.schemas.config import BackendName, DecodeConfig
@@ -137,7 +137,7 @@ def finished(dst: str) -> list[ShardManifest]:
 
     done = [m for m in read_markers(dst).values() if isinstance(m, ShardManifest)]
     if not done:
-        raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
+        raise UsageError(f"{dst} {UNFINISHED}")
     return done
 
 

@@ -25,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from splatshard.jobs.cli.command import EXIT_OK, parse, run
-from splatshard.jobs.cli.dataset import check_output, naming_repair, open_dataset
+from splatshard.jobs.cli.dataset import UNFINISHED, check_output, naming_repair, open_dataset
 from splatshard.jobs.cli.options import DatasetOptions, Named, Switch
 from splatshard.jobs.cli.text import count, print_json, put, say
 from splatshard.jobs.destination.figures import dataset_figures
@@ -143,7 +143,7 @@ def gather(dst: str, options: ReportOptions) -> ReportData:
         say(f"without originals, and what is missing or stale is unknown: {e}")
     state = status(shards, read_markers(dst))
     if not state.done:
-        raise UsageError(f"{dst} holds no finished shard: run splatshard convert first")
+        raise UsageError(f"{dst} {UNFINISHED}")
     surveyed = spread(state.done, MAX_SHARDS)
     entries, skips, skipped = survey(dst, surveyed)
     entries.sort(key=lambda e: (e.psnr, e.shard.name, e.index))

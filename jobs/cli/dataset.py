@@ -10,6 +10,10 @@ from splatshard.jobs.cli.options import DatasetOptions, use_storage_options
 from splatshard.schemas.errors import CorruptShardError, StorageError, UsageError
 from splatshard.schemas.shard import ShardManifest
 
+UNFINISHED = (
+    "holds no finished shard: wait for the first one where splatshard convert is running, "
+    "else run it"
+)
 NOTHING = "holds neither shards nor a plan of any: give the DST of a splatshard convert"
 
 

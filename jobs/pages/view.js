@@ -145,7 +145,7 @@ function sampleEntry(item) {
   const ok = item.status === "ok";
   const src = address("/image/rendering", { shard: item.shard, row: item.row, side: 96 });
   const picture = ok ? el("img", { src, alt: "", loading: "lazy" }) : el("div", { class: "none" }, "–");
-  const words = el("div", {}, el("b", {}, item.key), el("span", { class: ok ? "" : "bad" }, ok ? item.caption : item.status));
+  const words = el("div", {}, el("b", { dir: "auto" }, item.key), el("span", { dir: "auto", class: ok ? "" : "bad" }, ok ? item.caption : item.status));
   const href = link({ ...without(here, "start"), at: item.shard, row: item.row });
   const entry = el("a", { href, "data-at": item.shard, "data-row": item.row }, picture, words, el("i", {}, ok ? decibels(item.psnr) : ""));
   entry.addEventListener("click", (event) => {

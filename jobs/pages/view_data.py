@@ -20,6 +20,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from splatshard.jobs.cli.dataset import UNFINISHED
 from splatshard.jobs.cli.text import say
 from splatshard.jobs.destination.figures import dataset_figures
 from splatshard.jobs.destination.plan import PlannedShard, Status, status
@@ -94,7 +95,7 @@ class View:
             say(f"without originals, and what is missing or stale is unknown: {e}")
         state = status(planned, read_markers(self.dst))
         if not state.done:
-            raise UsageError(f"{self.dst} holds no finished shard: run splatshard convert first")
+            raise UsageError(f"{self.dst} {UNFINISHED}")
         self.state, self.planned = state, planned
         self.shards = {manifest.name: manifest for manifest in state.done}
         self.originals = Originals(self.dst, self.src)
@@ -207,7 +208,8 @@ def histogram(manifests: Iterable[ShardManifest]) -> dict[str, Any] | None:
 
 
 def list_shards(view: View, text: str, order: str, start: int) -> dict[str, Any]:
-    """PAGE shards from `start` on, those that need attention first; of names with `text`."""
+    """PAGE shards from `start` on, those that need attention first; of names with `text`,
+    in any case."""
     state = view.state
     broken = [
         *(
@@ -226,8 +228,9 @@ def list_shards(view: View, text: str, order: str, start: int) -> dict[str, Any]
     }
     if order not in keys:
         raise UsageError(f"order {order!r}: choose {', '.join(keys)}")
-    broken = [entry for entry in broken if text in entry["name"]]
-    done = sorted((m for m in state.done if text in m.name), key=keys[order])
+    text = text.casefold()
+    broken = [entry for entry in broken if text in entry["name"].casefold()]
+    done = sorted((m for m in state.done if text in m.name.casefold()), key=keys[order])
     total = len(broken) + len(done)
     shown = (*broken[start : start + PAGE],)
     begin = max(0, start - len(broken))

@@ -172,6 +172,9 @@ def test_a_narrow_window_shows_the_list_or_the_sample(page: Page) -> None:
     shown(page, "a", 1, BUDGETS[-1])
     assert page.js("getComputedStyle(document.querySelector('aside')).display") == "none"
     assert page.js("document.documentElement.scrollWidth") <= 400
+    page.js("document.querySelector('#caption').textContent = 'שלום '.repeat(5000)")
+    assert page.js("getComputedStyle(document.querySelector('#caption')).direction") == "rtl"
+    assert page.js("document.querySelector('.panels').getBoundingClientRect().top") < 800
     page.click("#back")
     page.wait("getComputedStyle(document.querySelector('aside')).display != 'none'")
     assert page.js("document.documentElement.scrollWidth") <= 400

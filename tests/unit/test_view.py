@@ -60,6 +60,7 @@ def test_overview_and_shard(view: View) -> None:
     assert (one["samples"], one["budgets"], one["codec"]) == (ROWS, list(BUDGETS), "balanced")
     names = [shard["name"] for shard in ask(view, "/api/shards")["items"]]
     assert names == list(SHARDS)
+    assert [shard["name"] for shard in ask(view, "/api/shards?text=B")["items"]] == ["b"]
 
 
 @pytest.fixture(scope="module")

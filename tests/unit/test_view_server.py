@@ -104,7 +104,10 @@ def test_a_destination_without_shards_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for dst, error in (
-        (str(tmp_path), "holds no finished shard: run splatshard convert first"),
+        (
+            str(tmp_path),
+            "holds no finished shard: wait for the first one where",
+        ),
         (str(tmp_path / "no"), "no such folder"),
         ("", "DST is empty"),
     ):
