@@ -63,9 +63,9 @@ def what(config: SavedConfig) -> str:
     reads = "images" if reads_images(model) else "images as 2D Gaussians"
     text = f"A {config.architectures[0]} of splatshard: "
     if model.num_classes is not None:
-        some = "".join(f", {name}" for name in config.classes[:5])
+        some = ", ".join(map(code, config.classes[:5]))
         more = ", ..." if len(config.classes) > 5 else ""
-        named = f" ({some[2:]}{more})" if some else ""
+        named = f" ({some}{more})" if some else ""
         return f"{text}{reads} to {model.num_classes} classes{named}, and embeddings of {width}."
     both = f"{reads} and texts" if model.text is not None else reads
     return f"{text}{both} to embeddings of {model.embed_dim}, unit vectors."
@@ -82,11 +82,24 @@ def use(config: SavedConfig) -> str:
         lines.append('likeness = vectors @ embed.encode_text(["a photo of a cat"]).T')
     if config.model.num_classes is not None:
         lines.append('logits = embed.logits(["photo.jpg"])')
+        if config.classes:
+            lines.append("likeliest = [embed.trained.classes[i] for i in logits.argmax(1)]")
     return "\n".join(["```python", *lines, "```"])
 
 
+def code(name: str) -> str:
+    """A name as Markdown's code, since it may hold what Markdown or HTML reads."""
+    return f"`{' '.join(name.replace('`', chr(39)).split())}`"
+
+
+def cell(text: str) -> str:
+    """Text that stays in its cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
 def table(heads: tuple[str, str], rows: Rows) -> str:
-    lines = (f"| {name} | {value} |" for name, value in [heads, ("---", "---"), *rows])
+    cells = [heads, ("---", "---"), *((cell(name), cell(value)) for name, value in rows)]
+    lines = (f"| {name} | {value} |" for name, value in cells)
     return "\n".join(lines)
 
 

@@ -105,26 +105,29 @@ def load_tokenizer(config: TextConfig) -> Any:
     without network or cache, transformers may return one of a few tokens and say nothing.
     """
     name = config.tokenizer
+    own: dict[str, Any] = {}  # of a saved model
+    again = "fetch or save the model again, with the files of its tokenizer"
     try:
         with _local(name) as folder:
             # beside a saved model's config.json, whose model_type transformers complains about
             own = {"config": PreTrainedConfig()} if _is_saved_model(folder) else {}
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **own)
     except Exception as error:  # transformers raises many kinds, also for a missing network
+        why = str(error).strip().partition("\n")[0].rstrip(": ")
+        remedy = "give a local folder with its files, or load it once with network"
         raise UsageError(
-            f"tokenizer {name}: cannot be loaded ({error}): "
-            "give a local folder with its files, or load it once with network"
+            f"tokenizer {name}: cannot be loaded ({why}): {again if own else remedy}"
         ) from error
     if len(tokenizer) != config.vocab_size:
+        remedy = "give a local folder that holds tokenizer.json, or vocab.json and merges.txt"
         raise UsageError(
             f"tokenizer {name}: has {len(tokenizer)} tokens, the text tower {config.vocab_size}: "
-            "its files are missing or of another model; give a local folder that holds "
-            "tokenizer.json, or vocab.json and merges.txt"
+            f"its files are missing or of another model; {again if own else remedy}"
         )
     if tokenizer.eos_token_id != config.eos:
         raise UsageError(
-            f"tokenizer {name}: ends a text with token {tokenizer.eos_token_id}, "
-            f"the text tower expects {config.eos}: set text.eos_token_id"
+            f"tokenizer {name}: ends a text with token {tokenizer.eos_token_id}, the text tower "
+            f"expects {config.eos}: {again if own else 'set text.eos_token_id'}"
         )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:

@@ -96,9 +96,9 @@ def read_config(url: str) -> SavedConfig | None:
             "save: give one that it did, or a run; RGB CLIPs are read by evaluate --images"
         )
     version = values.get("version")
-    if type(version) is not int or version > SAVED_VERSION:
+    if type(version) is not int or not 1 <= version <= SAVED_VERSION:
         raise UsageError(
-            f"{path} has the version {version!r}, and this build reads up to {SAVED_VERSION}: "
+            f"{path} has the version {version!r}, and this build reads 1 to {SAVED_VERSION}: "
             "update splatshard"
         )
     try:
@@ -123,6 +123,11 @@ def read_model(url: str, config: SavedConfig) -> tuple[nn.Module, str]:
         with fs.local_copy(path, digest) as copy:
             state = load_file(copy)
             check_weights(path, state, model.state_dict())
+            if (kind := type(model).__name__) not in config.architectures:
+                raise UsageError(
+                    f"{path}: {CONFIG} says {', '.join(config.architectures)} and describes a "
+                    f"{kind}: take both files as they were saved"
+                )
             model.load_state_dict(state)
     except SourceError as e:
         raise UsageError(f"{path} is missing ({e}): fetch or save the model again") from e

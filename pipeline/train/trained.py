@@ -103,6 +103,10 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
     if (saved := read_config(url)) is not None:
         return _saved(url, saved, weights, device)
     found = read_checkpoint(url) if fs.exists(f"{url}/{CONFIG}") else latest(url)
+    if found is None and fs.exists(f"{url}/{MODEL}"):
+        raise UsageError(
+            f"{url} has a {MODEL}, and no {CONFIG} of splatshard's: fetch or save the model again"
+        )
     if found is None:
         raise UsageError(
             f"{url} has no checkpoint: give the dst of a splatshard train, or a saved "
@@ -122,6 +126,7 @@ def load_trained(url: str, weights: str, device: torch.device) -> Trained:
         model.load_state_dict(found.weights(name))
     except RuntimeError as e:
         raise UsageError(f"{found.url}: {name} does not fit its configuration: {e}") from e
+    refuse_not_finite(f"{found.url}/{name}", model)
     if "cutoff" not in found.shards:
         raise CorruptShardError(f"{found.url}: {CONFIG} does not say what it was trained on")
     return Trained(
@@ -148,6 +153,7 @@ def _saved(url: str, saved: SavedConfig, weights: str, device: torch.device) -> 
             "leave it at auto"
         )
     model, digest = read_model(url, saved)
+    refuse_not_finite(url, model)
     names = ("step", "cutoff", "num_gaussians", "precision", "classes", "class_list", "stage")
     return Trained(
         model=model.to(device).eval(),
@@ -159,6 +165,17 @@ def _saved(url: str, saved: SavedConfig, weights: str, device: torch.device) -> 
         fit=saved.fit,
         **{name: getattr(saved, name) for name in names},
     )
+
+
+def refuse_not_finite(url: str, model: nn.Module) -> None:
+    """Raises UsageError where a weight of `model`, which was read from `url`, is no number: all its
+    answers would be none, too."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UsageError(
+                f"{url}: {name} has values that are not finite, since its training diverged or its "
+                "file is damaged: take an earlier checkpoint, or train with a smaller optim.lr"
+            )
 
 
 def config_to_save(trained: Trained) -> SavedConfig:

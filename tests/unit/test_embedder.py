@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import splatshard
+from splatshard.pipeline.evaluation import model_card
 from splatshard.pipeline.train.loop import train
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import ModelConfig
+from splatshard.schemas.saved import SavedConfig
 from tests.make import photo
 from tests.training import WIDTH, images_config, make_shards, toy_config
+from tests.unit.toy_models import TOY
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,15 @@ def test_what_is_no_run_or_no_picture(toys: Path, tmp_path: Path) -> None:
         embed([])
     with pytest.raises(UsageError, match="int is no picture"):
         embed(3)  # pyright: ignore
+
+
+def test_names_in_a_card_are_text() -> None:
+    """Of classes and data, which somebody else may have named."""
+    model = ModelConfig(encoder=TOY, num_classes=2)
+    config = SavedConfig(architectures=("SplatClassifier",), model=model, classes=("<b>", "a`\n|"))
+    assert "to 2 classes (`<b>`, `a' |`), and" in model_card.what(config)
+    assert "embed.trained.classes[i]" in model_card.use(config)
+    assert model_card.table(("", ""), [("data", "a|b\n<c>")]).endswith("| data | a\\|b &lt;c> |")
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "library.md"
