@@ -15,6 +15,9 @@ from splatshard.schemas.errors import UsageError
 from splatshard.schemas.plain import chosen
 
 Activation = Literal["gelu", "quick_gelu"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+WeightsName = Literal["auto", "model", "ema"]
+"""Of a checkpoint: the model's, or their average."""
 
 
 def _check(ok: bool, name: str, value: object, remedy: str) -> None:

@@ -17,6 +17,7 @@ from splatshard.jobs.cli.log import Format, configure
 from splatshard.pipeline.storage.fs import use_options
 from splatshard.schemas.config import BackendName
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import DeviceName, WeightsName
 
 # Single options
 
@@ -37,9 +38,7 @@ Json = Annotated[Switch, tyro.conf.arg(help="End standard output with one JSON l
 Debug = Annotated[Switch, tyro.conf.arg(help="Show tracebacks.")]
 DebugRay = Annotated[Debug, tyro.conf.arg(help="Show tracebacks and Ray's log.")]
 
-Device = Annotated[
-    Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="auto is cuda where there is one.")
-]
+Device = Annotated[DeviceName, tyro.conf.arg(help="auto is cuda where there is one.")]
 Checkpoint = Annotated[
     tyro.conf.Positional[str],
     tyro.conf.arg(
@@ -49,7 +48,7 @@ Checkpoint = Annotated[
     ),
 ]
 Weights = Annotated[
-    Literal["auto", "model", "ema"],
+    WeightsName,
     tyro.conf.arg(help="auto: the average of the weights where there is one."),
 ]
 Named = Annotated[

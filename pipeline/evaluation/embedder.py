@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from splatshard.pipeline.train.trained import (
 )
 from splatshard.schemas.config import DecodeConfig
 from splatshard.schemas.errors import UsageError
+from splatshard.schemas.model import DeviceName, WeightsName
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ class Embedder:
         """As `encoder`, by the name that it has elsewhere."""
         gpu = torch.cuda.is_available()
         for name, value, choices in (
-            ("weights", weights, ("auto", "model", "ema")),
-            ("device", device, ("auto", "cpu", "cuda")),
+            ("weights", weights, get_args(WeightsName)),
+            ("device", device, get_args(DeviceName)),
         ):
             if value not in choices:
                 raise UsageError(f"{name} is {value!r}: choose one of {', '.join(choices)}")

@@ -70,6 +70,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for code in BLOCKS:
         exec(compile(code, PAGE.name, "exec"), names)
     assert names["vectors"].shape == (8, 16)
-    assert names["trained"].url.endswith("run2/checkpoints/00000001")
+    assert names["embed"].trained.url.endswith("run2/checkpoints/00000001")
+    assert (tmp_path / "my-encoder/config.json").exists()
     stage2 = load_recipe(str(ROOT / "jobs/recipes/contrast_stage2.py")).optim
     assert (names["optim"].trainable, names["optim"].later) == (stage2.trainable, stage2.later)

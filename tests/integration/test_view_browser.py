@@ -182,18 +182,21 @@ def test_a_narrow_window_shows_the_list_or_the_sample(page: Page) -> None:
 
 def test_the_command_serves_until_it_is_interrupted(dst: Path) -> None:
     command = [sys.executable, "-m", "jobs.view", str(dst), "--port=0", "--no-browser", "--json"]
+    # in the background of a shell SIGINT is ignored, and children would inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
+    signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
-        assert select.select([process.stdout], [], [], 60)[0], "no address after a minute"
-        url = process.stdout.readline().decode().strip()
-        with urllib.request.urlopen(f"{url}api/overview", timeout=30) as answer:
-            assert json.load(answer)["dst"] == str(dst)
-        assert json.loads(process.stdout.readline())["url"] == url
-        os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            assert select.select([process.stdout], [], [], 60)[0], "no address after a minute"
+            url = process.stdout.readline().decode().strip()
+            with urllib.request.urlopen(f"{url}api/overview", timeout=30) as answer:
+                assert json.load(answer)["dst"] == str(dst)
+            assert json.loads(process.stdout.readline())["url"] == url
+            os.kill(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0, err
     assert err.decode().splitlines()[-1] == "ended"

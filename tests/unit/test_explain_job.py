@@ -180,7 +180,7 @@ def test_without_its_shards_a_run_wants_to_be_told(
     try:
         arguments = ["explain", f"{toys}/run", f"{toys}/a.png", "--output", str(tmp_path)]
         assert main(arguments) == 1
-        assert "give --image-size and --num-gaussians" in capsys.readouterr().err
+        assert "to explain --image-size and --num-gaussians" in capsys.readouterr().err
         assert main([*arguments, "--image-size", "24", "--num-gaussians", "6"]) == 0
     finally:
         away.rename(shards)

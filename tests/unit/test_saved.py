@@ -85,13 +85,16 @@ import sys
 import numpy as np
 from safetensors.torch import save_file
 import splatshard
+import torch
 from tests.unit.test_saved import outputs
+torch.set_num_threads(1)
 for folder in sys.argv[2:]:
     embed = splatshard.encoder(folder, device="cpu")
     save_file(outputs(embed, np.load(sys.argv[1])), f"{folder}/outputs.safetensors")
 """
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_fresh_process_gives_the_same(tokenizer: Path, tmp_path: Path) -> None:
     """Buffers that are no weights are made anew there; in this process memory might still hold
     them."""
