@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,36 +52,27 @@ class Args:
     name: str = "row_choice"
 
 
-class ChosenRows:
-    """A step of the fit (see `backend.Step`) on the rows that `choice` weighs."""
+class ChosenRows(TorchStep):
+    """A step of the fit on the rows that `choice` weighs."""
 
     def __init__(
         self, target: Tensor, config: FitConfig, stride: int, *, choice: Choice, backend: Backend
     ) -> None:
-        self.target, self.config, self.stride = target, config, stride
-        self.choice, self.backend = choice, backend
-        self.whole = TorchStep(target, config, 1, backend)
+        super().__init__(target, config, 1, backend)
+        self.whole, self.one_in, self.choice = target, stride, choice
         self.generator = torch.Generator().manual_seed(0)
         self.taken = 0
 
-    def step(
-        self,
-        splats: Splats,
-        moments: tuple[Tensor, Tensor],
-        phase: int,
-        moved_far: bool,
-        beta1: float,
-        rate: float,
-        correction2: float,
-    ) -> Splats:
+    def step(self, splats: Splats, *given: Any, **named: Any) -> Splats:
         """`TorchStep.step` of splats [B, N], with a target whose residual is the weighted one."""
-        image = self.backend.render(splats, *self.target.shape[2:], self.config.cutoff)
-        residual = image - self.target
+        image = self.backend.render(splats, *self.whole.shape[2:], self.config.cutoff)
+        residual = image - self.whole
         energy = residual.square().sum((1, 3))
-        weights = self.choice(self.taken, energy, self.stride, self.generator)
+        weights = self.choice(self.taken, energy, self.one_in, self.generator)
         self.taken += 1
-        self.whole.target = image - weights[:, None, :, None] * residual
-        return self.whole.step(splats, moments, 0, moved_far, beta1, rate, correction2)
+        self.target = image - weights[:, None, :, None] * residual
+        moments, _, *others = given
+        return super().step(splats, moments, 0, *others, **named)
 
 
 def chosen(rows: Tensor, height: int) -> Tensor:

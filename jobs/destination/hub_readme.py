@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 
-from splatshard.pipeline.storage.fs import exists, read_bytes
+from splatshard.pipeline.source.classes import numbered_by
 from splatshard.pipeline.storage.signed import write_unless_changed
-from splatshard.schemas.config import class_list
-from splatshard.schemas.errors import SourceError
 from splatshard.schemas.shard import ShardManifest
 from splatshard.schemas.splats import (
     EXTENSIONS,
@@ -32,7 +29,6 @@ from splatshard.schemas.splats import (
 )
 
 README_FILE = "README.md"
-CLASSNAMES = "classnames.txt"
 TAGS = ("gaussian-splatting", "2d-gaussians", "splatshard")
 SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
 NAMES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -83,12 +79,9 @@ def classes_of(dst: str, manifests: Sequence[ShardManifest]) -> tuple[str, ...]:
     """The classes that number the labels of all shards; none where another list, or none, does, or
     a name is there twice, which `datasets` refuses."""
     lists = {(m.inputs["source"] or {}).get("labels") for m in manifests}
-    url = f"{dst}/{CLASSNAMES}"
-    if len(lists) == 1 and exists(url):
-        with suppress(SourceError):
-            names = tuple(read_bytes(url).decode("utf-8", "replace").splitlines())
-            return names if class_list(names) in lists and len({*names}) == len(names) else ()
-    return ()
+    digest = lists.pop() if len(lists) == 1 else None
+    names = numbered_by(dst, digest) if digest else ()
+    return names if len({*names}) == len(names) else ()
 
 
 def tar_schema(metadata: dict[str, Any]) -> pa.Schema:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from splatshard.pipeline.source.classes import CLASSNAMES
 from splatshard.pipeline.source.values import storable, text_of
 from splatshard.pipeline.storage import fs
 from splatshard.schemas.errors import SourceError, UnavailableError, UsageError
 from splatshard.schemas.shard import ShardRef
 
-CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 
 

@@ -9,9 +9,14 @@ from itertools import islice
 
 from splatshard.pipeline.source.folder import few
 from splatshard.pipeline.source.read import scan
+from splatshard.pipeline.storage import fs
+from splatshard.schemas.config import class_list
 from splatshard.schemas.errors import SourceError
 from splatshard.schemas.shard import ShardRef
 
+CLASSNAMES = "classnames.txt"
+"""A name per line, in the order of the labels; beside shards, or images in CLIP_benchmark's
+layout."""
 LOOKED_AT = 16
 """So many shards are looked into for labels, and so many samples of each."""
 
@@ -54,3 +59,16 @@ def _labelled(refs: Sequence[ShardRef]) -> str:
         if any(label is not None and label >= 0 for label in found):
             return ref.urls[0]
     return ""
+
+
+def numbered_by(folder: str, digest: str) -> tuple[str, ...]:
+    """The names of CLASSNAMES in `folder`, if they are those by which labels are numbered
+    (`class_list`); empty where they are others, or there are none. Raises UnavailableError."""
+    url = f"{folder.rstrip('/')}/{CLASSNAMES}"
+    try:
+        if not fs.exists(url):
+            return ()
+        names = tuple(fs.read_bytes(url).decode("utf-8", "replace").splitlines())
+    except SourceError:
+        return ()
+    return names if class_list(names) == digest else ()

@@ -24,10 +24,11 @@ from splatshard.pipeline.models.build import build_model
 from splatshard.pipeline.models.classifier import image_config, reads_images
 from splatshard.pipeline.shards.markers import read_markers
 from splatshard.pipeline.shards.rows import shard_metadata_of
+from splatshard.pipeline.source.classes import numbered_by
 from splatshard.pipeline.storage import fs
 from splatshard.pipeline.train.checkpoint import AVERAGE, CONFIG, MODEL, latest, read_checkpoint
 from splatshard.pipeline.train.saved import read_config, read_model
-from splatshard.schemas.config import DecodeConfig, FitConfig, class_list
+from splatshard.schemas.config import DecodeConfig, FitConfig
 from splatshard.schemas.errors import CorruptShardError, SplatshardError, UsageError
 from splatshard.schemas.model import ModelConfig
 from splatshard.schemas.plain import from_dict
@@ -202,10 +203,8 @@ def _named(trained: Trained) -> tuple[str, ...]:
     number = trained.config.num_classes
     names = trained.classes
     if trained.class_list and trained.src is not None and not names:
-        url = f"{trained.src.split('::')[0].rstrip('/')}/classnames.txt"
         with suppress(SplatshardError):
-            lines = tuple(fs.read_bytes(url).decode("utf-8", "replace").splitlines())
-            names = lines if class_list(lines) == trained.class_list else ()
+            names = numbered_by(trained.src.split("::")[0], trained.class_list)
     return names if len(names) == number else ()
 
 

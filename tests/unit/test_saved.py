@@ -214,6 +214,9 @@ def test_names_of_classes(tmp_path: Path) -> None:
     for digest, expected in ((class_list(names), names), ("other", ())):
         embed = classifier(src=str(tmp_path), class_list=digest)
         assert config_to_save(embed.trained).classes == expected
+    (tmp_path / "classnames.txt").unlink()
+    embed = classifier(src=str(tmp_path), class_list=class_list(names))
+    assert config_to_save(embed.trained).classes == ()
 
 
 # The hub
